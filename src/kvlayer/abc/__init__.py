@@ -1,0 +1,1 @@
+"""The interfaces plugins implement."""

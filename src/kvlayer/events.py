@@ -1,0 +1,140 @@
+"""What a cache tells its listeners: one dataclass per operation, sent to every sink.
+
+Sinks are called on the cache's loop thread, in order, and must return quickly. A sink that raises
+is dropped with one log line; it never reaches the serving path. With no sinks nothing is computed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from kvlayer.keys import ObjectKey
+from kvlayer.results import Cause, Failure
+
+__all__ = [
+    "Emitter",
+    "Event",
+    "LookupDone",
+    "ObjectQuarantined",
+    "ObjectsEvicted",
+    "RetrieveDone",
+    "Sink",
+    "StoreDone",
+    "TierChanged",
+    "TransferDone",
+]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookupDone:
+    """A lookup answered."""
+
+    owner: str
+    asked_tokens: int
+    hit_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreDone:
+    """A store returned; lower tiers may still be writing."""
+
+    owner: str
+    stored: int
+    skipped: int
+    dropped: int
+    failed: tuple[Failure, ...]
+    nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetrieveDone:
+    """A retrieve returned."""
+
+    owner: str
+    asked_tokens: int
+    tokens: int
+    failed: tuple[Failure, ...]
+    nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferDone:
+    """One object moved between the host and a lower tier, or failed to (``cause``)."""
+
+    tier: str
+    direction: str
+    """``load`` or ``store``."""
+    key: ObjectKey
+    nbytes: int
+    seconds: float
+    cause: Cause | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectsEvicted:
+    """Objects left a tier to make room."""
+
+    tier: str
+    policy: str
+    keys: tuple[ObjectKey, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectQuarantined:
+    """A damaged object was taken out of sight."""
+
+    tier: str
+    key: ObjectKey
+    cause: Cause
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierChanged:
+    """A tier went down or came back."""
+
+    tier: str
+    ok: bool
+    detail: str
+
+
+Event: TypeAlias = (
+    LookupDone
+    | StoreDone
+    | RetrieveDone
+    | TransferDone
+    | ObjectsEvicted
+    | ObjectQuarantined
+    | TierChanged
+)
+Sink: TypeAlias = Callable[[Event], None]
+
+
+class Emitter:
+    """Sends events to sinks. Falsy when nobody listens, so callers can skip building the event."""
+
+    __slots__ = ("_sinks",)
+
+    def __init__(self, sinks: Iterable[Sink] = ()) -> None:
+        self._sinks: list[Sink] = list(sinks)
+
+    def __bool__(self) -> bool:
+        return bool(self._sinks)
+
+    def __call__(self, event: Event) -> None:
+        for sink in tuple(self._sinks):
+            try:
+                sink(event)
+            except Exception:  # the boundary to foreign code: a listener must not break serving
+                self._sinks.remove(sink)
+                _log.exception("event sink %r failed and was removed", sink)

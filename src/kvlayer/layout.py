@@ -1,0 +1,265 @@
+"""How KV tensors lie in an engine's memory: groups, named axes and the views an engine lends.
+
+A :class:`KVGroup` is part of a model's identity (every deployment of the model agrees on it); a
+:class:`GroupLayout` says how one rank of one engine holds its share; a :class:`KVView` lends the
+tensors of one request. Nothing here imports a tensor library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, TypeAlias
+
+from kvlayer.errors import LayoutError
+
+__all__ = [
+    "DENSE",
+    "DTYPE_NBYTES",
+    "FUSED_HND",
+    "HND",
+    "MLA_BLOCKS",
+    "NHD",
+    "NHD_BLOCK_FIRST",
+    "NHD_PAIR",
+    "STATE_BLOCKS",
+    "AttentionKind",
+    "GroupLayout",
+    "HitRule",
+    "KVGroup",
+    "KVLayout",
+    "KVView",
+    "LayerCache",
+    "Tensor",
+]
+
+Tensor: TypeAlias = Any
+"""A torch tensor; the core never imports torch, so it cannot name the type."""
+
+LayerCache: TypeAlias = Tensor | tuple[Tensor, Tensor]
+"""One layer's cache: one tensor, or a separate (K, V) pair when the axes have no K|V axis."""
+
+DTYPE_NBYTES: Mapping[str, int] = {
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "fp8_e4m3": 1,
+    "fp8_e5m2": 1,
+    "int8": 1,
+}
+"""Logical KV dtypes and their sizes in bytes. Engines that keep fp8 as uint8 still say ``fp8_*``."""
+
+
+class AttentionKind(StrEnum):
+    """What a layer keeps per token."""
+
+    MHA = "mha"
+    """A key and a value per head (MHA, GQA, MQA); heads are sharded over tensor parallelism."""
+    MLA = "mla"
+    """One latent vector, replicated across tensor-parallel ranks."""
+    STATE = "state"
+    """A recurrent state of fixed size per sequence (Mamba, linear attention), opaque to kvlayer."""
+
+
+class HitRule(StrEnum):
+    """Which chunks of a prefix must be present for the prefix to be usable."""
+
+    EVERY_CHUNK = "every-chunk"
+    TRAILING = "trailing"
+
+
+@dataclass(frozen=True, slots=True)
+class KVGroup:
+    """Layers of the model that share a block table and a hit rule. Part of the namespace.
+
+    ``layers`` are the model's layer numbers. ``head_size`` is the row length of K (or of the MLA
+    latent, RoPE part included); ``v_head_size`` defaults to it. ``rope`` is a flat description of
+    everything that shaped the rotation of K. ``window_tokens`` belongs to ``HitRule.TRAILING``:
+    how many tokens before the end of a hit must be present; for ``STATE`` only the last chunk's
+    state matters and it is 1. ``state_nbytes`` is the size of one layer's state.
+    """
+
+    kind: AttentionKind
+    layers: tuple[int, ...]
+    dtype: str
+    num_kv_heads: int = 1
+    head_size: int = 0
+    v_head_size: int | None = None
+    hit_rule: HitRule = HitRule.EVERY_CHUNK
+    window_tokens: int | None = None
+    rope: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+    state_nbytes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_NBYTES:
+            known = ", ".join(DTYPE_NBYTES)
+            raise LayoutError(
+                f"unknown KV dtype {self.dtype!r}",
+                hint=f"use a logical dtype, one of: {known}",
+            )
+        if not self.layers:
+            raise LayoutError("a KV group needs at least one layer, found none")
+        if self.kind is AttentionKind.STATE:
+            if self.state_nbytes <= 0:
+                raise LayoutError("a state group needs state_nbytes > 0", hint="size of one layer")
+        elif self.head_size <= 0 or self.num_kv_heads <= 0:
+            raise LayoutError(
+                f"a {self.kind} group needs num_kv_heads > 0 and head_size > 0, found "
+                f"{self.num_kv_heads} and {self.head_size}"
+            )
+        if self.hit_rule is HitRule.TRAILING and not self.window_tokens:
+            raise LayoutError(
+                "a trailing group needs window_tokens",
+                hint="the sliding window in tokens; 1 for a state group",
+            )
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return DTYPE_NBYTES[self.dtype]
+
+    def planes(self) -> tuple[int, ...]:
+        """Row length of each plane of a layer, in canonical order: (K, V), or (latent,)."""
+        if self.kind is AttentionKind.MHA:
+            return (self.head_size, self.v_head_size or self.head_size)
+        return (self.head_size,) if self.kind is AttentionKind.MLA else ()
+
+
+# An engine's tensor is described by the names of its axes, outermost first:
+#   kv     K then V (extent 2)         block  the engine's block (page) number
+#   token  position inside a block     head   KV head of this rank
+#   dim    element of a head           kvdim  a K row followed by a V row
+#   state  one opaque state
+Axes: TypeAlias = tuple[str, ...]
+
+NHD: Axes = ("kv", "block", "token", "head", "dim")
+NHD_BLOCK_FIRST: Axes = ("block", "kv", "token", "head", "dim")
+NHD_PAIR: Axes = ("block", "token", "head", "dim")
+HND: Axes = ("kv", "block", "head", "token", "dim")
+FUSED_HND: Axes = ("block", "head", "token", "kvdim")
+DENSE: Axes = ("head", "token", "dim")
+MLA_BLOCKS: Axes = ("block", "token", "dim")
+STATE_BLOCKS: Axes = ("block", "state")
+
+_AXES = frozenset({"kv", "block", "token", "head", "dim", "kvdim", "state"})
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLayout:
+    """How one rank of one engine holds its share of a KV group.
+
+    ``axes`` names the axes of each layer's tensor; without ``kv`` or ``kvdim`` an MHA layer is a
+    pair of tensors. ``layers`` and ``heads`` are half-open ranges: positions in ``group.layers``
+    and KV heads of the whole model; by default all of them. ``form`` is what this rank stores:
+    ``canonical``, or ``native:<name>`` to keep whole blocks as the engine packed them (then
+    chunks and tails are multiples of ``tokens_per_block`` and the name must pin the packing).
+    A dense layout has no ``block`` axis: slot and token number are the same thing.
+    """
+
+    group: KVGroup
+    axes: Axes
+    tokens_per_block: int = 1
+    layers: tuple[int, int] | None = None
+    heads: tuple[int, int] | None = None
+    form: str = "canonical"
+
+    def __post_init__(self) -> None:
+        unknown = [a for a in self.axes if a not in _AXES]
+        if unknown or len(set(self.axes)) != len(self.axes):
+            raise LayoutError(
+                f"bad axes {self.axes}: each must be one of {', '.join(sorted(_AXES))}, once"
+            )
+        if self.tokens_per_block < 1:
+            raise LayoutError(f"tokens_per_block must be positive, found {self.tokens_per_block}")
+        if self.form != "canonical" and not self.form.startswith("native:"):
+            raise LayoutError(
+                f"unknown payload form {self.form!r}", hint="use 'canonical' or 'native:<name>'"
+            )
+        if self.form != "canonical" and "block" not in self.axes:
+            raise LayoutError("a native form keeps whole blocks, but the axes have no block axis")
+        for name, (lo, hi), limit in (
+            ("layers", self.layer_range, len(self.group.layers)),
+            ("heads", self.head_range, self.group.num_kv_heads),
+        ):
+            if not 0 <= lo < hi <= limit:
+                raise LayoutError(f"{name} range {lo}..{hi} is not within 0..{limit}")
+
+    @property
+    def layer_range(self) -> tuple[int, int]:
+        return self.layers or (0, len(self.group.layers))
+
+    @property
+    def head_range(self) -> tuple[int, int]:
+        return self.heads or (0, self.group.num_kv_heads)
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether each layer's cache is a separate (K, V) pair of tensors."""
+        axes = self.axes
+        return self.group.kind is AttentionKind.MHA and "kv" not in axes and "kvdim" not in axes
+
+    @property
+    def block_nbytes(self) -> int:
+        """Bytes of one block of one layer on this rank, K and V together."""
+        if self.group.kind is AttentionKind.STATE:
+            return self.group.state_nbytes
+        lo, hi = self.head_range
+        heads = hi - lo if self.group.kind is AttentionKind.MHA else 1
+        return self.tokens_per_block * heads * sum(self.group.planes()) * self.group.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """All KV groups of one rank, in the order the namespace lists them."""
+
+    groups: tuple[GroupLayout, ...]
+
+    def __post_init__(self) -> None:
+        if not self.groups:
+            raise LayoutError("a KV layout needs at least one group, found none")
+
+    @classmethod
+    def single(
+        cls,
+        group: KVGroup,
+        axes: Axes,
+        *,
+        tokens_per_block: int = 1,
+        layers: tuple[int, int] | None = None,
+        heads: tuple[int, int] | None = None,
+        form: str = "canonical",
+    ) -> KVLayout:
+        """The layout of a model with one KV group."""
+        return cls((GroupLayout(group, axes, tokens_per_block, layers, heads, form),))
+
+
+@dataclass(frozen=True, slots=True)
+class KVView:
+    """KV tensors an engine lends for one call, and where each token lives in them.
+
+    ``caches[g][i]`` is the cache of the i-th local layer of group g, laid out as the group's
+    ``axes`` say. ``slots[g]`` maps token -> slot for that group (``block_id * tokens_per_block +
+    offset``): a 1-D int64 or int32 buffer (torch, numpy, ``array``) with one entry per token the
+    view covers, a ``range`` for consecutive slots, and -1 where the engine no longer holds the
+    token. Entry 0 belongs to the token called ``first_token`` in the call the view is passed to.
+    All groups cover the same tokens. A STATE group's slots hold the state slot per token.
+
+    The engine owns the memory. It must not free, move or rewrite it until the call returns, also
+    when the call is cancelled: every call returns only once it has let go of the view.
+    ``stream`` is the raw handle of the device stream the engine computes on (0: none).
+    """
+
+    caches: Sequence[Sequence[LayerCache]]
+    slots: Sequence[Any]
+    stream: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens the view covers."""
+        return len(self.slots[0]) if self.slots else 0
+
+    @classmethod
+    def single(cls, caches: Sequence[LayerCache], slots: Any, *, stream: int = 0) -> KVView:
+        """A view of a model with one KV group."""
+        return cls((caches,), (slots,), stream)

@@ -1,0 +1,170 @@
+"""What the API answers: reports, hits and the causes of misses. Plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from kvlayer.keys import Span
+
+__all__ = [
+    "Cause",
+    "Explanation",
+    "Failure",
+    "Health",
+    "MissedChunk",
+    "RetrieveReport",
+    "Stats",
+    "StoreReport",
+    "TierHealth",
+    "TierStats",
+]
+
+
+class Cause(StrEnum):
+    """Why a chunk was not served or not stored. One closed set for reports, events and metrics."""
+
+    NEVER_STORED = "never-stored"
+    SHORT = "shorter-than-a-chunk"
+    EVICTED = "evicted"
+    CLEARED = "cleared"
+    OTHER_SALT = "other-salt"
+    OTHER_NAMESPACE = "other-namespace"
+    IN_FLIGHT = "in-flight"
+    DEADLINE = "deadline"
+    VANISHED = "vanished"
+    """Another process removed the object between lookup and load."""
+    EMPTY = "empty"
+    TRUNCATED = "truncated"
+    CORRUPT = "corrupt"
+    MISPLACED = "misplaced"
+    FOREIGN_VERSION = "foreign-version"
+    TIER_DOWN = "tier-down"
+    NO_ROOM = "no-room"
+    BUSY = "busy"
+    """Too much already in flight."""
+
+    @property
+    def is_damage(self) -> bool:
+        """Whether the stored object itself is unusable and must be quarantined."""
+        return self in _DAMAGE
+
+
+_DAMAGE = frozenset(
+    {Cause.EMPTY, Cause.TRUNCATED, Cause.CORRUPT, Cause.MISPLACED, Cause.FOREIGN_VERSION}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One span that could not be stored or loaded, and why."""
+
+    span: Span
+    cause: Cause
+    tier: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreReport:
+    """What became of the spans of one store, in spans (chunks and the tail).
+
+    ``stored``: new, readable now. ``skipped``: already there. ``dropped``: no room or too much in
+    flight, by choice. ``failed``: something broke; the span is not offered.
+    """
+
+    stored: int = 0
+    skipped: int = 0
+    dropped: int = 0
+    failed: tuple[Failure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RetrieveReport:
+    """Tokens ``[0, tokens)`` of the prompt are in the engine's memory and correct.
+
+    (From ``first_token`` on; what lies before it the engine had already.) When ``tokens`` is less
+    than was asked for, ``failed`` says what ended the prefix.
+    """
+
+    tokens: int
+    failed: tuple[Failure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MissedChunk:
+    """Why one span of a prompt is not usable."""
+
+    start: int
+    stop: int
+    cause: Cause
+    detail: str
+    """One sentence for a person: which policy and when, which field differs, which tier."""
+    divergent_token: int | None = None
+    """First position at which a stored prompt with the same beginning differs, when known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Which part of a prompt is usable, where it lies, and the cause of each miss after it."""
+
+    num_tokens: int
+    hit_tokens: int
+    by_tier: Mapping[str, int]
+    misses: tuple[MissedChunk, ...]
+
+    def __str__(self) -> str:
+        places = ", ".join(f"{n} from {tier}" for tier, n in self.by_tier.items() if n)
+        lines = [f"{self.hit_tokens} of {self.num_tokens} tokens usable" + f" ({places})" * bool(places)]
+        lines += [f"  tokens {m.start}..{m.stop}: {m.cause}: {m.detail}" for m in self.misses]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """Counters of one tier since it was opened. Bytes are payload bytes."""
+
+    name: str
+    objects: int
+    used_nbytes: int
+    capacity_nbytes: int | None
+    pinned_nbytes: int
+    hits: int
+    misses: Mapping[Cause, int]
+    stored: int
+    evicted: int
+    loaded_nbytes: int
+    stored_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A snapshot of a cache's counters."""
+
+    tiers: tuple[TierStats, ...]
+    lookups: int
+    asked_tokens: int
+    hit_tokens: int
+    leases: int
+    inflight: int
+
+
+@dataclass(frozen=True, slots=True)
+class TierHealth:
+    """Whether a tier serves, and why not."""
+
+    name: str
+    ok: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """``ok`` when every tier serves."""
+
+    tiers: tuple[TierHealth, ...] = field(default_factory=tuple)
+
+    @property
+    def ok(self) -> bool:
+        return all(t.ok for t in self.tiers)
