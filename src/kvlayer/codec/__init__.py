@@ -1,0 +1,1 @@
+"""How payloads become bytes on a disk or a wire."""

@@ -1,0 +1,98 @@
+"""Which bytes of a slab are free: a two-level segregated-fit allocator. Pure arithmetic.
+
+Every call takes constant time whatever the number of extents, neighbours are merged at once, and
+a freed extent is found again by the next request of the same size. After M. Masmano et al.,
+"TLSF: a new dynamic memory allocator for real-time systems" (ECRTS 2004), section 3.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from kvlayer.payload import ALIGNMENT, align
+
+__all__ = ["Extents"]
+
+_SUB_BITS = 4  # 16 size classes per power of two: at most 1/16 of a request is searched past
+_SUB = 1 << _SUB_BITS
+_SAME_CLASS_TRIES = 8
+
+
+def _size_class(pages: int) -> int:
+    """Class of an extent; larger classes hold only larger extents."""
+    if pages < _SUB:
+        return pages
+    power = pages.bit_length() - 1
+    return (power - _SUB_BITS + 1) * _SUB + ((pages >> (power - _SUB_BITS)) & (_SUB - 1))
+
+
+class Extents:
+    """Hands out 4 KiB-aligned ranges of ``[0, capacity)``."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity // ALIGNMENT * ALIGNMENT
+        self.used = 0
+        self._taken: dict[int, int] = {}  # start page -> pages
+        self._free: dict[int, int] = {}
+        self._free_ends: dict[int, int] = {}  # end page -> start page
+        self._classes: dict[int, dict[int, None]] = {}
+        self._bitmap = 0
+        if self.capacity:
+            self._add(0, self.capacity // ALIGNMENT)
+
+    def __len__(self) -> int:
+        return len(self._taken)
+
+    def allocate(self, nbytes: int) -> int | None:
+        """Offset of a free range of at least ``nbytes``, or None when none is large enough."""
+        pages = align(max(nbytes, 1)) // ALIGNMENT
+        start = self._find(pages)
+        if start is None:
+            return None
+        size = self._remove(start)
+        if size > pages:
+            self._add(start + pages, size - pages)
+        self._taken[start] = pages
+        self.used += pages * ALIGNMENT
+        return start * ALIGNMENT
+
+    def release(self, offset: int) -> None:
+        """Give a range back. Raises ``KeyError`` for one that is not allocated."""
+        start = offset // ALIGNMENT
+        pages = self._taken.pop(start)
+        self.used -= pages * ALIGNMENT
+        before = self._free_ends.get(start)
+        if before is not None:
+            pages += self._remove(before)
+            start = before
+        if start + pages in self._free:
+            pages += self._remove(start + pages)
+        self._add(start, pages)
+
+    def _find(self, pages: int) -> int | None:
+        own = _size_class(pages)
+        for start in islice(self._classes.get(own, ()), _SAME_CLASS_TRIES):
+            if self._free[start] >= pages:
+                return start
+        larger = self._bitmap >> (own + 1)
+        if not larger:
+            return None
+        index = own + 1 + (larger & -larger).bit_length() - 1
+        return next(iter(self._classes[index]))
+
+    def _add(self, start: int, pages: int) -> None:
+        self._free[start] = pages
+        self._free_ends[start + pages] = start
+        index = _size_class(pages)
+        self._classes.setdefault(index, {})[start] = None
+        self._bitmap |= 1 << index
+
+    def _remove(self, start: int) -> int:
+        pages = self._free.pop(start)
+        del self._free_ends[start + pages]
+        index = _size_class(pages)
+        members = self._classes[index]
+        del members[start]
+        if not members:
+            self._bitmap &= ~(1 << index)
+        return pages
