@@ -1,0 +1,1 @@
+"""The tier stack: what is where, what to move, and the moving."""

@@ -1,0 +1,175 @@
+"""What is where: the state of every object on every tier. Pure memory; no clock, no I/O, no locks.
+
+Records are found by chunk hash: a salt folds into the hash, so a hash belongs to one zone. Tier 0
+is the host; an object there is absent, being filled or ready, at one slab offset. On a lower tier
+it is known to be there or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from enum import Enum
+
+from kvlayer.keys import ObjectKey, Part, Span
+from kvlayer.tier import plan
+
+__all__ = ["ChunkRecord", "Directory", "Host", "ObjectRecord"]
+
+
+class Host(Enum):
+    """State of an object in host memory."""
+
+    ABSENT = 0
+    FILLING = 1
+    READY = 2
+
+
+class ObjectRecord:
+    """One object: where it lies and who holds it. ``pins`` > 0 keeps it in host memory."""
+
+    __slots__ = ("chunk", "host", "key", "nbytes", "offset", "part", "pins", "tiers", "writing")
+
+    def __init__(self, key: ObjectKey, part: Part, chunk: ChunkRecord) -> None:
+        self.key = key
+        self.part = part
+        self.chunk = chunk
+        self.host = Host.ABSENT
+        self.offset = -1
+        self.nbytes = 0
+        self.pins = 0
+        self.tiers = 0
+        """Bit t: ready on tier t (t >= 1)."""
+        self.writing = 0
+        """Bit t: being written to tier t."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the object can be served from somewhere."""
+        return self.host is Host.READY or self.tiers != 0
+
+    @property
+    def tier(self) -> int:
+        """The nearest tier it can be served from; -1 when there is none."""
+        if self.host is Host.READY:
+            return 0
+        return (self.tiers & -self.tiers).bit_length() - 1
+
+
+class ChunkRecord:
+    """One chunk or tail and its objects. ``covers`` caches, per group, what serves this rank."""
+
+    __slots__ = ("covers", "hash", "objects", "zone")
+
+    def __init__(self, chunk_hash: bytes, zone: str) -> None:
+        self.hash = chunk_hash
+        self.zone = zone
+        self.objects: dict[Part, ObjectRecord] = {}
+        self.covers: list[tuple[ObjectRecord, ...] | None] | None = None
+
+
+class Directory:
+    """All records of one namespace, seen by a rank that needs ``needs`` (one part per group)."""
+
+    def __init__(self, namespace: str, needs: Sequence[Part]) -> None:
+        self.namespace = namespace
+        self.needs = tuple(needs)
+        self._chunks: dict[bytes, ChunkRecord] = {}
+
+    def __len__(self) -> int:
+        """Chunks with at least one object."""
+        return len(self._chunks)
+
+    def chunk(self, chunk_hash: bytes) -> ChunkRecord | None:
+        return self._chunks.get(chunk_hash)
+
+    def covers(self, chunk_hash: bytes) -> list[tuple[ObjectRecord, ...] | None]:
+        """Per group, ready objects that together hold what this rank needs of the chunk."""
+        record = self._chunks.get(chunk_hash)
+        if record is None:
+            return [None] * len(self.needs)
+        if record.covers is None:
+            ready = sorted(
+                (o for o in record.objects.values() if o.is_ready), key=lambda o: o.tier
+            )
+            by_part = {o.part: o for o in ready}
+            record.covers = [
+                None if chosen is None else tuple(by_part[p] for p in chosen)
+                for chosen in (plan.cover(need, by_part) for need in self.needs)
+            ]
+        return record.covers
+
+    def find(self, chunk_hash: bytes, part: Part) -> ObjectRecord | None:
+        record = self._chunks.get(chunk_hash)
+        return None if record is None else record.objects.get(part)
+
+    def ensure(self, span: Span, zone: str, part: Part) -> ObjectRecord:
+        """The object's record, made if it is new."""
+        return self._ensure(span.hash, zone, part, None)
+
+    def note(self, key: ObjectKey, tier: int) -> ObjectRecord:
+        """Record that a lower tier has an object, as its listing says."""
+        _, zone, _, _ = key.split("/")
+        found = self._ensure(key.chunk, zone, key.part, key)
+        self.add_tier(found, tier)
+        return found
+
+    def _ensure(
+        self, chunk_hash: bytes, zone: str, part: Part, key: ObjectKey | None
+    ) -> ObjectRecord:
+        record = self._chunks.get(chunk_hash)
+        if record is None:
+            record = self._chunks[chunk_hash] = ChunkRecord(chunk_hash, zone)
+        found = record.objects.get(part)
+        if found is None:
+            key = key or ObjectKey.of(self.namespace, zone, chunk_hash, part)
+            found = record.objects[part] = ObjectRecord(key, part, record)
+        return found
+
+    # -- state changes ---------------------------------------------------------------------------
+
+    def fill(self, found: ObjectRecord, offset: int, nbytes: int) -> None:
+        """absent -> filling: bytes are on their way to ``offset``."""
+        assert found.host is Host.ABSENT, found.key
+        found.host, found.offset, found.nbytes = Host.FILLING, offset, nbytes
+
+    def ready(self, found: ObjectRecord) -> None:
+        """filling -> ready: the bytes are there and verified."""
+        assert found.host is Host.FILLING, found.key
+        found.host = Host.READY
+        found.chunk.covers = None
+
+    def drop_host(self, found: ObjectRecord) -> int:
+        """filling or ready -> absent. Returns the slab offset that became free."""
+        assert found.host is not Host.ABSENT, found.key
+        offset, found.host, found.offset = found.offset, Host.ABSENT, -1
+        self._changed(found)
+        return offset
+
+    def add_tier(self, found: ObjectRecord, tier: int) -> None:
+        """A lower tier holds the object."""
+        found.tiers |= 1 << tier
+        found.chunk.covers = None
+
+    def drop_tier(self, found: ObjectRecord, tier: int) -> None:
+        """A lower tier no longer holds the object."""
+        found.tiers &= ~(1 << tier)
+        self._changed(found)
+
+    def _changed(self, found: ObjectRecord) -> None:
+        found.chunk.covers = None
+        self.forget(found)
+
+    def forget(self, found: ObjectRecord) -> None:
+        """Drop a record nothing refers to any more."""
+        if found.is_ready or found.host is Host.FILLING or found.pins or found.writing:
+            return
+        record = found.chunk
+        if record.objects.get(found.part) is found:
+            del record.objects[found.part]
+        if not record.objects and self._chunks.get(record.hash) is record:
+            del self._chunks[record.hash]
+
+    def objects(self) -> Iterator[ObjectRecord]:
+        """Every record, in the order chunks became known. Do not change states while iterating."""
+        for record in self._chunks.values():
+            yield from record.objects.values()

@@ -1,0 +1,84 @@
+"""The built-in eviction policies: recency, with and without favour for the start of a prompt."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+from kvlayer.abc.policy import EvictionPolicy
+from kvlayer.keys import ObjectKey
+
+__all__ = ["LRU", "PrefixLRU"]
+
+
+class LRU(EvictionPolicy):
+    """Least recently used first; a path is used in its own order, so its end stays longest.
+
+    Pinned keys live outside the evictable order, so any number of them costs ``victim`` nothing.
+    A key demoted while it is pinned goes to the front once it is unpinned.
+    """
+
+    name: ClassVar[str] = "lru"
+    __slots__ = ("_order", "_pinned")
+
+    def __init__(self) -> None:
+        self._order: OrderedDict[ObjectKey, None] = OrderedDict()
+        self._pinned: dict[ObjectKey, bool] = {}
+        """Pinned key -> whether it was demoted meanwhile."""
+
+    @staticmethod
+    def _uses(path: Sequence[ObjectKey]) -> Iterable[ObjectKey]:
+        """The path in the order its keys are used, the one to keep longest last."""
+        return path
+
+    def admit(self, path: Sequence[ObjectKey], /) -> None:
+        for key in self._uses(path):
+            if key not in self._pinned:
+                self._order[key] = None
+                self._order.move_to_end(key)
+
+    def touch(self, path: Sequence[ObjectKey], /) -> None:
+        for key in self._uses(path):
+            if key in self._order:
+                self._order.move_to_end(key)
+
+    def pin(self, key: ObjectKey, /) -> None:
+        self._order.pop(key, None)
+        self._pinned.setdefault(key, False)
+
+    def unpin(self, path: Sequence[ObjectKey], /) -> None:
+        for key in self._uses(path):
+            demoted = self._pinned.pop(key, None)
+            if demoted is not None:
+                self._order[key] = None
+            if key in self._order:
+                self._order.move_to_end(key, last=not demoted)
+
+    def demote(self, key: ObjectKey, /) -> None:
+        if key in self._order:
+            self._order.move_to_end(key, last=False)
+        elif key in self._pinned:
+            self._pinned[key] = True
+
+    def remove(self, key: ObjectKey, /) -> None:
+        self._order.pop(key, None)
+        self._pinned.pop(key, None)
+
+    def victim(self) -> ObjectKey | None:
+        return next(iter(self._order), None)
+
+
+class PrefixLRU(LRU):
+    """Recency in which a prompt's start outlives its end.
+
+    Every path (root first) is used deepest first, so an ancestor is always more recent than its
+    descendants: what is evicted is never the prefix of something kept, which would be dead weight.
+    """
+
+    name: ClassVar[str] = "prefix-lru"
+    __slots__ = ()
+
+    @staticmethod
+    def _uses(path: Sequence[ObjectKey]) -> Iterable[ObjectKey]:
+        return reversed(path)

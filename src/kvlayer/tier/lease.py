@@ -1,0 +1,77 @@
+"""Leases: pins with an owner and a deadline. Pure; the caller brings the time.
+
+An expired lease is dropped at the next call, so a holder that died cannot stop the cache. What a
+lease protected may then be evicted; a later load finds it on a lower tier or counts a miss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+from kvlayer.tier.directory import ObjectRecord
+from kvlayer.tier.host import HostTier
+
+__all__ = ["Lease", "LeaseTable"]
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """Objects held for ``owner`` until ``deadline`` (the cache's clock, seconds)."""
+
+    number: int
+    owner: str
+    deadline: float
+    path: Sequence[ObjectRecord]
+
+
+class LeaseTable:
+    """All leases of one host tier."""
+
+    def __init__(self, host: HostTier) -> None:
+        self._host = host
+        self._leases: dict[int, Lease] = {}
+        self._deadlines: list[tuple[float, int]] = []
+        self._next = 1
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def grant(self, path: Sequence[ObjectRecord], *, owner: str, deadline: float) -> Lease:
+        """Pin ``path`` (root first) until ``deadline`` or :meth:`release`."""
+        lease = Lease(self._next, owner, deadline, path)
+        self._next += 1
+        self._host.pin(path)
+        self._leases[lease.number] = lease
+        heappush(self._deadlines, (deadline, lease.number))
+        return lease
+
+    def release(self, number: int) -> bool:
+        """Give a lease back. False when it had expired or was released before."""
+        lease = self._leases.pop(number, None)
+        if lease is None:
+            return False
+        self._host.unpin(lease.path)
+        return True
+
+    def expire(self, now: float) -> list[Lease]:
+        """Drop every lease whose deadline has passed; returns them."""
+        gone = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, number = heappop(self._deadlines)
+            lease = self._leases.get(number)
+            if lease is not None:
+                self.release(number)
+                gone.append(lease)
+        return gone
+
+    def clear(self) -> None:
+        """Release every lease."""
+        for number in list(self._leases):
+            self.release(number)
+        self._deadlines.clear()
+
+    def active(self) -> list[Lease]:
+        """Leases that are still held, oldest first."""
+        return list(self._leases.values())

@@ -1,0 +1,168 @@
+"""Bringing objects up into host memory, each once, in prompt order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
+from functools import partial
+
+from kvlayer.events import ObjectQuarantined
+from kvlayer.keys import ObjectKey, Span
+from kvlayer.results import Cause, Failure
+from kvlayer.tier.directory import Host, ObjectRecord
+from kvlayer.tier.flight import Flight, Flights, outcome_of
+from kvlayer.tier.guard import Busy
+from kvlayer.tier.messages import Outcome
+from kvlayer.tier.mover import Mover
+from kvlayer.tier.planner import Planner, Reservation
+from kvlayer.tier.tier import LowerTier, Tier
+
+__all__ = ["Loads", "Wanted"]
+
+Wanted = Sequence[tuple[Span, Sequence[ObjectRecord]]]
+"""Spans in prompt order and the objects each needs. The caller keeps the objects pinned."""
+
+
+class Loads:
+    """Runs flights from the lower tiers into the host."""
+
+    def __init__(
+        self, planner: Planner, mover: Mover, host: Tier, lower: Sequence[LowerTier]
+    ) -> None:
+        self._planner = planner
+        self._mover = mover
+        self._host = host
+        self._lower = {tier.index: tier for tier in lower}
+        self._flights = Flights()
+
+    async def arrive(self, wanted: Wanted, trouble: list[Failure]) -> AsyncGenerator[Wanted]:
+        """Yield ``wanted`` in order, in batches, each as soon as all of it is in host memory.
+
+        Everything is started at once. The first span that cannot be brought up ends the sequence
+        and leaves its failure in ``trouble``. Close the iterator: that lets go of what is still
+        on its way.
+        """
+        flights: dict[ObjectKey, Flight] = {}
+        try:
+            failure, started = self._take_off(wanted, flights)
+            batch: list[tuple[Span, Sequence[ObjectRecord]]] = []
+            for span, records in wanted[:started]:
+                absent = [r for r in records if r.host is not Host.READY]
+                if batch and not all(flights[r.key].is_done for r in absent):
+                    yield batch
+                    batch = []
+                for record in absent:
+                    missed = await self._bring(span, record, flights)
+                    if missed is not None:
+                        failure = missed
+                        break
+                else:
+                    batch.append((span, records))
+                    continue
+                break
+            if batch:
+                yield batch
+            if failure is not None:
+                trouble.append(failure)
+        finally:
+            for flight in flights.values():
+                flight.leave()
+
+    def _take_off(
+        self, wanted: Wanted, flights: dict[ObjectKey, Flight]
+    ) -> tuple[Failure | None, int]:
+        """Start flights for all that is absent; on a refusal, how many spans are on their way."""
+        for at, (span, records) in enumerate(wanted):
+            for record in records:
+                if record.host is Host.READY:
+                    continue
+                started = self._fly(span, record)
+                if isinstance(started, Failure):
+                    return started, at
+                flights[record.key] = started
+        return None, len(wanted)
+
+    def _fly(self, span: Span, record: ObjectRecord) -> Flight | Failure:
+        joined = self._flights.join(record.key)
+        if joined is not None:
+            return joined
+        if record.host is Host.FILLING:
+            return Failure(span, Cause.IN_FLIGHT, self._host.name, "being stored right now")
+        if not record.tiers:
+            return Failure(span, Cause.VANISHED, self._host.name, "gone since the lookup")
+        tier = self._lower[record.tier]
+        evicted: list[ObjectRecord] = []
+        slot = self._planner.plan_fetch(span, record, evicted)
+        self._host.lost(
+            self._planner.host.policy.name,
+            [gone.key for gone in evicted],
+            sum(gone.nbytes for gone in evicted),
+        )
+        if slot is None:
+            self._host.refused(Cause.NO_ROOM)
+            return Failure(span, Cause.NO_ROOM, self._host.name, "host memory is all in use")
+        try:
+            task = tier.guard.start(
+                partial(self._mover.fetch, tier.index, slot.piece),
+                partial(self._landed, tier, slot),
+            )
+        except Busy:
+            self._planner.fetched(slot, ok=False)
+            tier.refused(Cause.BUSY)
+            return Failure(span, Cause.BUSY, tier.name, "too much in flight")
+        flight = Flight(record.key, tier.index, task, tier.guard)
+        self._flights.add(flight)
+        return flight
+
+    def _landed(self, tier: LowerTier, slot: Reservation, task: asyncio.Task[Outcome]) -> None:
+        outcome = outcome_of(task, slot.record.key)
+        self._planner.fetched(slot, ok=outcome.ok)
+        tier.transferred("load", outcome)
+
+    async def _bring(
+        self, span: Span, record: ObjectRecord, flights: dict[ObjectKey, Flight]
+    ) -> Failure | None:
+        """Wait until an object is in host memory, trying one tier after the other."""
+        while True:
+            flight = flights[record.key]
+            tier = self._lower[flight.tier]
+            outcome = await flight.wait()
+            if record.host is Host.READY:
+                return None
+            if outcome is None:
+                detail = f"not loaded within {tier.guard.deadline} s"
+                tier.fails(Cause.DEADLINE, detail)
+                return Failure(span, Cause.DEADLINE, tier.name, detail)
+            await self._withdraw(tier, record, outcome)
+            flights.pop(record.key).leave()
+            if record.tiers >> tier.index & 1 or not record.tiers:
+                cause = outcome.cause or Cause.VANISHED
+                return Failure(span, cause, tier.name, outcome.detail)
+            again = self._fly(span, record)
+            if isinstance(again, Failure):
+                return again
+            flights[record.key] = again
+
+    async def _withdraw(self, tier: LowerTier, record: ObjectRecord, outcome: Outcome) -> None:
+        """Stop offering what a tier could not deliver; take a damaged object out of sight."""
+        cause = outcome.cause
+        if cause is None or not (cause.is_damage or cause is Cause.VANISHED):
+            return
+        if not record.tiers >> tier.index & 1:
+            return  # another request was faster
+        self._planner.missing(record, tier.index, cause, f"{tier.name}: {outcome.detail}")
+        if not cause.is_damage:
+            return
+        if tier.emit:
+            tier.emit(
+                ObjectQuarantined(
+                    tier=tier.name, key=record.key, cause=cause, detail=outcome.detail
+                )
+            )
+        with suppress(Busy):  # found again, and quarantined then, at the next load
+            task = tier.guard.start(partial(self._mover.quarantine, tier.index, record.key))
+            if not await tier.guard.wait(task):
+                tier.fails(Cause.DEADLINE, "quarantine did not end in time")
+            elif not task.cancelled() and (error := task.exception()) is not None:
+                tier.fails(Cause.TIER_DOWN, f"{type(error).__name__}: {error}")

@@ -1,0 +1,202 @@
+"""The Mover: carries out moves between engine, slab and lower tiers. Decides nothing.
+
+It knows the slab, one stager (or none) and the backends; objects come to it as
+:class:`~kvlayer.tier.messages.Piece` and leave as :class:`~kvlayer.tier.messages.Outcome`. What
+enters the process is verified here, once.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Sequence
+
+from kvlayer._offload import Offload
+from kvlayer.abc.backend import Backend, Hit, Miss, Read, Write
+from kvlayer.abc.stager import HostCopy, Stager
+from kvlayer.codec.frame import HEADER_NBYTES, FrameError, check_frame, write_header
+from kvlayer.errors import BackendError, BackendTimeoutError, UnsupportedError
+from kvlayer.keys import ObjectKey, Part
+from kvlayer.layout import KVView
+from kvlayer.memory.slab import Slab
+from kvlayer.payload import Payload
+from kvlayer.results import Cause
+from kvlayer.tier.messages import Outcome, Piece
+
+__all__ = ["Mover"]
+
+
+class Mover:
+    """Moves pieces for one device. ``backends[0]`` is None: tier 0 is the slab itself."""
+
+    def __init__(
+        self,
+        slab: Slab,
+        stager: Stager | None,
+        backends: Sequence[Backend | None],
+        *,
+        shape: Callable[[Part, int], Payload],
+        clock: Callable[[], float],
+        wall_clock: Callable[[], float],
+        build: str,
+        threads: int = 2,
+    ) -> None:
+        self._slab = slab
+        self._stager = stager
+        self._backends = tuple(backends)
+        self._shape = shape
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._build = build
+        self._checks = Offload(threads, "kvlayer-check")
+        self._headers = _HeaderPages()
+
+    def close(self) -> None:
+        """Wait for running checks and end their threads. Backends and stager are the caller's."""
+        self._checks.close()
+
+    # -- engine <-> slab -------------------------------------------------------------------------
+
+    def check(self, view: KVView) -> None:
+        """Raise ``LayoutError`` unless the view is what the layout promises."""
+        self._device.check(view)
+
+    async def gather(self, view: KVView, pieces: Sequence[Piece], view_start: int) -> None:
+        """Copy objects out of the engine; entry 0 of the view is token ``view_start``."""
+        await self._device.gather(view, [self._copy(p, view_start, 0) for p in pieces])
+
+    async def scatter(
+        self, view: KVView, pieces: Sequence[Piece], view_start: int, view_stop: int
+    ) -> None:
+        """Copy objects into the engine, as far as the view covers their tokens."""
+        copies = []
+        for piece in pieces:
+            skip = max(view_start - piece.first_token, 0)
+            stop = min(piece.first_token + piece.num_tokens, view_stop)
+            tokens = stop - piece.first_token - skip
+            if tokens > 0:
+                copies.append(self._copy(piece, view_start, skip, tokens))
+        if copies:
+            await self._device.scatter(view, copies)
+
+    @property
+    def _device(self) -> Stager:
+        if self._stager is None:
+            raise UnsupportedError("this mover has no device; it only talks to backends")
+        return self._stager
+
+    def _copy(self, piece: Piece, start: int, skip: int, tokens: int | None = None) -> HostCopy:
+        payload = self._shape(piece.key.part, piece.num_tokens)
+        host = self._slab.view(piece.offset, payload.nbytes)
+        count = payload.tokens if tokens is None else tokens
+        return HostCopy(payload, host, piece.first_token + skip - start, count, skip)
+
+    # -- slab <-> lower tiers --------------------------------------------------------------------
+
+    async def contains(self, tier: int, keys: Sequence[ObjectKey]) -> list[ObjectKey]:
+        """Those of ``keys`` a tier holds. Raises ``BackendError``."""
+        sizes = await self._backend(tier).contains(keys)
+        return [key for key, size in zip(keys, sizes, strict=True) if size is not None]
+
+    async def spill(self, tier: int, piece: Piece) -> Outcome:
+        """Frame one object and put it on a tier. Failures are outcomes."""
+        started = self._clock()
+        payload = self._shape(piece.key.part, piece.num_tokens)
+        view = self._slab.view(piece.offset, payload.nbytes)
+        header = self._headers.take()
+        try:
+            await self._checks.run(
+                write_header,
+                header,
+                view,
+                key=piece.key,
+                payload=payload,
+                first_token=piece.first_token,
+                created=self._wall_clock(),
+                build=self._build,
+            )
+            (error,) = await self._backend(tier).put([Write(piece.key, (header, view))])
+        except BackendError as exc:
+            error = exc
+        finally:
+            self._headers.give(header)
+            view.release()
+        seconds = self._clock() - started
+        if error is not None:
+            return Outcome(piece.key, _cause(error), str(error), 0, seconds)
+        return Outcome(piece.key, None, "", payload.nbytes, seconds)
+
+    async def fetch(self, tier: int, piece: Piece) -> Outcome:
+        """Read one object into its slot and verify it. Failures are outcomes, never wrong bytes."""
+        started = self._clock()
+        payload = self._shape(piece.key.part, piece.num_tokens)
+        view = self._slab.view(piece.offset, payload.nbytes)
+        header = self._headers.take()
+        cause: Cause | None = None
+        detail = ""
+        try:
+            (result,) = await self._backend(tier).get([Read(piece.key, (header, view))])
+            if isinstance(result, Hit):
+                await self._checks.run(
+                    check_frame,
+                    header,
+                    view,
+                    result.nbytes,
+                    key=piece.key,
+                    payload=payload,
+                    first_token=piece.first_token,
+                )
+            elif isinstance(result, Miss):
+                cause, detail = Cause.VANISHED, "the tier no longer has it"
+            else:
+                cause, detail = _cause(result), str(result)
+        except BackendError as exc:
+            cause, detail = _cause(exc), str(exc)
+        except FrameError as exc:
+            cause, detail = exc.cause, exc.detail
+        finally:
+            self._headers.give(header)
+            view.release()
+        seconds = self._clock() - started
+        nbytes = 0 if cause is not None else payload.nbytes
+        return Outcome(piece.key, cause, detail, nbytes, seconds)
+
+    async def quarantine(self, tier: int, key: ObjectKey) -> None:
+        """Take a damaged object out of sight. Raises ``BackendError``."""
+        await self._backend(tier).quarantine([key])
+
+    async def delete(self, tier: int, keys: Sequence[ObjectKey]) -> None:
+        """Remove objects from a tier. Raises ``BackendError``."""
+        await self._backend(tier).delete(keys)
+
+    async def touch(self, tier: int, keys: Sequence[ObjectKey]) -> None:
+        """Tell a tier that objects were used, the most valuable last. Raises ``BackendError``."""
+        await self._backend(tier).touch(keys)
+
+    def _backend(self, tier: int) -> Backend:
+        backend = self._backends[tier]
+        if backend is None:
+            raise UnsupportedError(f"tier {tier} is host memory, not a backend")
+        return backend
+
+
+def _cause(error: BackendError) -> Cause:
+    return Cause.DEADLINE if isinstance(error, BackendTimeoutError) else Cause.TIER_DOWN
+
+
+class _HeaderPages:
+    """Page-aligned 4 KiB buffers for frame headers, reused."""
+
+    _BATCH = 16
+
+    def __init__(self) -> None:
+        self._free: list[memoryview] = []
+
+    def take(self) -> memoryview:
+        if not self._free:
+            pages = memoryview(mmap.mmap(-1, HEADER_NBYTES * self._BATCH))
+            step = HEADER_NBYTES
+            self._free += [pages[at : at + step] for at in range(0, len(pages), step)]
+        return self._free.pop()
+
+    def give(self, page: memoryview) -> None:
+        self._free.append(page)

@@ -1,0 +1,151 @@
+"""Decisions without I/O: how to cut a chunk into parts, what covers a need, how long a hit is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from kvlayer.errors import LayoutError
+from kvlayer.keys import Part
+from kvlayer.layout import AttentionKind, GroupLayout, HitRule, KVGroup
+
+__all__ = ["accepts", "cover", "cut", "prefix", "rank_part", "trailing_start"]
+
+
+def rank_part(index: int, layout: GroupLayout) -> Part:
+    """Everything one rank needs of a chunk of group ``index``, as one part."""
+    heads = layout.head_range if layout.group.kind is AttentionKind.MHA else None
+    return Part(index, layout.layer_range, heads, layout.form)
+
+
+def cut(index: int, layout: GroupLayout, head_shards: int) -> list[Part]:
+    """The parts a rank writes of one chunk: its heads, cut as ``head_shards`` equal ranks would.
+
+    ``head_shards`` 0 stands for as many as there are ranks of this size. Native payloads and
+    groups without heads are never cut. Raises ``LayoutError`` when the rank's heads are not whole
+    shards.
+    """
+    whole = rank_part(index, layout)
+    if whole.heads is None or whole.form != "canonical" or not head_shards:
+        return [whole]
+    lo, hi = whole.heads
+    heads = layout.group.num_kv_heads
+    step = max(heads // head_shards, 1)
+    if heads % step or lo % step or (hi - lo) % step:
+        raise LayoutError(
+            f"heads {lo}..{hi} of {heads} cannot be cut into {head_shards} equal shards",
+            hint="head_shards must be a multiple of every tensor-parallel size in the fleet, "
+            "and divide the number of KV heads",
+        )
+    return [Part(index, whole.layers, (h, h + step)) for h in range(lo, hi, step)]
+
+
+def accepts(need: Part, part: Part) -> bool:
+    """Whether a reader that needs ``need`` can scatter from ``part`` at all."""
+    if part.group != need.group or (part.heads is None) != (need.heads is None):
+        return False
+    if part.form != "canonical":
+        return part.form == need.form and part.heads == need.heads and part.layers == need.layers
+    return _overlap(part.layers, need.layers) and (
+        part.heads is None or need.heads is None or _overlap(part.heads, need.heads)
+    )
+
+
+def cover(need: Part, parts: Iterable[Part]) -> tuple[Part, ...] | None:
+    """A small set of ``parts`` that together hold all of ``need``, or None.
+
+    Earlier parts are preferred among equals. Overlap is harmless: content is the same.
+    """
+    usable = [p for p in parts if accepts(need, p)]
+    for part in usable:
+        if _inside(need.layers, part.layers) and _heads_inside(need, part):
+            return (part,)
+    layer_cells = _cells(need.layers, (p.layers for p in usable))
+    head_cells = _cells(_heads(need), (_heads(p) for p in usable))
+    missing = {(i, j) for i in layer_cells for j in head_cells}
+    chosen: list[Part] = []
+    while missing:
+        best: set[tuple[tuple[int, int], tuple[int, int]]] = set()
+        pick: Part | None = None
+        for part in usable:
+            gain = {
+                (i, j) for i, j in missing if _inside(i, part.layers) and _inside(j, _heads(part))
+            }
+            if len(gain) > len(best):
+                best, pick = gain, part
+        if pick is None:
+            return None
+        chosen.append(pick)
+        missing -= best
+    return tuple(chosen)
+
+
+def trailing_start(group: KVGroup, stop: int) -> int:
+    """First token whose KV a ``trailing`` group needs for a hit that ends before ``stop``."""
+    return max(0, stop - (group.window_tokens or 1))
+
+
+def prefix(
+    stops: Sequence[int], groups: Sequence[KVGroup], usable: Callable[[int, int], bool]
+) -> int:
+    """How many of the consecutive spans ending at ``stops`` make the longest usable prefix.
+
+    ``usable(i, g)`` says whether span i is there for group g. Every-chunk groups need all spans;
+    trailing groups only those that reach into their window before the end of the hit.
+    """
+    every = [g for g, group in enumerate(groups) if group.hit_rule is HitRule.EVERY_CHUNK]
+    trailing = [g for g, group in enumerate(groups) if group.hit_rule is HitRule.TRAILING]
+    count = 0
+    while count < len(stops) and all(usable(count, g) for g in every):
+        count += 1
+    while count:
+        gaps = [_gap(stops, count, groups[g], partial(_there, usable, g)) for g in trailing]
+        gap = min((i for i in gaps if i is not None), default=None)
+        if gap is None:
+            break
+        count = gap  # every hit that ends after the gap has it inside its window too
+    return count
+
+
+def _gap(
+    stops: Sequence[int], count: int, group: KVGroup, usable: Callable[[int], bool]
+) -> int | None:
+    """The last unusable span in the window that a hit of ``count`` spans ends with."""
+    first = trailing_start(group, stops[count - 1])
+    i = count - 1
+    while i >= 0 and stops[i] > first:
+        if not usable(i):
+            return i
+        i -= 1
+    return None
+
+
+def _there(usable: Callable[[int, int], bool], group: int, span: int) -> bool:
+    return usable(span, group)
+
+
+def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    return a[0] < b[1] and b[0] < a[1]
+
+
+def _inside(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    return outer[0] <= inner[0] and inner[1] <= outer[1]
+
+
+def _heads(part: Part) -> tuple[int, int]:
+    return part.heads or (0, 1)
+
+
+def _heads_inside(need: Part, part: Part) -> bool:
+    return _inside(_heads(need), _heads(part))
+
+
+def _cells(
+    need: tuple[int, int], ranges: Iterable[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """``need`` cut at every boundary inside it: within a cell all parts agree."""
+    cuts = {need[0], need[1]}
+    for lo, hi in ranges:
+        cuts |= {x for x in (lo, hi) if need[0] < x < need[1]}
+    edges = sorted(cuts)
+    return list(zip(edges, edges[1:], strict=False))

@@ -1,0 +1,423 @@
+"""The Planner: owns directory, leases and slab offsets, and decides what to move. No I/O.
+
+One lock guards all of it. The loop's thread changes state; any thread may look up and lease.
+Moves are described by :class:`~kvlayer.tier.messages.Piece` and carried out by a Mover, which may
+live in another process; its outcomes come back through ``stored``, ``fetched`` and ``spilled``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from threading import RLock
+
+from kvlayer.abc.policy import EvictionPolicy
+from kvlayer.errors import CapacityError
+from kvlayer.keys import ChunkChain, ObjectKey, Part, Span
+from kvlayer.layout import HitRule, KVLayout
+from kvlayer.payload import Payload
+from kvlayer.results import Cause
+from kvlayer.tier import plan
+from kvlayer.tier.directory import Directory, Host, ObjectRecord
+from kvlayer.tier.host import HostTier
+from kvlayer.tier.journal import Journal, Loss
+from kvlayer.tier.lease import Lease, LeaseTable
+from kvlayer.tier.messages import Piece
+
+__all__ = ["Match", "Planner", "Reservation", "StorePlan", "TierRules"]
+
+
+@dataclass(frozen=True, slots=True)
+class TierRules:
+    """What the planner must know of a tier. Index 0 is the host."""
+
+    name: str
+    writes: bool = True
+    tails: bool = True
+    shared: bool = False
+    """Others add and remove objects: ask it, a record is only a hint."""
+
+
+@dataclass(slots=True)
+class Match:
+    """The longest usable prefix of a prompt. ``covers[i][g]``: what serves span i for group g."""
+
+    chain: ChunkChain
+    spans: list[Span]
+    covers: list[list[tuple[ObjectRecord, ...]]]
+
+    @property
+    def tokens(self) -> int:
+        return self.spans[-1].stop if self.spans else 0
+
+    def path(self) -> list[ObjectRecord]:
+        """Every object of the match, root first."""
+        return [found for groups in self.covers for cover in groups for found in cover]
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A slot being filled: the record, its piece, and the span it belongs to."""
+
+    span: Span
+    record: ObjectRecord
+    piece: Piece
+
+
+@dataclass(slots=True)
+class StorePlan:
+    """What one store has to do."""
+
+    gathers: list[Reservation] = field(default_factory=list[Reservation])
+    spans: list[Span] = field(default_factory=list[Span])
+    skipped: list[tuple[Span, tuple[ObjectRecord, ...]]] = field(default_factory=list)
+    dropped: list[Span] = field(default_factory=list[Span])
+    evicted: list[ObjectRecord] = field(default_factory=list[ObjectRecord])
+
+
+class Planner:
+    """Decides for one rank of one namespace. ``tiers[0]`` is the host."""
+
+    def __init__(
+        self,
+        namespace: str,
+        layout: KVLayout,
+        *,
+        tiers: Sequence[TierRules],
+        capacity: int,
+        policy: EvictionPolicy,
+        tokens_per_chunk: int,
+        tokens_per_tail: int,
+        head_shards: int = 0,
+        clock: Callable[[], float],
+        wall_clock: Callable[[], float],
+    ) -> None:
+        self.lock = RLock()
+        self.layout = layout
+        self.tiers = tuple(tiers)
+        self.tokens_per_chunk = tokens_per_chunk
+        self.tokens_per_tail = tokens_per_tail
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._groups = [g.group for g in layout.groups]
+        self._every = [
+            i for i, g in enumerate(self._groups) if g.hit_rule is HitRule.EVERY_CHUNK
+        ]
+        needs = [plan.rank_part(i, g) for i, g in enumerate(layout.groups)]
+        self._cuts = [plan.cut(i, g, head_shards) for i, g in enumerate(layout.groups)]
+        self._payloads: dict[tuple[Part, int], Payload] = {}
+        self.directory = Directory(namespace, needs)
+        self.host = HostTier(capacity, policy, self.directory)
+        self.leases = LeaseTable(self.host)
+        self.journal = Journal()
+        chunk = sum(
+            self.payload(part, tokens_per_chunk).nbytes for cut in self._cuts for part in cut
+        )
+        if self.host.extents.capacity < chunk:
+            raise CapacityError(
+                f"host memory of {capacity} bytes is smaller than one chunk of {chunk} bytes",
+                hint="raise the capacity of the cpu:// tier or lower tokens_per_chunk",
+            )
+
+    def payload(self, part: Part, tokens: int) -> Payload:
+        """The shape of an object; the same object every time."""
+        shape = self._payloads.get((part, tokens))
+        if shape is None:
+            shape = Payload.of(self._groups[part.group], part, tokens)
+            self._payloads[part, tokens] = shape
+        return shape
+
+    # -- lookup ----------------------------------------------------------------------------------
+
+    def match(self, chain: ChunkChain) -> Match:
+        """The longest usable prefix by what the directory knows, tail included."""
+        with self.lock:
+            found = self._chunks(chain)
+            spans = [chain.span(i) for i in range(len(found))]
+            for tail in chain.tails(len(found)):
+                groups = self.directory.covers(tail.hash)
+                if all(groups[g] is not None for g in self._every):
+                    spans.append(tail)
+                    found.append(groups)
+                    break
+            count = len(spans)
+            if len(self._every) < len(self._groups):
+                stops = [s.stop for s in spans]
+                count = plan.prefix(stops, self._groups, lambda i, g: found[i][g] is not None)
+            return Match(chain, spans[:count], self._needed(spans[:count], found))
+
+    def _chunks(self, chain: ChunkChain) -> list[list[tuple[ObjectRecord, ...] | None]]:
+        """Covers of the full chunks at the start that all every-chunk groups have."""
+        covers, every = self.directory.covers, self._every
+        found: list[list[tuple[ObjectRecord, ...] | None]] = []
+        for chunk_hash in chain.hashes:
+            groups = covers(chunk_hash)
+            if any(groups[g] is None for g in every):
+                break
+            found.append(groups)
+        return found
+
+    def _needed(
+        self, spans: list[Span], found: list[list[tuple[ObjectRecord, ...] | None]]
+    ) -> list[list[tuple[ObjectRecord, ...]]]:
+        """Covers of the hit, empty where a trailing group needs nothing of a span."""
+        if not spans:
+            return []
+        first = [
+            plan.trailing_start(g, spans[-1].stop) if g.hit_rule is HitRule.TRAILING else 0
+            for g in self._groups
+        ]
+        return [
+            [(c or ()) if span.stop > first[g] else () for g, c in enumerate(groups)]
+            for span, groups in zip(spans, found, strict=False)
+        ]
+
+    def probes(self, chain: ChunkChain) -> list[ObjectKey]:
+        """Full-chunk objects the directory does not know, from the first gap on."""
+        with self.lock:
+            keys: list[ObjectKey] = []
+            gap = False
+            for i, chunk_hash in enumerate(chain.hashes):
+                groups = self.directory.covers(chunk_hash)
+                gap = gap or any(groups[g] is None for g in self._every)
+                for g, cover in enumerate(groups):
+                    if cover is None and (gap or g not in self._every):
+                        keys += self._keys(chain, chain.span(i), g)
+            return keys
+
+    def tail_probes(self, chain: ChunkChain) -> list[ObjectKey]:
+        """Objects of the tails that may stand at the first missing chunk, longest first."""
+        with self.lock:
+            count = len(self._chunks(chain))
+            return [
+                key
+                for tail in chain.tails(count)
+                for g, cover in enumerate(self.directory.covers(tail.hash))
+                if cover is None
+                for key in self._keys(chain, tail, g)
+            ]
+
+    def _keys(self, chain: ChunkChain, span: Span, group: int) -> list[ObjectKey]:
+        zone, space = chain.zone(span), self.directory.namespace
+        return [ObjectKey.of(space, zone, span.hash, part) for part in self._cuts[group]]
+
+    def note(self, keys: Iterable[ObjectKey], tier: int) -> None:
+        """A lower tier said it holds these objects."""
+        with self.lock:
+            for key in keys:
+                self.directory.note(key, tier)
+
+    def lease(self, match: Match, *, owner: str, seconds: float) -> Lease:
+        """Pin a match. Also drops leases whose deadline has passed."""
+        with self.lock:
+            now = self._clock()
+            self.leases.expire(now)
+            return self.leases.grant(match.path(), owner=owner, deadline=now + seconds)
+
+    def release(self, number: int) -> bool:
+        """Give a lease back; False when it had expired."""
+        with self.lock:
+            return self.leases.release(number)
+
+    # -- store -----------------------------------------------------------------------------------
+
+    def plan_store(
+        self,
+        chain: ChunkChain,
+        first_token: int,
+        *,
+        tail: bool,
+        holds: Callable[[int, Span], bool],
+    ) -> StorePlan:
+        """Reserve a slot for every object that is missing, in prompt order.
+
+        ``holds(g, span)`` says whether the engine still has the span for trailing group g. When
+        host memory runs out the rest of the prompt is dropped: later chunks are useless alone.
+        """
+        todo = StorePlan()
+        step = chain.chunk_step
+        spans = [chain.span(i) for i in range(-(-first_token // step), len(chain))]
+        if tail and len(chain) * step >= first_token:
+            spans += chain.tails(len(chain))[:1]
+        with self.lock:
+            self.leases.expire(self._clock())
+            for at, span in enumerate(spans):
+                if not self._plan_span(chain, span, holds, todo):
+                    todo.dropped += spans[at:]
+                    break
+            if todo.spans:
+                self._supersede(chain, todo.spans[0])
+        return todo
+
+    def _plan_span(
+        self,
+        chain: ChunkChain,
+        span: Span,
+        holds: Callable[[int, Span], bool],
+        todo: StorePlan,
+    ) -> bool:
+        fresh: list[Reservation] = []
+        known: list[ObjectRecord] = []
+        for g, cut in enumerate(self._cuts):
+            if self._groups[g].hit_rule is HitRule.TRAILING and not holds(g, span):
+                continue
+            for part in cut:
+                record = self.directory.ensure(span, chain.zone(span), part)
+                if record.is_ready or record.host is Host.FILLING:
+                    known.append(record)
+                    continue
+                slot = self._reserve(span, record, todo.evicted)
+                if slot is None:
+                    self.directory.forget(record)
+                    for taken in fresh:
+                        self._abandon(taken)
+                    return False
+                fresh.append(slot)
+        todo.gathers += fresh
+        if fresh:
+            todo.spans.append(span)
+        elif known:
+            todo.skipped.append((span, tuple(known)))
+        return True
+
+    def _supersede(self, chain: ChunkChain, span: Span) -> None:
+        """Tails that the first newly stored span contains are the cheapest thing to lose."""
+        for shorter in chain.tails(span.start // chain.chunk_step):
+            record = self.directory.chunk(shorter.hash)
+            if record is not None and shorter.stop < span.stop:
+                for found in record.objects.values():
+                    self.host.policy.demote(found.key)
+
+    def _reserve(
+        self, span: Span, record: ObjectRecord, evicted: list[ObjectRecord]
+    ) -> Reservation | None:
+        nbytes = self.payload(record.part, span.tokens).nbytes
+        before = len(evicted)
+        made = self.host.reserve(record, nbytes, evicted)
+        for gone in evicted[before:]:
+            self._note_eviction(gone)
+        if not made:
+            return None
+        piece = Piece(record.key, span.start, span.tokens, record.offset, nbytes)
+        return Reservation(span, record, piece)
+
+    def _note_eviction(self, gone: ObjectRecord) -> None:
+        if gone.tiers:
+            return  # still served from below
+        detail = f"evicted from {self.tiers[0].name} by {self.host.policy.name}"
+        self.lost(gone.chunk.hash, Cause.EVICTED, 0, detail)
+
+    def lost(self, chunk_hash: bytes, cause: Cause, tier: int, detail: str) -> None:
+        """Remember why a chunk is gone."""
+        loss = Loss(cause, self.tiers[tier].name, self._wall_clock(), detail)
+        self.journal.lost(chunk_hash, loss)
+
+    def stored(self, slots: Sequence[Reservation], *, ok: bool) -> None:
+        """The gather of these slots ended: serve them or give the memory back.
+
+        When ``ok`` they stay pinned; the caller unpins them once it needs them no more.
+        """
+        with self.lock:
+            if ok:
+                self.host.commit([slot.record for slot in slots])
+            else:
+                for slot in slots:
+                    self._abandon(slot)
+
+    def _abandon(self, slot: Reservation) -> None:
+        self.host.drop(slot.record)
+        self.host.unpin((slot.record,))
+
+    def remember(self, chain: ChunkChain, spans: list[Span], plain: list[bytes] | None) -> None:
+        """Keep for ``explain`` what was stored, and the hashes it has without its scope."""
+        with self.lock:
+            self.journal.stored(chain, spans, plain)
+
+    def settle(self, chain: ChunkChain, slots: Sequence[Reservation]) -> list[ObjectRecord]:
+        """Let go of what a store gathered and count a use of the whole prompt; its objects."""
+        with self.lock:
+            self.host.unpin([slot.record for slot in slots])
+            hashes = [*chain.hashes, *(slot.span.hash for slot in slots[-1:])]
+            found = [self.directory.chunk(h) for h in dict.fromkeys(hashes)]
+            path = [o for record in found if record for o in record.objects.values()]
+            self.host.policy.touch([o.key for o in path])
+            return path
+
+    def pin(self, records: Sequence[ObjectRecord]) -> None:
+        """Hold objects for a running move."""
+        with self.lock:
+            self.host.pin(records)
+
+    def unpin(self, records: Sequence[ObjectRecord]) -> None:
+        """Let go of objects after a move; counts as one use, root first."""
+        with self.lock:
+            self.host.unpin(records)
+
+    # -- lower tiers -----------------------------------------------------------------------------
+
+    def plan_fetch(
+        self, span: Span, record: ObjectRecord, evicted: list[ObjectRecord]
+    ) -> Reservation | None:
+        """Reserve a slot to bring an object up; None when there is no room for it."""
+        with self.lock:
+            return self._reserve(span, record, evicted)
+
+    def fetched(self, slot: Reservation, *, ok: bool) -> None:
+        """The fetch into this slot ended: serve it or give the memory back. Lets go of its pin."""
+        with self.lock:
+            if ok:
+                self.host.commit((slot.record,))
+                self.host.unpin((slot.record,))
+            else:
+                self._abandon(slot)
+
+    def plan_spill(self, span: Span, record: ObjectRecord, tier: int) -> Piece | None:
+        """Hold a host object that tier should get; None when it has or gets it already."""
+        with self.lock:
+            bit = 1 << tier
+            if record.host is not Host.READY or (record.tiers | record.writing) & bit:
+                return None
+            record.writing |= bit
+            self.host.pin((record,))
+            return Piece(record.key, span.start, span.tokens, record.offset, record.nbytes)
+
+    def spilled(self, record: ObjectRecord, tier: int, *, ok: bool) -> None:
+        """A spill ended; lets go of its pin."""
+        with self.lock:
+            record.writing &= ~(1 << tier)
+            if ok:
+                self.directory.add_tier(record, tier)
+            self.host.unpin((record,))
+
+    def missing(self, record: ObjectRecord, tier: int, cause: Cause, detail: str) -> None:
+        """A tier turned out not to have a usable copy."""
+        with self.lock:
+            self.directory.drop_tier(record, tier)
+            if not record.is_ready:
+                self.lost(record.chunk.hash, cause, tier, detail)
+
+    def vanished(
+        self, keys: Iterable[ObjectKey], tier: int, detail: str, cause: Cause = Cause.EVICTED
+    ) -> None:
+        """A lower tier no longer holds these objects."""
+        with self.lock:
+            for key in keys:
+                record = self.directory.find(key.chunk, key.part)
+                if record is not None and record.tiers >> tier & 1:
+                    self.directory.drop_tier(record, tier)
+                if record is None or not record.is_ready:
+                    self.lost(key.chunk, cause, tier, detail)
+
+    # -- control ---------------------------------------------------------------------------------
+
+    def evict(self, records: Iterable[ObjectRecord], cause: Cause, detail: str) -> list[ObjectKey]:
+        """Drop ready, unpinned objects from host memory; returns the keys of those dropped."""
+        gone: list[ObjectKey] = []
+        with self.lock:
+            for record in list(records):
+                if record.host is Host.READY and not record.pins:
+                    self.host.drop(record)
+                    gone.append(record.key)
+                    if not record.tiers:
+                        self.lost(record.chunk.hash, cause, 0, detail)
+        return gone

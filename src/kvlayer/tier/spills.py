@@ -1,0 +1,107 @@
+"""Sending objects down from host memory to the tiers that are written to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+from kvlayer.keys import ObjectKey, Span
+from kvlayer.results import Cause, Failure
+from kvlayer.tier.directory import ObjectRecord
+from kvlayer.tier.flight import outcome_of
+from kvlayer.tier.guard import Busy
+from kvlayer.tier.messages import Outcome
+from kvlayer.tier.mover import Mover
+from kvlayer.tier.planner import Planner
+from kvlayer.tier.tier import LowerTier
+
+__all__ = ["Spills", "Write"]
+
+
+class Write(NamedTuple):
+    """One object on its way down to one tier."""
+
+    span: Span
+    key: ObjectKey
+    tier: LowerTier
+    task: asyncio.Task[Outcome]
+
+
+class Spills:
+    """Runs writes to the lower tiers; each holds its object in host memory until it ends."""
+
+    def __init__(self, planner: Planner, mover: Mover, lower: Sequence[LowerTier]) -> None:
+        self._planner = planner
+        self._mover = mover
+        self._lower = [tier for tier in lower if tier.write != "never"]
+        self._running: set[asyncio.Task[Outcome]] = set()
+
+    def start(
+        self, moves: Sequence[tuple[Span, ObjectRecord]], refused: list[Failure]
+    ) -> list[Write]:
+        """Start writing objects wherever they are missing; returns the writes of "through" tiers.
+
+        What a tier refuses because too much is in flight is dropped there and listed in
+        ``refused``.
+        """
+        through: list[Write] = []
+        for tier in self._lower:
+            for span, record in moves:
+                if not tier.tails and span.tokens < self._planner.tokens_per_chunk:
+                    continue
+                try:
+                    task = self._spill(tier, span, record)
+                except Busy:
+                    tier.refused(Cause.BUSY)
+                    refused.append(Failure(span, Cause.BUSY, tier.name, "too much in flight"))
+                    continue
+                if task is not None and tier.write == "through":
+                    through.append(Write(span, record.key, tier, task))
+        return through
+
+    def _spill(
+        self, tier: LowerTier, span: Span, record: ObjectRecord
+    ) -> asyncio.Task[Outcome] | None:
+        piece = self._planner.plan_spill(span, record, tier.index)
+        if piece is None:
+            return None
+        try:
+            task = tier.guard.start(
+                partial(self._mover.spill, tier.index, piece), partial(self._ended, tier, record)
+            )
+        except Busy:
+            self._planner.spilled(record, tier.index, ok=False)
+            raise
+        self._running.add(task)
+        return task
+
+    def _ended(
+        self, tier: LowerTier, record: ObjectRecord, task: asyncio.Task[Outcome]
+    ) -> None:
+        self._running.discard(task)
+        outcome = outcome_of(task, record.key)
+        self._planner.spilled(record, tier.index, ok=outcome.ok)
+        tier.transferred("store", outcome)
+
+    async def committed(self, through: Sequence[Write]) -> list[Failure]:
+        """Wait for "through" writes; a tier's deadline is paid once, not per object."""
+        failed: list[Failure] = []
+        late: set[str] = set()
+        for write in through:
+            tier, task = write.tier, write.task
+            if task.done() or (tier.name not in late and await tier.guard.wait(task)):
+                outcome = outcome_of(task, write.key)
+                if outcome.cause is not None:
+                    failed.append(Failure(write.span, outcome.cause, tier.name, outcome.detail))
+            else:
+                late.add(tier.name)
+                failed.append(Failure(write.span, Cause.DEADLINE, tier.name, "not written yet"))
+        return failed
+
+    async def flush(self) -> None:
+        """Wait until everything started so far has been written or has failed."""
+        running = set(self._running)
+        if running:
+            await asyncio.wait(running)

@@ -1,0 +1,240 @@
+"""The stack runs plans: the Planner decides, the Mover moves, and this file is the list of steps."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from kvlayer.keys import ChunkChain, ObjectKey, Span
+from kvlayer.layout import HitRule, KVView
+from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
+from kvlayer.tier import plan
+from kvlayer.tier.directory import ObjectRecord
+from kvlayer.tier.guard import Busy
+from kvlayer.tier.loads import Loads, Wanted
+from kvlayer.tier.messages import Piece
+from kvlayer.tier.mover import Mover
+from kvlayer.tier.planner import Match, Planner, StorePlan
+from kvlayer.tier.spills import Spills
+from kvlayer.tier.tier import LowerTier, Tier
+
+__all__ = ["Stack", "Window"]
+
+_RECOVERY_BATCH = 256  # records noted per turn of the loop
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The tokens ``[start, stop)`` of a prompt that a view covers."""
+
+    start: int
+    stop: int
+
+
+class Stack:
+    """All tiers of one cache, on one event loop."""
+
+    def __init__(
+        self, planner: Planner, mover: Mover, host: Tier, lower: Sequence[LowerTier]
+    ) -> None:
+        self.planner = planner
+        self.mover = mover
+        self.host = host
+        self.lower = tuple(lower)
+        self.loads = Loads(planner, mover, host, lower)
+        self.spills = Spills(planner, mover, lower)
+        self._recoveries: list[asyncio.Task[None]] = []
+
+    @property
+    def inflight(self) -> int:
+        """Calls to lower tiers that run or wait their turn."""
+        return sum(tier.guard.inflight for tier in self.lower)
+
+    # -- lookup ----------------------------------------------------------------------------------
+
+    async def find(self, chain: ChunkChain) -> Match:
+        """The longest usable prefix. Asks lower tiers only for what the directory does not know."""
+        for probes in (self.planner.probes, self.planner.tail_probes):
+            for tier in self.lower:
+                if tier.must_ask and (keys := probes(chain)):
+                    await self._ask(tier, keys)
+        return self.planner.match(chain)
+
+    async def _ask(self, tier: LowerTier, keys: Sequence[ObjectKey]) -> None:
+        try:
+            task = tier.guard.start(partial(self.mover.contains, tier.index, keys), _retrieved)
+        except Busy:
+            tier.refused(Cause.BUSY)
+            return
+        try:
+            answered = await tier.guard.wait(task)
+        finally:
+            task.cancel()
+        if not answered:
+            tier.fails(Cause.DEADLINE, f"no answer within {tier.guard.deadline} s")
+        elif (error := task.exception()) is not None:
+            tier.fails(Cause.TIER_DOWN, f"{type(error).__name__}: {error}")
+        else:
+            self.planner.note(task.result(), tier.index)
+
+    # -- store -----------------------------------------------------------------------------------
+
+    async def store(
+        self, chain: ChunkChain, view: KVView, window: Window, *, tail: bool
+    ) -> tuple[StoreReport, StorePlan]:
+        """Gather what is missing, serve it, and send it down. See ``Cache.store``."""
+        todo = self.planner.plan_store(
+            chain, window.start, tail=tail, holds=partial(_holds, view, window.start)
+        )
+        self.host.lost(
+            self.planner.host.policy.name,
+            [gone.key for gone in todo.evicted],
+            sum(gone.nbytes for gone in todo.evicted),
+        )
+        gathered = False
+        try:
+            if todo.gathers:
+                await self.mover.gather(view, [slot.piece for slot in todo.gathers], window.start)
+            gathered = True
+        finally:
+            self.planner.stored(todo.gathers, ok=gathered)
+        self.host.stored += len(todo.gathers)
+        self.host.stored_nbytes += sum(slot.piece.nbytes for slot in todo.gathers)
+        if todo.dropped:
+            self.host.misses[Cause.NO_ROOM] += len(todo.dropped)
+        failed = await self._send_down(chain, todo)
+        report = StoreReport(len(todo.spans), len(todo.skipped), len(todo.dropped), tuple(failed))
+        return report, todo
+
+    async def _send_down(self, chain: ChunkChain, todo: StorePlan) -> list[Failure]:
+        moves = [(slot.span, slot.record) for slot in todo.gathers]
+        moves += [(span, record) for span, records in todo.skipped for record in records]
+        failed: list[Failure] = []
+        through = self.spills.start(moves, failed)
+        path = self.planner.settle(chain, todo.gathers)
+        failed += await self.spills.committed(through)
+        self._touch(path)
+        return failed
+
+    # -- retrieve --------------------------------------------------------------------------------
+
+    async def retrieve(self, match: Match, view: KVView, window: Window) -> RetrieveReport:
+        """Bring a match up and scatter it, in prompt order. See ``Cache.retrieve``."""
+        bound = Window(window.start, min(match.tokens, window.stop))
+        wanted = [
+            (span, records)
+            for span, records in _wanted(match)
+            if span.start < bound.stop and span.stop > bound.start
+        ]
+        trouble: list[Failure] = []
+        done = 0
+        path = [record for _, records in wanted for record in records]
+        self.planner.pin(path)
+        try:
+            async with aclosing(self.loads.arrive(wanted, trouble)) as arrivals:
+                async for batch in arrivals:
+                    pieces = [_piece(span, r) for span, records in batch for r in records]
+                    await self.mover.scatter(view, pieces, bound.start, bound.stop)
+                    done += len(batch)
+                    self.host.hits += len(pieces)
+                    self.host.loaded_nbytes += sum(piece.nbytes for piece in pieces)
+        finally:
+            self.planner.unpin(path)
+        self._touch(match.path())
+        if done == len(wanted):
+            return RetrieveReport(max(bound.stop, bound.start))
+        return RetrieveReport(self._usable(match, wanted[0][0], done, bound), tuple(trouble))
+
+    def _usable(self, match: Match, first: Span, done: int, bound: Window) -> int:
+        """Tokens of the correct prefix after ``done`` spans from ``first`` on were scattered."""
+        groups = [layout.group for layout in self.planner.layout.groups]
+        stops = [span.stop for span in match.spans[: match.spans.index(first) + done]]
+        count = plan.prefix(
+            stops,
+            groups,
+            lambda i, g: groups[g].hit_rule is HitRule.EVERY_CHUNK or bool(match.covers[i][g]),
+        )
+        return max(min(stops[count - 1] if count else 0, bound.stop), bound.start)
+
+    async def promote(self, match: Match) -> RetrieveReport:
+        """Bring a match into host memory. The caller holds a lease on it."""
+        trouble: list[Failure] = []
+        tokens = 0
+        async with aclosing(self.loads.arrive(_wanted(match), trouble)) as arrivals:
+            async for batch in arrivals:
+                tokens = batch[-1][0].stop
+        return RetrieveReport(tokens, tuple(trouble))
+
+    # -- background ------------------------------------------------------------------------------
+
+    def _touch(self, path: Sequence[ObjectRecord]) -> None:
+        """Keep lower tiers' order of use alive, deepest first, without waiting for it."""
+        for tier in self.lower:
+            keys = [record.key for record in reversed(path) if record.tiers >> tier.index & 1]
+            if keys:
+                with suppress(Busy):  # only a hint
+                    tier.guard.start(partial(self.mover.touch, tier.index, keys), _retrieved)
+
+    def recover(self, tier: LowerTier) -> None:
+        """Start learning what a tier already holds."""
+        tier.is_recovered = False
+        task = asyncio.get_running_loop().create_task(self._recover(tier))
+        task.add_done_callback(partial(_recovery_ended, tier))
+        self._recoveries.append(task)
+
+    async def _recover(self, tier: LowerTier) -> None:
+        batch: list[ObjectKey] = []
+        async for listed in tier.backend.list(self.planner.directory.namespace):
+            batch.append(listed.key)
+            if len(batch) >= _RECOVERY_BATCH:
+                self.planner.note(batch, tier.index)
+                batch = []
+                await asyncio.sleep(0)
+        self.planner.note(batch, tier.index)
+        tier.is_recovered = True
+
+    async def recovered(self) -> None:
+        """Wait until every tier's listing has been read."""
+        if self._recoveries:
+            await asyncio.wait(self._recoveries)
+
+    async def aclose(self) -> None:
+        """Cancel what runs and wait until all lent memory is back."""
+        for task in self._recoveries:
+            task.cancel()
+        await self.recovered()
+        for tier in self.lower:
+            await tier.guard.aclose()
+
+
+def _wanted(match: Match) -> Wanted:
+    return [
+        (span, [record for cover in covers for record in cover])
+        for span, covers in zip(match.spans, match.covers, strict=True)
+    ]
+
+
+def _piece(span: Span, record: ObjectRecord) -> Piece:
+    return Piece(record.key, span.start, span.tokens, record.offset, record.nbytes)
+
+
+def _retrieved(task: asyncio.Task[Any]) -> None:
+    """Mark an error as seen: whoever waits looks at it, and a hint may fail unheard."""
+    if not task.cancelled():
+        task.exception()
+
+
+def _recovery_ended(tier: LowerTier, task: asyncio.Task[None]) -> None:
+    """A listing that failed costs nothing but questions: lookups go on asking the tier."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        tier.fails(Cause.TIER_DOWN, f"{type(error).__name__}: {error}")
+
+
+def _holds(view: KVView, view_start: int, group: int, span: Span) -> bool:
+    """Whether the engine still has every token of the span for this group (no slot is -1)."""
+    slots = view.slots[group][span.start - view_start : span.stop - view_start]
+    return int(slots.min() if hasattr(slots, "min") else min(slots)) >= 0

@@ -1,0 +1,106 @@
+"""One tier at run time: its name, its rules, its guard, its counters and what it reports."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvlayer.abc.backend import Backend
+from kvlayer.events import Emitter, ObjectsEvicted, TierChanged, TransferDone
+from kvlayer.keys import ObjectKey
+from kvlayer.results import Cause, TierHealth
+from kvlayer.tier.guard import Guard
+from kvlayer.tier.messages import Outcome
+
+__all__ = ["LowerTier", "Tier"]
+
+
+@dataclass(slots=True, eq=False)
+class Tier:
+    """Counters of one tier since it was opened, in objects and payload bytes."""
+
+    index: int
+    name: str
+    emit: Emitter
+    hits: int = 0
+    misses: Counter[Cause] = field(default_factory=Counter[Cause])
+    stored: int = 0
+    evicted: int = 0
+    loaded_nbytes: int = 0
+    stored_nbytes: int = 0
+    trouble: str = ""
+    """What went wrong last; empty while the tier serves."""
+
+    def health(self) -> TierHealth:
+        return TierHealth(self.name, not self.trouble, self.trouble)
+
+    def lost(self, policy: str, keys: Sequence[ObjectKey], nbytes: int) -> None:
+        """Objects were evicted."""
+        self.evicted += len(keys)
+        if self.emit and keys:
+            self.emit(
+                ObjectsEvicted(tier=self.name, policy=policy, keys=tuple(keys), nbytes=nbytes)
+            )
+
+    def refused(self, cause: Cause) -> None:
+        """Something was not done because there was no room or too much in flight."""
+        self.misses[cause] += 1
+
+    def works(self) -> None:
+        """A call succeeded."""
+        if self.trouble:
+            self.trouble = ""
+            if self.emit:
+                self.emit(TierChanged(tier=self.name, ok=True, detail="a call succeeded"))
+
+    def fails(self, cause: Cause, detail: str) -> None:
+        """The tier itself failed: an error or a missed deadline."""
+        self.misses[cause] += 1
+        if not self.trouble and self.emit:
+            self.emit(TierChanged(tier=self.name, ok=False, detail=detail))
+        self.trouble = detail or cause
+
+    def transferred(self, direction: str, outcome: Outcome) -> None:
+        """An object moved between this tier and the host, or failed to."""
+        if outcome.cause is Cause.TIER_DOWN or outcome.cause is Cause.DEADLINE:
+            self.fails(outcome.cause, outcome.detail)
+        elif outcome.cause is not None:
+            self.misses[outcome.cause] += 1
+        else:
+            self.works()
+            if direction == "load":
+                self.hits += 1
+                self.loaded_nbytes += outcome.nbytes
+            else:
+                self.stored += 1
+                self.stored_nbytes += outcome.nbytes
+        if self.emit:
+            self.emit(
+                TransferDone(
+                    tier=self.name,
+                    direction=direction,
+                    key=outcome.key,
+                    nbytes=outcome.nbytes,
+                    seconds=outcome.seconds,
+                    cause=outcome.cause,
+                    detail=outcome.detail,
+                )
+            )
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class LowerTier(Tier):
+    """A tier below the host: a backend behind a guard."""
+
+    backend: Backend
+    guard: Guard
+    write: str
+    tails: bool
+    is_shared: bool
+    is_recovered: bool = True
+
+    @property
+    def must_ask(self) -> bool:
+        """Whether it may hold more than the directory knows."""
+        return self.is_shared or not self.is_recovered
