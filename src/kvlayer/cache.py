@@ -1,0 +1,292 @@
+"""The cache: store, lookup, retrieve and prefetch KV by token. Start reading here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from kvlayer import opening
+from kvlayer.config import CacheConfig
+from kvlayer.control import Control
+from kvlayer.errors import ClosedError, ForkedError, LayoutError
+from kvlayer.events import LookupDone, RetrieveDone, Sink, StoreDone
+from kvlayer.hit import PrefixHit
+from kvlayer.keys import ChunkChain, Scope, Tokens, token_bytes
+from kvlayer.layout import KVLayout, KVView
+from kvlayer.namespace import Namespace
+from kvlayer.results import RetrieveReport, StoreReport
+from kvlayer.tier.planner import Match
+from kvlayer.tier.stack import Window
+
+__all__ = ["Cache", "Prefetch"]
+
+PUBLIC = Scope()
+
+
+class Cache:
+    """KV of one model, for one engine rank, on one event loop.
+
+    Made by :meth:`open`. Every method belongs to the loop it was opened on; engine threads use
+    :class:`kvlayer.Portal`. Nothing here raises because a tier, a disk or a peer failed: that is
+    a shorter prefix and a cause. Misuse raises: a wrong view, wrong tokens, use after close.
+    """
+
+    def __init__(self, parts: opening.Parts) -> None:
+        self._parts = parts
+        self._stack = parts.stack
+        self._planner = parts.stack.planner
+        self._emit = parts.emit
+        self._clock = parts.clock
+        self._pid = os.getpid()
+        self._closed = False
+        self.namespace = parts.namespace
+        self.config = parts.config
+        self.control = Control(self)
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        config: CacheConfig,
+        layout: KVLayout,
+        namespace: Namespace | None = None,
+        *,
+        sinks: Iterable[Sink] = (),
+    ) -> AsyncIterator[Cache]:
+        """Open the tiers of ``config`` for an engine whose KV lies as ``layout`` says.
+
+        ``namespace`` is what identifies the KV; without one it is made from ``config.model`` and
+        the layout, which reads the model's files once to digest them. On a clean exit everything
+        stored reaches the lower tiers first (at most ``config.close_seconds``); on an exception
+        only what is being written ends.
+
+        Raises ``ConfigError``, ``IdentityError``, ``CapacityError``, ``PluginError`` or
+        ``BackendError`` when the cache cannot be built; then nothing stays open.
+        """
+        parts = await opening.build(config, layout, namespace, sinks)
+        cache = cls(parts)
+        clean = False
+        try:
+            yield cache
+            clean = True
+        finally:
+            cache._closed = True
+            await parts.aclose(flush=clean)
+
+    # -- the four verbs --------------------------------------------------------------------------
+
+    async def store(
+        self,
+        tokens: Tokens,
+        kv: KVView,
+        *,
+        scope: Scope = PUBLIC,
+        first_token: int = 0,
+        tail: bool = True,
+    ) -> StoreReport:
+        """Store the KV of a prompt as far as ``kv`` covers it; what is there already is skipped.
+
+        ``tokens`` are all tokens from the prompt's start; entry 0 of ``kv``'s slots is token
+        ``first_token``, and chunks that start before it are left alone (a growing conversation
+        names them again but need not hold them). ``tail`` also stores the partial chunk at the
+        end: do so once, when the prompt is complete.
+
+        Returns when the bytes have left the engine's memory and, for tiers with ``write =
+        "through"``, have been committed there or failed to. Cancelling it releases the view and
+        leaves every object whole or absent. Raises ``LayoutError`` and ``TokensError``.
+        """
+        started = self._begin()
+        self._parts.stager.check(kv)
+        window = self._window(kv, first_token)
+        packed = token_bytes(tokens).cast("I")
+        if window.stop > len(packed):
+            raise LayoutError(
+                f"the view covers tokens {window.start}..{window.stop}, but there are only "
+                f"{len(packed)} tokens",
+                hint="pass all tokens from the prompt's start, and first_token for the view's",
+            )
+        packed = packed[: window.stop]
+        chain = self.chain(packed, scope)
+        report, todo = await self._stack.store(chain, kv, window, tail=tail)
+        if todo.spans:
+            plain = self.chain(packed, PUBLIC).hashes if scope.extras() else None
+            self._planner.remember(chain, todo.spans, plain)
+        if self._emit:
+            self._emit(
+                StoreDone(
+                    owner=scope.owner,
+                    stored=report.stored,
+                    skipped=report.skipped,
+                    dropped=report.dropped,
+                    failed=report.failed,
+                    nbytes=sum(slot.piece.nbytes for slot in todo.gathers),
+                    seconds=self._clock() - started,
+                )
+            )
+        return report
+
+    @asynccontextmanager
+    async def lookup(self, tokens: Tokens, *, scope: Scope = PUBLIC) -> AsyncGenerator[PrefixHit]:
+        """The longest usable prefix, pinned until the block ends (or ``lease_seconds`` pass).
+
+        Raises ``TokensError``.
+        """
+        started = self._begin()
+        chain = self.chain(tokens, scope)
+        match = await self._stack.find(chain)
+        lease = self._planner.lease(
+            match, owner=scope.owner, seconds=self.config.lease_seconds
+        )
+        self._parts.count_lookup(chain.num_tokens, match.tokens)
+        if self._emit:
+            self._emit(
+                LookupDone(
+                    owner=scope.owner,
+                    asked_tokens=chain.num_tokens,
+                    hit_tokens=match.tokens,
+                    seconds=self._clock() - started,
+                )
+            )
+        try:
+            yield PrefixHit(
+                match.tokens, tuple(match.spans), self.by_tier(match), scope.owner, match, lease
+            )
+        finally:
+            self._planner.release(lease.number)
+
+    async def retrieve(
+        self, hit: PrefixHit, kv: KVView, *, first_token: int = 0
+    ) -> RetrieveReport:
+        """Load a hit into the engine's memory, as far as ``kv`` covers it.
+
+        Entry 0 of ``kv``'s slots is token ``first_token``; what lies before it the engine has.
+        Loads ``min(hit.tokens, first_token + kv.num_tokens)`` tokens; whatever fails ends the
+        prefix there and is named in the report. Bytes are verified before they are scattered.
+
+        The view may be written beyond ``report.tokens``, never outside its slots. Cancelling
+        returns once the view is untouched. Raises ``LayoutError``.
+        """
+        started = self._begin()
+        self._parts.stager.check(kv)
+        if hit.match is None:
+            raise LayoutError("this hit did not come from a lookup of this cache")
+        window = self._window(kv, first_token)
+        report = await self._stack.retrieve(hit.match, kv, window)
+        if self._emit:
+            asked = min(hit.tokens, window.stop)
+            self._emit(
+                RetrieveDone(
+                    owner=hit.owner,
+                    asked_tokens=asked,
+                    tokens=report.tokens,
+                    failed=report.failed,
+                    nbytes=sum(found.nbytes for found in hit.match.path()),
+                    seconds=self._clock() - started,
+                )
+            )
+        return report
+
+    def prefetch(
+        self, tokens: Tokens, *, scope: Scope = PUBLIC, deadline: float | None = None
+    ) -> Prefetch:
+        """Start bringing a prompt's usable prefix into host memory and hold it there.
+
+        The prefix stays pinned for ``deadline`` seconds (default ``lease_seconds``), whether or
+        not anyone asks for it. Raises ``TokensError``.
+        """
+        self._begin()
+        chain = self.chain(tokens, scope)
+        seconds = self.config.lease_seconds if deadline is None else deadline
+        return Prefetch(self._parts.spawn(self._promote(chain, scope.owner, seconds)))
+
+    async def _promote(self, chain: ChunkChain, owner: str, seconds: float) -> RetrieveReport:
+        match = await self._stack.find(chain)
+        lease = self._planner.lease(match, owner=owner, seconds=seconds)
+        try:
+            return await self._stack.promote(match)
+        except asyncio.CancelledError:
+            self._planner.release(lease.number)
+            raise
+
+    async def flush(self) -> None:
+        """Wait until everything stored so far has reached the lower tiers, or failed to."""
+        self._begin()
+        await self._stack.spills.flush()
+
+    async def recovered(self) -> None:
+        """Wait until what the lower tiers already held has been listed.
+
+        Lookups need not wait: they ask a tier for what is not listed yet. Only objects that were
+        cut into other parts than this rank's are found through the listing alone.
+        """
+        self._begin()
+        await self._stack.recovered()
+
+    # -- shared with control ---------------------------------------------------------------------
+
+    @property
+    def stack(self) -> opening.Stack:
+        """The tiers; for the control API."""
+        self._begin()
+        return self._stack
+
+    @property
+    def parts(self) -> opening.Parts:
+        """What the cache was built from; for the control API."""
+        self._begin()
+        return self._parts
+
+    def chain(self, tokens: Tokens, scope: Scope) -> ChunkChain:
+        """The names of a prompt under this cache's chunk size. Raises ``TokensError``."""
+        return ChunkChain(
+            tokens,
+            scope,
+            tokens_per_chunk=self.namespace.tokens_per_chunk,
+            tokens_per_tail=self.namespace.tokens_per_tail,
+        )
+
+    def by_tier(self, match: Match) -> dict[str, int]:
+        """Tokens of a match by the name of the farthest tier each span needs."""
+        names = [self._stack.host.name, *(tier.name for tier in self._stack.lower)]
+        counts = dict.fromkeys(names, 0)
+        for span, covers in zip(match.spans, match.covers, strict=True):
+            tiers = [found.tier for cover in covers for found in cover]
+            counts[names[max(tiers, default=0)]] += span.tokens
+        return counts
+
+    def _begin(self) -> float:
+        if self._closed:
+            raise ClosedError("the cache is closed", hint="use it inside `async with Cache.open`")
+        if os.getpid() != self._pid:
+            raise ForkedError(
+                f"the cache was opened in process {self._pid} and used in {os.getpid()}",
+                hint="open a cache in each process, after the fork",
+            )
+        return self._clock()
+
+    @staticmethod
+    def _window(kv: KVView, first_token: int) -> Window:
+        if first_token < 0:
+            raise LayoutError(f"first_token must be at least 0, found {first_token}")
+        return Window(first_token, first_token + kv.num_tokens)
+
+
+class Prefetch:
+    """A running promotion: poll it from an engine step, cancel it, or await its report."""
+
+    def __init__(self, task: asyncio.Task[RetrieveReport]) -> None:
+        self._task = task
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self._task.done()
+
+    def cancel(self) -> None:
+        """Stop it and unpin what it held. What other requests wait for goes on."""
+        self._task.cancel()
+
+    def __await__(self) -> Generator[Any, None, RetrieveReport]:
+        return asyncio.shield(self._task).__await__()

@@ -1,0 +1,183 @@
+"""The control API of one cache: pin, evict, clear, explain, and what it has been doing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from kvlayer.abc.backend import Capability
+from kvlayer.errors import ConfigError
+from kvlayer.explain import explain
+from kvlayer.keys import ObjectKey, Scope, Tokens
+from kvlayer.results import Cause, Explanation, Health, Stats, TierStats
+from kvlayer.tier.guard import Busy
+from kvlayer.tier.tier import LowerTier
+from kvlayer.urls import nearest
+
+if TYPE_CHECKING:
+    from kvlayer.cache import Cache
+
+__all__ = ["Control", "Pin"]
+
+_PUBLIC = Scope()
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A prefix held in host memory: ``number`` names it, ``tokens`` is how much it holds."""
+
+    number: int
+    tokens: int
+
+
+class Control:
+    """Operations on one cache. Belongs to the cache's loop."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+
+    async def pin(
+        self, tokens: Tokens, *, scope: Scope = _PUBLIC, seconds: float, owner: str = ""
+    ) -> Pin:
+        """Bring a prompt's usable prefix into host memory and hold it there for ``seconds``.
+
+        Pins bind this process; other processes sharing a tier may still evict their copies.
+        """
+        stack = self._cache.stack
+        match = await stack.find(self._cache.chain(tokens, scope))
+        lease = stack.planner.lease(match, owner=owner or scope.owner, seconds=seconds)
+        report = await stack.promote(match)
+        return Pin(lease.number, report.tokens)
+
+    def unpin(self, pin: Pin) -> bool:
+        """Let go of a pin. False when it had expired or was let go of before."""
+        return self._cache.stack.planner.release(pin.number)
+
+    async def explain(self, tokens: Tokens, *, scope: Scope = _PUBLIC) -> Explanation:
+        """What of a prompt is usable, from where, and the cause of every miss."""
+        return await explain(self._cache, tokens, scope)
+
+    async def evict(
+        self, tokens: Tokens, *, scope: Scope = _PUBLIC, tier: str | None = None
+    ) -> int:
+        """Remove a prompt's objects from one tier, or from all; returns how many went.
+
+        What is pinned stays in host memory.
+        """
+        stack = self._cache.stack
+        chain = self._cache.chain(tokens, scope)
+        hashes = [*chain.hashes, *(tail.hash for tail in chain.tails(len(chain)))]
+        with stack.planner.lock:
+            chunks = [stack.planner.directory.chunk(h) for h in hashes]
+            records = [found for chunk in chunks if chunk for found in chunk.objects.values()]
+            by_tier = {
+                lower.index: [r.key for r in records if r.tiers >> lower.index & 1]
+                for lower in stack.lower
+            }
+        gone = 0
+        for lower in self._lower(tier):
+            gone += await self._delete(lower, by_tier[lower.index])
+        if tier in (None, stack.host.name):
+            gone += len(stack.planner.evict(records, Cause.CLEARED, "evicted by request"))
+        return gone
+
+    async def clear(self, tier: str | None = None) -> int:
+        """Remove everything of this namespace from one tier, or from all; returns how many went.
+
+        What is pinned stays in host memory. Other namespaces are not touched.
+        """
+        stack = self._cache.stack
+        gone = 0
+        for lower in self._lower(tier):
+            keys: list[ObjectKey] = []
+            if Capability.LIST in lower.backend.capabilities:
+                async for listed in lower.backend.list(self._cache.namespace.digest):
+                    keys.append(listed.key)
+            gone += await self._delete(lower, keys)
+        if tier in (None, stack.host.name):
+            with stack.planner.lock:
+                records = list(stack.planner.directory.objects())
+            gone += len(stack.planner.evict(records, Cause.CLEARED, "cleared by request"))
+        return gone
+
+    def stats(self) -> Stats:
+        """Counters since the cache was opened."""
+        stack, parts = self._cache.stack, self._cache.parts
+        planner, host = stack.planner, stack.host
+        with planner.lock:
+            counts = [0] * (1 + len(stack.lower))
+            for record in planner.directory.objects():
+                for lower in stack.lower:
+                    counts[lower.index] += record.tiers >> lower.index & 1
+            tiers = [
+                TierStats(
+                    name=host.name,
+                    objects=len(planner.host),
+                    used_nbytes=planner.host.extents.used,
+                    capacity_nbytes=planner.host.extents.capacity,
+                    pinned_nbytes=planner.host.pinned_nbytes,
+                    hits=host.hits,
+                    misses=dict(host.misses),
+                    stored=host.stored,
+                    evicted=host.evicted,
+                    loaded_nbytes=host.loaded_nbytes,
+                    stored_nbytes=host.stored_nbytes,
+                )
+            ]
+            leases = len(planner.leases)
+        for lower in stack.lower:
+            tiers.append(
+                TierStats(
+                    name=lower.name,
+                    objects=counts[lower.index],
+                    used_nbytes=getattr(lower.backend, "used_nbytes", 0),
+                    capacity_nbytes=getattr(lower.backend, "capacity_nbytes", None),
+                    pinned_nbytes=0,
+                    hits=lower.hits,
+                    misses=dict(lower.misses),
+                    stored=lower.stored,
+                    evicted=lower.evicted,
+                    loaded_nbytes=lower.loaded_nbytes,
+                    stored_nbytes=lower.stored_nbytes,
+                )
+            )
+        return Stats(
+            tuple(tiers),
+            parts.lookups,
+            parts.asked_tokens,
+            parts.hit_tokens,
+            leases,
+            stack.inflight,
+        )
+
+    def health(self) -> Health:
+        """Whether each tier serves, by its last calls."""
+        stack = self._cache.stack
+        return Health((stack.host.health(), *(tier.health() for tier in stack.lower)))
+
+    def _lower(self, name: str | None) -> list[LowerTier]:
+        stack = self._cache.stack
+        if name is None:
+            return list(stack.lower)
+        known = [stack.host.name, *(tier.name for tier in stack.lower)]
+        if name not in known:
+            near = nearest(name, known)
+            raise ConfigError(
+                f"there is no tier {name!r}",
+                hint=f"did you mean {near!r}?" if near else f"tiers: {', '.join(known)}",
+            )
+        return [tier for tier in stack.lower if tier.name == name]
+
+    async def _delete(self, lower: LowerTier, keys: list[ObjectKey]) -> int:
+        stack = self._cache.stack
+        if not keys:
+            return 0
+        try:
+            task = lower.guard.start(partial(stack.mover.delete, lower.index, keys))
+        except Busy:
+            lower.refused(Cause.BUSY)
+            return 0
+        await task
+        stack.planner.vanished(keys, lower.index, "removed by request", Cause.CLEARED)
+        return len(keys)

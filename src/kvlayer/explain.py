@@ -1,0 +1,141 @@
+"""Why a prompt missed: the cause of every span after the usable prefix, in words."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from kvlayer.errors import BackendError, IdentityError
+from kvlayer.keys import ChunkChain, ObjectKey, Scope, Span, Tokens, token_bytes
+from kvlayer.namespace import Namespace
+from kvlayer.results import Cause, Explanation, MissedChunk
+from kvlayer.tier.directory import Host
+
+if TYPE_CHECKING:
+    from kvlayer.cache import Cache
+
+__all__ = ["explain"]
+
+
+async def explain(cache: Cache, tokens: Tokens, scope: Scope) -> Explanation:
+    """Look a prompt up without pinning it and name the cause of each miss.
+
+    Causes come from what this process remembers (a bounded journal) and from what the tiers say.
+    """
+    packed = token_bytes(tokens).cast("I")
+    chain = cache.chain(packed, scope)
+    match = await cache.stack.find(chain)
+    others = await _other_namespaces(cache, chain, match.tokens)
+    plain = cache.chain(packed, Scope()) if scope.extras() else chain
+    misses: list[MissedChunk] = []
+    for span in _unusable(cache, chain, match.tokens):
+        missed = _missed(cache, chain, plain, span, others)
+        if missed is not None:
+            _append(misses, missed)
+    return Explanation(chain.num_tokens, match.tokens, cache.by_tier(match), tuple(misses))
+
+
+def _unusable(cache: Cache, chain: ChunkChain, start: int) -> list[Span]:
+    """The spans a complete hit would have had after ``start``, and the rest that has no name."""
+    step = chain.chunk_step
+    spans = [chain.span(i) for i in range(len(chain)) if (i + 1) * step > start]
+    end = len(chain) * step
+    tails = chain.tails(len(chain))
+    if tails and tails[0].stop > start:
+        spans.append(tails[0])
+    named = spans[-1].stop if spans else max(start, end)
+    if named < chain.num_tokens:
+        spans.append(Span(named, chain.num_tokens, b""))
+    return spans
+
+
+def _missed(
+    cache: Cache,
+    chain: ChunkChain,
+    plain: ChunkChain,
+    span: Span,
+    others: dict[bytes, str],
+) -> MissedChunk | None:
+    """The cause for one span; None when the span itself is there."""
+    planner = cache.stack.planner
+    index = span.start // chain.chunk_step
+    if not span.hash:
+        detail = (
+            f"{span.tokens} tokens are left over: a prompt's end is kept in multiples of "
+            f"{chain.tail_step}"
+        )
+        return MissedChunk(span.start, span.stop, Cause.SHORT, detail)
+    with planner.lock:
+        covers = planner.directory.covers(span.hash)
+        if all(cover is not None for cover in covers):
+            return None
+        record = planner.directory.chunk(span.hash)
+        filling = record is not None and any(
+            found.host is Host.FILLING for found in record.objects.values()
+        )
+        loss = planner.journal.loss(span.hash)
+        is_chunk = index < len(plain)
+        elsewhere = planner.journal.elsewhere(plain.hashes[index], span.hash) if is_chunk else None
+        divergent = planner.journal.divergence(chain, index)
+    down = [tier for tier in cache.stack.lower if tier.trouble]
+    cause, detail = Cause.NEVER_STORED, "these tokens were not stored after what precedes them"
+    if filling:
+        cause, detail = Cause.IN_FLIGHT, "on its way into host memory right now"
+    elif loss is not None:
+        cause = loss.cause
+        detail = f"{loss.detail}, {max(time.time() - loss.when, 0):.0f} s ago"
+    elif elsewhere is not None:
+        cause, detail = Cause.OTHER_SALT, f"the same tokens are stored under: {elsewhere}"
+    elif span.hash in others:
+        cause, detail = Cause.OTHER_NAMESPACE, others[span.hash]
+    elif down:
+        cause, detail = Cause.TIER_DOWN, f"{down[0].name}: {down[0].trouble}"
+    elif divergent is not None:
+        detail = f"a stored prompt starts alike and differs from token {divergent} on"
+    else:
+        divergent = None
+    keep = divergent if cause is Cause.NEVER_STORED else None
+    return MissedChunk(span.start, span.stop, cause, detail, keep)
+
+
+async def _other_namespaces(cache: Cache, chain: ChunkChain, start: int) -> dict[bytes, str]:
+    """Missing chunks that other namespaces of the lower tiers hold, and which fields differ."""
+    found: dict[bytes, str] = {}
+    first = start // chain.chunk_step
+    spans = [chain.span(i) for i in range(first, len(chain))]
+    for tier in cache.stack.lower:
+        try:
+            described = await tier.backend.namespaces()
+            for digest, canonical in described.items():
+                if digest == cache.namespace.digest:
+                    continue
+                other = Namespace.from_canonical(canonical)
+                parts = [need for need in cache.stack.planner.directory.needs]
+                keys = [
+                    ObjectKey.of(digest, chain.zone(span), span.hash, part)
+                    for span in spans
+                    for part in parts
+                ]
+                sizes = await tier.backend.contains(keys)
+                fields = ", ".join(cache.namespace.differences(other))
+                for key, size in zip(keys, sizes, strict=True):
+                    if size is not None:
+                        found[key.chunk] = f"stored on {tier.name} for another model setup: {fields}"
+        except (BackendError, IdentityError):
+            continue  # an explanation that cannot be had is not worth failing for
+    return found
+
+
+def _append(misses: list[MissedChunk], missed: MissedChunk) -> None:
+    """Join neighbours that share a cause, so that a long prompt stays readable."""
+    last = misses[-1] if misses else None
+    if (
+        last is not None
+        and last.stop == missed.start
+        and (last.cause, last.detail) == (missed.cause, missed.detail)
+    ):
+        misses[-1] = MissedChunk(
+            last.start, missed.stop, last.cause, last.detail, last.divergent_token
+        )
+    else:
+        misses.append(missed)

@@ -1,0 +1,239 @@
+"""Building a cache: from configuration, layout and namespace to open tiers, all or nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from kvlayer._offload import Offload
+from kvlayer._version import version
+from kvlayer.abc.backend import Backend, Capability
+from kvlayer.abc.host import HostMemory
+from kvlayer.abc.stager import Stager
+from kvlayer.config import CacheConfig, TierConfig
+from kvlayer.errors import ConfigError, IdentityError
+from kvlayer.events import Emitter, Sink
+from kvlayer.keys import ObjectKey
+from kvlayer.layout import KVLayout
+from kvlayer.namespace import Namespace
+from kvlayer.registry import POLICIES, open_backend
+from kvlayer.results import RetrieveReport
+from kvlayer.tier.guard import Guard
+from kvlayer.tier.mover import Mover
+from kvlayer.tier.planner import Planner, TierRules
+from kvlayer.tier.stack import Stack
+from kvlayer.tier.tier import LowerTier, Tier
+from kvlayer.weights import parse_weights, process_weights
+
+__all__ = ["Parts", "Stack", "build"]
+
+
+@dataclass(slots=True, eq=False)
+class Parts:
+    """Everything an open cache consists of."""
+
+    config: CacheConfig
+    namespace: Namespace
+    stack: Stack
+    stager: Stager
+    emit: Emitter
+    clock: Callable[[], float]
+    resources: AsyncExitStack
+    lookups: int = 0
+    asked_tokens: int = 0
+    hit_tokens: int = 0
+    _jobs: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    def count_lookup(self, asked: int, hit: int) -> None:
+        """Keep the totals that ``Control.stats`` reports."""
+        self.lookups += 1
+        self.asked_tokens += asked
+        self.hit_tokens += hit
+
+    def spawn(
+        self, job: Coroutine[Any, Any, RetrieveReport]
+    ) -> asyncio.Task[RetrieveReport]:
+        """Run a background job that ends with the cache at the latest."""
+        task = asyncio.get_running_loop().create_task(job)
+        self._jobs.add(task)
+        task.add_done_callback(self._jobs.discard)
+        return task
+
+    async def aclose(self, *, flush: bool) -> None:
+        """End jobs, flush if asked (bounded), take all lent memory back, close the tiers."""
+        for job in tuple(self._jobs):
+            job.cancel()
+        if self._jobs:
+            await asyncio.wait(tuple(self._jobs))
+        try:
+            if flush:
+                async with asyncio.timeout(self.config.close_seconds):
+                    await self.stack.spills.flush()
+        except TimeoutError:
+            pass  # what is not written by now is a miss later; closing must not hang
+        finally:
+            await self.stack.aclose()
+            await self.resources.aclose()
+
+
+async def build(
+    config: CacheConfig, layout: KVLayout, namespace: Namespace | None, sinks: Iterable[Sink]
+) -> Parts:
+    """Open everything, or nothing: a failure closes what was opened before it."""
+    loop = asyncio.get_running_loop()
+    async with AsyncExitStack() as resources:
+        if namespace is None:
+            namespace = await _identify(config, layout, resources)
+        _check_namespace(namespace, layout)
+        backends = [open_backend(tier.url) for tier in config.tiers]
+        host = backends[0]
+        if not isinstance(host, HostMemory):
+            raise ConfigError(
+                f"the first tier must be host memory, found {config.tiers[0].url}",
+                hint='start the list with url = "cpu://?capacity=8GiB"',
+            )
+        _check_sharing(namespace, backends)
+        names = _names(backends)
+        emit = Emitter(sinks)
+        lower = [
+            _lower_tier(index, names[index], emit, backend, tier)
+            for index, (backend, tier) in enumerate(zip(backends, config.tiers, strict=True))
+            if index
+        ]
+        await resources.enter_async_context(host)
+        planner = Planner(
+            namespace.digest,
+            layout,
+            tiers=[TierRules(name) for name in names],
+            capacity=host.slab.nbytes,
+            policy=POLICIES.load(config.policy)(),
+            tokens_per_chunk=namespace.tokens_per_chunk,
+            tokens_per_tail=namespace.tokens_per_tail,
+            head_shards=config.head_shards,
+            clock=loop.time,
+            wall_clock=time.time,
+        )
+        for tier in lower:
+            await resources.enter_async_context(tier.backend)
+            tier.backend.on_evicted = partial(_evicted, planner, tier)
+            await tier.backend.describe(namespace.digest, namespace.canonical())
+        stager = _make_stager(layout)
+        resources.push_async_callback(stager.aclose)
+        mover = Mover(
+            host.slab,
+            stager,
+            [None, *backends[1:]],
+            shape=planner.payload,
+            clock=loop.time,
+            wall_clock=time.time,
+            build=f"kvlayer-core {version()}",
+        )
+        resources.callback(mover.close)
+        stack = Stack(planner, mover, Tier(0, names[0], emit), lower)
+        for tier in lower:
+            if Capability.LIST in tier.backend.capabilities:
+                stack.recover(tier)
+        return Parts(config, namespace, stack, stager, emit, loop.time, resources.pop_all())
+
+
+async def _identify(
+    config: CacheConfig, layout: KVLayout, resources: AsyncExitStack
+) -> Namespace:
+    """The namespace of a configuration; digests the model's files if it names a path."""
+    model = config.model
+    weights = model.weights
+    if not weights:
+        weights = process_weights()
+    else:
+        offload = Offload(1, "kvlayer-digest")
+        resources.callback(offload.close)
+        weights = await offload.run(parse_weights, weights)  # may read all of the model
+    if model.numerics != "portable":
+        raise ConfigError(
+            f"numerics = {model.numerics!r} needs an engine adapter to name the engine",
+            hint="pass Cache.open a namespace with numerics='engine:<name>-<version>'",
+        )
+    groups = tuple(g.group for g in layout.groups)
+    return Namespace(
+        weights=weights,
+        compute_dtype=model.compute_dtype or groups[0].dtype,
+        overrides=model.overrides,
+        kv_scales=model.kv_scales,
+        groups=groups,
+        tokens_per_chunk=config.tokens_per_chunk,
+        tokens_per_tail=config.tail_tokens,
+    )
+
+
+def _check_namespace(namespace: Namespace, layout: KVLayout) -> None:
+    if namespace.groups != tuple(g.group for g in layout.groups):
+        raise IdentityError(
+            "the namespace and the layout describe different KV groups",
+            hint="build both from the same KVGroup values, in the same order",
+        )
+    for g in layout.groups:
+        if g.form != "canonical" and namespace.tokens_per_tail % g.tokens_per_block:
+            raise ConfigError(
+                f"tails of {namespace.tokens_per_tail} tokens are not whole blocks of "
+                f"{g.tokens_per_block}, which the native form {g.form!r} needs",
+                hint="make tokens_per_tail a multiple of the engine's block size",
+            )
+
+
+def _check_sharing(namespace: Namespace, backends: list[Backend]) -> None:
+    """KV of unknown weights must not leave the process: another model's would be served."""
+    if not namespace.is_private:
+        return
+    beyond = {Capability.PERSISTENT, Capability.SHARED}
+    for backend in backends:
+        if backend.capabilities & beyond:
+            raise IdentityError(
+                f"{backend.scheme}:// outlives or is shared beyond this process, but the "
+                "model's weights are not known",
+                hint="set model.weights to the model's folder, or to 'sha256:<64 hex digits>'",
+            )
+
+
+def _names(backends: list[Backend]) -> list[str]:
+    """Tier names for reports: the scheme, numbered from its second use on."""
+    seen: dict[str, int] = {}
+    names = []
+    for backend in backends:
+        count = seen[backend.scheme] = seen.get(backend.scheme, 0) + 1
+        names.append(backend.scheme if count == 1 else f"{backend.scheme}-{count}")
+    return names
+
+
+def _lower_tier(
+    index: int, name: str, emit: Emitter, backend: Backend, tier: TierConfig
+) -> LowerTier:
+    return LowerTier(
+        index,
+        name,
+        emit,
+        backend=backend,
+        guard=Guard(tier.deadline_seconds, tier.max_inflight),
+        write=tier.write,
+        tails=tier.tails,
+        is_shared=Capability.SHARED in backend.capabilities,
+    )
+
+
+def _evicted(
+    planner: Planner, tier: LowerTier, gone: list[tuple[ObjectKey, int]], policy: str
+) -> None:
+    """A backend gave objects up to make room: they are no longer offered."""
+    keys = [key for key, _ in gone]
+    planner.vanished(keys, tier.index, f"evicted from {tier.name} by {policy}")
+    tier.lost(policy, keys, sum(nbytes for _, nbytes in gone))
+
+
+def _make_stager(layout: KVLayout) -> Stager:
+    from kvlayer.staging.torch_stager import TorchStager  # imports torch: only when a cache opens
+
+    return TorchStager(layout)

@@ -1,0 +1,208 @@
+"""``cpu://?capacity=8GiB``: host memory. Lends its slab as tier 0; below, keeps copies in it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from time import time
+from typing import ClassVar, Self
+
+from kvlayer._offload import Offload
+from kvlayer.abc.backend import (
+    Backend,
+    Capability,
+    Hit,
+    Listed,
+    Miss,
+    Read,
+    ReadResult,
+    Write,
+    WriteResult,
+)
+from kvlayer.abc.host import HostMemory
+from kvlayer.abc.policy import EvictionPolicy
+from kvlayer.errors import BackendError, ClosedError, ConfigError
+from kvlayer.keys import ObjectKey
+from kvlayer.memory.extents import Extents
+from kvlayer.memory.slab import Slab
+from kvlayer.registry import POLICIES
+from kvlayer.urls import BackendURL, parse_bytes
+
+__all__ = ["CpuBackend", "CpuOptions"]
+
+
+@dataclass(frozen=True, slots=True)
+class CpuOptions:
+    """Options of a ``cpu://`` URL."""
+
+    capacity: int = field(default=1 << 30, metadata={"parse": parse_bytes})
+    """Bytes of host memory, committed as they are first used."""
+    policy: str = "prefix-lru"
+    """What to give up first, where the tier is not the first and evicts by itself."""
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    offset: int
+    nbytes: int
+    used: float
+    written: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the writer has ended, well or not."""
+    readers: int = 0
+    is_ready: bool = False
+
+
+class CpuBackend(Backend, HostMemory):
+    """Objects in one memfd slab. Not persistent; at capacity the policy chooses what goes."""
+
+    scheme: ClassVar[str] = "cpu"
+    capabilities = frozenset({Capability.LIST})
+
+    def __init__(self, options: CpuOptions) -> None:
+        self._options = options
+        self._policy: EvictionPolicy = POLICIES.load(options.policy)()
+        self._slab: Slab | None = None
+        self._extents = Extents(options.capacity)
+        self._held: dict[ObjectKey, _Held] = {}
+        self._copies = Offload(2, "kvlayer-cpu")
+
+    @classmethod
+    def from_url(cls, url: BackendURL, /) -> Self:
+        if url.host or url.path:
+            raise ConfigError(
+                f"cpu:// has no location, found {url.text!r}", hint="write cpu://?capacity=8GiB"
+            )
+        return cls(url.into(CpuOptions))
+
+    @property
+    def slab(self) -> Slab:
+        if self._slab is None:
+            raise ClosedError("cpu:// is not open")
+        return self._slab
+
+    @property
+    def capacity_nbytes(self) -> int:
+        """Bytes the tier may hold."""
+        return self._extents.capacity
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes held, as a lower tier."""
+        return self._extents.used
+
+    async def open(self) -> None:
+        if self._slab is None:
+            self._slab = Slab(self._options.capacity)
+
+    async def aclose(self) -> None:
+        self._copies.close()
+        if self._slab is not None:
+            self._slab.close()
+            self._slab = None
+        self._held.clear()
+
+    async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
+        found = [self._held.get(key) for key in keys]
+        return [held.nbytes if held is not None and held.is_ready else None for held in found]
+
+    async def get(self, reads: Sequence[Read], /) -> list[ReadResult]:
+        return [await self._get(read) for read in reads]
+
+    async def _get(self, read: Read) -> ReadResult:
+        held = self._held.get(read.key)
+        if held is None or not held.is_ready:
+            return Miss()
+        count = min(max(held.nbytes - read.offset, 0), read.nbytes)
+        source = self.slab.view(held.offset + read.offset, count)
+        held.readers += 1
+        self._policy.pin(read.key)
+        try:
+            await self._copies.run(_copy_out, source, read.regions)
+        finally:
+            source.release()
+            held.readers -= 1
+            held.used = time()
+            if not held.readers:
+                self._release(read.key, held)
+        return Hit(count)
+
+    async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
+        return [await self._put(write) for write in writes]
+
+    async def _put(self, write: Write) -> WriteResult:
+        while (other := self._held.get(write.key)) is not None:
+            if other.is_ready:
+                return None
+            await other.written.wait()
+        offset = self._make_room(write.nbytes)
+        if offset is None:
+            return BackendError(
+                f"cpu:// has no room for {write.nbytes} of {self._extents.capacity} bytes",
+                hint="raise its capacity",
+            )
+        held = self._held[write.key] = _Held(offset, write.nbytes, time())
+        target = self.slab.view(offset, write.nbytes)
+        try:
+            await self._copies.run(_copy_in, write.regions, target)
+            held.is_ready = True
+            self._policy.admit((write.key,))
+        finally:
+            target.release()
+            held.written.set()
+            if not held.is_ready:
+                self._drop(write.key, held)
+        return None
+
+    def _make_room(self, nbytes: int) -> int | None:
+        offset = self._extents.allocate(nbytes)
+        while offset is None and (victim := self._policy.victim()) is not None:
+            self._drop(victim, self._held[victim])
+            offset = self._extents.allocate(nbytes)
+        return offset
+
+    def _drop(self, key: ObjectKey, held: _Held) -> None:
+        del self._held[key]
+        self._policy.remove(key)
+        self._extents.release(held.offset)
+
+    def _release(self, key: ObjectKey, held: _Held) -> None:
+        """The last reader left: evictable again, or gone if it was deleted meanwhile."""
+        if self._held.get(key) is held:
+            self._policy.unpin((key,))
+        else:
+            self._extents.release(held.offset)
+
+    async def delete(self, keys: Sequence[ObjectKey], /) -> None:
+        for key in keys:
+            held = self._held.get(key)
+            if held is None or not held.is_ready:
+                continue
+            if held.readers:  # its bytes go when the last reader leaves
+                del self._held[key]
+                self._policy.remove(key)
+            else:
+                self._drop(key, held)
+
+    async def touch(self, keys: Sequence[ObjectKey], /) -> None:
+        self._policy.touch(list(reversed(keys)))
+
+    async def list(self, prefix: str = "", /) -> AsyncIterator[Listed]:
+        for key, held in list(self._held.items()):
+            if held.is_ready and key.startswith(prefix):
+                yield Listed(key, held.nbytes, held.used)
+
+
+def _copy_out(source: memoryview, regions: Sequence[memoryview]) -> None:
+    at = 0
+    for region in regions:
+        count = min(region.nbytes, source.nbytes - at)
+        region[:count] = source[at : at + count]
+        at += count
+
+
+def _copy_in(regions: Sequence[memoryview], target: memoryview) -> None:
+    at = 0
+    for region in regions:
+        target[at : at + region.nbytes] = region
+        at += region.nbytes
