@@ -1,0 +1,1 @@
+"""Listeners that turn a cache's events into logs and metrics."""

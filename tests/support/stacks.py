@@ -1,0 +1,426 @@
+"""Small tier stacks for tests: layouts, a planner on a hand-set clock, backends that misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+from kvlayer._offload import Offload
+from kvlayer.abc.backend import (
+    Backend,
+    Capability,
+    Hit,
+    Miss,
+    Read,
+    ReadResult,
+    Write,
+    WriteResult,
+)
+from kvlayer.abc.stager import HostCopy, Stager
+from kvlayer.codec.frame import HEADER_NBYTES
+from kvlayer.errors import BackendError
+from kvlayer.events import Emitter, Event
+from kvlayer.keys import ChunkChain, ObjectKey, Part, Scope
+from kvlayer.layout import (
+    NHD,
+    STATE_BLOCKS,
+    AttentionKind,
+    GroupLayout,
+    HitRule,
+    KVGroup,
+    KVLayout,
+    KVView,
+)
+from kvlayer.memory.slab import Slab
+from kvlayer.payload import align
+from kvlayer.tier.directory import Host
+from kvlayer.tier.evict import PrefixLRU
+from kvlayer.tier.guard import Guard
+from kvlayer.tier.mover import Mover
+from kvlayer.tier.planner import Planner, Reservation, StorePlan, TierRules
+from kvlayer.tier.stack import Stack
+from kvlayer.tier.tier import LowerTier, Tier
+from kvlayer.urls import BackendURL
+
+NAMESPACE = "ab" * 32
+CHUNK = 16
+TAIL = 4
+
+
+class Clock:
+    """A clock that stands still until it is set."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def full_group() -> KVGroup:
+    """Every-chunk attention: two layers, two heads; one 4 KiB page per chunk and shard."""
+    return KVGroup(AttentionKind.MHA, (0, 2), "float32", 2, 8)
+
+
+def window_group(window_tokens: int = 20) -> KVGroup:
+    """Sliding-window attention."""
+    return KVGroup(
+        AttentionKind.MHA,
+        (1,),
+        "float32",
+        2,
+        8,
+        hit_rule=HitRule.TRAILING,
+        window_tokens=window_tokens,
+    )
+
+
+def state_group() -> KVGroup:
+    """A recurrent state: only the one at the end of a hit matters."""
+    return KVGroup(
+        AttentionKind.STATE,
+        (3,),
+        "float32",
+        hit_rule=HitRule.TRAILING,
+        window_tokens=1,
+        state_nbytes=64,
+    )
+
+
+def plain_layout() -> KVLayout:
+    """One every-chunk group."""
+    return KVLayout.single(full_group(), NHD, tokens_per_block=4)
+
+
+def hybrid_layout(window_tokens: int = 20) -> KVLayout:
+    """Full attention, a sliding window and a state."""
+    return KVLayout(
+        (
+            GroupLayout(full_group(), NHD, 4),
+            GroupLayout(window_group(window_tokens), NHD, 4),
+            GroupLayout(state_group(), STATE_BLOCKS, 4),
+        )
+    )
+
+
+def make_planner(
+    *,
+    layout: KVLayout | None = None,
+    pages: int = 64,
+    tiers: int = 2,
+    head_shards: int = 0,
+    clock: Callable[[], float] | None = None,
+) -> Planner:
+    """A planner over ``pages`` 4 KiB pages of host memory."""
+    return Planner(
+        NAMESPACE,
+        layout or plain_layout(),
+        tiers=[TierRules(f"tier-{i}") for i in range(tiers)],
+        capacity=pages * 4096,
+        policy=PrefixLRU(),
+        tokens_per_chunk=CHUNK,
+        tokens_per_tail=TAIL,
+        head_shards=head_shards,
+        clock=clock or Clock(),
+        wall_clock=Clock(),
+    )
+
+
+def chain_of(count: int, *, seed: int = 0, scope: Scope | None = None) -> ChunkChain:
+    """The names of a prompt of ``count`` tokens; equal seeds begin alike."""
+    tokens = array("i", ((seed * 7919 + i * 31) % 50_000 for i in range(count)))
+    return ChunkChain(tokens, scope or Scope(), tokens_per_chunk=CHUNK, tokens_per_tail=TAIL)
+
+
+def holds_all(_group: int, _span: object) -> bool:
+    """An engine that still has everything."""
+    return True
+
+
+def store(
+    planner: Planner,
+    chain: ChunkChain,
+    *,
+    tail: bool = False,
+    first_token: int = 0,
+    holds: Callable[[int, Any], bool] = holds_all,
+) -> StorePlan:
+    """Plan, gather (nothing is copied) and settle a store."""
+    todo = planner.plan_store(chain, first_token, tail=tail, holds=holds)
+    planner.stored(todo.gathers, ok=True)
+    planner.settle(chain, todo.gathers)
+    return todo
+
+
+def check_accounts(planner: Planner, *, idle: bool = False) -> None:
+    """Every byte and every pin is accounted for; ``idle``: nothing is held any more."""
+    directory, host = planner.directory, planner.host
+    resident = [r for r in directory.objects() if r.host is not Host.ABSENT]
+    assert len(resident) == len(host)
+    ranges = sorted((r.offset, align(r.nbytes)) for r in resident)
+    for (start, nbytes), (after, _) in zip(ranges, ranges[1:], strict=False):
+        assert start + nbytes <= after, "two objects share bytes"
+    assert host.extents.used == sum(nbytes for _, nbytes in ranges)
+    assert host.pinned_nbytes == sum(r.nbytes for r in resident if r.pins)
+    for record in directory.objects():
+        assert record.pins >= 0
+        assert record.pins or record.host is not Host.FILLING
+        assert record.is_ready or record.pins or record.host is Host.FILLING or record.writing, (
+            "a record that nothing refers to is remembered"
+        )
+        if idle:
+            assert record.pins == 0
+            assert record.writing == 0
+            assert record.host is not Host.FILLING
+
+
+class MemoryBackend(Backend):
+    """Objects in a dict, and switches for faults that no real backend produces on demand."""
+
+    scheme: ClassVar[str] = "memory"
+    capabilities = frozenset[Capability]()
+
+    def __init__(self) -> None:
+        self.objects: dict[ObjectKey, bytes] = {}
+        self.calls: list[tuple[str, ObjectKey]] = []
+        self.gate: asyncio.Event | None = None
+        """While unset, ``get`` and ``put`` wait here; a cancellation ends the wait."""
+        self.is_stubborn = False
+        """Waits at the gate through cancellations, as a thread that cannot be stopped does."""
+        self.arrived = asyncio.Event()
+        """Set when a call has reached the gate."""
+        self.raises: BaseException | None = None
+        self.fails: BackendError | None = None
+        self.claims: int | None = None
+        """What ``get`` says it filled, whatever it did."""
+        self.results: list[Any] | None = None
+        """What a call answers instead of the truth."""
+
+    @classmethod
+    def from_url(cls, url: BackendURL, /) -> Self:
+        return cls()
+
+    async def open(self) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+    async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
+        for key in keys:
+            self.calls.append(("contains", key))
+        await self._pass()
+        if self.results is not None:
+            return self.results
+        found = [self.objects.get(key) for key in keys]
+        return [None if it is None else len(it) for it in found]
+
+    async def get(self, reads: Sequence[Read], /) -> list[ReadResult]:
+        results: list[ReadResult] = []
+        for read in reads:
+            self.calls.append(("get", read.key))
+            await self._pass()
+            results.append(self._fill(read))
+        return results if self.results is None else self.results
+
+    def _fill(self, read: Read) -> ReadResult:
+        if self.fails is not None:
+            return self.fails
+        stored = self.objects.get(read.key)
+        if stored is None:
+            return Miss()
+        left = stored[read.offset :]
+        filled = 0
+        for region in read.regions:
+            part = left[filled : filled + region.nbytes]
+            region[: len(part)] = part
+            filled += len(part)
+        return Hit(filled if self.claims is None else self.claims)
+
+    async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
+        results: list[WriteResult] = []
+        for write in writes:
+            self.calls.append(("put", write.key))
+            await self._pass()
+            if self.fails is None:
+                self.objects[write.key] = b"".join(write.regions)
+            results.append(self.fails)
+        return results if self.results is None else self.results
+
+    async def delete(self, keys: Sequence[ObjectKey], /) -> None:
+        for key in keys:
+            self.calls.append(("delete", key))
+            self.objects.pop(key, None)
+
+    async def _pass(self) -> None:
+        gate = self.gate
+        cancelled = False
+        while gate is not None and not gate.is_set():
+            self.arrived.set()
+            try:
+                await gate.wait()
+            except asyncio.CancelledError:
+                if not self.is_stubborn:
+                    raise
+                cancelled = True
+        if cancelled:
+            raise asyncio.CancelledError
+        if self.raises is not None:
+            raise self.raises
+
+    def count(self, operation: str) -> int:
+        """How often an operation was asked for, in objects."""
+        return sum(name == operation for name, _ in self.calls)
+
+
+class RecordingStager(Stager):
+    """No device: gathers write a pattern that names chunk and part, scatters are written down."""
+
+    def __init__(self) -> None:
+        self.gathered: list[HostCopy] = []
+        self.scattered: list[tuple[Part, int, int, int]] = []
+        """Part, first token in the view, tokens, tokens skipped."""
+        self.bytes: list[bytes] = []
+        self.gate: asyncio.Event | None = None
+        self.arrived = asyncio.Event()
+        self.raises: Exception | None = None
+
+    def check(self, view: KVView) -> None: ...
+
+    async def gather(self, view: KVView, copies: Sequence[HostCopy]) -> None:
+        await self._pass()
+        for copy in copies:
+            self.gathered.append(copy)
+            copy.host[:] = pattern(copy.first, copy.payload.part, copy.host.nbytes)
+
+    async def scatter(self, view: KVView, copies: Sequence[HostCopy]) -> None:
+        await self._pass()
+        for copy in copies:
+            self.scattered.append((copy.payload.part, copy.first, copy.tokens, copy.skip))
+            self.bytes.append(bytes(copy.host))
+
+    async def _pass(self) -> None:
+        if self.gate is not None:
+            self.arrived.set()
+            await self.gate.wait()
+        if self.raises is not None:
+            raise self.raises
+
+
+def pattern(first: int, part: Part, nbytes: int) -> bytes:
+    """Bytes that no other chunk or part has."""
+    unit = f"{first}:{part};".encode()
+    return (unit * (nbytes // len(unit) + 1))[:nbytes]
+
+
+@dataclass
+class Rig:
+    """A stack over ``MemoryBackend`` tiers; ``backends[0]`` is tier 1."""
+
+    clock: Clock
+    planner: Planner
+    slab: Slab
+    stager: RecordingStager
+    backends: list[MemoryBackend]
+    stack: Stack
+    events: list[Event] = field(default_factory=list[Event])
+    checks: Offload | None = None
+
+    @property
+    def tier(self) -> LowerTier:
+        return self.stack.lower[0]
+
+    @property
+    def backend(self) -> MemoryBackend:
+        return self.backends[0]
+
+    def lengthen(self, tier: int, nbytes: int) -> None:
+        """Truncate every object of a tier to ``nbytes`` bytes."""
+        objects = self.backends[tier - 1].objects
+        for key in objects:
+            objects[key] = objects[key][:nbytes]
+
+    def write_into(self, slots: Sequence[Reservation]) -> None:
+        """What a gather would do to these slots."""
+        for slot in slots:
+            view = self.slab.view(slot.piece.offset, slot.piece.nbytes)
+            view[:] = pattern(slot.span.start, slot.record.part, slot.piece.nbytes)
+
+    def hold(self, chain: ChunkChain, *, tail: bool = False) -> StorePlan:
+        """Put a prompt into host memory, and nowhere else."""
+        todo = self.planner.plan_store(chain, 0, tail=tail, holds=holds_all)
+        self.write_into(todo.gathers)
+        self.planner.stored(todo.gathers, ok=True)
+        self.planner.settle(chain, todo.gathers)
+        return todo
+
+    async def send_down(self, chain: ChunkChain, *, tail: bool = False) -> None:
+        """Put a prompt on the lower tiers, and leave nothing of it in host memory."""
+        todo = self.hold(chain, tail=tail)
+        self.stack.spills.start([(s.span, s.record) for s in todo.gathers], [])
+        await self.stack.spills.flush()
+        gone = self.planner.evict([s.record for s in todo.gathers], "cleared", "")  # type: ignore[arg-type]
+        assert len(gone) == len(todo.gathers)
+
+    async def aclose(self) -> None:
+        for backend in self.backends:
+            if backend.gate is not None:
+                backend.gate.set()
+        await self.stack.aclose()
+        self.stack.mover.close()
+        self.slab.close()
+
+
+def make_rig(
+    *,
+    layout: KVLayout | None = None,
+    pages: int = 64,
+    tiers: int = 1,
+    write: str = "through",
+    tails: bool = True,
+    deadline: float = 30.0,
+    max_inflight: int = 8,
+    max_queued: int = 1024,
+    head_shards: int = 0,
+    shared: bool = False,
+) -> Rig:
+    """A whole stack without files, devices or a moving clock. Needs a running loop."""
+    clock = Clock()
+    planner = make_planner(
+        layout=layout, pages=pages, tiers=tiers + 1, head_shards=head_shards, clock=clock
+    )
+    events: list[Event] = []
+    emit = Emitter([events.append])
+    slab, stager = Slab(pages * 4096), RecordingStager()
+    backends = [MemoryBackend() for _ in range(tiers)]
+    mover = Mover(
+        slab,
+        stager,
+        [None, *backends],
+        shape=planner.payload,
+        clock=clock,
+        wall_clock=clock,
+        build="test",
+        threads=1,
+    )
+    lower = [
+        LowerTier(
+            index,
+            f"tier-{index}",
+            emit,
+            backend=backend,
+            guard=Guard(deadline, max_inflight, max_queued=max_queued),
+            write=write,
+            tails=tails,
+            is_shared=shared,
+        )
+        for index, backend in enumerate(backends, 1)
+    ]
+    stack = Stack(planner, mover, Tier(0, "host", emit), lower)
+    return Rig(clock, planner, slab, stager, backends, stack, events)
+
+
+def framed(nbytes: int) -> int:
+    """Bytes of an object on a lower tier."""
+    return HEADER_NBYTES + nbytes

@@ -1,0 +1,212 @@
+"""The control API: pins, evictions, counters and explanations."""
+
+from __future__ import annotations
+
+from array import array
+from pathlib import Path
+
+import pytest
+from caches import WEIGHTS, config, group, layout, tokens
+from engine import Engine
+
+from kvlayer import Cache, Cause, KVLayout, Scope
+from kvlayer.errors import ConfigError
+from kvlayer.events import Event, LookupDone, ObjectsEvicted, RetrieveDone, StoreDone
+from kvlayer.layout import NHD
+from kvlayer.results import MissedChunk
+
+PAGE = "16KiB"  # four objects of the test layout, which take a page each
+
+
+async def _store(cache: Cache, seed: int, length: int = 32, scope: Scope | None = None) -> None:
+    engine = Engine(layout(), 32)
+    view = engine.view(engine.slots(length))
+    await cache.store(tokens(length, seed), view, scope=scope or Scope())
+
+
+async def _found(cache: Cache, seed: int) -> int:
+    async with cache.lookup(tokens(32, seed)) as hit:
+        return hit.tokens
+
+
+@pytest.mark.asyncio
+async def test_a_pinned_prefix_outlives_everything_else() -> None:
+    async with Cache.open(config(host=PAGE), layout()) as cache:
+        await _store(cache, 0)
+        pin = await cache.control.pin(tokens(32), seconds=60)
+        assert pin.tokens == 32
+        for seed in range(1, 9):
+            await _store(cache, seed)
+        assert await _found(cache, 0) == 32
+        assert cache.control.unpin(pin)
+        assert not cache.control.unpin(pin)
+        for seed in range(1, 9):
+            await _store(cache, seed)
+        assert await _found(cache, 0) == 0
+
+
+@pytest.mark.asyncio
+async def test_when_all_is_pinned_a_store_is_dropped_and_counted() -> None:
+    async with Cache.open(config(host=PAGE), layout()) as cache:
+        await _store(cache, 0, 64)
+        pin = await cache.control.pin(tokens(64), seconds=60)
+        engine = Engine(layout(), 32)
+        report = await cache.store(tokens(32, 1), engine.view(engine.slots(32)))
+        assert (report.stored, report.dropped) == (0, 2)
+        assert cache.control.stats().tiers[0].misses == {Cause.NO_ROOM: 2}
+        cache.control.unpin(pin)
+
+
+@pytest.mark.asyncio
+async def test_a_pin_ends_at_its_deadline_even_if_its_owner_died() -> None:
+    async with Cache.open(config(host=PAGE), layout()) as cache:
+        await _store(cache, 0, 64)
+        await cache.control.pin(tokens(64), seconds=0.0, owner="died")
+        await _store(cache, 1)
+        assert await _found(cache, 1) == 32
+
+
+@pytest.mark.asyncio
+async def test_prefix_lru_gives_up_a_prompts_end_before_its_start() -> None:
+    async with Cache.open(config(host=PAGE), layout()) as cache:
+        await _store(cache, 0, 64)
+        await _store(cache, 1)
+        async with cache.lookup(tokens(64)) as hit:
+            assert hit.tokens == 32
+
+
+@pytest.mark.asyncio
+async def test_clear_empties_a_tier_or_all(tmp_path: Path) -> None:
+    async with Cache.open(config(tmp_path), layout()) as cache:
+        await _store(cache, 0)
+        assert await cache.control.clear("cpu") == 2
+        assert await _found(cache, 0) == 32  # the disk still has it
+        assert await cache.control.clear() == 2
+        assert await _found(cache, 0) == 0
+        (miss,) = (await cache.control.explain(tokens(32))).misses
+        assert miss.cause is Cause.CLEARED
+
+
+@pytest.mark.asyncio
+async def test_evict_removes_one_prompt_from_one_tier(tmp_path: Path) -> None:
+    async with Cache.open(config(tmp_path), layout()) as cache:
+        await _store(cache, 0)
+        await _store(cache, 1)
+        assert await cache.control.evict(tokens(32), tier="file") == 2
+        assert await cache.control.evict(tokens(32), tier="cpu") == 2
+        assert (await _found(cache, 0), await _found(cache, 1)) == (0, 32)
+        with pytest.raises(ConfigError, match="no tier 'flie'") as caught:
+            await cache.control.evict(tokens(32), tier="flie")
+        assert caught.value.hint == "did you mean 'file'?"
+
+
+@pytest.mark.asyncio
+async def test_health_names_a_tier_that_fails(tmp_path: Path) -> None:
+    async with Cache.open(config(tmp_path), layout()) as cache:
+        await _store(cache, 0)
+        assert cache.control.health().ok
+
+
+@pytest.mark.asyncio
+async def test_every_operation_tells_who_asked_and_what_came_of_it() -> None:
+    events: list[Event] = []
+    scope = Scope(owner="request-7")
+    engine = Engine(layout(), 32)
+    view = engine.view(engine.slots(32))
+    async with Cache.open(config(), layout(), sinks=[events.append]) as cache:
+        await cache.store(tokens(32), view, scope=scope)
+        async with cache.lookup(tokens(40), scope=scope) as hit:
+            await cache.retrieve(hit, view)
+    done = [e for e in events if isinstance(e, (StoreDone, LookupDone, RetrieveDone))]
+    assert [e.owner for e in done] == ["request-7"] * 3
+    stored, looked, loaded = done
+    assert isinstance(stored, StoreDone) and (stored.stored, stored.nbytes) == (2, 8192)
+    assert isinstance(looked, LookupDone) and (looked.asked_tokens, looked.hit_tokens) == (40, 32)
+    assert isinstance(loaded, RetrieveDone) and (loaded.asked_tokens, loaded.tokens) == (32, 32)
+
+
+@pytest.mark.asyncio
+async def test_a_sink_that_raises_never_reaches_the_caller(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(event: Event) -> None:
+        raise RuntimeError("sink")
+
+    async with Cache.open(config(), layout(), sinks=[broken]) as cache:
+        await _store(cache, 0)
+        assert await _found(cache, 0) == 32
+    assert caplog.text.count("RuntimeError: sink") == 1
+
+
+async def _causes(cache: Cache, prompt: object, scope: Scope | None = None) -> list[MissedChunk]:
+    return list((await cache.control.explain(prompt, scope=scope or Scope())).misses)
+
+
+@pytest.mark.asyncio
+async def test_explain_names_what_was_never_stored_and_where_it_parts() -> None:
+    async with Cache.open(config(), layout()) as cache:
+        await _store(cache, 0, 64)
+        other = array("i", tokens(64))
+        other[21] += 1
+        (miss,) = await _causes(cache, other)
+        assert (miss.cause, miss.start, miss.stop) == (Cause.NEVER_STORED, 16, 64)
+        assert miss.divergent_token == 21
+        (miss,) = await _causes(cache, tokens(64, seed=5))
+        assert (miss.cause, miss.divergent_token) == (Cause.NEVER_STORED, 0)
+
+
+@pytest.mark.asyncio
+async def test_explain_names_the_policy_that_evicted() -> None:
+    events: list[Event] = []
+    async with Cache.open(config(host=PAGE), layout(), sinks=[events.append]) as cache:
+        await _store(cache, 0, 64)
+        await _store(cache, 1, 64)
+        (miss,) = await _causes(cache, tokens(64))
+        assert miss.cause is Cause.EVICTED
+        assert "from cpu by prefix-lru, 0 s ago" in miss.detail
+        assert cache.control.stats().tiers[0].evicted == 4
+    assert sum(len(e.keys) for e in events if isinstance(e, ObjectsEvicted)) == 4
+
+
+@pytest.mark.asyncio
+async def test_explain_names_another_salt_without_telling_it() -> None:
+    async with Cache.open(config(), layout()) as cache:
+        await _store(cache, 0, scope=Scope.private("secret-tenant"))
+        (miss,) = await _causes(cache, tokens(32))
+        assert miss.cause is Cause.OTHER_SALT
+        assert "salt of zone" in miss.detail
+        assert "secret-tenant" not in miss.detail
+        await _store(cache, 1)
+        (miss,) = await _causes(cache, tokens(32, 1), Scope.private("secret-tenant"))
+        assert miss.cause is Cause.OTHER_SALT
+
+
+@pytest.mark.asyncio
+async def test_explain_names_the_field_in_which_another_namespace_differs(tmp_path: Path) -> None:
+    other = KVLayout.single(group(), NHD, tokens_per_block=4)
+    async with Cache.open(config(tmp_path, weights="sha256:" + "cd" * 32), other) as cache:
+        engine = Engine(other, 32)
+        await cache.store(tokens(32), engine.view(engine.slots(32)))
+    async with Cache.open(config(tmp_path), layout()) as cache:
+        (miss,) = await _causes(cache, tokens(32))
+        assert miss.cause is Cause.OTHER_NAMESPACE
+        assert "weights" in miss.detail and WEIGHTS in miss.detail
+
+
+@pytest.mark.asyncio
+async def test_explain_names_tokens_too_few_for_a_tail() -> None:
+    async with Cache.open(config(), layout()) as cache:
+        await _store(cache, 0, 33)
+        (miss,) = await _causes(cache, tokens(33))
+        assert (miss.cause, miss.start, miss.stop) == (Cause.SHORT, 32, 33)
+
+
+@pytest.mark.asyncio
+async def test_explain_of_a_full_hit_has_no_misses(tmp_path: Path) -> None:
+    async with Cache.open(config(tmp_path), layout()) as cache:
+        await _store(cache, 0)
+        explained = await cache.control.explain(tokens(32))
+        assert (explained.hit_tokens, explained.misses) == (32, ())
+        assert str(explained) == "32 of 32 tokens usable (32 from cpu)"
+        await cache.control.evict(tokens(32), tier="cpu")
+        assert str(await cache.control.explain(tokens(32))).endswith("(32 from file)")

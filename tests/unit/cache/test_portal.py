@@ -1,0 +1,104 @@
+"""A cache used from threads that have no event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import CancelledError
+from pathlib import Path
+
+import pytest
+from caches import config, layout, tokens
+from engine import Engine, same
+
+from kvlayer import Cache, KVView, Portal
+from kvlayer.errors import CapacityError, ClosedError
+
+
+async def _load(cache: Cache, prompt: object, view: KVView) -> int:
+    async with cache.lookup(prompt) as hit:
+        return (await cache.retrieve(hit, view)).tokens
+
+
+def test_threads_store_and_load_through_one_portal(tmp_path: Path) -> None:
+    engine = Engine(layout(), 64, 1)
+    with Portal.open(config(tmp_path), layout()) as portal:
+        failures: list[BaseException] = []
+
+        def work(seed: int) -> None:
+            try:
+                other = Engine(layout(), 64, seed + 2)
+                slots = engine.slots(48, seed=seed)
+                for _ in range(5):
+                    portal.call(Cache.store, tokens(48, seed), engine.view(slots))
+                    assert portal.call(_load, tokens(48, seed), other.view(slots)) == 48
+                    assert same(engine.read(slots), other.read(slots))
+            except BaseException as exc:
+                failures.append(exc)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+
+
+def test_what_open_refuses_is_raised_in_the_callers_thread() -> None:
+    before = threading.active_count()
+    with pytest.raises(CapacityError), Portal.open(config(host="100"), layout()):
+        pass
+    assert threading.active_count() == before
+
+
+def test_closing_cancels_what_runs_and_refuses_what_comes() -> None:
+    started = threading.Event()
+    ended = threading.Event()
+
+    async def forever(cache: Cache) -> None:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    with Portal.open(config(), layout()) as portal:
+        future = portal.submit(forever)
+        assert started.wait(10)
+    assert ended.is_set()
+    with pytest.raises(CancelledError):
+        future.result()
+    with pytest.raises(ClosedError):
+        portal.call(Cache.flush)
+
+
+def test_an_exception_in_the_block_is_the_callers_own() -> None:
+    with pytest.raises(ZeroDivisionError), Portal.open(config(), layout()):
+        raise ZeroDivisionError
+
+
+def test_an_exception_of_the_work_reaches_its_caller() -> None:
+    async def fail(cache: Cache) -> None:
+        raise ZeroDivisionError
+
+    with Portal.open(config(), layout()) as portal:
+        with pytest.raises(ZeroDivisionError):
+            portal.call(fail)
+        portal.call(Cache.flush)  # and the portal lives on
+
+
+def test_a_clean_close_flushes_what_was_stored(tmp_path: Path) -> None:
+    engine = Engine(layout(), 32)
+    view = engine.view(engine.slots(48))
+    with Portal.open(config(tmp_path, write="back"), layout()) as portal:
+        portal.call(Cache.store, tokens(48), view)
+    with Portal.open(config(tmp_path, write="back"), layout()) as portal:
+        assert portal.call(_load, tokens(48), view) == 48
+
+
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    before = threading.active_count()
+    with Portal.open(config(tmp_path), layout()) as portal:
+        engine = Engine(layout(), 32)
+        portal.call(Cache.store, tokens(48), engine.view(engine.slots(48)))
+    assert threading.active_count() == before
