@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from kvlayer import opening
+from kvlayer.abc.backend import Backend
 from kvlayer.config import CacheConfig
 from kvlayer.control import Control
 from kvlayer.errors import ClosedError, ForkedError, LayoutError
@@ -17,6 +18,7 @@ from kvlayer.hit import PrefixHit
 from kvlayer.keys import ChunkChain, Scope, Tokens, token_bytes
 from kvlayer.layout import KVLayout, KVView
 from kvlayer.namespace import Namespace
+from kvlayer.registry import BACKENDS, Registry
 from kvlayer.results import RetrieveReport, StoreReport
 from kvlayer.tier.planner import Match
 from kvlayer.tier.stack import Window
@@ -55,18 +57,21 @@ class Cache:
         namespace: Namespace | None = None,
         *,
         sinks: Iterable[Sink] = (),
+        backends: Registry[type[Backend]] = BACKENDS,
     ) -> AsyncIterator[Cache]:
         """Open the tiers of ``config`` for an engine whose KV lies as ``layout`` says.
 
         ``namespace`` is what identifies the KV; without one it is made from ``config.model`` and
-        the layout, which reads the model's files once to digest them. On a clean exit everything
+        the layout, which reads the model's files once to digest them. ``sinks`` are told of every
+        operation. ``backends`` says where URL schemes are found: the installed ones by default,
+        ``BACKENDS.extended({"mine": MyBackend})`` adds one that is not installed. On a clean exit everything
         stored reaches the lower tiers first (at most ``config.close_seconds``); on an exception
         only what is being written ends.
 
         Raises ``ConfigError``, ``IdentityError``, ``CapacityError``, ``PluginError`` or
         ``BackendError`` when the cache cannot be built; then nothing stays open.
         """
-        parts = await opening.build(config, layout, namespace, sinks)
+        parts = await opening.build(config, layout, namespace, sinks, backends)
         cache = cls(parts)
         clean = False
         try:
@@ -171,10 +176,11 @@ class Cache:
         """
         started = self._begin()
         self._parts.stager.check(kv)
-        if hit.match is None:
+        if hit.match is None or hit.lease is None:
             raise LayoutError("this hit did not come from a lookup of this cache")
         window = self._window(kv, first_token)
-        report = await self._stack.retrieve(hit.match, kv, window)
+        match = self._planner.current(hit.match, hit.lease)
+        report = await self._stack.retrieve(match, kv, window)
         if self._emit:
             asked = min(hit.tokens, window.stop)
             self._emit(
@@ -183,7 +189,7 @@ class Cache:
                     asked_tokens=asked,
                     tokens=report.tokens,
                     failed=report.failed,
-                    nbytes=sum(found.nbytes for found in hit.match.path()),
+                    nbytes=sum(found.nbytes for found in match.path()),
                     seconds=self._clock() - started,
                 )
             )

@@ -174,10 +174,13 @@ class Control:
         if not keys:
             return 0
         try:
-            task = lower.guard.start(partial(stack.mover.delete, lower.index, keys))
+            call = lower.guard.start(partial(stack.mover.delete, lower.index, keys))
         except Busy:
             lower.refused(Cause.BUSY)
             return 0
-        await task
+        if not await lower.guard.wait(call):
+            lower.fails(Cause.DEADLINE, f"not deleted within {lower.guard.deadline} s")
+            return 0
+        call.result()
         stack.planner.vanished(keys, lower.index, "removed by request", Cause.CLEARED)
         return len(keys)

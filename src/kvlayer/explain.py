@@ -127,12 +127,16 @@ async def _other_namespaces(cache: Cache, chain: ChunkChain, start: int) -> dict
 
 
 def _append(misses: list[MissedChunk], missed: MissedChunk) -> None:
-    """Join neighbours that share a cause, so that a long prompt stays readable."""
+    """Join neighbours that share a cause, so that a long prompt stays readable.
+
+    What follows a chunk that was never stored was not stored either, and says nothing new.
+    """
     last = misses[-1] if misses else None
     if (
         last is not None
         and last.stop == missed.start
-        and (last.cause, last.detail) == (missed.cause, missed.detail)
+        and last.cause is missed.cause
+        and (last.detail == missed.detail or missed.cause is Cause.NEVER_STORED)
     ):
         misses[-1] = MissedChunk(
             last.start, missed.stop, last.cause, last.detail, last.divergent_token

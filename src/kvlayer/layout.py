@@ -243,7 +243,8 @@ class KVView:
     offset``): a 1-D int64 or int32 buffer (torch, numpy, ``array``) with one entry per token the
     view covers, a ``range`` for consecutive slots, and -1 where the engine no longer holds the
     token. Entry 0 belongs to the token called ``first_token`` in the call the view is passed to.
-    All groups cover the same tokens. A STATE group's slots hold the state slot per token.
+    All groups cover the same tokens. In a STATE group the block of a token's slot holds the state
+    after that token.
 
     The engine owns the memory. It must not free, move or rewrite it until the call returns, also
     when the call is cancelled: every call returns only once it has let go of the view.

@@ -21,7 +21,7 @@ from kvlayer.events import Emitter, Sink
 from kvlayer.keys import ObjectKey
 from kvlayer.layout import KVLayout
 from kvlayer.namespace import Namespace
-from kvlayer.registry import POLICIES, open_backend
+from kvlayer.registry import POLICIES, Registry, open_backend
 from kvlayer.results import RetrieveReport
 from kvlayer.tier.guard import Guard
 from kvlayer.tier.mover import Mover
@@ -82,7 +82,11 @@ class Parts:
 
 
 async def build(
-    config: CacheConfig, layout: KVLayout, namespace: Namespace | None, sinks: Iterable[Sink]
+    config: CacheConfig,
+    layout: KVLayout,
+    namespace: Namespace | None,
+    sinks: Iterable[Sink],
+    registry: Registry[type[Backend]],
 ) -> Parts:
     """Open everything, or nothing: a failure closes what was opened before it."""
     loop = asyncio.get_running_loop()
@@ -90,7 +94,7 @@ async def build(
         if namespace is None:
             namespace = await _identify(config, layout, resources)
         _check_namespace(namespace, layout)
-        backends = [open_backend(tier.url) for tier in config.tiers]
+        backends = [open_backend(tier.url, backends=registry) for tier in config.tiers]
         host = backends[0]
         if not isinstance(host, HostMemory):
             raise ConfigError(

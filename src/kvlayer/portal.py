@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
@@ -10,12 +11,14 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from kvlayer.abc.backend import Backend
 from kvlayer.cache import Cache
 from kvlayer.config import CacheConfig
-from kvlayer.errors import ClosedError
+from kvlayer.errors import ClosedError, ForkedError
 from kvlayer.events import Sink
 from kvlayer.layout import KVLayout
 from kvlayer.namespace import Namespace
+from kvlayer.registry import BACKENDS, Registry
 
 __all__ = ["Portal"]
 
@@ -41,6 +44,7 @@ class Portal:
         self._leave = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._gate = threading.Lock()
+        self._pid = os.getpid()
         self._closed = False
         self._abandon = False
 
@@ -53,6 +57,7 @@ class Portal:
         namespace: Namespace | None = None,
         *,
         sinks: Iterable[Sink] = (),
+        backends: Registry[type[Backend]] = BACKENDS,
     ) -> Iterator[Portal]:
         """Open a cache (see ``Cache.open``) on a new thread; leaving the block closes both.
 
@@ -63,7 +68,9 @@ class Portal:
         ended: Future[None] = Future()
 
         async def serve() -> None:
-            async with Cache.open(config, layout, namespace, sinks=sinks) as cache:
+            async with Cache.open(
+                config, layout, namespace, sinks=sinks, backends=backends
+            ) as cache:
                 portal = cls(cache, asyncio.get_running_loop())
                 opened.set_result(portal)
                 await portal._serve()
@@ -112,6 +119,11 @@ class Portal:
         Cancelling the future cancels the work. What the work was lent (an engine's tensors) is
         let go some time after ``cancel`` returns, and before the portal is closed.
         """
+        if os.getpid() != self._pid:
+            raise ForkedError(
+                f"the portal was opened in process {self._pid} and used in {os.getpid()}",
+                hint="open a portal in each process, after the fork",
+            )
         with self._gate:
             if self._closed:
                 raise ClosedError("the portal is closed", hint="use it inside `with Portal.open`")

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
+from asyncio import CancelledError
 from dataclasses import dataclass
 
 from kvlayer.keys import ObjectKey
 from kvlayer.results import Cause
-from kvlayer.tier.guard import Guard
+from kvlayer.tier.guard import Call, Guard
 from kvlayer.tier.messages import Outcome
 
 __all__ = ["Flight", "Flights", "outcome_of"]
 
 
-def outcome_of(task: asyncio.Task[Outcome], key: ObjectKey) -> Outcome:
+def outcome_of(call: Call[Outcome], key: ObjectKey) -> Outcome:
     """The outcome of a finished transfer, whatever way it ended."""
-    if task.cancelled():
+    error = call.error
+    if error is None:
+        return call.result()
+    if isinstance(error, CancelledError):
         return Outcome(key, Cause.DEADLINE, "given up")
-    error = task.exception()
-    if error is not None:  # a backend broke its contract: contain it here, as a failing tier
-        return Outcome(key, Cause.TIER_DOWN, f"{type(error).__name__}: {error}")
-    return task.result()
+    # A backend broke its contract: contained here, as a failing tier.
+    return Outcome(key, Cause.TIER_DOWN, f"{type(error).__name__}: {error}")
 
 
 @dataclass(slots=True, eq=False)
@@ -29,23 +30,23 @@ class Flight:
 
     key: ObjectKey
     tier: int
-    task: asyncio.Task[Outcome]
+    call: Call[Outcome]
     guard: Guard
     waiters: int = 1
 
     @property
-    def is_done(self) -> bool:
-        return self.task.done()
+    def has_ended(self) -> bool:
+        return self.call.has_ended
 
     async def wait(self) -> Outcome | None:
         """The outcome, or None when the deadline passed first."""
-        return outcome_of(self.task, self.key) if await self.guard.wait(self.task) else None
+        return outcome_of(self.call, self.key) if await self.guard.wait(self.call) else None
 
     def leave(self) -> None:
         """Stop waiting. When nobody waits any more the transfer is cancelled."""
         self.waiters -= 1
-        if not self.waiters and not self.task.done():
-            self.task.cancel()
+        if not self.waiters:
+            self.call.cancel()
 
 
 class Flights:
@@ -65,6 +66,9 @@ class Flights:
         return flight
 
     def add(self, flight: Flight) -> None:
-        """Register a transfer that just started."""
+        """Register a transfer that just started. ``land`` it when its outcome is booked."""
         self._flights[flight.key] = flight
-        flight.task.add_done_callback(lambda _: self._flights.pop(flight.key, None))
+
+    def land(self, key: ObjectKey) -> None:
+        """A transfer has ended: the next request for its object starts anew."""
+        self._flights.pop(key, None)

@@ -9,15 +9,64 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-__all__ = ["Busy", "Guard"]
+__all__ = ["Busy", "Call", "Guard"]
 
 T = TypeVar("T")
 
 
 class Busy(Exception):  # noqa: N818  # a refusal, not an error: callers turn it into a cause
     """The tier has as much in flight as it may."""
+
+
+class Call(Generic[T]):
+    """One call to a tier. It has *ended* once its outcome was booked, not merely computed."""
+
+    __slots__ = ("_ended", "_task")
+
+    def __init__(self, task: asyncio.Task[T], booked: Callable[[Call[T]], None] | None) -> None:
+        self._task = task
+        self._ended: asyncio.Future[None] = task.get_loop().create_future()
+
+        def book(_: asyncio.Task[T]) -> None:
+            if not task.cancelled():
+                task.exception()  # seen: whoever waits asks for it, a hint may fail unheard
+            try:
+                if booked is not None:
+                    booked(self)
+            finally:
+                self._ended.set_result(None)
+
+        task.add_done_callback(book)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._ended.done()
+
+    def cancel(self) -> None:
+        """Ask it to stop. It ends when the backend has let go of what it was lent."""
+        self._task.cancel()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What it raised, ``CancelledError`` included; None when there is a result."""
+        if self._task.cancelled():
+            return asyncio.CancelledError()
+        return self._task.exception()
+
+    def result(self) -> T:
+        """Its result. Raises what it raised."""
+        return self._task.result()
+
+    def when_ended(self, act: Callable[[], None]) -> None:
+        """Call ``act`` on the loop once it has ended."""
+        self._ended.add_done_callback(lambda _: act())
+
+    async def ended(self, seconds: float | None = None) -> bool:
+        """Wait until it has ended, at most ``seconds``. Cancelling the waiter leaves it alone."""
+        done, _ = await asyncio.wait({self._ended}, timeout=seconds)
+        return bool(done)
 
 
 class Guard:
@@ -31,55 +80,58 @@ class Guard:
         self.orphans = 0
         self._turns = asyncio.Semaphore(max_inflight)
         self._max_orphans = max_inflight
-        self._max_tasks = max_inflight + max_queued
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._max_calls = max_inflight + max_queued
+        self._calls: set[Call[Any]] = set()
 
     @property
     def inflight(self) -> int:
         """Calls running or waiting for their turn."""
-        return len(self._tasks)
+        return len(self._calls)
 
     def start(
         self,
         call: Callable[[], Coroutine[Any, Any, T]],
-        ended: Callable[[asyncio.Task[T]], None] | None = None,
-    ) -> asyncio.Task[T]:
+        booked: Callable[[Call[T]], None] | None = None,
+    ) -> Call[T]:
         """Run ``call()`` when it is its turn. Raises :class:`Busy` when too much waits.
 
-        ``ended`` is called once, when the task is over in whatever way, before anyone who waits
-        for the task learns of it: the place to give memory back.
+        ``booked`` is called once when the call is over, in whatever way, before anyone who waits
+        for it goes on: the place to give memory back.
         """
-        if len(self._tasks) >= self._max_tasks or self.orphans >= self._max_orphans:
+        if len(self._calls) >= self._max_calls or self.orphans >= self._max_orphans:
             raise Busy
-        task = asyncio.get_running_loop().create_task(self._run(call))
-        if ended is not None:
-            task.add_done_callback(ended)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+
+        def book(ended: Call[T]) -> None:
+            self._calls.discard(ended)
+            if booked is not None:
+                booked(ended)
+
+        started = Call(asyncio.get_running_loop().create_task(self._run(call)), book)
+        self._calls.add(started)
+        return started
 
     async def _run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
         async with self._turns:
             return await call()
 
-    async def wait(self, task: asyncio.Task[T]) -> bool:
-        """Wait for a task until the deadline. False: it goes on, counted as an orphan.
+    async def wait(self, call: Call[Any]) -> bool:
+        """Wait for a call until the deadline. False: it goes on, counted as an orphan.
 
-        Cancelling the waiter leaves the task alone.
+        Cancelling the waiter leaves the call alone.
         """
-        done, _ = await asyncio.wait({task}, timeout=self.deadline)
-        if done:
+        if await call.ended(self.deadline):
             return True
         self.orphans += 1
-        task.add_done_callback(self._came_back)
+        call.when_ended(self._came_back)
         return False
 
-    def _came_back(self, _: asyncio.Task[Any]) -> None:
+    def _came_back(self) -> None:
         self.orphans -= 1
 
     async def aclose(self) -> None:
         """Cancel everything in flight and wait until all lent memory is back."""
-        for task in tuple(self._tasks):
-            task.cancel()
-        while self._tasks:
-            await asyncio.wait(set(self._tasks))
+        while self._calls:
+            call = next(iter(self._calls))
+            for each in self._calls:
+                each.cancel()
+            await call.ended()

@@ -47,6 +47,10 @@ class LeaseTable:
         heappush(self._deadlines, (deadline, lease.number))
         return lease
 
+    def holds(self, number: int) -> bool:
+        """Whether a lease is neither released nor expired."""
+        return number in self._leases
+
     def release(self, number: int) -> bool:
         """Give a lease back. False when it had expired or was released before."""
         lease = self._leases.pop(number, None)
@@ -71,7 +75,3 @@ class LeaseTable:
         for number in list(self._leases):
             self.release(number)
         self._deadlines.clear()
-
-    def active(self) -> list[Lease]:
-        """Leases that are still held, oldest first."""
-        return list(self._leases.values())

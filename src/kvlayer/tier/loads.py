@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -12,7 +11,7 @@ from kvlayer.keys import ObjectKey, Span
 from kvlayer.results import Cause, Failure
 from kvlayer.tier.directory import Host, ObjectRecord
 from kvlayer.tier.flight import Flight, Flights, outcome_of
-from kvlayer.tier.guard import Busy
+from kvlayer.tier.guard import Busy, Call
 from kvlayer.tier.messages import Outcome
 from kvlayer.tier.mover import Mover
 from kvlayer.tier.planner import Planner, Reservation
@@ -49,7 +48,7 @@ class Loads:
             batch: list[tuple[Span, Sequence[ObjectRecord]]] = []
             for span, records in wanted[:started]:
                 absent = [r for r in records if r.host is not Host.READY]
-                if batch and not all(flights[r.key].is_done for r in absent):
+                if batch and not all(flights[r.key].has_ended for r in absent):
                     yield batch
                     batch = []
                 for record in absent:
@@ -103,7 +102,7 @@ class Loads:
             self._host.refused(Cause.NO_ROOM)
             return Failure(span, Cause.NO_ROOM, self._host.name, "host memory is all in use")
         try:
-            task = tier.guard.start(
+            call = tier.guard.start(
                 partial(self._mover.fetch, tier.index, slot.piece),
                 partial(self._landed, tier, slot),
             )
@@ -111,12 +110,13 @@ class Loads:
             self._planner.fetched(slot, ok=False)
             tier.refused(Cause.BUSY)
             return Failure(span, Cause.BUSY, tier.name, "too much in flight")
-        flight = Flight(record.key, tier.index, task, tier.guard)
+        flight = Flight(record.key, tier.index, call, tier.guard)
         self._flights.add(flight)
         return flight
 
-    def _landed(self, tier: LowerTier, slot: Reservation, task: asyncio.Task[Outcome]) -> None:
-        outcome = outcome_of(task, slot.record.key)
+    def _landed(self, tier: LowerTier, slot: Reservation, call: Call[Outcome]) -> None:
+        self._flights.land(slot.record.key)
+        outcome = outcome_of(call, slot.record.key)
         self._planner.fetched(slot, ok=outcome.ok)
         tier.transferred("load", outcome)
 
@@ -161,8 +161,8 @@ class Loads:
                 )
             )
         with suppress(Busy):  # found again, and quarantined then, at the next load
-            task = tier.guard.start(partial(self._mover.quarantine, tier.index, record.key))
-            if not await tier.guard.wait(task):
+            call = tier.guard.start(partial(self._mover.quarantine, tier.index, record.key))
+            if not await tier.guard.wait(call):
                 tier.fails(Cause.DEADLINE, "quarantine did not end in time")
-            elif not task.cancelled() and (error := task.exception()) is not None:
-                tier.fails(Cause.TIER_DOWN, f"{type(error).__name__}: {error}")
+            elif call.error is not None:
+                tier.fails(Cause.TIER_DOWN, f"{type(call.error).__name__}: {call.error}")

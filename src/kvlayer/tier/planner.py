@@ -105,6 +105,7 @@ class Planner:
         ]
         needs = [plan.rank_part(i, g) for i, g in enumerate(layout.groups)]
         self._cuts = [plan.cut(i, g, head_shards) for i, g in enumerate(layout.groups)]
+        self._withdrawn: dict[int, set[ObjectKey]] = {}
         self._payloads: dict[tuple[Part, int], Payload] = {}
         self.directory = Directory(namespace, needs)
         self.host = HostTier(capacity, policy, self.directory)
@@ -204,8 +205,18 @@ class Planner:
     def note(self, keys: Iterable[ObjectKey], tier: int) -> None:
         """A lower tier said it holds these objects."""
         with self.lock:
+            withdrawn = self._withdrawn.get(tier, ())
             for key in keys:
-                self.directory.note(key, tier)
+                if key not in withdrawn:
+                    self.directory.note(key, tier)
+
+    def listing(self, tier: int, *, started: bool) -> None:
+        """A tier is being listed: what is withdrawn meanwhile must not come back with the list."""
+        with self.lock:
+            if started:
+                self._withdrawn[tier] = set()
+            else:
+                self._withdrawn.pop(tier, None)
 
     def lease(self, match: Match, *, owner: str, seconds: float) -> Lease:
         """Pin a match. Also drops leases whose deadline has passed."""
@@ -213,6 +224,16 @@ class Planner:
             now = self._clock()
             self.leases.expire(now)
             return self.leases.grant(match.path(), owner=owner, deadline=now + seconds)
+
+    def current(self, match: Match, lease: Lease) -> Match:
+        """``match`` while its lease holds; after that whatever is still usable of it."""
+        with self.lock:
+            self.leases.expire(self._clock())
+            if self.leases.holds(lease.number):
+                return match
+            again = self.match(match.chain)
+            count = sum(span.stop <= match.tokens for span in again.spans)
+            return Match(match.chain, again.spans[:count], again.covers[:count])
 
     def release(self, number: int) -> bool:
         """Give a lease back; False when it had expired."""
@@ -392,9 +413,14 @@ class Planner:
     def missing(self, record: ObjectRecord, tier: int, cause: Cause, detail: str) -> None:
         """A tier turned out not to have a usable copy."""
         with self.lock:
+            self._withdraw(record.key, tier)
             self.directory.drop_tier(record, tier)
             if not record.is_ready:
                 self.lost(record.chunk.hash, cause, tier, detail)
+
+    def _withdraw(self, key: ObjectKey, tier: int) -> None:
+        if tier in self._withdrawn:
+            self._withdrawn[tier].add(key)
 
     def vanished(
         self, keys: Iterable[ObjectKey], tier: int, detail: str, cause: Cause = Cause.EVICTED
@@ -402,6 +428,7 @@ class Planner:
         """A lower tier no longer holds these objects."""
         with self.lock:
             for key in keys:
+                self._withdraw(key, tier)
                 record = self.directory.find(key.chunk, key.part)
                 if record is not None and record.tiers >> tier & 1:
                     self.directory.drop_tier(record, tier)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from kvlayer.keys import ObjectKey, Span
 from kvlayer.results import Cause, Failure
 from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.flight import outcome_of
-from kvlayer.tier.guard import Busy
+from kvlayer.tier.guard import Busy, Call
 from kvlayer.tier.messages import Outcome
 from kvlayer.tier.mover import Mover
 from kvlayer.tier.planner import Planner
@@ -26,7 +25,7 @@ class Write(NamedTuple):
     span: Span
     key: ObjectKey
     tier: LowerTier
-    task: asyncio.Task[Outcome]
+    call: Call[Outcome]
 
 
 class Spills:
@@ -36,7 +35,7 @@ class Spills:
         self._planner = planner
         self._mover = mover
         self._lower = [tier for tier in lower if tier.write != "never"]
-        self._running: set[asyncio.Task[Outcome]] = set()
+        self._running: set[Call[Outcome]] = set()
 
     def start(
         self, moves: Sequence[tuple[Span, ObjectRecord]], refused: list[Failure]
@@ -52,36 +51,36 @@ class Spills:
                 if not tier.tails and span.tokens < self._planner.tokens_per_chunk:
                     continue
                 try:
-                    task = self._spill(tier, span, record)
+                    call = self._spill(tier, span, record)
                 except Busy:
                     tier.refused(Cause.BUSY)
                     refused.append(Failure(span, Cause.BUSY, tier.name, "too much in flight"))
                     continue
-                if task is not None and tier.write == "through":
-                    through.append(Write(span, record.key, tier, task))
+                if call is not None and tier.write == "through":
+                    through.append(Write(span, record.key, tier, call))
         return through
 
     def _spill(
         self, tier: LowerTier, span: Span, record: ObjectRecord
-    ) -> asyncio.Task[Outcome] | None:
+    ) -> Call[Outcome] | None:
         piece = self._planner.plan_spill(span, record, tier.index)
         if piece is None:
             return None
         try:
-            task = tier.guard.start(
+            call = tier.guard.start(
                 partial(self._mover.spill, tier.index, piece), partial(self._ended, tier, record)
             )
         except Busy:
             self._planner.spilled(record, tier.index, ok=False)
             raise
-        self._running.add(task)
-        return task
+        self._running.add(call)
+        return call
 
     def _ended(
-        self, tier: LowerTier, record: ObjectRecord, task: asyncio.Task[Outcome]
+        self, tier: LowerTier, record: ObjectRecord, call: Call[Outcome]
     ) -> None:
-        self._running.discard(task)
-        outcome = outcome_of(task, record.key)
+        self._running.discard(call)
+        outcome = outcome_of(call, record.key)
         self._planner.spilled(record, tier.index, ok=outcome.ok)
         tier.transferred("store", outcome)
 
@@ -90,9 +89,9 @@ class Spills:
         failed: list[Failure] = []
         late: set[str] = set()
         for write in through:
-            tier, task = write.tier, write.task
-            if task.done() or (tier.name not in late and await tier.guard.wait(task)):
-                outcome = outcome_of(task, write.key)
+            tier, call = write.tier, write.call
+            if call.has_ended or (tier.name not in late and await tier.guard.wait(call)):
+                outcome = outcome_of(call, write.key)
                 if outcome.cause is not None:
                     failed.append(Failure(write.span, outcome.cause, tier.name, outcome.detail))
             else:
@@ -102,6 +101,5 @@ class Spills:
 
     async def flush(self) -> None:
         """Wait until everything started so far has been written or has failed."""
-        running = set(self._running)
-        if running:
-            await asyncio.wait(running)
+        for call in tuple(self._running):
+            await call.ended()

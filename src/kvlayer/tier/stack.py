@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from kvlayer.keys import ChunkChain, ObjectKey, Span
 from kvlayer.layout import HitRule, KVView
@@ -66,20 +65,20 @@ class Stack:
 
     async def _ask(self, tier: LowerTier, keys: Sequence[ObjectKey]) -> None:
         try:
-            task = tier.guard.start(partial(self.mover.contains, tier.index, keys), _retrieved)
+            call = tier.guard.start(partial(self.mover.contains, tier.index, keys))
         except Busy:
             tier.refused(Cause.BUSY)
             return
         try:
-            answered = await tier.guard.wait(task)
+            answered = await tier.guard.wait(call)
         finally:
-            task.cancel()
+            call.cancel()
         if not answered:
             tier.fails(Cause.DEADLINE, f"no answer within {tier.guard.deadline} s")
-        elif (error := task.exception()) is not None:
-            tier.fails(Cause.TIER_DOWN, f"{type(error).__name__}: {error}")
+        elif call.error is not None:
+            tier.fails(Cause.TIER_DOWN, f"{type(call.error).__name__}: {call.error}")
         else:
-            self.planner.note(task.result(), tier.index)
+            self.planner.note(call.result(), tier.index)
 
     # -- store -----------------------------------------------------------------------------------
 
@@ -177,7 +176,7 @@ class Stack:
             keys = [record.key for record in reversed(path) if record.tiers >> tier.index & 1]
             if keys:
                 with suppress(Busy):  # only a hint
-                    tier.guard.start(partial(self.mover.touch, tier.index, keys), _retrieved)
+                    tier.guard.start(partial(self.mover.touch, tier.index, keys))
 
     def recover(self, tier: LowerTier) -> None:
         """Start learning what a tier already holds."""
@@ -187,6 +186,14 @@ class Stack:
         self._recoveries.append(task)
 
     async def _recover(self, tier: LowerTier) -> None:
+        self.planner.listing(tier.index, started=True)
+        try:
+            await self._read_listing(tier)
+        finally:
+            self.planner.listing(tier.index, started=False)
+        tier.is_recovered = True
+
+    async def _read_listing(self, tier: LowerTier) -> None:
         batch: list[ObjectKey] = []
         async for listed in tier.backend.list(self.planner.directory.namespace):
             batch.append(listed.key)
@@ -195,7 +202,6 @@ class Stack:
                 batch = []
                 await asyncio.sleep(0)
         self.planner.note(batch, tier.index)
-        tier.is_recovered = True
 
     async def recovered(self) -> None:
         """Wait until every tier's listing has been read."""
@@ -220,12 +226,6 @@ def _wanted(match: Match) -> Wanted:
 
 def _piece(span: Span, record: ObjectRecord) -> Piece:
     return Piece(record.key, span.start, span.tokens, record.offset, record.nbytes)
-
-
-def _retrieved(task: asyncio.Task[Any]) -> None:
-    """Mark an error as seen: whoever waits looks at it, and a hint may fail unheard."""
-    if not task.cancelled():
-        task.exception()
 
 
 def _recovery_ended(tier: LowerTier, task: asyncio.Task[None]) -> None:

@@ -1,0 +1,125 @@
+"""What distinguishes requests with the same tokens: salts, an adapter, images. Pure values.
+
+``keys.ChunkChain`` folds them into names; ``keys`` exports them beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import sha256
+
+from kvlayer.errors import IdentityError
+
+__all__ = ["PUBLIC_ZONE", "Content", "Salt", "Scope", "zone_at"]
+
+PUBLIC_ZONE = "0"
+"""The zone of KV no salt owns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Salt:
+    """A secret or tenant name that makes KV private from token ``first_token`` on.
+
+    The chunk in which it starts is private as a whole; everything before stays shared.
+    Raises ``IdentityError`` for an empty value, one that is no valid text, or a negative start.
+    """
+
+    value: str
+    first_token: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.value:
+            raise IdentityError("a salt cannot be empty", hint="leave it out to share KV")
+        try:
+            self.value.encode()
+        except UnicodeEncodeError:
+            raise IdentityError(
+                "a salt must be valid Unicode text, found a lone surrogate",
+                hint="decode it strictly, or pass its hex digest",
+            ) from None
+        _check_start("a salt", self.first_token)
+
+    @property
+    def zone(self) -> str:
+        """32 hex digits naming what this salt owns. Guessable when the salt is."""
+        return sha256(b"zone" + self.value.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """Something other than a token id that shapes KV from ``first_token`` on: an image, say."""
+
+    digest: bytes
+    first_token: int
+
+    def __post_init__(self) -> None:
+        _check_digest("a content", self.digest)
+        if not self.digest:
+            raise IdentityError("a content's digest is empty", hint="leave the content out")
+        _check_start("a content", self.first_token)
+
+
+# Callers pass what an engine gave them, types unchecked; hence ``object``.
+
+
+def _check_digest(what: str, digest: object) -> None:
+    if not isinstance(digest, bytes):
+        raise IdentityError(
+            f"{what} is named by a digest in bytes, found {digest!r}",
+            hint="a served name is not identity; pass hashlib.sha256(content).digest()",
+        )
+
+
+def _check_start(what: str, first_token: object) -> None:
+    """A start that matches no chunk would leave the extra out of every name: wrong bytes."""
+    if isinstance(first_token, bool) or not isinstance(first_token, int) or first_token < 0:
+        raise IdentityError(
+            f"{what} starts at a token >= 0, found {first_token!r}",
+            hint="count from the prompt's first token, as a plain int",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What distinguishes one request from another with the same tokens.
+
+    ``salts`` make KV private (see :class:`Salt`), the later ones inside the earlier; of two that
+    start at one token the last listed is the later. ``adapter`` is the digest of a LoRA adapter's
+    files. ``contents`` are extra content hashes. ``owner`` is who asks, for leases and reports; it
+    is not part of any name.
+    """
+
+    salts: tuple[Salt, ...] = ()
+    adapter: bytes = b""
+    contents: tuple[Content, ...] = ()
+    owner: str = ""
+
+    def __post_init__(self) -> None:
+        _check_digest("an adapter", self.adapter)
+
+    @classmethod
+    def private(cls, salt: str, *, first_token: int = 0, owner: str = "") -> Scope:
+        """The scope of one tenant or session."""
+        return cls(salts=(Salt(salt, first_token),), owner=owner)
+
+    def extras(self) -> list[tuple[int, str, bytes]]:
+        """Everything that folds into the chain, as (first token, kind, bytes), in order."""
+        found = [(c.first_token, "content", c.digest) for c in self.contents]
+        found += [(s.first_token, "salt", s.value.encode()) for s in self.salts]
+        if self.adapter:
+            found.append((0, "adapter", self.adapter))
+        return sorted(found)
+
+    def zones(self) -> list[tuple[int, str]]:
+        """The salts' (first token, zone), earliest first."""
+        ordered = sorted(self.salts, key=lambda s: s.first_token)  # stable: ties keep their order
+        return [(s.first_token, s.zone) for s in ordered]
+
+    def zone(self, stop: int) -> str:
+        """The zone of a span that ends before token ``stop``."""
+        return zone_at(self.zones(), stop)
+
+
+def zone_at(zones: list[tuple[int, str]], stop: int) -> str:
+    """The last of ``zones`` (see ``Scope.zones``) that starts before token ``stop``."""
+    return next((zone for first, zone in reversed(zones) if first < stop), PUBLIC_ZONE)

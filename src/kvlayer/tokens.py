@@ -1,0 +1,101 @@
+"""Token ids, however an engine holds them, as packed u32: the bytes that ``keys`` hashes.
+
+The first step of every store and lookup, so no Python loop; imports no tensor library.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from typing import Any, TypeAlias, cast
+
+from kvlayer.errors import TokensError
+
+__all__ = ["Tokens", "token_bytes"]
+
+Tokens: TypeAlias = Any
+"""Token ids: a 1-D int32, uint32 or int64 buffer (numpy, torch, ``array``) or a list of ints."""
+
+_TOKEN_FORMATS = frozenset({"i", "I", "l", "L", "q", "Q"})
+_MAX_TOKEN = 2**32 - 1
+_RANGE_HINT = "a placeholder id (an image's, say) must be replaced before naming"
+
+
+def token_bytes(tokens: Tokens) -> memoryview:
+    """Tokens as packed little-endian u32, without a Python loop when they come as a buffer.
+
+    A contiguous int32 or uint32 buffer is borrowed (copy it if its owner may write to it while the
+    view lives), anything else is copied once. Raises ``TokensError`` for floats, bools, ids that
+    are negative or above 2^32-1, bytes, and anything not 1-D.
+    """
+    if hasattr(tokens, "detach"):
+        tokens = _from_tensor(tokens)
+    if isinstance(tokens, (list, tuple)):
+        return _from_list(cast("list[int]", tokens))
+    try:
+        view = memoryview(tokens)
+    except (TypeError, ValueError, BufferError):
+        raise TokensError(
+            f"cannot read tokens from {type(tokens).__name__}",
+            hint="pass a list of ints, an array, a numpy array or a torch tensor",
+        ) from None
+    if view.ndim != 1 or view.format not in _TOKEN_FORMATS:
+        raise TokensError(
+            f"tokens must be 1-D int32, uint32 or int64, found {view.ndim}-D format "
+            f"{view.format!r}",
+            hint="pass one prompt's row, for example input_ids[0]",
+        )
+    if sys.byteorder == "big":
+        return _from_list(view.tolist())
+    wide, signed = view.itemsize == 8, view.format in ("i", "l", "q")
+    if hasattr(tokens, "astype"):  # numpy's own loops: 50x faster than slicing a memoryview
+        if view.nbytes and ((signed and tokens.min() < 0) or (wide and tokens.max() > _MAX_TOKEN)):
+            raise _out_of_range()
+        if wide:
+            return memoryview(tokens.astype("<u4")).cast("B")
+        return view.cast("B") if view.c_contiguous else memoryview(view.tobytes())
+    packed = view.tobytes()
+    if wide:
+        words = memoryview(packed).cast("I")
+        if words[1::2].tobytes().strip(b"\0"):
+            raise _out_of_range()
+        return memoryview(words[::2].tobytes())
+    if signed and not packed[3::4].isascii():  # the byte that holds the sign
+        raise _out_of_range()
+    return view.cast("B") if view.c_contiguous else memoryview(packed)
+
+
+def _out_of_range() -> TokensError:
+    return TokensError(
+        "tokens must be in 0..2^32-1, found a negative or larger id", hint=_RANGE_HINT
+    )
+
+
+def _from_list(tokens: list[int]) -> memoryview:
+    try:
+        packed = array("I", tokens)
+    except (TypeError, OverflowError) as exc:
+        raise TokensError(
+            f"tokens must be integers in 0..2^32-1: {exc}",
+            hint="pass one prompt's token ids; for a batch call once per row",
+        ) from None
+    # Looking at every type would double the cost. A mask passed by mistake is all 0 and 1.
+    if not packed.tobytes().strip(b"\0\1") and bool in map(type, tokens):
+        raise TokensError("tokens must be integers, found bools", hint="is this a mask?")
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return memoryview(packed).cast("B")
+
+
+def _from_tensor(tensor: Any) -> Any:
+    """A torch tensor as something token_bytes reads (torch itself is never imported)."""
+    host = tensor.detach().cpu()
+    if host.ndim != 1 or host.is_floating_point():
+        raise TokensError(
+            f"tokens must be a 1-D integer tensor, found shape {tuple(host.shape)} of {host.dtype}",
+            hint="pass one prompt's row, for example input_ids[0]",
+        )
+    try:
+        return host.numpy()
+    except RuntimeError:  # torch without numpy has no buffer protocol
+        return host.tolist()
