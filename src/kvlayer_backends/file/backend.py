@@ -1,0 +1,309 @@
+"""``file://``: the backend itself. Decides nothing and blocks nowhere; threads touch the disk."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from typing import Any, ClassVar, Self, TypeVar
+
+from kvlayer.abc.backend import (
+    Backend,
+    Capability,
+    Hit,
+    Listed,
+    Miss,
+    Read,
+    ReadResult,
+    Write,
+    WriteResult,
+)
+from kvlayer.abc.policy import EvictionPolicy
+from kvlayer.errors import BackendError, ClosedError
+from kvlayer.keys import ObjectKey
+from kvlayer.urls import BackendURL
+from kvlayer_backends.file import descriptions
+from kvlayer_backends.file.calls import Calls
+from kvlayer_backends.file.faults import explain, readonly, stuck
+from kvlayer_backends.file.janitor import Evicted, Janitor
+from kvlayer_backends.file.ledger import Ledger
+from kvlayer_backends.file.objects import Outcome
+from kvlayer_backends.file.options import FileOptions, directory
+from kvlayer_backends.file.quarantine import keep
+from kvlayer_backends.file.scan import Listing
+from kvlayer_backends.file.site import Site
+from kvlayer_backends.file.uses import Uses
+
+__all__ = ["FileBackend"]
+
+T = TypeVar("T")
+
+_LISTED = 1_000
+
+
+class FileBackend(Backend):
+    """Objects as files under ``root``, shared with any number of processes on this host.
+
+    Batches of reads and writes run concurrently; a batch is taken for a path, root first, when it
+    comes to what is worth keeping. One janitor per directory keeps it under ``capacity``: see
+    :class:`Janitor` for how exactly. ``policy`` makes the eviction policy; by default the
+    registered one that ``options`` names.
+    """
+
+    scheme: ClassVar[str] = "file"
+    capabilities: frozenset[Capability] = frozenset(
+        {Capability.LIST, Capability.PERSISTENT, Capability.SHARED}
+    )
+
+    def __init__(
+        self,
+        root: str,
+        options: FileOptions | None = None,
+        *,
+        policy: Callable[[], EvictionPolicy] | None = None,
+    ) -> None:
+        self.root = root
+        self.options = options or FileOptions()
+        self.on_evicted: Evicted | None = None
+        """Called on the loop with what the janitor evicted (key, bytes) and its policy's name."""
+        self._policy = policy
+        self._uses = Uses()
+        self._site: Site | None = None
+        self._calls: Calls[Site] = Calls(f"file://{root}")
+        self._opening = asyncio.Lock()
+
+    @classmethod
+    def from_url(cls, url: BackendURL, /) -> Self:
+        return cls(directory(url), url.into(FileOptions))
+
+    async def open(self) -> None:
+        """Make the directory ready and stand for janitor; does not wait for the recovery scan.
+
+        Raises ``BackendError`` naming the directory when it cannot be used, leaving nothing behind;
+        it may be opened again then. Opening twice does nothing.
+        """
+        async with self._opening:
+            if self._calls.has_ended:
+                raise ClosedError(f"file://{self.root} was closed", hint="build a new backend")
+            if self._calls.has_begun:
+                return
+            policy = self._policy or _registered_policy(self.options.policy)
+            site = Site(self.root, self.options, policy, self._evicted)
+            await site.open()
+            self._site = site
+            self._calls.begin(site)
+
+    async def aclose(self) -> None:
+        async with self._opening:
+            if self._calls.is_foreign:
+                return  # the parent's: its threads are not here, and its files are not ours
+            await self._calls.end()
+            if self._site is not None:
+                await self._site.aclose()
+
+    # -- objects ---------------------------------------------------------------------------------
+
+    async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
+        with self._calls.running() as site:
+            sizes = await site.meta.run(site.files.sizes, keys)
+        if isinstance(sizes, BackendError):
+            raise sizes
+        hidden = site.quarantine.hidden
+        return [None if key in hidden else n for key, n in zip(keys, sizes, strict=True)]
+
+    async def get(self, reads: Sequence[Read], /) -> list[ReadResult]:
+        with self._calls.running() as site:
+            counts = not self.options.readonly
+            uses = [
+                stamp if counts and self._uses.is_new(read.key) else None
+                for read, stamp in zip(reads, self._uses.stamps(len(reads)), strict=True)
+            ]
+            results = await _all([self._get(site, *job) for job in zip(reads, uses, strict=True)])
+            used = [
+                (read.key, stamp)
+                for read, stamp, result in zip(reads, uses, results, strict=True)
+                if stamp is not None and isinstance(result, Hit)
+            ]
+            self._count_use(used)
+            return results
+
+    async def _get(self, site: Site, read: Read, used_ns: int | None) -> ReadResult:
+        if read.key in site.quarantine.hidden:
+            return Miss()
+        return await site.bulk.run(site.files.read, read, used_ns)
+
+    async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
+        with self._calls.running() as site:
+            janitor = site.janitor
+            if janitor is None:
+                return [readonly("put", self.root) for _ in writes]
+            stamps = self._uses.stamps(len(writes))
+            keys = [write.key for write in writes]
+            present = await site.meta.run(site.files.present, keys)
+            for key, found in zip(keys, present, strict=True):
+                if found is not None:
+                    janitor.found(key, *found)
+            # Before room is made: what was just stored again is not what should go.
+            self._count_use(
+                [(k, s) for k, s, p in zip(keys, stamps, present, strict=True) if p is not None]
+            )
+            results = await _all(
+                [
+                    self._put(site, janitor, write, stamp, is_present=found is not None)
+                    for write, stamp, found in zip(writes, stamps, present, strict=True)
+                ]
+            )
+            self._count_use(
+                [(k, s) for k, s, r in zip(keys, stamps, results, strict=True) if r is None]
+            )
+            return results
+
+    async def _put(
+        self, site: Site, janitor: Janitor, write: Write, used_ns: int, *, is_present: bool
+    ) -> WriteResult:
+        if is_present:
+            return stuck(write.key, self.root) if write.key in site.quarantine.hidden else None
+        granted = await janitor.grant(write.nbytes)
+        if isinstance(granted, BackendError):
+            return granted
+        outcome = Outcome()
+        try:
+            await site.bulk.run(site.files.write, write, used_ns, outcome)
+        finally:
+            if granted is not None:
+                janitor.settle(granted, write.key, write.nbytes, used_ns, outcome)
+        return outcome.error
+
+    async def delete(self, keys: Sequence[ObjectKey], /) -> None:
+        with self._calls.running() as site:
+            janitor = site.janitor
+            if janitor is None:
+                raise readonly("delete", self.root)
+            gone: list[ObjectKey] = []
+            try:
+                error = await site.meta.run(site.files.delete, keys, gone)
+            finally:
+                janitor.lost(gone)
+                site.quarantine.hidden.difference_update(gone)
+            if error is not None:
+                raise error
+
+    async def quarantine(self, keys: Sequence[ObjectKey], /) -> None:
+        """Move damaged objects to ``v1/quarantine``, where the newest 16 stay, each with a note.
+
+        What can be neither moved nor deleted is hidden from this process. Never raises for a file.
+        """
+        with self._calls.running() as site:
+            janitor = site.janitor
+            if janitor is None:
+                site.quarantine.hidden.update(keys)
+                return
+            janitor.lost(await site.quarantine.take(keys, site.meta))
+            janitor.set_aside(await site.meta.run(keep, site.paths))
+
+    async def touch(self, keys: Sequence[ObjectKey], /) -> None:
+        with self._calls.running() as site:
+            janitor = site.janitor
+            if janitor is None or not keys:
+                return
+            path = keys[::-1]  # root first: the most valuable came last
+            stamps = self._uses.stamps(len(path))
+            self._uses.touched(path)
+            janitor.used(path, stamps)
+            await site.meta.run(site.files.use, path, stamps)
+
+    async def describe(self, namespace: str, canonical: bytes, /) -> None:
+        with self._calls.running() as site:
+            if site.janitor is not None:
+                unfinished = site.scratch.file()
+                await site.meta.run(
+                    descriptions.write, site.paths, unfinished, namespace, canonical
+                )
+
+    async def namespaces(self) -> Mapping[str, bytes]:
+        with self._calls.running() as site:
+            return await site.meta.run(descriptions.read_all, site.paths)
+
+    # -- what the tier above asks for its statistics ---------------------------------------------
+
+    @property
+    def janitor(self) -> Janitor | None:
+        """This process's candidate for the office, in office or not; None when read-only."""
+        return None if self._site is None else self._site.janitor
+
+    @property
+    def is_janitor(self) -> bool:
+        """Whether this backend counts, evicts and clears up for everyone in its directory."""
+        return self._ledger is not None
+
+    @property
+    def _ledger(self) -> Ledger | None:
+        return None if self.janitor is None else self.janitor.ledger
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes counted toward the capacity; 0 where this backend is not the janitor."""
+        return 0 if self._ledger is None else self._ledger.used_nbytes
+
+    @property
+    def objects(self) -> int:
+        """Objects counted; 0 where this backend is not the janitor."""
+        return 0 if self._ledger is None else len(self._ledger)
+
+    @property
+    def capacity_nbytes(self) -> int | None:
+        """The limit, None when there is none."""
+        return self.options.capacity or None
+
+    async def recovered(self) -> None:
+        """Wait until everything that lay in the directory at open is counted.
+
+        At once where this backend is not the janitor.
+        """
+        if self.janitor is not None:
+            await self.janitor.recovered()
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _count_use(self, used: Sequence[tuple[ObjectKey, int]]) -> None:
+        if self.janitor is not None and used:
+            self.janitor.used([key for key, _ in used], [stamp for _, stamp in used])
+
+    def _evicted(self, gone: list[tuple[ObjectKey, int]], policy: str) -> None:
+        if self.on_evicted is not None:
+            self.on_evicted(gone, policy)
+
+    async def list(self, prefix: str = "", /) -> AsyncIterator[Listed]:
+        """Every object whose key starts with ``prefix``, other processes' too.
+
+        Waits for recovery. What is added or removed meanwhile may or may not be seen.
+        """
+        await self.recovered()
+        listing: Listing | None = None
+        while True:
+            try:
+                with self._calls.running() as site:
+                    if listing is None:
+                        listing = await site.meta.run(Listing, site.paths, prefix)
+                    batch = await site.meta.run(listing.more, _LISTED)
+            except OSError as exc:
+                raise explain(exc, "list", self.root) from exc
+            if batch is None:
+                return
+            for listed in batch:
+                if listed.key not in site.quarantine.hidden:
+                    yield listed
+
+
+def _registered_policy(name: str) -> Callable[[], EvictionPolicy]:
+    from kvlayer.registry import POLICIES
+
+    return POLICIES.load(name)
+
+
+async def _all(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run jobs concurrently; every one has ended when this returns, cancelled or not."""
+    if len(jobs) == 1:
+        return [await jobs[0]]
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(job) for job in jobs]
+    return [task.result() for task in tasks]
