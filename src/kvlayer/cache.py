@@ -63,10 +63,11 @@ class Cache:
 
         ``namespace`` is what identifies the KV; without one it is made from ``config.model`` and
         the layout, which reads the model's files once to digest them. ``sinks`` are told of every
-        operation. ``backends`` says where URL schemes are found: the installed ones by default,
-        ``BACKENDS.extended({"mine": MyBackend})`` adds one that is not installed. On a clean exit everything
-        stored reaches the lower tiers first (at most ``config.close_seconds``); on an exception
-        only what is being written ends.
+        operation. ``backends`` says where URL schemes are found: the installed ones by default;
+        ``BACKENDS.extended({"mine": MyBackend})`` adds one that is not installed.
+
+        On a clean exit everything stored reaches the lower tiers first (at most
+        ``config.close_seconds``); on an exception only what is being written ends.
 
         Raises ``ConfigError``, ``IdentityError``, ``CapacityError``, ``PluginError`` or
         ``BackendError`` when the cache cannot be built; then nothing stays open.
@@ -142,9 +143,7 @@ class Cache:
         started = self._begin()
         chain = self.chain(tokens, scope)
         match = await self._stack.find(chain)
-        lease = self._planner.lease(
-            match, owner=scope.owner, seconds=self.config.lease_seconds
-        )
+        lease = self._planner.lease(match, owner=scope.owner, seconds=self.config.lease_seconds)
         self._parts.count_lookup(chain.num_tokens, match.tokens)
         if self._emit:
             self._emit(
@@ -162,9 +161,7 @@ class Cache:
         finally:
             self._planner.release(lease.number)
 
-    async def retrieve(
-        self, hit: PrefixHit, kv: KVView, *, first_token: int = 0
-    ) -> RetrieveReport:
+    async def retrieve(self, hit: PrefixHit, kv: KVView, *, first_token: int = 0) -> RetrieveReport:
         """Load a hit into the engine's memory, as far as ``kv`` covers it.
 
         Entry 0 of ``kv``'s slots is token ``first_token``; what lies before it the engine has.

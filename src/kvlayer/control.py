@@ -10,7 +10,7 @@ from kvlayer.abc.backend import Capability
 from kvlayer.errors import ConfigError
 from kvlayer.explain import explain
 from kvlayer.keys import ObjectKey, Scope, Tokens
-from kvlayer.results import Cause, Explanation, Health, Stats, TierStats
+from kvlayer.results import Cause, Explanation, Health, Stats
 from kvlayer.tier.guard import Busy
 from kvlayer.tier.tier import LowerTier
 from kvlayer.urls import nearest
@@ -92,8 +92,8 @@ class Control:
         for lower in self._lower(tier):
             keys: list[ObjectKey] = []
             if Capability.LIST in lower.backend.capabilities:
-                async for listed in lower.backend.list(self._cache.namespace.digest):
-                    keys.append(listed.key)
+                listing = lower.backend.list(self._cache.namespace.digest)
+                keys = [listed.key async for listed in listing]
             gone += await self._delete(lower, keys)
         if tier in (None, stack.host.name):
             with stack.planner.lock:
@@ -104,46 +104,27 @@ class Control:
     def stats(self) -> Stats:
         """Counters since the cache was opened."""
         stack, parts = self._cache.stack, self._cache.parts
-        planner, host = stack.planner, stack.host
+        planner = stack.planner
+        counts = dict.fromkeys((tier.index for tier in stack.lower), 0)
         with planner.lock:
-            counts = [0] * (1 + len(stack.lower))
             for record in planner.directory.objects():
-                for lower in stack.lower:
-                    counts[lower.index] += record.tiers >> lower.index & 1
-            tiers = [
-                TierStats(
-                    name=host.name,
-                    objects=len(planner.host),
-                    used_nbytes=planner.host.extents.used,
-                    capacity_nbytes=planner.host.extents.capacity,
-                    pinned_nbytes=planner.host.pinned_nbytes,
-                    hits=host.hits,
-                    misses=dict(host.misses),
-                    stored=host.stored,
-                    evicted=host.evicted,
-                    loaded_nbytes=host.loaded_nbytes,
-                    stored_nbytes=host.stored_nbytes,
-                )
-            ]
-            leases = len(planner.leases)
-        for lower in stack.lower:
-            tiers.append(
-                TierStats(
-                    name=lower.name,
-                    objects=counts[lower.index],
-                    used_nbytes=getattr(lower.backend, "used_nbytes", 0),
-                    capacity_nbytes=getattr(lower.backend, "capacity_nbytes", None),
-                    pinned_nbytes=0,
-                    hits=lower.hits,
-                    misses=dict(lower.misses),
-                    stored=lower.stored,
-                    evicted=lower.evicted,
-                    loaded_nbytes=lower.loaded_nbytes,
-                    stored_nbytes=lower.stored_nbytes,
-                )
+                for index in counts:
+                    counts[index] += record.tiers >> index & 1
+            extents = planner.host.extents
+            host = stack.host.stats(
+                len(planner.host), extents.used, extents.capacity, planner.host.pinned_nbytes
             )
+            leases = len(planner.leases)
+        lower = [
+            tier.stats(
+                counts[tier.index],
+                getattr(tier.backend, "used_nbytes", 0),
+                getattr(tier.backend, "capacity_nbytes", None),
+            )
+            for tier in stack.lower
+        ]
         return Stats(
-            tuple(tiers),
+            (host, *lower),
             parts.lookups,
             parts.asked_tokens,
             parts.hit_tokens,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
-from kvlayer.errors import BackendError, IdentityError
 from kvlayer.keys import ChunkChain, ObjectKey, Scope, Span, Tokens, token_bytes
 from kvlayer.namespace import Namespace
 from kvlayer.results import Cause, Explanation, MissedChunk
 from kvlayer.tier.directory import Host
+from kvlayer.tier.guard import Busy
+from kvlayer.tier.tier import LowerTier
 
 if TYPE_CHECKING:
     from kvlayer.cache import Cache
@@ -100,29 +103,34 @@ def _missed(
 
 async def _other_namespaces(cache: Cache, chain: ChunkChain, start: int) -> dict[bytes, str]:
     """Missing chunks that other namespaces of the lower tiers hold, and which fields differ."""
+    spans = [chain.span(i) for i in range(start // chain.chunk_step, len(chain))]
     found: dict[bytes, str] = {}
-    first = start // chain.chunk_step
-    spans = [chain.span(i) for i in range(first, len(chain))]
     for tier in cache.stack.lower:
-        try:
-            described = await tier.backend.namespaces()
-            for digest, canonical in described.items():
-                if digest == cache.namespace.digest:
-                    continue
-                other = Namespace.from_canonical(canonical)
-                parts = [need for need in cache.stack.planner.directory.needs]
-                keys = [
-                    ObjectKey.of(digest, chain.zone(span), span.hash, part)
-                    for span in spans
-                    for part in parts
-                ]
-                sizes = await tier.backend.contains(keys)
-                fields = ", ".join(cache.namespace.differences(other))
-                for key, size in zip(keys, sizes, strict=True):
-                    if size is not None:
-                        found[key.chunk] = f"stored on {tier.name} for another model setup: {fields}"
-        except (BackendError, IdentityError):
-            continue  # an explanation that cannot be had is not worth failing for
+        with suppress(Busy):
+            call = tier.guard.start(partial(_held_elsewhere, cache, tier, chain, spans))
+            if await tier.guard.wait(call) and call.error is None:
+                found.update(call.result())
+            call.cancel()  # an explanation that cannot be had is not worth failing for
+    return found
+
+
+async def _held_elsewhere(
+    cache: Cache, tier: LowerTier, chain: ChunkChain, spans: list[Span]
+) -> dict[bytes, str]:
+    found: dict[bytes, str] = {}
+    for digest, canonical in (await tier.backend.namespaces()).items():
+        if digest == cache.namespace.digest:
+            continue
+        keys = [
+            ObjectKey.of(digest, chain.zone(span), span.hash, part)
+            for span in spans
+            for part in cache.stack.planner.directory.needs
+        ]
+        sizes = await tier.backend.contains(keys)
+        differing = ", ".join(cache.namespace.differences(Namespace.from_canonical(canonical)))
+        detail = f"stored on {tier.name} for another setup: {differing}"
+        there = (key for key, size in zip(keys, sizes, strict=True) if size is not None)
+        found.update((key.chunk, detail) for key in there)
     return found
 
 

@@ -88,7 +88,9 @@ class KVGroup:
     v_head_size: int | None = None
     hit_rule: HitRule = HitRule.EVERY_CHUNK
     window_tokens: int | None = None
-    rope: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+    rope: Mapping[str, str | int | float | bool | None] = field(
+        default_factory=dict[str, str | int | float | bool | None]
+    )
     state_nbytes: int = 0
 
     def __post_init__(self) -> None:

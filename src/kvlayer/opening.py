@@ -55,9 +55,7 @@ class Parts:
         self.asked_tokens += asked
         self.hit_tokens += hit
 
-    def spawn(
-        self, job: Coroutine[Any, Any, RetrieveReport]
-    ) -> asyncio.Task[RetrieveReport]:
+    def spawn(self, job: Coroutine[Any, Any, RetrieveReport]) -> asyncio.Task[RetrieveReport]:
         """Run a background job that ends with the cache at the latest."""
         task = asyncio.get_running_loop().create_task(job)
         self._jobs.add(task)
@@ -125,7 +123,8 @@ async def build(
         for tier in lower:
             await resources.enter_async_context(tier.backend)
             tier.backend.on_evicted = partial(_evicted, planner, tier)
-            await tier.backend.describe(namespace.digest, namespace.canonical())
+            described = partial(tier.backend.describe, namespace.digest, namespace.canonical())
+            tier.guard.start(described)  # for people and explain: nobody waits for it
         stager = _make_stager(layout)
         resources.push_async_callback(stager.aclose)
         mover = Mover(
@@ -145,9 +144,7 @@ async def build(
         return Parts(config, namespace, stack, stager, emit, loop.time, resources.pop_all())
 
 
-async def _identify(
-    config: CacheConfig, layout: KVLayout, resources: AsyncExitStack
-) -> Namespace:
+async def _identify(config: CacheConfig, layout: KVLayout, resources: AsyncExitStack) -> Namespace:
     """The namespace of a configuration; digests the model's files if it names a path."""
     model = config.model
     weights = model.weights
@@ -206,7 +203,7 @@ def _check_sharing(namespace: Namespace, backends: list[Backend]) -> None:
 def _names(backends: list[Backend]) -> list[str]:
     """Tier names for reports: the scheme, numbered from its second use on."""
     seen: dict[str, int] = {}
-    names = []
+    names: list[str] = []
     for backend in backends:
         count = seen[backend.scheme] = seen.get(backend.scheme, 0) + 1
         names.append(backend.scheme if count == 1 else f"{backend.scheme}-{count}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterable
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from functools import partial
@@ -58,7 +58,7 @@ class Portal:
         *,
         sinks: Iterable[Sink] = (),
         backends: Registry[type[Backend]] = BACKENDS,
-    ) -> Iterator[Portal]:
+    ) -> Generator[Portal]:
         """Open a cache (see ``Cache.open``) on a new thread; leaving the block closes both.
 
         Work still running then is cancelled and has ended when the block is left. Raises what
@@ -80,7 +80,7 @@ class Portal:
                 asyncio.run(serve())
             except _Abandoned:
                 ended.set_result(None)
-            except BaseException as exc:  # carried to the thread that waits for it
+            except BaseException as exc:  # noqa: BLE001  # carried to the thread that waits
                 (ended if opened.done() else opened).set_exception(exc)
             else:
                 ended.set_result(None)

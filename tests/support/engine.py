@@ -83,7 +83,9 @@ class Engine:
         if "block" not in self.layout.groups[0].axes:
             return torch.arange(count)
         blocks = random.Random(seed).sample(range(self.num_blocks), -(-count // size))
-        return (torch.tensor(blocks, dtype=torch.int64)[:, None] * size + torch.arange(size)).reshape(-1)[:count]
+        return (
+            torch.tensor(blocks, dtype=torch.int64)[:, None] * size + torch.arange(size)
+        ).reshape(-1)[:count]
 
     def view(self, slots: Any) -> KVView:
         """A view in which every group uses the same slots."""
@@ -111,13 +113,12 @@ class Engine:
         planes = []
         for tensor in tensors:
             named = dict(zip(group.axes, range(tensor.ndim), strict=True))
-            tensor = tensor.view(bits)
             order = [
                 named[axis]
                 for axis in ("block", "token", "kv", "head", "dim", "kvdim")
                 if axis in named
             ]
-            moved = tensor.permute(order)
+            moved = tensor.view(bits).permute(order)
             if "block" not in named:
                 moved = moved[None]
             flat = moved.reshape(-1, *moved.shape[2:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -161,7 +162,7 @@ def check_accounts(planner: Planner, *, idle: bool = False) -> None:
     resident = [r for r in directory.objects() if r.host is not Host.ABSENT]
     assert len(resident) == len(host)
     ranges = sorted((r.offset, align(r.nbytes)) for r in resident)
-    for (start, nbytes), (after, _) in zip(ranges, ranges[1:], strict=False):
+    for (start, nbytes), (after, _) in itertools.pairwise(ranges):
         assert start + nbytes <= after, "two objects share bytes"
     assert host.extents.used == sum(nbytes for _, nbytes in ranges)
     assert host.pinned_nbytes == sum(r.nbytes for r in resident if r.pins)

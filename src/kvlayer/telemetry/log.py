@@ -52,7 +52,7 @@ def _level(event: Event) -> int:
             return logging.DEBUG
 
 
-def _sentence(event: Event) -> str:
+def _sentence(event: Event) -> str:  # noqa: PLR0911  # one sentence per kind of event
     match event:
         case LookupDone():
             return _timed(f"lookup: {event.hit_tokens} of {event.asked_tokens} tokens", event)

@@ -135,4 +135,3 @@ async def test_damage_in_the_last_chunk_leaves_the_rest_of_the_hit(tmp_path: Pat
     async with Cache.open(config(tmp_path), layout()) as cache, cache.lookup(prompt) as hit:
         assert (await cache.retrieve(hit, other.view(slots))).tokens == 48
     assert same(engine.read(slots[:48]), other.read(slots[:48]))
-

@@ -121,7 +121,7 @@ async def test_a_superseded_tail_goes_first() -> None:
 async def test_a_view_that_covers_more_than_the_tokens_is_refused() -> None:
     engine = Engine(layout(), 32)
     async with Cache.open(config(), layout()) as cache:
-        with pytest.raises(LayoutError, match="covers tokens 0..20, but there are only 16"):
+        with pytest.raises(LayoutError, match=r"covers tokens 0\.\.20, but there are only 16"):
             await cache.store(tokens(16), engine.view(engine.slots(20)))
         with pytest.raises(LayoutError, match="first_token"):
             await cache.store(tokens(16), engine.view(engine.slots(16)), first_token=-1)

@@ -173,7 +173,8 @@ async def test_the_same_content_of_two_processes_is_shared_and_stored_once(tmp_p
     async with Cache.open(config(tmp_path), layout()) as cache:
         await cache.recovered()  # the directory is known to be empty before the other writes
         children = [
-            subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: ASYNC220
+            for _ in range(2)
         ]
         for child in children:
             out, _ = child.communicate()

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy
+import numpy as np
 import pytest
 import torch
 from caches import WEIGHTS, config, layout, tokens
@@ -100,7 +100,7 @@ async def test_a_refused_cache_leaves_nothing_open(tmp_path: Path) -> None:
 
 BAD_TOKENS: dict[str, Any] = {
     "floats": [1.0, 2.0],
-    "a float array": numpy.zeros(4, numpy.float32),
+    "a float array": np.zeros(4, np.float32),
     "a float tensor": torch.zeros(4),
     "a batch": torch.zeros((1, 4), dtype=torch.int64),
     "negative ids": [1, -2],
@@ -128,10 +128,10 @@ async def test_tokens_of_the_wrong_kind_are_refused(kind: str) -> None:
 
 GOOD_TOKENS: dict[str, Callable[[array[int]], Any]] = {
     "a list": list,
-    "an int32 array": lambda ids: numpy.array(ids, numpy.int32),
-    "an int64 array": lambda ids: numpy.array(ids, numpy.int64),
+    "an int32 array": lambda ids: np.array(ids, np.int32),
+    "an int64 array": lambda ids: np.array(ids, np.int64),
     "an int64 tensor": lambda ids: torch.tensor(list(ids)),
-    "a strided view": lambda ids: numpy.repeat(numpy.array(ids), 2)[::2],
+    "a strided view": lambda ids: np.repeat(np.array(ids), 2)[::2],
 }
 
 

@@ -1,0 +1,232 @@
+"""A tier that hangs, fails, lies or breaks its contract costs a miss: never bytes, never a hang."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, ClassVar, Self
+
+import pytest
+from caches import WEIGHTS, layout, tokens
+from engine import Engine, same
+
+from kvlayer import Cache, CacheConfig, Cause, ModelConfig, TierConfig
+from kvlayer.abc.backend import (
+    Backend,
+    Capability,
+    Hit,
+    Listed,
+    Miss,
+    Read,
+    ReadResult,
+    Write,
+    WriteResult,
+)
+from kvlayer.errors import BackendError
+from kvlayer.keys import ObjectKey
+from kvlayer.registry import BACKENDS
+from kvlayer.urls import BackendURL
+
+
+class Shelf(Backend):
+    """Keeps objects in a dictionary, and misbehaves as its class attribute says."""
+
+    scheme: ClassVar[str] = "shelf"
+    capabilities = frozenset({Capability.SHARED})
+    objects: ClassVar[dict[ObjectKey, bytes]] = {}
+    fault: ClassVar[str] = ""
+    calls: ClassVar[int] = 0
+
+    @classmethod
+    def from_url(cls, url: BackendURL, /) -> Self:
+        return cls()
+
+    async def open(self) -> None:
+        """Nothing to acquire."""
+
+    async def aclose(self) -> None:
+        """Nothing to release."""
+
+    async def _misbehave(self, call: str) -> None:
+        type(self).calls += 1
+        if self.fault == f"{call} hangs":
+            await asyncio.Event().wait()
+        if self.fault == f"{call} fails":
+            raise BackendError("the shelf fell")
+        if self.fault == f"{call} breaks its contract":
+            raise ZeroDivisionError
+
+    async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
+        await self._misbehave("contains")
+        return [len(self.objects[key]) if key in self.objects else None for key in keys]
+
+    async def get(self, reads: Sequence[Read], /) -> list[ReadResult]:
+        await self._misbehave("get")
+        results: list[ReadResult] = []
+        for read in reads:
+            stored = self.objects.get(read.key)
+            if stored is None:
+                results.append(Miss())
+                continue
+            if self.fault == "get reports an error":
+                results.append(BackendError("unreadable"))
+                continue
+            if self.fault == "get lies":
+                stored = stored[:-1] + bytes([stored[-1] ^ 1])
+                stored = stored[:4200] + b"?" + stored[4201:]
+            at = 0
+            for region in read.regions:
+                part = stored[at : at + region.nbytes]
+                region[: len(part)] = part
+                at += len(part)
+            results.append(Hit(at))
+        return results
+
+    async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
+        await self._misbehave("put")
+        if self.fault == "put reports an error":
+            return [BackendError("full") for _ in writes]
+        for write in writes:
+            self.objects[write.key] = b"".join(write.regions)
+        return [None] * len(writes)
+
+    async def delete(self, keys: Sequence[ObjectKey], /) -> None:
+        await self._misbehave("delete")
+        for key in keys:
+            self.objects.pop(key, None)
+
+    async def touch(self, keys: Sequence[ObjectKey], /) -> None:
+        await self._misbehave("touch")
+
+    async def list(self, prefix: str = "", /) -> AsyncIterator[Listed]:
+        await self._misbehave("list")
+        for key, stored in self.objects.items():
+            yield Listed(key, len(stored), 0.0)
+
+
+@pytest.fixture
+def shelf() -> type[Shelf]:
+    """A fresh shelf for one test."""
+    return type("FreshShelf", (Shelf,), {"objects": {}, "fault": "", "calls": 0})
+
+
+@asynccontextmanager
+async def _open(shelf: type[Shelf], **more: Any) -> AsyncIterator[Cache]:
+    # Short only where it is meant to pass: a busy machine must not turn an error into a deadline.
+    deadline = 0.05 if shelf.fault.endswith("hangs") or more.pop("hurry", False) else 30.0
+    settings = CacheConfig(
+        model=ModelConfig(weights=WEIGHTS),
+        tiers=(
+            TierConfig(url="cpu://?capacity=1MiB"),
+            TierConfig(url="shelf://", write="through", deadline_seconds=deadline, max_inflight=4),
+        ),
+        tokens_per_chunk=16,
+        **more,
+    )
+    backends = BACKENDS.extended({"shelf": shelf})
+    async with Cache.open(settings, layout(), backends=backends) as cache:
+        yield cache
+
+
+async def _let_go(cache: Cache) -> None:
+    """Some turns of the loop later nothing is held any more."""
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert cache.control.stats().tiers[0].pinned_nbytes == 0
+    assert cache.control.stats().inflight == 0
+
+
+LOADS = {
+    "get hangs": Cause.DEADLINE,
+    "get fails": Cause.TIER_DOWN,
+    "get breaks its contract": Cause.TIER_DOWN,
+    "get reports an error": Cause.TIER_DOWN,
+    "get lies": Cause.CORRUPT,
+}
+
+
+@pytest.mark.parametrize("fault", LOADS)
+@pytest.mark.asyncio
+async def test_a_load_from_a_faulty_tier_is_a_miss_with_its_cause(
+    shelf: type[Shelf], fault: str
+) -> None:
+    engine, other = Engine(layout(), 32, 1), Engine(layout(), 32, 2)
+    prompt, slots = tokens(64), engine.slots(64)
+    async with _open(shelf, hurry=fault == "get hangs") as cache:
+        await cache.store(prompt, engine.view(slots))
+        await cache.control.evict(prompt[:32], tier="cpu")
+        shelf.fault = fault
+        async with cache.lookup(prompt) as hit:
+            report = await cache.retrieve(hit, other.view(slots))
+        assert report.tokens == 0
+        assert [failure.cause for failure in report.failed] == [LOADS[fault]]
+        assert cache.control.stats().tiers[1].misses[LOADS[fault]] >= 1
+        await _let_go(cache)
+        assert cache.control.health().ok is (LOADS[fault] is Cause.CORRUPT)
+
+        shelf.fault = ""  # it recovers without a restart
+        await cache.store(prompt, engine.view(slots))
+        async with cache.lookup(prompt) as hit:
+            assert (await cache.retrieve(hit, other.view(slots))).tokens == 64
+        assert cache.control.health().ok
+    assert same(engine.read(slots), other.read(slots))
+
+
+STORES = ["put hangs", "put fails", "put breaks its contract", "put reports an error"]
+
+
+@pytest.mark.parametrize("fault", STORES)
+@pytest.mark.asyncio
+async def test_a_store_to_a_faulty_tier_reports_it_and_serves_from_the_host(
+    shelf: type[Shelf], fault: str
+) -> None:
+    engine, other = Engine(layout(), 32, 1), Engine(layout(), 32, 2)
+    prompt, slots = tokens(64), engine.slots(64)
+    shelf.fault = fault
+    async with _open(shelf, close_seconds=0.05) as cache:
+        report = await cache.store(prompt, engine.view(slots))
+        assert report.stored == 4
+        assert len(report.failed) == 4
+        wanted = Cause.DEADLINE if fault == "put hangs" else Cause.TIER_DOWN
+        assert {failure.cause for failure in report.failed} == {wanted}
+        async with cache.lookup(prompt) as hit:
+            assert (await cache.retrieve(hit, other.view(slots))).tokens == 64
+    assert same(engine.read(slots), other.read(slots))
+    assert shelf.objects == {}
+
+
+@pytest.mark.parametrize("fault", ["hangs", "fails", "breaks its contract"])
+@pytest.mark.parametrize("call", ["contains", "touch", "list"])
+@pytest.mark.asyncio
+async def test_a_question_a_tier_does_not_answer_is_no_error(
+    shelf: type[Shelf], call: str, fault: str
+) -> None:
+    engine = Engine(layout(), 32, 1)
+    prompt, slots = tokens(64), engine.slots(64)
+    shelf.capabilities = frozenset({Capability.SHARED, Capability.LIST})
+    shelf.fault = f"{call} {fault}"
+    async with _open(shelf) as cache:
+        await cache.store(prompt, engine.view(slots))
+        async with cache.lookup(prompt) as hit:
+            assert hit.tokens == 64
+        async with cache.lookup(tokens(64, 1)) as hit:
+            assert hit.tokens == 0
+        if call == "contains":
+            explained = await cache.control.explain(tokens(64, 1))
+            assert [miss.cause for miss in explained.misses] == [Cause.TIER_DOWN]
+
+
+@pytest.mark.asyncio
+async def test_a_tier_that_hangs_is_not_given_more_than_its_bound(shelf: type[Shelf]) -> None:
+    engine = Engine(layout(), 64, 1)
+    async with _open(shelf, close_seconds=0.05, hurry=True) as cache:
+        shelf.fault = "put hangs"
+        for seed in range(8):
+            await cache.store(tokens(64, seed), engine.view(engine.slots(64, seed=seed)))
+        assert shelf.calls <= 4  # max_inflight
+        report = await cache.store(tokens(64, 9), engine.view(engine.slots(64)))
+        assert {failure.cause for failure in report.failed} == {Cause.BUSY}
+        async with cache.lookup(tokens(64, 9)) as hit:
+            assert hit.tokens == 64
+    assert shelf.objects == {}
