@@ -1,0 +1,105 @@
+"""A cache tensor on any torch device: its rows move as integers, through torch indexing.
+
+Slower than a stager of the device's own, but universal, and it needs nothing but torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from kvlayer.layout import Tensor
+from kvlayer.staging.address import Side, Strip
+from kvlayer.staging.host_cache import Bytes
+from kvlayer.staging.lazy import np, torch
+from kvlayer.staging.slots import BlockRun, IntArray, LooseRows, SlotRuns
+
+__all__ = ["DeviceCache", "engine_order"]
+
+
+@contextmanager
+def engine_order(device: Any, stream: int) -> Generator[None]:
+    """Run after what the engine has queued on ``stream``, and leave with everything done."""
+    if device.type == "cpu":
+        yield
+    elif device.type == "cuda":
+        cuda = torch.cuda
+        queue = cuda.ExternalStream(stream, device) if stream else cuda.default_stream(device)
+        with cuda.stream(queue):
+            try:
+                yield
+            finally:
+                queue.synchronize()
+    else:
+        module = torch.get_device_module(device)
+        module.synchronize()
+        try:
+            yield
+        finally:
+            module.synchronize()
+
+
+class DeviceCache:
+    """One tensor of an engine's cache on any device, for the duration of one call."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._item: int = tensor.element_size()
+        # Integers of the same size: a float copy may quieten a NaN on some devices, and torch
+        # refuses writes to the tensor itself when the engine made it in inference mode.
+        self._bits: Any = getattr(torch, f"int{8 * self._item}")
+        self._tensor = tensor.detach().view(self._bits)
+
+    def gather(self, host: Bytes, at: int, strip: Strip, runs: SlotRuns) -> None:
+        """Copy a strip's rows to the layer that starts at ``host[at]``."""
+        memory = torch.from_numpy(host).view(self._bits)
+        cache = self._rows(self._tensor, 0, strip, strip.cache, strip.blocks)
+        for run in runs.runs:
+            payload = self._run(memory, at, strip, run)
+            payload.copy_(cache.index_select(2, self._on_device(run.ids)))
+        if runs.loose is not None:
+            rows, payload = self._loose(memory, at, strip, runs.loose)
+            found = cache[:, :, *self._index(runs.loose)]
+            payload[:, :, rows, 0] = found.cpu()
+
+    def scatter(self, host: Bytes, at: int, strip: Strip, runs: SlotRuns) -> None:
+        """Copy a strip's rows from the layer that starts at ``host[at]``."""
+        if not host.flags.writeable:
+            host = host.copy()  # torch warns about read-only memory
+        memory = torch.from_numpy(host).view(self._bits)
+        cache = self._rows(self._tensor, 0, strip, strip.cache, strip.blocks)
+        for run in runs.runs:
+            payload = self._run(memory, at, strip, run)
+            cache.index_copy_(2, self._on_device(run.ids), payload.to(self._tensor.device))
+        if runs.loose is not None:
+            rows, payload = self._loose(memory, at, strip, runs.loose)
+            found = payload[:, :, rows, 0].to(self._tensor.device)
+            cache[:, :, *self._index(runs.loose)] = found
+
+    def _run(self, memory: Tensor, at: int, strip: Strip, run: BlockRun) -> Tensor:
+        """[plane, head, block, row, element] of the run's blocks in the payload."""
+        first = at + run.row * strip.host.token
+        return self._rows(memory, first, strip, strip.host, len(run.ids))
+
+    def _loose(
+        self, memory: Tensor, at: int, strip: Strip, loose: LooseRows
+    ) -> tuple[Tensor, Tensor]:
+        """Indices of loose rows, and [plane, head, row, 1, element] of the payload."""
+        one = strip._replace(rows=1, host=strip.host._replace(block=strip.host.token))
+        payload = self._rows(memory, at, one, one.host, int(loose.rows.max()) + 1)
+        return torch.from_numpy(loose.rows), payload
+
+    def _index(self, loose: LooseRows) -> tuple[Tensor, Tensor]:
+        return self._on_device(loose.blocks), self._on_device(loose.tokens)
+
+    def _on_device(self, index: IntArray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(index)).to(self._tensor.device)
+
+    def _rows(self, memory: Tensor, at: int, strip: Strip, side: Side, blocks: int) -> Tensor:
+        item = self._item
+        strides = [n // item for n in (side.plane, side.head, side.block, side.token)]
+        return memory.as_strided(
+            (strip.planes, strip.heads, blocks, strip.rows, strip.row_nbytes // item),
+            (*strides, 1),
+            memory.storage_offset() + (at + side.offset) // item,
+        )
