@@ -63,6 +63,10 @@ class Offload:
             if not call.drop():
                 await _settled(future)
             raise
+        finally:
+            # An exception's traceback refers to this frame, and the future to the exception: left
+            # alone, the cycle would keep lent memory alive until the garbage collector comes by.
+            del future, call
 
     def close(self) -> None:
         """Wait for running work and end the threads. Idempotent. Blocks."""

@@ -136,5 +136,6 @@ class Emitter:
             try:
                 sink(event)
             except Exception:  # the boundary to foreign code: a listener must not break serving
-                self._sinks.remove(sink)
+                if sink in self._sinks:  # it may have failed inside an event of its own
+                    self._sinks.remove(sink)
                 _log.exception("event sink %r failed and was removed", sink)

@@ -7,6 +7,7 @@ tensors of one request. Nothing here imports a tensor library.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -144,6 +145,7 @@ DENSE: Axes = ("head", "token", "dim")
 MLA_BLOCKS: Axes = ("block", "token", "dim")
 STATE_BLOCKS: Axes = ("block", "state")
 
+_FORM = re.compile(r"canonical|native:[a-z0-9_:-]+")
 _AXES = frozenset({"kv", "block", "token", "head", "dim", "kvdim", "state"})
 
 
@@ -174,9 +176,10 @@ class GroupLayout:
             )
         if self.tokens_per_block < 1:
             raise LayoutError(f"tokens_per_block must be positive, found {self.tokens_per_block}")
-        if self.form != "canonical" and not self.form.startswith("native:"):
+        if not _FORM.fullmatch(self.form):
             raise LayoutError(
-                f"unknown payload form {self.form!r}", hint="use 'canonical' or 'native:<name>'"
+                f"unknown payload form {self.form!r}",
+                hint="use 'canonical', or 'native:<name>' with a name of [a-z0-9_:-]",
             )
         if self.form != "canonical" and "block" not in self.axes:
             raise LayoutError("a native form keeps whole blocks, but the axes have no block axis")

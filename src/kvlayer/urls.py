@@ -142,12 +142,12 @@ def _split(text: str) -> tuple[SplitResult, int | None]:
     """The URL's parts and port. The messages of urllib repeat the text and are dropped."""
     try:
         parts = urlsplit(text)
-        userinfo, port = "@" in parts.netloc, None if "@" in parts.netloc else parts.port
+        port = parts.port
     except ValueError:
         raise ConfigError("not a backend URL: its host or port cannot be read", hint=_TRY) from None
     if not parts.scheme:
         raise ConfigError("not a backend URL: expected scheme://location", hint=_TRY)
-    if userinfo:
+    if "@" in parts.netloc:
         raise ConfigError(
             f"{parts.scheme}:// URL carries credentials",
             hint="secrets never go into URLs; set them in the environment",

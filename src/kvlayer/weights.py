@@ -222,7 +222,7 @@ class _Hasher:
             if known is not None:
                 return known
             settled = DigestCache.is_settled(before)
-            digest = self._stream(file)
+            digest = self._stream(file, before.st_size)
             if DigestCache.key(before) == DigestCache.key(file.stat()):
                 if settled:
                     self._cache.put(before, digest)
@@ -232,12 +232,14 @@ class _Hasher:
             hint=f"wait until the download or training has ended, {_EXPLICIT}",
         )
 
-    def _stream(self, file: Path) -> str:
+    def _stream(self, file: Path, size: int) -> str:
+        """The sha256 of the file's content, which ends early once there is more than ``size``."""
         if not self._buffer:
             self._buffer = memoryview(bytearray(_BUFFER_NBYTES))
         state, inside = sha256(), 0
         with file.open("rb", buffering=0) as raw:
-            while count := raw.readinto(self._buffer):
+            # A file that grows as fast as it is read would never end.
+            while inside <= size and (count := raw.readinto(self._buffer)):
                 state.update(self._buffer[:count])
                 inside += count
                 self._report(inside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -103,18 +104,39 @@ async def test_a_view_shorter_than_the_hit_gets_what_fits(tmp_path: Path, room: 
 
 
 @pytest.mark.asyncio
-async def test_a_superseded_tail_goes_first() -> None:
+async def test_a_superseded_tail_goes_before_anything_older() -> None:
     engine = Engine(layout(), 64)
     prompt, slots = tokens(32), engine.slots(32)
     # 16 tokens x 3 layers x 2 heads x 8 x 2 (K, V) x 2 bytes = 3 KiB: a page per object.
     async with Cache.open(config(host="16KiB"), layout()) as cache:
+        await cache.store(tokens(16, seed=1), engine.view(slots[:16]))  # the oldest
         await cache.store(prompt[:8], engine.view(slots[:8]))  # a tail
         await cache.store(prompt, engine.view(slots))  # two chunks that contain it
-        await cache.store(tokens(32, seed=1), engine.view(slots))  # needs one object to go
-        async with cache.lookup(prompt) as hit:
-            assert hit.tokens == 32
+        await cache.store(tokens(16, seed=2), engine.view(slots[:16]))  # one object must go
+        async with cache.lookup(tokens(16, seed=1)) as hit:
+            assert hit.tokens == 16
         async with cache.lookup(prompt[:8]) as hit:
             assert hit.tokens == 0
+
+
+@pytest.mark.asyncio
+async def test_what_is_used_in_host_memory_stays_on_disk_too(tmp_path: Path) -> None:
+    engine = Engine(layout(), 64)
+    slots = engine.slots(32)
+    # 8 KiB per object, header included: the disk has room for four.
+    settings = config(tmp_path, file_options="&capacity=32KiB")
+    async with Cache.open(settings, layout()) as cache:
+        for seed in (1, 2):
+            await cache.store(tokens(32, seed), engine.view(slots))
+        async with cache.lookup(tokens(32, 1)) as hit:
+            await cache.retrieve(hit, engine.view(slots))
+        while cache.control.stats().inflight:  # the disk is told without anyone waiting for it
+            await asyncio.sleep(0)
+        await cache.store(tokens(32, 3), engine.view(slots))
+        await cache.control.clear("cpu")
+        for seed, kept in ((1, 32), (2, 0), (3, 32)):
+            async with cache.lookup(tokens(32, seed)) as hit:
+                assert hit.tokens == kept
 
 
 @pytest.mark.asyncio
