@@ -50,7 +50,10 @@ class Offload:
         self._closed = False
 
     async def run(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run ``work(*args, **kwargs)`` on a thread of the pool and return its result."""
+        """Run ``work(*args, **kwargs)`` on a thread of the pool and return its result.
+
+        Raises what the work raises, and ``ClosedError`` when the pool closes before it starts.
+        """
         if self._closed:
             raise ClosedError(f"the thread pool {self._name!r} is closed")
         if self._pool is None:
@@ -62,6 +65,9 @@ class Offload:
         except asyncio.CancelledError:
             if not call.drop():
                 await _settled(future)
+            task = asyncio.current_task()
+            if future.cancelled() and task is not None and not task.cancelling():
+                raise ClosedError(f"the thread pool {self._name!r} was closed") from None
             raise
         finally:
             # An exception's traceback refers to this frame, and the future to the exception: left
@@ -69,7 +75,7 @@ class Offload:
             del future, call
 
     def close(self) -> None:
-        """Wait for running work and end the threads. Idempotent. Blocks."""
+        """Drop waiting work, wait for running work and end the threads. Idempotent. Blocks."""
         self._closed = True
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import msgpack  # pyright: ignore[reportMissingTypeStubs]
 
-__all__ = ["pack", "unpack"]
+__all__ = ["as_list", "as_map", "pack", "unpack"]
 
 _packb: Any = cast("Any", msgpack.packb)  # pyright: ignore[reportUnknownMemberType]
 _unpackb: Any = cast("Any", msgpack.unpackb)  # pyright: ignore[reportUnknownMemberType]
@@ -44,3 +44,13 @@ def unpack(packed: bytes) -> object:
     except (ValueError, TypeError, RecursionError) as exc:  # msgpack's own errors are ValueErrors
         raise ValueError(f"not msgpack: {exc}") from None
     return value
+
+
+def as_list(value: object) -> list[object] | None:
+    """``value`` if it is a list, else None."""
+    return cast("list[object]", value) if isinstance(value, list) else None
+
+
+def as_map(value: object) -> dict[str, object] | None:
+    """``value`` if it is a map, as ``unpack`` makes them (text keys), else None."""
+    return cast("dict[str, object]", value) if isinstance(value, dict) else None

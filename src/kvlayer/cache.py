@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable
+from collections.abc import AsyncGenerator, Generator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -58,7 +58,7 @@ class Cache:
         *,
         sinks: Iterable[Sink] = (),
         backends: Registry[type[Backend]] = BACKENDS,
-    ) -> AsyncIterator[Cache]:
+    ) -> AsyncGenerator[Cache]:
         """Open the tiers of ``config`` for an engine whose KV lies as ``layout`` says.
 
         ``namespace`` is what identifies the KV; without one it is made from ``config.model`` and

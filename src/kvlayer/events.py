@@ -135,7 +135,7 @@ class Emitter:
         for sink in tuple(self._sinks):
             try:
                 sink(event)
-            except Exception:  # the boundary to foreign code: a listener must not break serving
+            except Exception:  # noqa: BLE001  # foreign code: it must not break serving
                 if sink in self._sinks:  # it may have failed inside an event of its own
                     self._sinks.remove(sink)
                 _log.exception("event sink %r failed and was removed", sink)

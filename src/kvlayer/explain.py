@@ -52,7 +52,7 @@ def _unusable(cache: Cache, chain: ChunkChain, start: int) -> list[Span]:
     return spans
 
 
-def _missed(
+def _missed(  # noqa: PLR0911  # one return per cause, most telling first
     cache: Cache,
     chain: ChunkChain,
     plain: ChunkChain,
@@ -62,12 +62,13 @@ def _missed(
     """The cause for one span; None when the span itself is there."""
     planner = cache.stack.planner
     index = span.start // chain.chunk_step
+    at = (span.start, span.stop)
     if not span.hash:
         detail = (
             f"{span.tokens} tokens are left over: a prompt's end is kept in multiples of "
             f"{chain.tail_step}"
         )
-        return MissedChunk(span.start, span.stop, Cause.SHORT, detail)
+        return MissedChunk(*at, Cause.SHORT, detail)
     with planner.lock:
         covers = planner.directory.covers(span.hash)
         if all(cover is not None for cover in covers):
@@ -80,25 +81,23 @@ def _missed(
         is_chunk = index < len(plain)
         elsewhere = planner.journal.elsewhere(plain.hashes[index], span.hash) if is_chunk else None
         divergent = planner.journal.divergence(chain, index)
-    down = [tier for tier in cache.stack.lower if tier.trouble]
-    cause, detail = Cause.NEVER_STORED, "these tokens were not stored after what precedes them"
     if filling:
-        cause, detail = Cause.IN_FLIGHT, "on its way into host memory right now"
-    elif loss is not None:
-        cause = loss.cause
-        detail = f"{loss.detail}, {max(time.time() - loss.when, 0):.0f} s ago"
-    elif elsewhere is not None:
-        cause, detail = Cause.OTHER_SALT, f"the same tokens are stored under: {elsewhere}"
-    elif span.hash in others:
-        cause, detail = Cause.OTHER_NAMESPACE, others[span.hash]
-    elif down:
-        cause, detail = Cause.TIER_DOWN, f"{down[0].name}: {down[0].trouble}"
-    elif divergent is not None:
+        return MissedChunk(*at, Cause.IN_FLIGHT, "on its way into host memory right now")
+    if loss is not None:
+        ago = max(time.time() - loss.when, 0)
+        return MissedChunk(*at, loss.cause, f"{loss.detail}, {ago:.0f} s ago")
+    if elsewhere is not None:
+        detail = f"the same tokens are stored under: {elsewhere}"
+        return MissedChunk(*at, Cause.OTHER_SALT, detail)
+    if span.hash in others:
+        return MissedChunk(*at, Cause.OTHER_NAMESPACE, others[span.hash])
+    for tier in cache.stack.lower:
+        if tier.trouble:
+            return MissedChunk(*at, Cause.TIER_DOWN, f"{tier.name}: {tier.trouble}")
+    detail = "no record of these tokens after what precedes them"
+    if divergent is not None:
         detail = f"a stored prompt starts alike and differs from token {divergent} on"
-    else:
-        divergent = None
-    keep = divergent if cause is Cause.NEVER_STORED else None
-    return MissedChunk(span.start, span.stop, cause, detail, keep)
+    return MissedChunk(*at, Cause.NEVER_STORED, detail, divergent)
 
 
 async def _other_namespaces(cache: Cache, chain: ChunkChain, start: int) -> dict[bytes, str]:

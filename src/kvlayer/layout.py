@@ -49,7 +49,7 @@ DTYPE_NBYTES: Mapping[str, int] = {
     "fp8_e5m2": 1,
     "int8": 1,
 }
-"""Logical KV dtypes and their sizes in bytes. Engines that keep fp8 as uint8 still say ``fp8_*``."""
+"""Logical KV dtypes and their sizes in bytes. An engine that keeps fp8 as uint8 says ``fp8_*``."""
 
 
 class AttentionKind(StrEnum):

@@ -116,7 +116,8 @@ class Explanation:
 
     def __str__(self) -> str:
         places = ", ".join(f"{n} from {tier}" for tier, n in self.by_tier.items() if n)
-        lines = [f"{self.hit_tokens} of {self.num_tokens} tokens usable" + f" ({places})" * bool(places)]
+        whence = f" ({places})" if places else ""
+        lines = [f"{self.hit_tokens} of {self.num_tokens} tokens usable{whence}"]
         lines += [f"  tokens {m.start}..{m.stop}: {m.cause}: {m.detail}" for m in self.misses]
         return "\n".join(lines)
 

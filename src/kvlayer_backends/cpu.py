@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import time
 from typing import ClassVar, Self
@@ -65,6 +66,10 @@ class CpuBackend(Backend, HostMemory):
         self._slab: Slab | None = None
         self._extents = Extents(options.capacity)
         self._held: dict[ObjectKey, _Held] = {}
+        self._is_closing = False
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._copies = Offload(2, "kvlayer-cpu")
 
     @classmethod
@@ -94,27 +99,49 @@ class CpuBackend(Backend, HostMemory):
     async def open(self) -> None:
         if self._slab is None:
             self._slab = Slab(self._options.capacity)
+            self._copies = Offload(2, "kvlayer-cpu")
+            self._is_closing = False
 
     async def aclose(self) -> None:
+        self._is_closing = True  # calls that begin from now on are refused
+        await self._idle.wait()
         self._copies.close()
         if self._slab is not None:
             self._slab.close()
             self._slab = None
-        self._held.clear()
+        for key, held in list(self._held.items()):
+            self._drop(key, held)
+
+    @contextmanager
+    def _call(self) -> Generator[Slab]:
+        """A running call; closing waits until it has ended. Raises ``ClosedError``."""
+        if self._is_closing:
+            raise ClosedError("cpu:// is closed")
+        slab = self.slab
+        self._running += 1
+        self._idle.clear()
+        try:
+            yield slab
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
 
     async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
         found = [self._held.get(key) for key in keys]
         return [held.nbytes if held is not None and held.is_ready else None for held in found]
 
     async def get(self, reads: Sequence[Read], /) -> list[ReadResult]:
-        return [await self._get(read) for read in reads]
+        with self._call() as slab:
+            return [await self._get(slab, read) for read in reads]
 
-    async def _get(self, read: Read) -> ReadResult:
+    async def _get(self, slab: Slab, read: Read) -> ReadResult:
         held = self._held.get(read.key)
         if held is None or not held.is_ready:
             return Miss()
-        count = min(max(held.nbytes - read.offset, 0), read.nbytes)
-        source = self.slab.view(held.offset + read.offset, count)
+        start = min(read.offset, held.nbytes)
+        count = min(held.nbytes - start, read.nbytes)
+        source = slab.view(held.offset + start, count)
         held.readers += 1
         self._policy.pin(read.key)
         try:
@@ -128,9 +155,10 @@ class CpuBackend(Backend, HostMemory):
         return Hit(count)
 
     async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
-        return [await self._put(write) for write in writes]
+        with self._call() as slab:
+            return [await self._put(slab, write) for write in writes]
 
-    async def _put(self, write: Write) -> WriteResult:
+    async def _put(self, slab: Slab, write: Write) -> WriteResult:
         while (other := self._held.get(write.key)) is not None:
             if other.is_ready:
                 return None
@@ -142,7 +170,7 @@ class CpuBackend(Backend, HostMemory):
                 hint="raise its capacity",
             )
         held = self._held[write.key] = _Held(offset, write.nbytes, time())
-        target = self.slab.view(offset, write.nbytes)
+        target = slab.view(offset, write.nbytes)
         try:
             await self._copies.run(_copy_in, write.regions, target)
             held.is_ready = True
@@ -155,10 +183,17 @@ class CpuBackend(Backend, HostMemory):
         return None
 
     def _make_room(self, nbytes: int) -> int | None:
+        if nbytes > self._extents.capacity:
+            return None
+        gone: list[tuple[ObjectKey, int]] = []
         offset = self._extents.allocate(nbytes)
         while offset is None and (victim := self._policy.victim()) is not None:
-            self._drop(victim, self._held[victim])
+            held = self._held[victim]
+            self._drop(victim, held)
+            gone.append((victim, held.nbytes))
             offset = self._extents.allocate(nbytes)
+        if gone and self.on_evicted is not None:
+            self.on_evicted(gone, self._policy.name)
         return offset
 
     def _drop(self, key: ObjectKey, held: _Held) -> None:

@@ -364,6 +364,12 @@ class Rig:
         gone = self.planner.evict([s.record for s in todo.gathers], "cleared", "")  # type: ignore[arg-type]
         assert len(gone) == len(todo.gathers)
 
+    async def settled(self) -> None:
+        """Wait until nothing is in flight."""
+        for tier in self.stack.lower:
+            while tier.guard.inflight:
+                await next(iter(tier.guard._calls)).ended()
+
     async def aclose(self) -> None:
         for backend in self.backends:
             if backend.gate is not None:

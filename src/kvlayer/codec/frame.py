@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any, TypeGuard
-
 from xxhash import xxh3_64_intdigest
 
-from kvlayer._pack import pack, unpack
+from kvlayer._pack import as_list, as_map, pack, unpack
 from kvlayer.keys import ObjectKey
 from kvlayer.payload import ALIGNMENT, Payload
 from kvlayer.results import Cause
@@ -148,25 +146,29 @@ def _read_header(
             f"codec {fields.get('codec')!r}, RoPE {fields.get('rope')!r}; this build reads "
             f"{_RAW!r}, {_ROPE!r}",
         )
-    rows: object = fields.get("segments")
+    rows = _table(fields.get("segments"))
     expected = [[*segment, segment.nbytes] for segment in payload.segments()]
-    if not _is_table(rows) or [row[:5] for row in rows] != expected:
-        raise FrameError(Cause.FOREIGN_VERSION, "segments are cut in a way this build does not read")
+    if rows is None or [row[:5] for row in rows] != expected:
+        raise FrameError(Cause.FOREIGN_VERSION, "segments are not cut as this build cuts them")
     return rows
 
 
-def _is_table(rows: object) -> TypeGuard[list[list[int]]]:
-    return isinstance(rows, list) and all(
-        isinstance(row, list) and len(row) == 6 and all(isinstance(x, int) for x in row)
-        for row in rows
-    )
+def _table(value: object) -> list[list[int]] | None:
+    """``value`` if it is a list of rows of six integers, else None."""
+    table: list[list[int]] = []
+    for entry in as_list(value) or [None]:
+        row = [cell for cell in as_list(entry) or [] if isinstance(cell, int)]
+        if len(row) != len(as_list(entry) or []) or len(row) != 6:
+            return None
+        table.append(row)
+    return table
 
 
-def _unpack(body: memoryview) -> dict[str, Any]:
+def _unpack(body: memoryview) -> dict[str, object]:
     try:
-        fields = unpack(bytes(body))
+        fields = as_map(unpack(bytes(body)))
     except ValueError as exc:
         raise FrameError(Cause.CORRUPT, f"the header cannot be read: {exc}") from None
-    if not isinstance(fields, dict):
+    if fields is None:
         raise FrameError(Cause.CORRUPT, "the header is not a map")
     return fields

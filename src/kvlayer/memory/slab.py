@@ -29,13 +29,14 @@ class Slab:
         self.fd = -1
         if hasattr(os, "memfd_create"):
             self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
-            os.ftruncate(self.fd, self.nbytes)
         try:
+            if self.fd >= 0:
+                os.ftruncate(self.fd, self.nbytes)
             self._map = mmap.mmap(self.fd, self.nbytes)  # fd -1: anonymous, shared with no one
-        except OSError as exc:
+        except (OSError, OverflowError, ValueError) as exc:
             self._close_fd()
             raise CapacityError(
-                f"cannot map {self.nbytes} bytes of host memory: {exc.strerror}",
+                f"cannot map {self.nbytes} bytes of host memory: {exc}",
                 hint="lower the capacity of the cpu:// tier",
             ) from exc
         self._whole: memoryview | None = memoryview(self._map)
@@ -44,7 +45,7 @@ class Slab:
         """Borrow ``nbytes`` bytes at ``offset``, writable. Valid until the slab is closed."""
         if self._whole is None:
             raise ClosedError("the host slab is closed")
-        if offset < 0 or offset + nbytes > self.nbytes:
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
             raise ValueError(f"{offset}+{nbytes} is outside a slab of {self.nbytes} bytes")
         return self._whole[offset : offset + nbytes]
 

@@ -88,9 +88,7 @@ class Directory:
         if record is None:
             return [None] * len(self.needs)
         if record.covers is None:
-            ready = sorted(
-                (o for o in record.objects.values() if o.is_ready), key=lambda o: o.tier
-            )
+            ready = sorted((o for o in record.objects.values() if o.is_ready), key=lambda o: o.tier)
             by_part = {o.part: o for o in ready}
             record.covers = [
                 None if chosen is None else tuple(by_part[p] for p in chosen)

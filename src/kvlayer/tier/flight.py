@@ -33,10 +33,17 @@ class Flight:
     call: Call[Outcome]
     guard: Guard
     waiters: int = 1
+    was_left: bool = False
+    """At some time nobody waited, so it was cancelled."""
 
     @property
     def has_ended(self) -> bool:
         return self.call.has_ended
+
+    @property
+    def was_given_up(self) -> bool:
+        """It ended because nobody wanted it any more; who joined it meanwhile starts anew."""
+        return self.was_left and isinstance(self.call.error, CancelledError)
 
     async def wait(self) -> Outcome | None:
         """The outcome, or None when the deadline passed first."""
@@ -45,7 +52,8 @@ class Flight:
     def leave(self) -> None:
         """Stop waiting. When nobody waits any more the transfer is cancelled."""
         self.waiters -= 1
-        if not self.waiters:
+        if not self.waiters and not self.has_ended:
+            self.was_left = True
             self.call.cancel()
 
 

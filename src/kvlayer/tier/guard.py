@@ -55,13 +55,14 @@ class Call(Generic[T]):
             return asyncio.CancelledError()
         return self._task.exception()
 
+    @property
+    def was_cancelled(self) -> bool:
+        """Whether it ended by being cancelled."""
+        return self._task.cancelled()
+
     def result(self) -> T:
         """Its result. Raises what it raised."""
         return self._task.result()
-
-    def when_ended(self, act: Callable[[], None]) -> None:
-        """Call ``act`` on the loop once it has ended."""
-        self._ended.add_done_callback(lambda _: act())
 
     async def ended(self, seconds: float | None = None) -> bool:
         """Wait until it has ended, at most ``seconds``. Cancelling the waiter leaves it alone."""
@@ -77,11 +78,17 @@ class Guard:
 
     def __init__(self, deadline: float, max_inflight: int, *, max_queued: int = 1024) -> None:
         self.deadline = deadline
-        self.orphans = 0
+        self._orphans: set[Call[Any]] = set()
+        self._is_closing = False
         self._turns = asyncio.Semaphore(max_inflight)
         self._max_orphans = max_inflight
         self._max_calls = max_inflight + max_queued
         self._calls: set[Call[Any]] = set()
+
+    @property
+    def orphans(self) -> int:
+        """Calls that someone waited for until the deadline and that have not ended yet."""
+        return len(self._orphans)
 
     @property
     def inflight(self) -> int:
@@ -93,16 +100,20 @@ class Guard:
         call: Callable[[], Coroutine[Any, Any, T]],
         booked: Callable[[Call[T]], None] | None = None,
     ) -> Call[T]:
-        """Run ``call()`` when it is its turn. Raises :class:`Busy` when too much waits.
+        """Run ``call()`` when it is its turn.
+
+        Raises :class:`Busy` when too much waits, and once :meth:`aclose` was called.
 
         ``booked`` is called once when the call is over, in whatever way, before anyone who waits
         for it goes on: the place to give memory back.
         """
-        if len(self._calls) >= self._max_calls or self.orphans >= self._max_orphans:
+        is_full = len(self._calls) >= self._max_calls or self.orphans >= self._max_orphans
+        if is_full or self._is_closing:
             raise Busy
 
         def book(ended: Call[T]) -> None:
             self._calls.discard(ended)
+            self._orphans.discard(ended)
             if booked is not None:
                 booked(ended)
 
@@ -121,15 +132,12 @@ class Guard:
         """
         if await call.ended(self.deadline):
             return True
-        self.orphans += 1
-        call.when_ended(self._came_back)
+        self._orphans.add(call)
         return False
 
-    def _came_back(self) -> None:
-        self.orphans -= 1
-
     async def aclose(self) -> None:
-        """Cancel everything in flight and wait until all lent memory is back."""
+        """Admit nothing more, cancel everything in flight, wait until all lent memory is back."""
+        self._is_closing = True
         while self._calls:
             call = next(iter(self._calls))
             for each in self._calls:

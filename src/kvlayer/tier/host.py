@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvlayer.abc.policy import EvictionPolicy
+from kvlayer.keys import ObjectKey
 from kvlayer.memory.extents import Extents
 from kvlayer.tier.directory import Directory, ObjectRecord
 
@@ -28,9 +29,10 @@ class HostTier:
     def reserve(self, found: ObjectRecord, nbytes: int, evicted: list[ObjectRecord]) -> bool:
         """Make room and start filling ``found``, with one more pin. False when nothing can go.
 
-        What had to be given up is appended to ``evicted``, also when it was not enough.
+        What had to be given up is appended to ``evicted``; it is not enough only where pinned
+        objects leave no gap of that size.
         """
-        if nbytes > self.extents.capacity:
+        if nbytes > self.extents.capacity - self.pinned_nbytes:
             return False
         offset = self.extents.allocate(nbytes)
         while offset is None:
@@ -75,7 +77,7 @@ class HostTier:
 
     def unpin(self, path: Sequence[ObjectRecord]) -> None:
         """Let go of one pin on each, root first; counts as one use of the path."""
-        freed = []
+        freed: list[ObjectKey] = []
         for found in path:
             found.pins -= 1
             if found.pins == 0:

@@ -61,7 +61,7 @@ class LeaseTable:
 
     def expire(self, now: float) -> list[Lease]:
         """Drop every lease whose deadline has passed; returns them."""
-        gone = []
+        gone: list[Lease] = []
         while self._deadlines and self._deadlines[0][0] <= now:
             _, number = heappop(self._deadlines)
             lease = self._leases.get(number)

@@ -118,7 +118,7 @@ class Loads:
         self._flights.land(slot.record.key)
         outcome = outcome_of(call, slot.record.key)
         self._planner.fetched(slot, ok=outcome.ok)
-        tier.transferred("load", outcome)
+        tier.transferred("load", outcome, was_cancelled=call.was_cancelled)
 
     async def _bring(
         self, span: Span, record: ObjectRecord, flights: dict[ObjectKey, Flight]
@@ -136,7 +136,10 @@ class Loads:
                 return Failure(span, Cause.DEADLINE, tier.name, detail)
             await self._withdraw(tier, record, outcome)
             flights.pop(record.key).leave()
-            if record.tiers >> tier.index & 1 or not record.tiers:
+            if record.tier == 0:
+                return None  # stored anew while the damaged copy was taken away
+            still_there = record.tiers >> tier.index & 1 and not flight.was_given_up
+            if still_there or not record.tiers:
                 cause = outcome.cause or Cause.VANISHED
                 return Failure(span, cause, tier.name, outcome.detail)
             again = self._fly(span, record)

@@ -6,8 +6,10 @@ Every message is a tuple of integers, strings, bytes and lists of such: msgpack 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Self
+from math import isfinite
+from typing import NamedTuple, Self, TypeGuard
 
+from kvlayer._pack import as_list
 from kvlayer.keys import ObjectKey
 from kvlayer.results import Cause
 
@@ -33,10 +35,13 @@ class Piece(NamedTuple):
     @classmethod
     def from_wire(cls, wire: list[str | int]) -> Self:
         """Raises ``ValueError`` for anything ``to_wire`` cannot have made."""
-        key, *numbers = wire
-        if not isinstance(key, str) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+        if not _is_list(wire, 5):
             raise ValueError(f"not a piece: {wire!r}")
-        first, tokens, offset, nbytes = (int(n) for n in numbers)
+        key, first, tokens, offset, nbytes = wire
+        if not isinstance(key, str) or not (
+            _is_count(first) and _is_count(tokens) and _is_count(offset) and _is_count(nbytes)
+        ):
+            raise ValueError(f"not a piece: {wire!r}")
         return cls(ObjectKey.parse(key), first, tokens, offset, nbytes)
 
 
@@ -60,11 +65,26 @@ class Outcome(NamedTuple):
     @classmethod
     def from_wire(cls, wire: list[str | int | float | None]) -> Self:
         """Raises ``ValueError`` for anything ``to_wire`` cannot have made."""
+        if not _is_list(wire, 5):
+            raise ValueError(f"not an outcome: {wire!r}")
         key, cause, detail, nbytes, seconds = wire
-        return cls(
-            ObjectKey.parse(str(key)),
-            None if cause is None else Cause(str(cause)),
-            str(detail),
-            int(nbytes or 0),
-            float(seconds or 0.0),
-        )
+        if not (
+            isinstance(key, str)
+            and (cause is None or isinstance(cause, str))
+            and isinstance(detail, str)
+            and _is_count(nbytes)
+            and isinstance(seconds, float)
+            and isfinite(seconds)
+            and seconds >= 0
+        ):
+            raise ValueError(f"not an outcome: {wire!r}")
+        reason = None if cause is None else Cause(cause)
+        return cls(ObjectKey.parse(key), reason, detail, nbytes, seconds)
+
+
+def _is_list(wire: object, count: int) -> TypeGuard[list[object]]:
+    return len(as_list(wire) or ()) == count
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

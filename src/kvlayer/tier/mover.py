@@ -68,7 +68,7 @@ class Mover:
         self, view: KVView, pieces: Sequence[Piece], view_start: int, view_stop: int
     ) -> None:
         """Copy objects into the engine, as far as the view covers their tokens."""
-        copies = []
+        copies: list[HostCopy] = []
         for piece in pieces:
             skip = max(view_start - piece.first_token, 0)
             stop = min(piece.first_token + piece.num_tokens, view_stop)

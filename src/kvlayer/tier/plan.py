@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -140,12 +141,10 @@ def _heads_inside(need: Part, part: Part) -> bool:
     return _inside(_heads(need), _heads(part))
 
 
-def _cells(
-    need: tuple[int, int], ranges: Iterable[tuple[int, int]]
-) -> list[tuple[int, int]]:
+def _cells(need: tuple[int, int], ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """``need`` cut at every boundary inside it: within a cell all parts agree."""
     cuts = {need[0], need[1]}
     for lo, hi in ranges:
         cuts |= {x for x in (lo, hi) if need[0] < x < need[1]}
     edges = sorted(cuts)
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))

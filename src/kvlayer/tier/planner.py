@@ -26,6 +26,8 @@ from kvlayer.tier.messages import Piece
 
 __all__ = ["Match", "Planner", "Reservation", "StorePlan", "TierRules"]
 
+_MAX_PARTS = 1024  # bounds what is remembered about parts that others name
+
 
 @dataclass(frozen=True, slots=True)
 class TierRules:
@@ -100,13 +102,13 @@ class Planner:
         self._clock = clock
         self._wall_clock = wall_clock
         self._groups = [g.group for g in layout.groups]
-        self._every = [
-            i for i, g in enumerate(self._groups) if g.hit_rule is HitRule.EVERY_CHUNK
-        ]
+        self._every = [i for i, g in enumerate(self._groups) if g.hit_rule is HitRule.EVERY_CHUNK]
         needs = [plan.rank_part(i, g) for i, g in enumerate(layout.groups)]
         self._cuts = [plan.cut(i, g, head_shards) for i, g in enumerate(layout.groups)]
         self._withdrawn: dict[int, set[ObjectKey]] = {}
         self._payloads: dict[tuple[Part, int], Payload] = {}
+        self._parts: dict[str, bool] = {}
+        """Parts named in keys from outside, and whether the model has them."""
         self.directory = Directory(namespace, needs)
         self.host = HostTier(capacity, policy, self.directory)
         self.leases = LeaseTable(self.host)
@@ -133,19 +135,29 @@ class Planner:
     def match(self, chain: ChunkChain) -> Match:
         """The longest usable prefix by what the directory knows, tail included."""
         with self.lock:
-            found = self._chunks(chain)
-            spans = [chain.span(i) for i in range(len(found))]
-            for tail in chain.tails(len(found)):
-                groups = self.directory.covers(tail.hash)
-                if all(groups[g] is not None for g in self._every):
-                    spans.append(tail)
-                    found.append(groups)
-                    break
-            count = len(spans)
-            if len(self._every) < len(self._groups):
-                stops = [s.stop for s in spans]
-                count = plan.prefix(stops, self._groups, lambda i, g: found[i][g] is not None)
-            return Match(chain, spans[:count], self._needed(spans[:count], found))
+            return self._match(chain, chain.num_tokens)
+
+    def _match(self, chain: ChunkChain, stop: int) -> Match:
+        """The longest usable prefix of at most ``stop`` tokens."""
+        found = self._chunks(chain)[: stop // chain.chunk_step]
+        spans = [chain.span(i) for i in range(len(found))]
+        for tail in chain.tails(len(found)):
+            groups = self.directory.covers(tail.hash)
+            if tail.stop > stop or any(groups[g] is None for g in self._every):
+                continue
+            longer, covers = [*spans, tail], [*found, groups]
+            if self._count(longer, covers) == len(longer):
+                spans, found = longer, covers
+                break
+        count = self._count(spans, found)
+        return Match(chain, spans[:count], self._needed(spans[:count], found))
+
+    def _count(self, spans: list[Span], found: list[list[tuple[ObjectRecord, ...] | None]]) -> int:
+        """How many of ``spans``, which every-chunk groups have, trailing groups can use."""
+        if len(self._every) == len(self._groups):
+            return len(spans)
+        stops = [span.stop for span in spans]
+        return plan.prefix(stops, self._groups, lambda i, g: found[i][g] is not None)
 
     def _chunks(self, chain: ChunkChain) -> list[list[tuple[ObjectRecord, ...] | None]]:
         """Covers of the full chunks at the start that all every-chunk groups have."""
@@ -203,12 +215,29 @@ class Planner:
         return [ObjectKey.of(space, zone, span.hash, part) for part in self._cuts[group]]
 
     def note(self, keys: Iterable[ObjectKey], tier: int) -> None:
-        """A lower tier said it holds these objects."""
+        """A lower tier said it holds these objects; what this model cannot have is passed over."""
         with self.lock:
             withdrawn = self._withdrawn.get(tier, ())
             for key in keys:
-                if key not in withdrawn:
+                if key not in withdrawn and self._can_exist(key):
                     self.directory.note(key, tier)
+
+    def _can_exist(self, key: ObjectKey) -> bool:
+        """Whether a key from outside names this namespace and a part that the model has."""
+        if key.count("/") != 3 or not key.startswith(f"{self.directory.namespace}/"):
+            return False
+        text = key.rsplit("/", 1)[1]
+        known = self._parts.get(text)
+        if known is None:
+            try:
+                part = Part.parse(text)
+                Payload.of(self._groups[part.group], part, 1)
+                known = True
+            except (ValueError, IndexError):
+                known = False
+            if len(self._parts) < _MAX_PARTS:
+                self._parts[text] = known
+        return known
 
     def listing(self, tier: int, *, started: bool) -> None:
         """A tier is being listed: what is withdrawn meanwhile must not come back with the list."""
@@ -231,9 +260,18 @@ class Planner:
             self.leases.expire(self._clock())
             if self.leases.holds(lease.number):
                 return match
-            again = self.match(match.chain)
-            count = sum(span.stop <= match.tokens for span in again.spans)
-            return Match(match.chain, again.spans[:count], again.covers[:count])
+            return self._match(match.chain, match.tokens)
+
+    def bounded(self, match: Match, stop: int) -> Match:
+        """``match`` for a reader that takes at most ``stop`` tokens.
+
+        Every-chunk groups can end inside a span. A trailing group needs another window for another
+        end, and a state is there only where a span ends: with those the match is made anew.
+        """
+        if match.tokens <= stop or len(self._every) == len(self._groups):
+            return match
+        with self.lock:
+            return self._match(match.chain, stop)
 
     def release(self, number: int) -> bool:
         """Give a lease back; False when it had expired."""
@@ -262,13 +300,22 @@ class Planner:
             spans += chain.tails(len(chain))[:1]
         with self.lock:
             self.leases.expire(self._clock())
+            own = self._resident(chain)
+            self.host.pin(own)  # room must not come from the prefix that leads to what is stored
             for at, span in enumerate(spans):
                 if not self._plan_span(chain, span, holds, todo):
                     todo.dropped += spans[at:]
                     break
+            self.host.unpin(own)
             if todo.spans:
                 self._supersede(chain, todo.spans[0])
         return todo
+
+    def _resident(self, chain: ChunkChain) -> list[ObjectRecord]:
+        """What host memory holds of a prompt's full chunks, root first."""
+        chunks = [self.directory.chunk(chunk_hash) for chunk_hash in chain.hashes]
+        records = [found for chunk in chunks if chunk for found in chunk.objects.values()]
+        return [found for found in records if found.host is Host.READY]
 
     def _plan_span(
         self,

@@ -60,9 +60,7 @@ class Spills:
                     through.append(Write(span, record.key, tier, call))
         return through
 
-    def _spill(
-        self, tier: LowerTier, span: Span, record: ObjectRecord
-    ) -> Call[Outcome] | None:
+    def _spill(self, tier: LowerTier, span: Span, record: ObjectRecord) -> Call[Outcome] | None:
         piece = self._planner.plan_spill(span, record, tier.index)
         if piece is None:
             return None
@@ -76,13 +74,11 @@ class Spills:
         self._running.add(call)
         return call
 
-    def _ended(
-        self, tier: LowerTier, record: ObjectRecord, call: Call[Outcome]
-    ) -> None:
+    def _ended(self, tier: LowerTier, record: ObjectRecord, call: Call[Outcome]) -> None:
         self._running.discard(call)
         outcome = outcome_of(call, record.key)
         self._planner.spilled(record, tier.index, ok=outcome.ok)
-        tier.transferred("store", outcome)
+        tier.transferred("store", outcome, was_cancelled=call.was_cancelled)
 
     async def committed(self, through: Sequence[Write]) -> list[Failure]:
         """Wait for "through" writes; a tier's deadline is paid once, not per object."""

@@ -1,4 +1,4 @@
-"""The stack runs plans: the Planner decides, the Mover moves, and this file is the list of steps."""
+"""The stack runs plans: the Planner decides, the Mover moves, this file is the list of steps."""
 
 from __future__ import annotations
 
@@ -78,6 +78,7 @@ class Stack:
         elif call.error is not None:
             tier.fails(Cause.TIER_DOWN, f"{type(call.error).__name__}: {call.error}")
         else:
+            tier.works()
             self.planner.note(call.result(), tier.index)
 
     # -- store -----------------------------------------------------------------------------------
@@ -123,6 +124,7 @@ class Stack:
 
     async def retrieve(self, match: Match, view: KVView, window: Window) -> RetrieveReport:
         """Bring a match up and scatter it, in prompt order. See ``Cache.retrieve``."""
+        match = self.planner.bounded(match, window.stop)
         bound = Window(window.start, min(match.tokens, window.stop))
         wanted = [
             (span, records)
@@ -160,12 +162,20 @@ class Stack:
         return max(min(stops[count - 1] if count else 0, bound.stop), bound.start)
 
     async def promote(self, match: Match) -> RetrieveReport:
-        """Bring a match into host memory. The caller holds a lease on it."""
+        """Bring a match into host memory; the caller's lease holds it there afterwards."""
         trouble: list[Failure] = []
-        tokens = 0
-        async with aclosing(self.loads.arrive(_wanted(match), trouble)) as arrivals:
-            async for batch in arrivals:
-                tokens = batch[-1][0].stop
+        done = 0
+        path = match.path()
+        self.planner.pin(path)  # the lease may run out before everything is there
+        try:
+            async with aclosing(self.loads.arrive(_wanted(match), trouble)) as arrivals:
+                async for batch in arrivals:
+                    done += len(batch)
+        finally:
+            self.planner.unpin(path)
+        if not match.spans:
+            return RetrieveReport(0)
+        tokens = self._usable(match, match.spans[0], done, Window(0, match.tokens))
         return RetrieveReport(tokens, tuple(trouble))
 
     # -- background ------------------------------------------------------------------------------

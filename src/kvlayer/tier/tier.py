@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from kvlayer.abc.backend import Backend
 from kvlayer.events import Emitter, ObjectsEvicted, TierChanged, TransferDone
 from kvlayer.keys import ObjectKey
-from kvlayer.results import Cause, TierHealth
+from kvlayer.results import Cause, TierHealth, TierStats
 from kvlayer.tier.guard import Guard
 from kvlayer.tier.messages import Outcome
 
@@ -34,6 +34,22 @@ class Tier:
 
     def health(self) -> TierHealth:
         return TierHealth(self.name, not self.trouble, self.trouble)
+
+    def stats(self, objects: int, used: int, capacity: int | None, pinned: int = 0) -> TierStats:
+        """A snapshot of the counters, with what the tier holds now in objects and bytes."""
+        return TierStats(
+            name=self.name,
+            objects=objects,
+            used_nbytes=used,
+            capacity_nbytes=capacity,
+            pinned_nbytes=pinned,
+            hits=self.hits,
+            misses=dict(self.misses),
+            stored=self.stored,
+            evicted=self.evicted,
+            loaded_nbytes=self.loaded_nbytes,
+            stored_nbytes=self.stored_nbytes,
+        )
 
     def lost(self, policy: str, keys: Sequence[ObjectKey], nbytes: int) -> None:
         """Objects were evicted."""
@@ -61,9 +77,14 @@ class Tier:
             self.emit(TierChanged(tier=self.name, ok=False, detail=detail))
         self.trouble = detail or cause
 
-    def transferred(self, direction: str, outcome: Outcome) -> None:
-        """An object moved between this tier and the host, or failed to."""
-        if outcome.cause is Cause.TIER_DOWN or outcome.cause is Cause.DEADLINE:
+    def transferred(self, direction: str, outcome: Outcome, *, was_cancelled: bool = False) -> None:
+        """An object moved between this tier and the host, or failed to.
+
+        A cancelled transfer says nothing about the tier: whoever waited in vain has counted it.
+        """
+        if was_cancelled:
+            pass
+        elif outcome.cause is Cause.TIER_DOWN or outcome.cause is Cause.DEADLINE:
             self.fails(outcome.cause, outcome.detail)
         elif outcome.cause is not None:
             self.misses[outcome.cause] += 1

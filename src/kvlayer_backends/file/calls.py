@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
@@ -51,7 +51,7 @@ class Calls(Generic[T]):
         await self._idle.wait()
 
     @contextmanager
-    def running(self) -> Iterator[T]:
+    def running(self) -> Generator[T]:
         """One call. Raises ``ClosedError`` or ``ForkedError`` when calls are not admitted."""
         if self.has_ended or self._subject is None:
             raise ClosedError(

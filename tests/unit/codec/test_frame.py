@@ -1,0 +1,412 @@
+"""The frame: what was written is read back exactly, and every other byte has a named cause."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
+
+from kvlayer._pack import pack, unpack
+from kvlayer.codec import frame
+from kvlayer.codec.frame import (
+    HEADER_NBYTES,
+    MAGIC,
+    VERSION,
+    FrameError,
+    check_frame,
+    write_header,
+)
+from kvlayer.keys import ObjectKey, Part
+from kvlayer.layout import AttentionKind, KVGroup
+from kvlayer.payload import ALIGNMENT, Payload
+from kvlayer.results import Cause
+
+NAMESPACE, CHUNK_HASH = "ab" * 32, bytes(range(32))
+
+
+def make_key(part: Part) -> ObjectKey:
+    return ObjectKey.of(NAMESPACE, "0", CHUNK_HASH, part)
+
+
+def mha(layers: int, heads: int = 2, head_size: int = 8) -> KVGroup:
+    return KVGroup(AttentionKind.MHA, tuple(range(layers)), "float16", heads, head_size)
+
+
+def shape(layers: int = 3, tokens: int = 16, heads: int = 2, head_size: int = 8) -> Payload:
+    return Payload.of(mha(layers, heads, head_size), Part(0, (0, layers), (0, heads)), tokens)
+
+
+class Written:
+    """One object as it lies in a file, and the arguments it is read back with."""
+
+    def __init__(self, payload: Payload, *, first_token: int = 32, seed: int = 0) -> None:
+        self.payload = payload
+        self.key = make_key(payload.part)
+        self.first_token = first_token
+        self.header = bytearray(random.Random(seed + 1).randbytes(HEADER_NBYTES))  # a reused page
+        self.body = bytearray(random.Random(seed).randbytes(payload.nbytes))  # stale slot bytes
+        write_header(
+            memoryview(self.header),
+            memoryview(self.body),
+            key=self.key,
+            payload=payload,
+            first_token=first_token,
+            created=1.5,
+            build="test",
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + len(self.body)
+
+    def check(self, filled: int | None = None, **other: Any) -> None:
+        wanted: dict[str, Any] = {
+            "key": self.key,
+            "payload": self.payload,
+            "first_token": self.first_token,
+            **other,
+        }
+        count = self.nbytes if filled is None else filled
+        check_frame(memoryview(self.header), memoryview(self.body), count, **wanted)
+
+    def cause(self, filled: int | None = None, **other: Any) -> Cause:
+        with pytest.raises(FrameError) as caught:
+            self.check(filled, **other)
+        assert caught.value.detail
+        assert caught.value.cause.is_damage
+        return caught.value.cause
+
+    def fields(self) -> dict[str, Any]:
+        length = int.from_bytes(self.header[12:16], "little")
+        found = unpack(bytes(self.header[24 : 24 + length]))
+        assert isinstance(found, dict)
+        return found
+
+    def rewrite(self, body: bytes) -> None:
+        """Another header with a valid checksum."""
+        frame._PREFIX.pack_into(
+            self.header, 0, MAGIC, VERSION, 0, len(body), xxh3_64_intdigest(body)
+        )
+        self.header[24:] = body + bytes(HEADER_NBYTES - 24 - len(body))
+
+
+KINDS = st.sampled_from(list(AttentionKind))
+
+
+@st.composite
+def payloads(draw: st.DrawFn) -> Payload:
+    kind = draw(KINDS)
+    layers = draw(st.integers(1, 70))
+    lo = draw(st.integers(0, layers - 1))
+    hi = draw(st.integers(lo + 1, layers))
+    heads = draw(st.integers(1, 4))
+    h0 = draw(st.integers(0, heads - 1))
+    h1 = draw(st.integers(h0 + 1, heads))
+    group = KVGroup(
+        kind,
+        tuple(range(layers)),
+        draw(st.sampled_from(["float32", "bfloat16", "fp8_e4m3"])),
+        heads,
+        draw(st.sampled_from([1, 8, 64])),
+        state_nbytes=draw(st.integers(1, 70_000)) if kind is AttentionKind.STATE else 0,
+    )
+    part = Part(0, (lo, hi), (h0, h1) if kind is AttentionKind.MHA else None)
+    return Payload.of(group, part, draw(st.integers(1, 40)))
+
+
+@given(payload=payloads(), first=st.integers(0, 1 << 31), seed=st.integers(0, 1000))
+def test_what_was_written_is_read_back(payload: Payload, first: int, seed: int) -> None:
+    written = Written(payload, first_token=first, seed=seed)
+    original = random.Random(seed).randbytes(payload.nbytes)
+    written.check()
+    for segment in payload.segments():
+        end = segment.offset + segment.nbytes
+        assert written.body[segment.offset : end] == original[segment.offset : end]
+
+
+@given(payload=payloads())
+def test_no_stale_byte_of_a_slot_or_page_leaves_the_process(payload: Payload) -> None:
+    written = Written(payload)
+    kept = bytearray(len(written.body))
+    for segment in payload.segments():
+        kept[segment.offset : segment.offset + segment.nbytes] = b"\1" * segment.nbytes
+    assert all(byte == 0 for byte, mark in zip(written.body, kept, strict=True) if not mark)
+    length = int.from_bytes(written.header[12:16], "little")
+    assert not any(written.header[24 + length :])
+
+
+@pytest.mark.parametrize("layers", [61, 80, 126, 200])
+@pytest.mark.parametrize("tokens", [1, 256, 2048])
+@pytest.mark.parametrize("heads", [1, 8])
+def test_a_header_fits_its_page(layers: int, tokens: int, heads: int) -> None:
+    """Nothing is allocated: the largest numbers a header can name are written from shapes alone."""
+    payload = shape(layers, tokens, heads, 128)
+    rows = [(*s, s.nbytes, (1 << 64) - 1) for s in payload.segments()]
+    body = pack(
+        {
+            "key": str(make_key(payload.part)).replace("/0/", f"/{'f' * 32}/"),
+            "first": 1 << 40,
+            "tokens": tokens,
+            "codec": "raw",
+            "rope": "absolute",
+            "created": 1e18 / 3,
+            "build": "kvlayer-core 12.34.56.dev7890+g0123456789abcdef",
+            "segments": rows,
+        }
+    )
+    assert len(rows) <= 64
+    assert 24 + len(body) <= HEADER_NBYTES
+
+
+def test_the_header_says_what_the_contract_says() -> None:
+    written = Written(shape())
+    fields = written.fields()
+    rows = fields.pop("segments")
+    assert fields == {
+        "key": str(written.key),
+        "first": 32,
+        "tokens": 16,
+        "codec": "raw",
+        "rope": "absolute",
+        "created": 1.5,
+        "build": "test",
+    }
+    (segment,) = written.payload.segments()
+    stored = written.body[: segment.nbytes]
+    assert rows == [[*segment, segment.nbytes, xxh3_64_intdigest(stored)]]
+
+
+def test_a_header_that_cannot_fit_is_refused() -> None:
+    payload = shape()
+    part = Part(0, (0, 3), (0, 2), "native:" + "x" * HEADER_NBYTES)
+    with pytest.raises(ValueError, match="does not fit"):
+        write_header(
+            memoryview(bytearray(HEADER_NBYTES)),
+            memoryview(bytearray(payload.nbytes)),
+            key=make_key(part),
+            payload=payload,
+            first_token=0,
+            created=0.0,
+            build="",
+        )
+
+
+# -- damage -----------------------------------------------------------------------------------
+
+
+def test_no_bytes_are_an_empty_object() -> None:
+    assert Written(shape()).cause(0) is Cause.EMPTY
+
+
+@pytest.mark.parametrize("layers", [1, 3, 70])
+def test_an_object_cut_anywhere_is_truncated(layers: int) -> None:
+    written = Written(shape(layers, 16, 2, 512))
+    ends = [HEADER_NBYTES + s.offset + s.nbytes for s in written.payload.segments()]
+    starts = [HEADER_NBYTES + s.offset for s in written.payload.segments()]
+    cuts = {1, 23, 24, ALIGNMENT - 1, ALIGNMENT, ALIGNMENT + 1, written.nbytes - 1, *starts, *ends}
+    for cut in sorted(cuts - {written.nbytes}):
+        assert written.cause(cut) is Cause.TRUNCATED, cut
+    written.check(written.nbytes)
+
+
+@given(payload=payloads(), choice=st.randoms(use_true_random=False))
+def test_a_flipped_bit_in_any_segment_is_corrupt(payload: Payload, choice: random.Random) -> None:
+    written = Written(payload)
+    segment = choice.choice(payload.segments())
+    at = segment.offset + choice.randrange(segment.nbytes)
+    written.body[at] ^= 1 << choice.randrange(8)
+    assert written.cause() is Cause.CORRUPT
+    written.body[at] ^= 0xFF
+
+
+@pytest.mark.parametrize("edge", ["first", "last"])
+def test_a_flipped_byte_at_either_end_of_every_segment_is_corrupt(edge: str) -> None:
+    written = Written(shape(70, 16, 2, 512))
+    segments = written.payload.segments()
+    assert len(segments) > 10
+    for segment in segments:
+        at = segment.offset + (0 if edge == "first" else segment.nbytes - 1)
+        written.body[at] ^= 0xFF
+        assert written.cause() is Cause.CORRUPT
+        written.body[at] ^= 0xFF
+    written.check()
+
+
+def test_a_flipped_byte_anywhere_in_the_header_is_damage_or_means_nothing() -> None:
+    written = Written(shape())
+    length = int.from_bytes(written.header[12:16], "little")
+    for at in range(24 + length):
+        written.header[at] ^= 0x01
+        if at in (10, 11):  # reserved: zero, unread
+            written.check()
+        else:
+            expected = Cause.FOREIGN_VERSION if at in (8, 9) else Cause.CORRUPT
+            assert written.cause() is expected, at
+        written.header[at] ^= 0x01
+
+
+def test_a_frame_of_another_version_is_foreign() -> None:
+    written = Written(shape())
+    written.header[8:10] = (VERSION + 1).to_bytes(2, "little")
+    assert written.cause() is Cause.FOREIGN_VERSION
+
+
+def test_a_length_beyond_the_page_is_corrupt() -> None:
+    written = Written(shape())
+    for length in (HEADER_NBYTES - 23, 1 << 31, (1 << 32) - 1):
+        written.header[12:16] = length.to_bytes(4, "little")
+        assert written.cause() is Cause.CORRUPT
+
+
+def test_another_object_in_its_place_is_misplaced() -> None:
+    written = Written(shape())
+    elsewhere = ObjectKey.of(NAMESPACE, "0", bytes(32), written.payload.part)
+    assert written.cause(key=elsewhere) is Cause.MISPLACED
+    zoned = ObjectKey.of(NAMESPACE, "cd" * 16, CHUNK_HASH, written.payload.part)
+    assert written.cause(key=zoned) is Cause.MISPLACED
+    foreign = ObjectKey.of("cd" * 32, "0", CHUNK_HASH, written.payload.part)
+    assert written.cause(key=foreign) is Cause.MISPLACED
+
+
+def test_another_position_or_length_is_misplaced() -> None:
+    written = Written(shape())
+    assert written.cause(first_token=31) is Cause.MISPLACED
+    # The same bytes read as a longer or shorter chunk: same part, same key, other token count.
+    assert written.cause(payload=shape(tokens=15)) is Cause.MISPLACED
+
+
+FOREIGN: list[Callable[[dict[str, Any]], object]] = [
+    lambda f: f.update(codec="zstd"),
+    lambda f: f.update(codec=None),
+    lambda f: f.pop("codec"),
+    lambda f: f.update(rope="none"),
+    lambda f: f.update(segments=[]),
+    lambda f: f.update(segments=None),
+    lambda f: f.update(segments=[[0, 3]]),
+    lambda f: f.update(segments=f["segments"] * 2),
+    lambda f: f["segments"][0].__setitem__(2, 4096),
+    lambda f: f["segments"][0].__setitem__(4, 1),
+    lambda f: f["segments"][0].append(0),
+    lambda f: f["segments"][0].__setitem__(5, "checksum"),
+    lambda f: f["segments"][0].__setitem__(5, None),
+]
+
+
+@pytest.mark.parametrize("change", FOREIGN)
+def test_what_this_build_cannot_read_is_foreign(change: Callable[[dict[str, Any]], object]) -> None:
+    written = Written(shape())
+    fields = written.fields()
+    change(fields)
+    written.rewrite(pack(fields))
+    assert written.cause() is Cause.FOREIGN_VERSION
+
+
+def test_a_header_with_more_fields_is_read() -> None:
+    written = Written(shape())
+    written.rewrite(pack({**written.fields(), "later": [1, 2, 3]}))
+    written.check()
+
+
+MSGPACK = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 63), (1 << 64) - 1)
+    | st.floats()
+    | st.text(max_size=20)
+    | st.binary(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+NAMES = st.sampled_from(["key", "first", "tokens", "codec", "rope", "created", "segments"])
+
+
+@given(changes=st.dictionaries(NAMES, MSGPACK), kept=st.booleans())
+def test_wrong_types_behind_a_valid_checksum_are_a_frame_error(
+    changes: dict[str, Any], kept: bool
+) -> None:
+    written = Written(shape())
+    original = written.fields() if kept else {}
+    written.rewrite(pack({**original, **changes}))
+    read = {k: v for k, v in written.fields().items() if k != "created"}  # which may be anything
+    if kept and read == {k: v for k, v in original.items() if k != "created"}:
+        written.check()
+    else:
+        written.cause()
+
+
+@given(rows=st.lists(st.lists(MSGPACK, max_size=7), max_size=3), choice=st.integers(0, 5))
+def test_wrong_types_in_the_segment_table_are_a_frame_error(
+    rows: list[list[Any]], choice: int
+) -> None:
+    written = Written(shape())
+    fields = written.fields()
+    (mine,) = fields["segments"]
+    for row in rows:
+        for table in ([row], [[*mine[:choice], *row]], [mine, row]):
+            if table == [mine]:
+                continue
+            written.rewrite(pack({**fields, "segments": table}))
+            assert written.cause() in (Cause.FOREIGN_VERSION, Cause.CORRUPT)
+
+
+@given(body=st.binary(max_size=200))
+def test_garbage_behind_a_valid_checksum_is_a_frame_error(body: bytes) -> None:
+    written = Written(shape())
+    written.rewrite(body)
+    assert written.cause() in (Cause.CORRUPT, Cause.MISPLACED)
+
+
+@given(body=MSGPACK)
+def test_any_value_behind_a_valid_checksum_is_a_frame_error(body: Any) -> None:
+    written = Written(shape())
+    written.rewrite(pack(body))
+    assert written.cause() in (Cause.CORRUPT, Cause.MISPLACED)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"\x81\xc0\xc0",  # a key that is no text
+        b"\x81\x90\xc0",  # a key that cannot be hashed
+        b"\x81\xa1\xff\xc0",  # not UTF-8
+        b"\xc7\x0c\xff" + bytes(12),  # a timestamp
+        b"\xc7\x00\xff",  # an empty extension
+        b"\xc7\x00\x05",
+        b"\xd6\xff\xff\xff\xff\xff",
+        b"\xdd\xff\xff\xff\xff",  # a list of four billion
+        b"\xdf\xff\xff\xff\xff",
+        b"\xc6\xff\xff\xff\xff",
+        b"\x91" * 2000,  # nested beyond any depth
+        b"\x81\xa1k" * 600,
+        b"",
+    ],
+)
+def test_hostile_msgpack_is_a_frame_error(body: bytes) -> None:
+    written = Written(shape())
+    written.rewrite(body)
+    assert written.cause() in (Cause.CORRUPT, Cause.MISPLACED)
+
+
+@given(seed=st.integers(0, 1 << 32), magic=st.booleans())
+def test_a_page_of_noise_is_a_frame_error(seed: int, magic: bool) -> None:
+    written = Written(shape())
+    written.header[:] = random.Random(seed).randbytes(HEADER_NBYTES)
+    if magic:
+        written.header[:8] = MAGIC
+    written.cause()
+
+
+def test_causes_are_told_in_words() -> None:
+    written = Written(shape())
+    written.body[0] ^= 1
+    with pytest.raises(FrameError, match=r"checksum of layers 0\.\.2 is [0-9a-f]{16}"):
+        written.check()
+    assert not math.isnan(written.fields()["created"])

@@ -1,0 +1,164 @@
+"""The one seam to threads: running work is never abandoned, waiting work is dropped at once."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from kvlayer._offload import Offload
+from kvlayer.errors import ClosedError
+
+
+class Work:
+    """Blocks a thread until it is let go."""
+
+    def __init__(self) -> None:
+        self.began = threading.Event()
+        self.gate = threading.Event()
+        self.has_ended = False
+
+    def __call__(self) -> str:
+        self.began.set()
+        assert self.gate.wait(30)
+        self.has_ended = True
+        return "done"
+
+    async def has_begun(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, self.began.wait, 30)
+
+
+@pytest.mark.asyncio
+async def test_work_runs_on_a_thread_of_the_pool_and_returns() -> None:
+    offload = Offload(1, "kvlayer-test")
+
+    def who(*parts: str, end: str) -> str:
+        return f"{threading.current_thread().name} {''.join(parts)}{end}"
+
+    assert (await offload.run(who, "a", "b", end="!")).endswith(" ab!")
+    assert (await offload.run(who, end="")).startswith("kvlayer-test")
+    offload.close()
+
+
+@pytest.mark.asyncio
+async def test_an_error_of_the_work_is_raised_to_who_waits() -> None:
+    offload = Offload(1, "test")
+
+    def fail() -> None:
+        raise ZeroDivisionError("here")
+
+    with pytest.raises(ZeroDivisionError, match="here"):
+        await offload.run(fail)
+    offload.close()
+
+
+@pytest.mark.asyncio
+async def test_work_cancelled_before_it_starts_is_dropped_at_once() -> None:
+    offload, busy, waiting = Offload(1, "test"), Work(), Work()
+    first = asyncio.create_task(offload.run(busy))
+    await busy.has_begun()
+    second = asyncio.create_task(offload.run(waiting))
+    await asyncio.sleep(0)
+    second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await second  # while the only thread is still busy
+    assert not first.done()
+    busy.gate.set()
+    assert await first == "done"
+    assert await offload.run(lambda: "next") == "next"  # the queue is past the dropped work
+    assert not waiting.began.is_set()
+    offload.close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("times", [1, 3])
+async def test_work_cancelled_while_it_runs_is_waited_for_however_often(times: int) -> None:
+    offload, work = Offload(1, "test"), Work()
+    task = asyncio.create_task(offload.run(work))
+    await work.has_begun()
+    for _ in range(times):
+        task.cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not task.done()  # its memory is still in use
+    work.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert work.has_ended
+    offload.close()
+
+
+@pytest.mark.asyncio
+async def test_an_error_of_work_nobody_waits_for_any_more_is_no_warning() -> None:
+    offload, began, gate = Offload(1, "test"), threading.Event(), threading.Event()
+
+    def fail() -> None:
+        began.set()
+        assert gate.wait(30)
+        raise ZeroDivisionError
+
+    task = asyncio.create_task(offload.run(fail))
+    await asyncio.get_running_loop().run_in_executor(None, began.wait, 30)
+    task.cancel()
+    await asyncio.sleep(0)
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    offload.close()
+
+
+@pytest.mark.asyncio
+async def test_a_task_cancelled_before_its_first_step_starts_nothing() -> None:
+    offload, work = Offload(1, "test"), Work()
+    task = asyncio.create_task(offload.run(work))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not work.began.is_set()
+    offload.close()
+
+
+@pytest.mark.asyncio
+async def test_a_closed_pool_takes_no_work_and_closes_again() -> None:
+    offload = Offload(1, "test")
+    await offload.run(lambda: None)
+    offload.close()
+    offload.close()
+    with pytest.raises(ClosedError):
+        await offload.run(lambda: None)
+    never_used = Offload(1, "test")
+    never_used.close()
+    with pytest.raises(ClosedError):
+        await never_used.run(lambda: None)
+
+
+@pytest.mark.asyncio
+async def test_closing_waits_for_running_work_and_refuses_what_waits() -> None:
+    """Whoever waits learns that the pool was closed; nobody cancelled them."""
+    offload, running, waiting = Offload(1, "test"), Work(), Work()
+    first = asyncio.create_task(offload.run(running))
+    await running.has_begun()
+    second = asyncio.create_task(offload.run(waiting))
+    await asyncio.sleep(0)
+    closing = asyncio.get_running_loop().run_in_executor(None, offload.close)
+    with pytest.raises(ClosedError):
+        await second
+    assert not closing.done()
+    running.gate.set()
+    await closing
+    assert await first == "done"
+    assert not waiting.began.is_set()
+
+
+@pytest.mark.asyncio
+async def test_no_more_threads_run_than_the_pool_has() -> None:
+    offload, works = Offload(2, "test"), [Work() for _ in range(4)]
+    tasks = [asyncio.create_task(offload.run(work)) for work in works]
+    await works[0].has_begun()
+    await works[1].has_begun()
+    assert not works[2].began.is_set()
+    for work in works:
+        work.gate.set()
+    assert await asyncio.gather(*tasks) == ["done"] * 4
+    offload.close()

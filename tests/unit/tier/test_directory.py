@@ -1,0 +1,215 @@
+"""The directory: what is where, and nothing that is nowhere."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from kvlayer.keys import ObjectKey, Part, Span
+from kvlayer.tier import plan
+from kvlayer.tier.directory import Directory, Host, ObjectRecord
+
+NAMESPACE = "ab" * 32
+WHOLE, LOW, HIGH = Part(0, (0, 4), (0, 2)), Part(0, (0, 4), (0, 1)), Part(0, (0, 4), (1, 2))
+STATE = Part(1, (0, 1), None)
+NEEDS = [WHOLE, STATE]
+
+
+def span(number: int) -> Span:
+    return Span(0, 16, sha256(b"%d" % number).digest())
+
+
+def key(number: int, part: Part = WHOLE) -> ObjectKey:
+    return ObjectKey.of(NAMESPACE, "0", span(number).hash, part)
+
+
+@pytest.fixture
+def directory() -> Directory:
+    return Directory(NAMESPACE, NEEDS)
+
+
+def host(directory: Directory, number: int, part: Part) -> ObjectRecord:
+    found = directory.ensure(span(number), "0", part)
+    directory.fill(found, 0, 4096)
+    directory.ready(found)
+    return found
+
+
+def test_an_object_is_served_only_once_its_bytes_are_there(directory: Directory) -> None:
+    found = directory.ensure(span(1), "0", WHOLE)
+    assert directory.covers(span(1).hash) == [None, None]
+    directory.fill(found, 8192, 4096)
+    assert not found.is_ready
+    assert directory.covers(span(1).hash) == [None, None]
+    directory.ready(found)
+    assert directory.covers(span(1).hash) == [(found,), None]
+    assert directory.drop_host(found) == 8192
+    assert directory.covers(span(1).hash) == [None, None]
+
+
+def test_a_record_that_nothing_refers_to_is_forgotten(directory: Directory) -> None:
+    found = host(directory, 1, WHOLE)
+    directory.drop_host(found)
+    assert len(directory) == 0
+    assert directory.chunk(span(1).hash) is None
+    assert directory.ensure(span(1), "0", WHOLE) is not found
+
+
+@pytest.mark.parametrize("why", ["pins", "writing", "tiers"])
+def test_a_record_that_something_refers_to_is_kept(directory: Directory, why: str) -> None:
+    found = host(directory, 1, WHOLE)
+    setattr(found, why, 2)
+    directory.drop_host(found)
+    assert directory.find(span(1).hash, WHOLE) is found
+    setattr(found, why, 0)
+    directory.forget(found)
+    assert len(directory) == 0
+
+
+def test_forgetting_an_old_record_leaves_the_new_one_alone(directory: Directory) -> None:
+    """Someone held a record while it was forgotten and made anew."""
+    old = host(directory, 1, WHOLE)
+    directory.drop_host(old)
+    new = host(directory, 1, WHOLE)
+    directory.forget(old)
+    directory.drop_tier(old, 1)
+    assert directory.find(span(1).hash, WHOLE) is new
+    assert directory.covers(span(1).hash)[0] == (new,)
+
+
+def test_the_nearest_tier_serves(directory: Directory) -> None:
+    found = directory.note(key(1), 3)
+    assert found.tier == 3
+    directory.note(key(1), 1)
+    assert found.tier == 1
+    directory.fill(found, 0, 4096)
+    assert found.tier == 1
+    directory.ready(found)
+    assert found.tier == 0
+    directory.drop_host(found)
+    directory.drop_tier(found, 1)
+    assert found.tier == 3
+    directory.drop_tier(found, 3)
+    assert found.tier == -1
+    assert not found.is_ready
+
+
+def test_two_halves_cover_one_need_and_losing_one_uncovers_it(directory: Directory) -> None:
+    low, high = host(directory, 1, LOW), host(directory, 1, HIGH)
+    cover = directory.covers(span(1).hash)[0]
+    assert cover is not None
+    assert set(cover) == {low, high}
+    directory.drop_host(low)
+    assert directory.covers(span(1).hash)[0] is None
+    directory.note(key(1, LOW), 2)
+    cover = directory.covers(span(1).hash)[0]
+    assert cover is not None
+    assert {o.tier for o in cover} == {0, 2}
+
+
+def test_of_two_that_serve_the_nearer_is_chosen_and_chosen_again_when_it_moves(
+    directory: Directory,
+) -> None:
+    wide = Part(0, (0, 4), (0, 4))
+    directory.note(key(1, wide), 1)
+    near = host(directory, 1, WHOLE)
+    assert directory.covers(span(1).hash)[0] == (near,)
+    directory.add_tier(near, 2)
+    directory.drop_host(near)
+    far = directory.find(span(1).hash, wide)
+    assert directory.covers(span(1).hash)[0] == (far,)
+
+
+def test_an_unknown_chunk_covers_nothing_and_is_not_remembered(directory: Directory) -> None:
+    assert directory.covers(bytes(32)) == [None, None]
+    assert directory.find(bytes(32), WHOLE) is None
+    assert len(directory) == 0
+
+
+@pytest.mark.parametrize("text", ["", "a/b", "a/b/c/d/e"])
+def test_what_is_no_key_cannot_be_noted(directory: Directory, text: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011  # whichever of the key's fields is missing
+        directory.note(ObjectKey(text), 1)
+    assert len(directory) == 0
+
+
+PARTS = st.sampled_from([WHOLE, LOW, HIGH, STATE])
+NUMBERS = st.integers(0, 2)
+TIERS = st.integers(1, 3)
+
+
+class DirectoryMachine(RuleBasedStateMachine):
+    """Random state changes against plain dicts; covers are always as if computed anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = Directory(NAMESPACE, NEEDS)
+        self.host: dict[tuple[int, Part], Host] = {}
+        self.tiers: dict[tuple[int, Part], set[int]] = {}
+
+    def record(self, number: int, part: Part) -> ObjectRecord | None:
+        return self.directory.find(span(number).hash, part)
+
+    @rule(number=NUMBERS, part=PARTS)
+    def fill(self, number: int, part: Part) -> None:
+        if (number, part) not in self.host:
+            self.directory.fill(self.directory.ensure(span(number), "0", part), 0, 4096)
+            self.host[number, part] = Host.FILLING
+
+    @rule(number=NUMBERS, part=PARTS)
+    def ready(self, number: int, part: Part) -> None:
+        if self.host.get((number, part)) is Host.FILLING:
+            found = self.record(number, part)
+            assert found is not None
+            self.directory.ready(found)
+            self.host[number, part] = Host.READY
+
+    @rule(number=NUMBERS, part=PARTS)
+    def drop_host(self, number: int, part: Part) -> None:
+        if self.host.pop((number, part), None) is not None:
+            found = self.record(number, part)
+            assert found is not None
+            self.directory.drop_host(found)
+
+    @rule(number=NUMBERS, part=PARTS, tier=TIERS)
+    def note(self, number: int, part: Part, tier: int) -> None:
+        self.directory.note(key(number, part), tier)
+        self.tiers.setdefault((number, part), set()).add(tier)
+
+    @precondition(lambda self: bool(self.tiers))
+    @rule(number=NUMBERS, part=PARTS, tier=TIERS)
+    def drop_tier(self, number: int, part: Part, tier: int) -> None:
+        found = self.record(number, part)
+        if found is not None:
+            self.directory.drop_tier(found, tier)
+            self.tiers.get((number, part), set()).discard(tier)
+
+    @invariant()
+    def records_are_exactly_what_is_somewhere(self) -> None:
+        expected = {*self.host, *(k for k, tiers in self.tiers.items() if tiers)}
+        found = {(o.chunk.hash, o.part) for o in self.directory.objects()}
+        assert found == {(span(n).hash, part) for n, part in expected}
+        assert len(self.directory) == len({n for n, _ in expected})
+
+    @invariant()
+    def covers_are_fresh(self) -> None:
+        for number in range(3):
+            ready = {
+                part
+                for (n, part), state in self.host.items()
+                if n == number and state is Host.READY
+            }
+            ready |= {part for (n, part), tiers in self.tiers.items() if n == number and tiers}
+            for need, cover in zip(NEEDS, self.directory.covers(span(number).hash), strict=True):
+                assert (cover is None) == (plan.cover(need, ready) is None)
+                for one in cover or ():
+                    assert one is self.record(number, one.part)
+                    assert one.is_ready
+
+
+DirectoryMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+TestDirectoryMachine = DirectoryMachine.TestCase

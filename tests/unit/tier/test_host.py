@@ -1,0 +1,280 @@
+"""Tier 0: pins hold, accounts are exact, and no byte has two owners."""
+
+from __future__ import annotations
+
+import random
+from hashlib import sha256
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from kvlayer.abc.policy import EvictionPolicy
+from kvlayer.keys import Part, Span
+from kvlayer.payload import align
+from kvlayer.tier.directory import Directory, Host, ObjectRecord
+from kvlayer.tier.evict import LRU, PrefixLRU
+from kvlayer.tier.host import HostTier
+
+PAGE = 4096
+PART = Part(0, (0, 4), (0, 2))
+
+
+def span(number: int) -> Span:
+    return Span(0, 16, sha256(b"%d" % number).digest())
+
+
+class Small:
+    """A host tier of a few pages."""
+
+    def __init__(self, pages: int = 4, policy: EvictionPolicy | None = None) -> None:
+        self.directory = Directory("ab" * 32, [PART])
+        self.host = HostTier(pages * PAGE, policy or PrefixLRU(), self.directory)
+        self.evicted: list[ObjectRecord] = []
+
+    def reserve(self, number: int, nbytes: int = PAGE) -> ObjectRecord | None:
+        found = self.directory.ensure(span(number), "0", PART)
+        if self.host.reserve(found, nbytes, self.evicted):
+            return found
+        self.directory.forget(found)
+        return None
+
+    def add(self, number: int, nbytes: int = PAGE) -> ObjectRecord:
+        """A ready object that nobody holds."""
+        found = self.reserve(number, nbytes)
+        assert found is not None
+        self.host.commit([found])
+        self.host.unpin([found])
+        return found
+
+
+def test_the_least_recently_used_object_goes_first() -> None:
+    small = Small()
+    records = [small.add(n) for n in range(4)]
+    small.host.pin(records[:1])
+    small.host.unpin(records[:1])  # a use
+    small.add(4)
+    assert small.evicted == [records[1]]
+    assert records[1].host is Host.ABSENT
+    assert small.directory.find(span(1).hash, PART) is None
+
+
+def test_a_pinned_object_is_never_evicted() -> None:
+    small = Small()
+    records = [small.add(n) for n in range(4)]
+    small.host.pin(records)
+    assert small.reserve(4) is None
+    assert small.evicted == []
+    small.host.unpin(records[2:3])
+    assert small.reserve(4) is not None
+    assert small.evicted == [records[2]]
+
+
+def test_a_reserved_object_is_never_evicted() -> None:
+    small = Small(pages=2)
+    first, second = small.reserve(0), small.reserve(1)
+    assert first is not None
+    assert second is not None
+    assert small.reserve(2) is None
+    small.host.commit([first])
+    assert small.reserve(2) is None  # ready, but still pinned by its writer
+    small.host.unpin([first])
+    assert small.reserve(2) is not None
+
+
+def test_nothing_is_given_up_for_what_cannot_fit_anyway() -> None:
+    small = Small()
+    records = [small.add(n) for n in range(4)]
+    assert small.reserve(9, 5 * PAGE) is None
+    small.host.pin(records[:2])
+    assert small.reserve(9, 3 * PAGE) is None  # two pages are pinned: no eviction can help
+    assert small.evicted == []
+    assert all(r.host is Host.READY for r in records)
+
+
+def test_a_pin_on_an_absent_object_holds_its_record_until_it_is_let_go() -> None:
+    small = Small()
+    found = small.directory.ensure(span(1), "0", PART)
+    small.host.pin([found])
+    assert small.host.pinned_nbytes == 0
+    assert small.directory.find(span(1).hash, PART) is found
+    small.host.unpin([found])
+    assert small.directory.find(span(1).hash, PART) is None
+
+
+def test_bytes_that_arrive_for_a_pinned_absent_object_count_as_pinned() -> None:
+    small = Small()
+    found = small.directory.ensure(span(1), "0", PART)
+    small.host.pin([found])
+    assert small.host.reserve(found, PAGE, [])
+    assert small.host.pinned_nbytes == PAGE
+    small.host.commit([found])
+    small.host.unpin([found])
+    assert small.host.pinned_nbytes == PAGE
+    small.host.unpin([found])
+    assert small.host.pinned_nbytes == 0
+
+
+def test_pins_outlive_bytes_that_never_came() -> None:
+    """A fetch failed while someone else held the object: the record stays, the bytes do not."""
+    small = Small()
+    found = small.reserve(1)
+    assert found is not None
+    small.host.pin([found])
+    small.host.drop(found)
+    small.host.unpin([found])
+    assert (small.host.pinned_nbytes, small.host.extents.used) == (0, 0)
+    assert small.directory.find(span(1).hash, PART) is found
+    assert small.reserve(1) is found
+    small.host.drop(found)
+    small.host.unpin([found, found])
+    assert small.directory.find(span(1).hash, PART) is None
+
+
+def test_unpinning_an_old_record_leaves_the_new_one_alone() -> None:
+    """A match held a record; it was evicted and stored again before the match was pinned."""
+    small = Small()
+    old = small.add(1)
+    small.host.drop(old)
+    small.host.pin([old])
+    new = small.add(1)
+    assert new is not old
+    small.host.unpin([old])
+    assert small.directory.find(span(1).hash, PART) is new
+    assert new.host is Host.READY
+    assert small.host.policy.victim() == new.key
+
+
+class HostMachine(RuleBasedStateMachine):
+    """Random pins, reservations, evictions and drops against a model."""
+
+    policy: type[EvictionPolicy] = PrefixLRU
+    pages = 9
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small = Small(self.pages, self.policy())
+        self.host = self.small.host
+        self.held: list[ObjectRecord] = []
+        """One entry per pin that a test took."""
+        self.filling: dict[int, ObjectRecord] = {}
+        self.known: dict[int, ObjectRecord] = {}
+
+    @rule(number=st.integers(0, 7), pages=st.integers(1, 4), odd=st.booleans())
+    def reserve(self, number: int, pages: int, odd: bool) -> None:
+        found = self.small.directory.ensure(span(number), "0", PART)
+        self.known[number] = found
+        if found.host is not Host.ABSENT:
+            return
+        before = {
+            r.key: r for r in self.small.directory.objects() if r.host is Host.READY and not r.pins
+        }
+        evicted: list[ObjectRecord] = []
+        made = self.host.reserve(found, pages * PAGE - (5 if odd else 0), evicted)
+        assert {r.key for r in evicted} <= set(before)
+        assert all(r.host is Host.ABSENT for r in evicted)
+        if made:
+            self.filling[number] = found
+        else:
+            self.small.directory.forget(found)
+
+    @rule(choice=st.randoms(use_true_random=False), ok=st.booleans())
+    def end(self, choice: random.Random, ok: bool) -> None:
+        if self.filling:
+            found = self.filling.pop(choice.choice(sorted(self.filling)))
+            if ok:
+                self.host.commit([found])
+            else:
+                self.host.drop(found)
+            self.host.unpin([found])
+
+    @rule(number=st.integers(0, 7))
+    def pin(self, number: int) -> None:
+        """Whatever record a test remembers, also one that was forgotten meanwhile."""
+        found = self.known.get(number)
+        if found is not None:
+            self.host.pin([found])
+            self.held.append(found)
+
+    @rule(choice=st.randoms(use_true_random=False))
+    def unpin(self, choice: random.Random) -> None:
+        if self.held:
+            self.host.unpin([self.held.pop(choice.randrange(len(self.held)))])
+
+    @rule(choice=st.randoms(use_true_random=False))
+    def drop(self, choice: random.Random) -> None:
+        idle = [r for r in self.small.directory.objects() if r.host is Host.READY and not r.pins]
+        if idle:
+            self.host.drop(choice.choice(idle))
+
+    def resident(self) -> list[ObjectRecord]:
+        return [r for r in self.small.directory.objects() if r.host is not Host.ABSENT]
+
+    @invariant()
+    def pinned_objects_are_still_there(self) -> None:
+        for found in self.filling.values():
+            assert found.host is Host.FILLING
+        resident = {id(r) for r in self.resident()}
+        assert all(id(r) in resident for r in self.filling.values())
+
+    @invariant()
+    def accounts_are_exact(self) -> None:
+        resident = self.resident()
+        assert len(self.host) == len(resident)
+        assert self.host.extents.used == sum(align(r.nbytes) for r in resident)
+        assert self.host.pinned_nbytes == sum(r.nbytes for r in resident if r.pins)
+        for found in resident:
+            pins = sum(found is r for r in self.held) + (found in self.filling.values())
+            assert found.pins == pins
+
+    @invariant()
+    def no_byte_has_two_owners(self) -> None:
+        at = 0
+        for found in sorted(self.resident(), key=lambda r: r.offset):
+            assert found.offset >= at
+            at = found.offset + align(found.nbytes)
+        assert at <= self.pages * PAGE
+
+    @invariant()
+    def the_victim_is_ready_and_unpinned(self) -> None:
+        idle = {r.key for r in self.resident() if r.host is Host.READY and not r.pins}
+        victim = self.host.policy.victim()
+        assert (victim in idle) if idle else (victim is None)
+
+    def teardown(self) -> None:
+        for number in list(self.filling):
+            found = self.filling.pop(number)
+            self.host.commit([found])
+            self.host.unpin([found])
+        while self.held:
+            self.host.unpin([self.held.pop()])
+        assert self.host.pinned_nbytes == 0
+        everything = self.pages * PAGE
+        assert self.small.reserve(99, everything) is not None  # all of it can be had again
+
+
+class LRUMachine(HostMachine):
+    policy = LRU
+
+
+HostMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=50)
+LRUMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=50)
+TestHostMachine = HostMachine.TestCase
+TestLRUMachine = LRUMachine.TestCase
+
+
+@pytest.mark.parametrize("fail", [True, False])
+def test_no_slot_is_used_twice_after_a_failed_fill(fail: bool) -> None:
+    small = Small(pages=2)
+    first, second = small.reserve(0), small.reserve(1)
+    assert first is not None
+    assert second is not None
+    if fail:
+        small.host.drop(first)
+    else:
+        small.host.commit([first])
+    small.host.unpin([first])
+    third = small.reserve(2)
+    assert third is not None
+    assert third.offset != second.offset

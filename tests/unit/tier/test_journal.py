@@ -1,0 +1,118 @@
+"""The journal: what it remembers is right, and it never remembers more than it may."""
+
+from __future__ import annotations
+
+from array import array
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvlayer.keys import ChunkChain, Salt, Scope, Span
+from kvlayer.results import Cause
+from kvlayer.tier.journal import Journal, Loss
+
+CHUNK, TAIL = 8, 2
+
+
+def chain(tokens: list[int], scope: Scope | None = None) -> ChunkChain:
+    return ChunkChain(
+        array("i", tokens), scope or Scope(), tokens_per_chunk=CHUNK, tokens_per_tail=TAIL
+    )
+
+
+def spans(prompt: ChunkChain) -> list[Span]:
+    return [prompt.span(i) for i in range(len(prompt))]
+
+
+def loss(detail: str = "gone") -> Loss:
+    return Loss(Cause.EVICTED, "host", 1.0, detail)
+
+
+def test_the_last_loss_of_a_chunk_is_remembered_until_it_is_stored_again() -> None:
+    journal, prompt = Journal(), chain(list(range(8)))
+    journal.lost(prompt.hashes[0], loss("first"))
+    journal.lost(prompt.hashes[0], loss("second"))
+    found = journal.loss(prompt.hashes[0])
+    assert found is not None
+    assert found.detail == "second"
+    journal.stored(prompt, spans(prompt), None)
+    assert journal.loss(prompt.hashes[0]) is None
+
+
+@given(limit=st.integers(1, 40), count=st.integers(0, 120))
+def test_no_map_grows_beyond_its_limit(limit: int, count: int) -> None:
+    journal = Journal(limit)
+    for n in range(count):
+        prompt = chain([n] * 16)
+        journal.lost(prompt.hashes[0], loss(str(n)))
+        journal.stored(prompt, spans(prompt), None if n % 2 else prompt.hashes)
+        journal.lost(prompt.hashes[1], loss(str(n)))
+    assert len(journal._losses._entries) <= limit
+    assert len(journal._unscoped._entries) <= limit
+    assert len(journal._children._entries) <= max(limit // 16, 1)
+    if count:
+        last = chain([count - 1] * 16)
+        assert journal.loss(last.hashes[1]) is not None  # the newest stays
+
+
+def test_the_oldest_entry_goes_first_and_a_renewed_one_stays() -> None:
+    journal = Journal(2)
+    journal.lost(b"a", loss())
+    journal.lost(b"b", loss())
+    journal.lost(b"a", loss())
+    journal.lost(b"c", loss())
+    assert journal.loss(b"b") is None
+    assert journal.loss(b"a") is not None
+
+
+@given(common=st.integers(0, 7), index=st.integers(0, 2))
+def test_divergence_is_the_first_token_that_differs(common: int, index: int) -> None:
+    first = list(range(24))
+    at = index * CHUNK + common
+    second = [*first[:at], 999, *first[at + 1 :]]
+    journal = Journal()
+    one, two = chain(first), chain(second)
+    journal.stored(one, spans(one), None)
+    assert journal.divergence(two, index) == at
+    assert journal.divergence(one, index) is None
+
+
+def test_a_prompt_that_ends_inside_a_chunk_diverges_nowhere() -> None:
+    journal, stored = Journal(), chain(list(range(16)))
+    journal.stored(stored, spans(stored), None)
+    assert journal.divergence(chain(list(range(12))), 1) is None
+    assert journal.divergence(chain([*range(11), 99]), 1) == 11
+
+
+def test_nothing_is_known_of_what_follows_an_unknown_chunk() -> None:
+    assert Journal().divergence(chain(list(range(16))), 1) is None
+
+
+def test_the_same_tokens_under_another_salt_are_found_and_the_secret_is_not_told() -> None:
+    name = "tenant name"
+    plain = chain(list(range(8)))
+    salted = chain(list(range(8)), Scope(salts=(Salt(name),)))
+    journal = Journal()
+    journal.stored(salted, spans(salted), plain.hashes)
+    words = journal.elsewhere(plain.hashes[0], plain.hashes[0])
+    assert words is not None
+    assert "salt of zone" in words
+    assert name not in words
+    assert journal.elsewhere(plain.hashes[0], salted.hashes[0]) is None  # it is the same one
+    assert journal.elsewhere(b"never", b"never") is None
+
+
+def test_a_store_without_scope_is_found_from_a_salted_lookup() -> None:
+    plain = chain(list(range(8)))
+    salted = chain(list(range(8)), Scope(salts=(Salt("s"),)))
+    journal = Journal()
+    journal.stored(plain, spans(plain), None)
+    assert journal.elsewhere(plain.hashes[0], salted.hashes[0]) == "no salt, adapter or content"
+
+
+def test_a_stored_tail_beyond_the_plain_hashes_is_no_error() -> None:
+    prompt = chain(list(range(12)), Scope(salts=(Salt("s"),)))
+    tail = prompt.tails(1)[0]
+    journal = Journal()
+    journal.stored(prompt, [prompt.span(0), tail], chain(list(range(12))).hashes)
+    assert journal.divergence(chain([*range(9), 99, 99, 99]), 1) is None  # another parent

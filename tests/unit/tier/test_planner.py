@@ -1,0 +1,664 @@
+"""The planner: what is usable, what is reserved, and nothing that stays held by mistake."""
+
+from __future__ import annotations
+
+import random
+import threading
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from stacks import (
+    NAMESPACE,
+    Clock,
+    chain_of,
+    check_accounts,
+    hybrid_layout,
+    make_planner,
+    store,
+)
+
+from kvlayer.errors import CapacityError
+from kvlayer.keys import ChunkChain, ObjectKey, Part, Span
+from kvlayer.results import Cause
+from kvlayer.tier.directory import Host, ObjectRecord
+from kvlayer.tier.lease import Lease
+from kvlayer.tier.planner import Match, Planner, Reservation
+
+FULL = Part(0, (0, 2), (0, 2))
+WINDOW = Part(1, (0, 1), (0, 2))
+STATE = Part(2, (0, 1), None)
+
+
+def key(chain: ChunkChain, index: int, part: Part = FULL) -> ObjectKey:
+    return ObjectKey.of(NAMESPACE, "0", chain.hashes[index], part)
+
+
+def stops(match: Match) -> list[int]:
+    return [span.stop for span in match.spans]
+
+
+def records(planner: Planner, chain: ChunkChain, index: int) -> list[ObjectRecord]:
+    chunk = planner.directory.chunk(chain.hashes[index])
+    return [] if chunk is None else list(chunk.objects.values())
+
+
+# -- lookup -------------------------------------------------------------------------------------
+
+
+def test_a_match_ends_before_the_first_gap() -> None:
+    planner, chain = make_planner(), chain_of(64)
+    store(planner, chain)
+    assert stops(planner.match(chain)) == [16, 32, 48, 64]
+    planner.evict(records(planner, chain, 2), Cause.CLEARED, "")
+    assert stops(planner.match(chain)) == [16, 32]
+    assert planner.match(chain_of(64, seed=1)).tokens == 0
+
+
+def test_the_longest_tail_extends_a_match() -> None:
+    planner = make_planner()
+    store(planner, chain_of(24), tail=True)
+    store(planner, chain_of(20), tail=True)
+    assert planner.match(chain_of(100)).tokens == 24
+    assert planner.match(chain_of(23)).tokens == 20
+    assert planner.match(chain_of(19)).tokens == 16
+
+
+def test_a_tail_is_found_at_the_first_missing_chunk() -> None:
+    planner, chain = make_planner(), chain_of(64)
+    store(planner, chain)
+    store(planner, chain_of(40), tail=True)
+    planner.evict(records(planner, chain, 2), Cause.CLEARED, "")
+    assert planner.match(chain).tokens == 40
+
+
+def test_a_hybrid_match_needs_the_window_and_the_state_at_its_end() -> None:
+    planner, chain = make_planner(layout=hybrid_layout(20)), chain_of(64)
+    store(planner, chain)
+    match = planner.match(chain)
+    assert match.tokens == 64
+    parts = [[r.part for cover in covers for r in cover] for covers in match.covers]
+    assert parts == [[FULL], [FULL], [FULL, WINDOW], [FULL, WINDOW, STATE]]
+    gone = [r for r in records(planner, chain, 3) if r.part == STATE]
+    planner.evict(gone, Cause.CLEARED, "")
+    match = planner.match(chain)
+    assert match.tokens == 48
+    parts = [[r.part for cover in covers for r in cover] for covers in match.covers]
+    assert parts == [[FULL], [FULL, WINDOW], [FULL, WINDOW, STATE]]
+
+
+def test_a_tail_without_its_state_gives_way_to_a_shorter_one_that_has_it() -> None:
+    planner = make_planner(layout=hybrid_layout(4))
+    store(planner, chain_of(20), tail=True)
+    store(planner, chain_of(24), tail=True)
+    chain = chain_of(24)
+    longest = planner.directory.chunk(chain.tails(1)[0].hash)
+    assert longest is not None
+    planner.evict([longest.objects[STATE]], Cause.CLEARED, "")
+    assert planner.match(chain).tokens == 20
+
+
+def test_a_model_of_states_alone_finds_a_tail_that_is_not_the_longest() -> None:
+    layout = hybrid_layout()
+    only_state = type(layout)(layout.groups[2:])
+    planner = make_planner(layout=only_state)
+    store(planner, chain_of(20), tail=True)
+    assert planner.match(chain_of(28)).tokens == 20
+
+
+def test_probes_are_what_the_directory_does_not_know_from_the_gap_on() -> None:
+    planner, chain = make_planner(), chain_of(64)
+    store(planner, chain)
+    assert planner.probes(chain) == []
+    planner.evict([r for i in (1, 3) for r in records(planner, chain, i)], Cause.CLEARED, "")
+    assert planner.probes(chain) == [key(chain, 1), key(chain, 3)]
+    assert planner.probes(chain_of(15)) == []
+
+
+def test_a_hybrid_probe_asks_for_every_missing_part() -> None:
+    planner, chain = make_planner(layout=hybrid_layout(20)), chain_of(32)
+    assert planner.probes(chain) == [
+        key(chain, i, part) for i in (0, 1) for part in (FULL, WINDOW, STATE)
+    ]
+    planner.note([key(chain, 0, FULL), key(chain, 1, FULL)], 1)
+    assert planner.probes(chain) == [
+        key(chain, i, part) for i in (0, 1) for part in (WINDOW, STATE)
+    ]
+
+
+def test_tail_probes_are_longest_first_at_the_first_missing_chunk() -> None:
+    planner, chain = make_planner(), chain_of(64)
+    store(planner, chain_of(16))
+    keys = planner.tail_probes(chain)
+    assert [k.chunk for k in keys] == [tail.hash for tail in chain.tails(1)]
+    assert len(keys) == 3
+
+
+def test_shards_of_other_ranks_are_probed_as_this_rank_cuts() -> None:
+    planner, chain = make_planner(head_shards=2), chain_of(16)
+    keys = planner.probes(chain)
+    assert keys == [key(chain, 0, Part(0, (0, 2), (h, h + 1))) for h in (0, 1)]
+    planner.note(keys[:1], 1)
+    assert planner.match(chain).tokens == 0
+    planner.note(keys[1:], 1)
+    match = planner.match(chain)
+    assert match.tokens == 16
+    assert {r.key for r in match.path()} == set(keys)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        Part(0, (0, 9), (0, 2)),
+        Part(0, (0, 2), (0, 9)),
+        Part(0, (0, 2), None),
+        Part(7, (0, 2), (0, 2)),
+    ],
+)
+def test_a_part_the_model_does_not_have_is_not_believed(part: Part) -> None:
+    """A key found on a disk may name anything; it must not reach the serving path."""
+    planner, chain = make_planner(), chain_of(16)
+    planner.note([key(chain, 0, part)], 1)
+    assert planner.match(chain).tokens == 0
+    assert len(planner.directory) == 0
+
+
+def test_an_object_of_another_namespace_is_not_believed() -> None:
+    planner, chain = make_planner(), chain_of(16)
+    planner.note([ObjectKey.of("cd" * 32, "0", chain.hashes[0], FULL)], 1)
+    assert planner.match(chain).tokens == 0
+
+
+def test_an_expired_lease_leaves_what_is_still_usable() -> None:
+    clock = Clock()
+    planner, chain = make_planner(clock=clock), chain_of(64)
+    store(planner, chain)
+    match = planner.match(chain)
+    lease = planner.lease(match, owner="", seconds=5.0)
+    assert planner.current(match, lease) is match
+    clock.now += 5.0
+    planner.evict(records(planner, chain, 1), Cause.CLEARED, "")
+    assert planner.current(match, lease) == match  # nothing expires by itself; this call did it
+    planner.evict(records(planner, chain, 1), Cause.CLEARED, "")
+    assert stops(planner.current(match, lease)) == [16]
+    check_accounts(planner, idle=True)
+
+
+def test_an_expired_hybrid_match_never_skips_what_its_end_needs() -> None:
+    """More of the prompt was stored meanwhile: the match must not borrow its longer window."""
+    clock = Clock()
+    planner, chain = make_planner(layout=hybrid_layout(20), clock=clock), chain_of(96)
+    store(planner, chain_of(48))
+    match = planner.match(chain)
+    assert match.tokens == 48
+    lease = planner.lease(match, owner="", seconds=5.0)
+    store(planner, chain, first_token=48)
+    clock.now += 5.0
+    again = planner.current(match, lease)
+    assert again.tokens == 48
+    parts = [[r.part for cover in covers for r in cover] for covers in again.covers]
+    assert parts == [[FULL], [FULL, WINDOW], [FULL, WINDOW, STATE]]
+
+
+# -- store --------------------------------------------------------------------------------------
+
+
+def test_a_store_reserves_what_is_missing_and_skips_what_is_there() -> None:
+    planner = make_planner()
+    assert [s.stop for s in store(planner, chain_of(32)).spans] == [16, 32]
+    todo = store(planner, chain_of(64))
+    assert [s.stop for s in todo.spans] == [48, 64]
+    assert [s.stop for s, _ in todo.skipped] == [16, 32]
+    check_accounts(planner, idle=True)
+
+
+def test_two_stores_of_the_same_content_at_once_reserve_one_slot() -> None:
+    planner, chain = make_planner(), chain_of(32)
+    first = planner.plan_store(chain, 0, tail=False, holds=_all)
+    second = planner.plan_store(chain, 0, tail=False, holds=_all)
+    assert len(first.gathers) == 2
+    assert second.gathers == []
+    assert len(second.skipped) == 2
+    assert planner.match(chain).tokens == 0
+    planner.stored(first.gathers, ok=False)
+    assert planner.match(chain).tokens == 0
+    check_accounts(planner, idle=True)
+
+
+def test_a_failed_gather_gives_everything_back() -> None:
+    planner, chain = make_planner(layout=hybrid_layout()), chain_of(40)
+    todo = planner.plan_store(chain, 0, tail=True, holds=_all)
+    assert len(todo.gathers) == 9
+    planner.stored(todo.gathers, ok=False)
+    assert planner.host.extents.used == 0
+    assert len(planner.directory) == 0
+    check_accounts(planner, idle=True)
+
+
+def test_when_host_memory_is_held_the_rest_of_the_prompt_is_dropped() -> None:
+    planner, chain = make_planner(pages=3), chain_of(64)
+    todo = planner.plan_store(chain, 0, tail=False, holds=_all)
+    assert [s.stop for s in todo.spans] == [16, 32, 48]
+    assert [s.stop for s in todo.dropped] == [64]
+    planner.stored(todo.gathers, ok=True)
+    planner.settle(chain, todo.gathers)
+    assert planner.match(chain).tokens == 48
+    check_accounts(planner, idle=True)
+
+
+def test_a_span_that_fits_only_in_part_is_not_stored_at_all() -> None:
+    planner, chain = make_planner(layout=hybrid_layout(), pages=5), chain_of(32)
+    todo = planner.plan_store(chain, 0, tail=False, holds=_all)
+    assert len(todo.gathers) == 3
+    assert [s.stop for s in todo.dropped] == [32]
+    check_accounts(planner)
+    planner.stored(todo.gathers, ok=True)
+    planner.settle(chain, todo.gathers)
+    check_accounts(planner, idle=True)
+    assert planner.host.extents.used == 3 * 4096
+
+
+@pytest.mark.parametrize("first_token", [0, 32])
+def test_a_store_never_evicts_the_beginning_of_its_own_prompt(first_token: int) -> None:
+    """What it stores would be dead weight: no prefix leads to it any more."""
+    planner, chain = make_planner(pages=3), chain_of(64)
+    store(planner, chain_of(32))
+    store(planner, chain_of(16, seed=1))
+    todo = store(planner, chain, first_token=first_token)
+    assert [s.stop for s in todo.spans] == [48]
+    assert [s.stop for s in todo.dropped] == [64]
+    assert planner.match(chain).tokens == 48
+    assert planner.match(chain_of(16, seed=1)).tokens == 0
+    check_accounts(planner, idle=True)
+
+
+def test_chunks_before_the_view_are_left_alone() -> None:
+    planner, chain = make_planner(), chain_of(64)
+    todo = store(planner, chain, first_token=17)
+    assert [s.start for s in todo.spans] == [32, 48]
+
+
+def test_a_window_is_stored_only_where_the_engine_still_holds_it() -> None:
+    planner, chain = make_planner(layout=hybrid_layout(20)), chain_of(64)
+
+    def holds(group: int, span: Span) -> bool:
+        return group == 1 and span.start >= 32
+
+    todo = store(planner, chain, holds=holds)
+    assert [r.record.part for r in todo.gathers] == [FULL, FULL, FULL, WINDOW, FULL, WINDOW]
+    assert planner.match(chain).tokens == 0  # no state anywhere
+
+
+def test_a_longer_tail_and_a_full_chunk_supersede_shorter_tails() -> None:
+    planner = make_planner(pages=4)
+    store(planner, chain_of(4), tail=True)
+    store(planner, chain_of(16, seed=1))
+    store(planner, chain_of(16, seed=2))
+    store(planner, chain_of(8), tail=True)  # the older tail is now the cheapest thing to lose
+    store(planner, chain_of(16, seed=3))
+    assert planner.match(chain_of(4)).tokens == 0
+    assert planner.match(chain_of(8)).tokens == 8
+    assert planner.match(chain_of(16, seed=1)).tokens == 16
+    store(planner, chain_of(16))  # now a chunk holds both, and takes the place of the other tail
+    store(planner, chain_of(16, seed=4))
+    assert planner.match(chain_of(8)).tokens == 0
+    assert planner.match(chain_of(16)).tokens == 16
+
+
+def test_a_superseded_tail_that_is_pinned_goes_first_once_it_is_let_go() -> None:
+    planner = make_planner(pages=4)
+    short = chain_of(4)
+    store(planner, short, tail=True)
+    lease = planner.lease(planner.match(short), owner="", seconds=9.0)
+    store(planner, chain_of(16))
+    assert planner.match(short).tokens == 4
+    planner.release(lease.number)
+    store(planner, chain_of(16, seed=1))
+    store(planner, chain_of(16, seed=2))
+    assert planner.match(short).tokens == 4
+    store(planner, chain_of(16, seed=3))
+    assert planner.match(short).tokens == 0
+
+
+def test_eviction_is_remembered_with_its_policy() -> None:
+    planner, chain = make_planner(pages=1), chain_of(16)
+    store(planner, chain)
+    store(planner, chain_of(16, seed=1))
+    loss = planner.journal.loss(chain.hashes[0])
+    assert loss is not None
+    assert (loss.cause, loss.tier) == (Cause.EVICTED, "tier-0")
+    assert "prefix-lru" in loss.detail
+
+
+def test_host_memory_smaller_than_a_chunk_is_refused() -> None:
+    with pytest.raises(CapacityError):
+        make_planner(layout=hybrid_layout(), pages=2)
+    make_planner(layout=hybrid_layout(), pages=3)
+
+
+# -- lower tiers --------------------------------------------------------------------------------
+
+
+def down(planner: Planner, chain: ChunkChain, tier: int = 1) -> list[ObjectRecord]:
+    """A prompt that is on a lower tier only."""
+    todo = store(planner, chain)
+    for slot in todo.gathers:
+        assert planner.plan_spill(slot.span, slot.record, tier) is not None
+        planner.spilled(slot.record, tier, ok=True)
+    found = [slot.record for slot in todo.gathers]
+    planner.evict(found, Cause.CLEARED, "")
+    return found
+
+
+def test_a_spill_holds_its_object_until_it_ends() -> None:
+    planner, chain = make_planner(pages=1), chain_of(16)
+    (slot,) = store(planner, chain).gathers
+    piece = planner.plan_spill(slot.span, slot.record, 1)
+    assert piece is not None
+    assert piece.offset == slot.record.offset
+    assert planner.plan_spill(slot.span, slot.record, 1) is None  # on its way already
+    assert store(planner, chain_of(16, seed=1)).dropped  # the only slot is held
+    assert planner.evict([slot.record], Cause.CLEARED, "") == []
+    planner.spilled(slot.record, 1, ok=False)
+    assert slot.record.tiers == 0
+    check_accounts(planner, idle=True)
+    assert not store(planner, chain_of(16, seed=1)).dropped
+
+
+def test_what_is_below_stays_known_when_the_host_gives_it_up() -> None:
+    planner, chain = make_planner(), chain_of(32)
+    found = down(planner, chain)
+    assert [r.tier for r in found] == [1, 1]
+    assert planner.match(chain).tokens == 32
+    assert planner.plan_spill(chain.span(0), found[0], 1) is None
+    assert planner.journal.loss(chain.hashes[0]) is None
+    check_accounts(planner, idle=True)
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_a_fetch_leaves_no_pin_however_it_ends(ok: bool) -> None:
+    planner, chain = make_planner(), chain_of(16)
+    (found,) = down(planner, chain)
+    slot = planner.plan_fetch(chain.span(0), found, [])
+    assert slot is not None
+    assert [found.host] == [Host.FILLING]
+    planner.fetched(slot, ok=ok)
+    assert found.host is (Host.READY if ok else Host.ABSENT)
+    assert found.tiers == 2
+    check_accounts(planner, idle=True)
+
+
+def test_a_store_of_what_a_fetch_brings_up_waits_for_nothing_and_reserves_nothing() -> None:
+    planner, chain = make_planner(), chain_of(16)
+    (found,) = down(planner, chain)
+    slot = planner.plan_fetch(chain.span(0), found, [])
+    assert slot is not None
+    todo = planner.plan_store(chain, 0, tail=False, holds=_all)
+    assert todo.gathers == []
+    assert todo.skipped == [(chain.span(0), (found,))]
+    planner.stored(todo.gathers, ok=True)
+    planner.settle(chain, todo.gathers)
+    planner.fetched(slot, ok=False)
+    check_accounts(planner, idle=True)
+
+
+def test_no_room_for_a_fetch_leaves_the_object_where_it_is() -> None:
+    planner, chain = make_planner(pages=1), chain_of(16)
+    (found,) = down(planner, chain)
+    held = store(planner, chain_of(16, seed=1)).gathers[0].record
+    planner.pin([held])
+    evicted: list[ObjectRecord] = []
+    assert planner.plan_fetch(chain.span(0), found, evicted) is None
+    assert evicted == []
+    assert found.tier == 1
+    planner.unpin([held])
+    assert planner.plan_fetch(chain.span(0), found, evicted) is not None
+    assert evicted == [held]
+
+
+def test_a_copy_that_is_missing_below_is_no_longer_offered_and_explained() -> None:
+    planner, chain = make_planner(), chain_of(16)
+    (found,) = down(planner, chain)
+    planner.pin([found])
+    planner.missing(found, 1, Cause.CORRUPT, "flipped")
+    assert planner.match(chain).tokens == 0
+    planner.unpin([found])
+    assert len(planner.directory) == 0
+    loss = planner.journal.loss(chain.hashes[0])
+    assert loss is not None
+    assert (loss.cause, loss.tier, loss.detail) == (Cause.CORRUPT, "tier-1", "flipped")
+
+
+def test_an_object_that_vanished_from_one_tier_is_served_from_another() -> None:
+    planner, chain = make_planner(tiers=3), chain_of(16)
+    (found,) = down(planner, chain, 1)
+    planner.note([found.key], 2)
+    planner.vanished([found.key, key(chain_of(16, seed=9), 0)], 1, "evicted from below")
+    assert found.tier == 2
+    assert planner.match(chain).tokens == 16
+    assert planner.journal.loss(chain.hashes[0]) is None
+    planner.vanished([found.key], 2, "evicted from below")
+    assert len(planner.directory) == 0
+    assert planner.journal.loss(chain.hashes[0]) is not None
+
+
+def test_a_record_made_anew_is_not_touched_by_the_pins_on_the_old_one() -> None:
+    """Another thread matched, the loop evicted and stored again, then the thread leased."""
+    planner, chain = make_planner(), chain_of(16)
+    store(planner, chain)
+    match = planner.match(chain)
+    planner.evict(match.path(), Cause.CLEARED, "")
+    lease = planner.lease(match, owner="", seconds=9.0)
+    new = store(planner, chain).gathers[0].record
+    assert new is not match.path()[0]
+    check_accounts(planner, idle=True)
+    assert planner.release(lease.number)
+    assert planner.match(chain).path() == [new]
+    check_accounts(planner, idle=True)
+
+
+def test_lookups_from_another_thread_never_see_half_a_change() -> None:
+    planner = make_planner(layout=hybrid_layout(20), pages=40)
+    chain, stop = chain_of(64), threading.Event()
+    trouble: list[BaseException] = []
+
+    def look() -> None:
+        try:
+            while not stop.is_set():
+                match = planner.match(chain)
+                lease = planner.lease(match, owner="thread", seconds=1e9)
+                assert match.tokens in (0, 16, 32, 48, 64)
+                planner.probes(chain)
+                planner.tail_probes(chain)
+                planner.release(lease.number)
+        except BaseException as error:  # noqa: BLE001  # carried to the test's thread
+            trouble.append(error)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for turn in range(300):
+            store(planner, chain)
+            store(planner, chain_of(64, seed=turn), tail=True)
+            planner.evict(records(planner, chain, turn % 4), Cause.CLEARED, "")
+    finally:
+        stop.set()
+        thread.join()
+    assert trouble == []
+    check_accounts(planner, idle=True)
+
+
+def _all(_group: int, _span: object) -> bool:
+    return True
+
+
+class PlannerMachine(RuleBasedStateMachine):
+    """Stores, fetches, spills, leases, losses and time in any order; nothing ever leaks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.planner = make_planner(
+            layout=hybrid_layout(20), pages=14, tiers=3, clock=self.clock, head_shards=2
+        )
+        self.chains = [chain_of(40), chain_of(56), chain_of(40, seed=1), chain_of(20, seed=2)]
+        self.stores: list[list[Reservation]] = []
+        self.fetches: list[Reservation] = []
+        self.spills: list[tuple[ObjectRecord, int]] = []
+        self.leases: list[tuple[Match, Lease]] = []
+        self.pins: list[list[ObjectRecord]] = []
+
+    @rule(n=st.integers(0, 3), first=st.sampled_from([0, 16, 20]), tail=st.booleans())
+    def begin_store(self, n: int, first: int, tail: bool) -> None:
+        def holds(group: int, span: Span) -> bool:
+            return (group + span.start // 16 + n) % 3 != 0
+
+        todo = self.planner.plan_store(self.chains[n], first, tail=tail, holds=holds)
+        assert all(slot.record.host is Host.FILLING for slot in todo.gathers)
+        assert not set(todo.dropped) & set(todo.spans)
+        self.stores.append(todo.gathers)
+
+    @rule(ok=st.booleans(), choice=st.randoms(use_true_random=False), n=st.integers(0, 3))
+    def end_store(self, ok: bool, choice: random.Random, n: int) -> None:
+        if self.stores:
+            slots = self.stores.pop(choice.randrange(len(self.stores)))
+            self.planner.stored(slots, ok=ok)
+            if ok:
+                self.planner.settle(self.chains[n], slots)
+
+    @rule(n=st.integers(0, 3))
+    def begin_fetch(self, n: int) -> None:
+        match = self.planner.match(self.chains[n])
+        for span, covers in zip(match.spans, match.covers, strict=True):
+            for found in (one for cover in covers for one in cover):
+                if found.host is Host.ABSENT:
+                    slot = self.planner.plan_fetch(span, found, [])
+                    if slot is not None:
+                        self.fetches.append(slot)
+
+    @rule(ok=st.booleans(), choice=st.randoms(use_true_random=False))
+    def end_fetch(self, ok: bool, choice: random.Random) -> None:
+        if self.fetches:
+            self.planner.fetched(self.fetches.pop(choice.randrange(len(self.fetches))), ok=ok)
+
+    @rule(n=st.integers(0, 3), tier=st.integers(1, 2))
+    def begin_spill(self, n: int, tier: int) -> None:
+        match = self.planner.match(self.chains[n])
+        for span, covers in zip(match.spans, match.covers, strict=True):
+            for found in (one for cover in covers for one in cover):
+                piece = self.planner.plan_spill(span, found, tier)
+                if piece is not None:
+                    assert found.host is Host.READY
+                    assert piece.offset == found.offset
+                    self.spills.append((found, tier))
+
+    @rule(ok=st.booleans(), choice=st.randoms(use_true_random=False))
+    def end_spill(self, ok: bool, choice: random.Random) -> None:
+        if self.spills:
+            found, tier = self.spills.pop(choice.randrange(len(self.spills)))
+            self.planner.spilled(found, tier, ok=ok)
+            assert (found.tiers >> tier & 1) == ok
+
+    @rule(n=st.integers(0, 3), seconds=st.integers(0, 3))
+    def take_lease(self, n: int, seconds: int) -> None:
+        match = self.planner.match(self.chains[n])
+        lease = self.planner.lease(match, owner="", seconds=float(seconds))
+        self.leases.append((match, lease))
+
+    @rule(choice=st.randoms(use_true_random=False))
+    def use_lease(self, choice: random.Random) -> None:
+        if self.leases:
+            match, lease = choice.choice(self.leases)
+            now = self.planner.current(match, lease)
+            assert now.tokens <= match.tokens
+            self.is_sound(now)
+
+    @rule(choice=st.randoms(use_true_random=False))
+    def end_lease(self, choice: random.Random) -> None:
+        if self.leases:
+            _, lease = self.leases.pop(choice.randrange(len(self.leases)))
+            self.planner.release(lease.number)
+            assert not self.planner.release(lease.number)
+
+    @rule(n=st.integers(0, 3))
+    def pin(self, n: int) -> None:
+        path = self.planner.match(self.chains[n]).path()
+        self.planner.pin(path)
+        self.pins.append(path)
+
+    @rule()
+    def unpin(self) -> None:
+        if self.pins:
+            self.planner.unpin(self.pins.pop(0))
+
+    @rule(seconds=st.integers(0, 4))
+    def pass_time(self, seconds: int) -> None:
+        self.clock.now += seconds
+
+    @rule(n=st.integers(0, 3), tier=st.integers(1, 2), how=st.sampled_from(["miss", "vanish"]))
+    def lose(self, n: int, tier: int, how: str) -> None:
+        for found in self.planner.match(self.chains[n]).path():
+            if found.tiers >> tier & 1:
+                if how == "miss":
+                    self.planner.missing(found, tier, Cause.CORRUPT, "")
+                else:
+                    self.planner.vanished([found.key], tier, "")
+
+    @rule(n=st.integers(0, 3), tier=st.integers(1, 2))
+    def learn(self, n: int, tier: int) -> None:
+        keys = self.planner.probes(self.chains[n]) + self.planner.tail_probes(self.chains[n])
+        assert len(set(keys)) == len(keys)
+        self.planner.note(keys[::2], tier)
+
+    @rule(n=st.integers(0, 3))
+    def evict(self, n: int) -> None:
+        self.planner.evict(self.planner.match(self.chains[n]).path(), Cause.CLEARED, "")
+
+    def is_sound(self, match: Match) -> None:
+        """Everything the end of the match needs is served from somewhere."""
+        directory = self.planner.directory
+        for g, layout in enumerate(self.planner.layout.groups):
+            window = layout.group.window_tokens
+            first = 0 if window is None else max(0, match.tokens - window)
+            for span, covers in zip(match.spans, match.covers, strict=True):
+                if span.stop > first:
+                    assert covers[g], (g, span)
+                    assert all(found.is_ready for found in covers[g])
+                    assert directory.covers(span.hash)[g] is not None
+
+    @invariant()
+    def matches_are_sound(self) -> None:
+        for chain in self.chains:
+            self.is_sound(self.planner.match(chain))
+
+    @invariant()
+    def accounts_are_exact(self) -> None:
+        check_accounts(self.planner)
+
+    @invariant()
+    def leased_and_pinned_bytes_stay(self) -> None:
+        for match, lease in self.leases:
+            if self.planner.leases.holds(lease.number):
+                assert all(found.pins for found in match.path())
+
+    def teardown(self) -> None:
+        for slots in self.stores:
+            self.planner.stored(slots, ok=False)
+        for slot in self.fetches:
+            self.planner.fetched(slot, ok=False)
+        for found, tier in self.spills:
+            self.planner.spilled(found, tier, ok=False)
+        for path in self.pins:
+            self.planner.unpin(path)
+        self.planner.leases.clear()
+        check_accounts(self.planner, idle=True)
+        self.planner.evict(list(self.planner.directory.objects()), Cause.CLEARED, "")
+        assert self.planner.host.extents.used == 0
+        assert self.planner.host.pinned_nbytes == 0
+        assert all(found.tiers for found in self.planner.directory.objects())
+
+
+PlannerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+TestPlannerMachine: Any = PlannerMachine.TestCase
