@@ -20,7 +20,7 @@ from kvlayer.layout import KVLayout, KVView
 from kvlayer.namespace import Namespace
 from kvlayer.registry import BACKENDS, Registry
 from kvlayer.results import RetrieveReport, StoreReport
-from kvlayer.tier.planner import Match
+from kvlayer.tier.matcher import Match
 from kvlayer.tier.stack import Window
 
 __all__ = ["Cache", "Prefetch"]
@@ -208,11 +208,14 @@ class Cache:
     async def _promote(self, chain: ChunkChain, owner: str, seconds: float) -> RetrieveReport:
         match = await self._stack.find(chain)
         lease = self._planner.lease(match, owner=owner, seconds=seconds)
+        kept = False
         try:
-            return await self._stack.promote(match)
-        except asyncio.CancelledError:
-            self._planner.release(lease.number)
-            raise
+            report = await self._stack.promote(match)
+            kept = True
+        finally:
+            if not kept:
+                self._planner.release(lease.number)
+        return report
 
     async def flush(self) -> None:
         """Wait until everything stored so far has reached the lower tiers, or failed to."""

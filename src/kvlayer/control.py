@@ -47,7 +47,13 @@ class Control:
         stack = self._cache.stack
         match = await stack.find(self._cache.chain(tokens, scope))
         lease = stack.planner.lease(match, owner=owner or scope.owner, seconds=seconds)
-        report = await stack.promote(match)
+        kept = False
+        try:
+            report = await stack.promote(match)
+            kept = True
+        finally:
+            if not kept:
+                stack.planner.release(lease.number)
         return Pin(lease.number, report.tokens)
 
     def unpin(self, pin: Pin) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from kvlayer.keys import Span
 from kvlayer.tier.lease import Lease
-from kvlayer.tier.planner import Match
+from kvlayer.tier.matcher import Match
 
 __all__ = ["PrefixHit"]
 

@@ -25,7 +25,7 @@ from kvlayer.registry import POLICIES, Registry, open_backend
 from kvlayer.results import RetrieveReport
 from kvlayer.tier.guard import Guard
 from kvlayer.tier.mover import Mover
-from kvlayer.tier.planner import Planner, TierRules
+from kvlayer.tier.planner import Planner
 from kvlayer.tier.stack import Stack
 from kvlayer.tier.tier import LowerTier, Tier
 from kvlayer.weights import parse_weights, process_weights
@@ -111,7 +111,7 @@ async def build(
         planner = Planner(
             namespace.digest,
             layout,
-            tiers=[TierRules(name) for name in names],
+            tiers=names,
             capacity=host.slab.nbytes,
             policy=POLICIES.load(config.policy)(),
             tokens_per_chunk=namespace.tokens_per_chunk,

@@ -41,7 +41,7 @@ from kvlayer.tier.directory import Host
 from kvlayer.tier.evict import PrefixLRU
 from kvlayer.tier.guard import Guard
 from kvlayer.tier.mover import Mover
-from kvlayer.tier.planner import Planner, Reservation, StorePlan, TierRules
+from kvlayer.tier.planner import Planner, Reservation, StorePlan
 from kvlayer.tier.stack import Stack
 from kvlayer.tier.tier import LowerTier, Tier
 from kvlayer.urls import BackendURL
@@ -119,7 +119,7 @@ def make_planner(
     return Planner(
         NAMESPACE,
         layout or plain_layout(),
-        tiers=[TierRules(f"tier-{i}") for i in range(tiers)],
+        tiers=[f"tier-{i}" for i in range(tiers)],
         capacity=pages * 4096,
         policy=PrefixLRU(),
         tokens_per_chunk=CHUNK,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+
 from xxhash import xxh3_64_intdigest
 
 from kvlayer._pack import as_list, as_map, pack, unpack

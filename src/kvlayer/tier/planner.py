@@ -22,39 +22,10 @@ from kvlayer.tier.directory import Directory, Host, ObjectRecord
 from kvlayer.tier.host import HostTier
 from kvlayer.tier.journal import Journal, Loss
 from kvlayer.tier.lease import Lease, LeaseTable
+from kvlayer.tier.matcher import Match, Matcher
 from kvlayer.tier.messages import Piece
 
-__all__ = ["Match", "Planner", "Reservation", "StorePlan", "TierRules"]
-
-_MAX_PARTS = 1024  # bounds what is remembered about parts that others name
-
-
-@dataclass(frozen=True, slots=True)
-class TierRules:
-    """What the planner must know of a tier. Index 0 is the host."""
-
-    name: str
-    writes: bool = True
-    tails: bool = True
-    shared: bool = False
-    """Others add and remove objects: ask it, a record is only a hint."""
-
-
-@dataclass(slots=True)
-class Match:
-    """The longest usable prefix of a prompt. ``covers[i][g]``: what serves span i for group g."""
-
-    chain: ChunkChain
-    spans: list[Span]
-    covers: list[list[tuple[ObjectRecord, ...]]]
-
-    @property
-    def tokens(self) -> int:
-        return self.spans[-1].stop if self.spans else 0
-
-    def path(self) -> list[ObjectRecord]:
-        """Every object of the match, root first."""
-        return [found for groups in self.covers for cover in groups for found in cover]
+__all__ = ["Planner", "Reservation", "StorePlan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +49,14 @@ class StorePlan:
 
 
 class Planner:
-    """Decides for one rank of one namespace. ``tiers[0]`` is the host."""
+    """Decides for one rank of one namespace. ``tiers`` are names, that of the host first."""
 
     def __init__(
         self,
         namespace: str,
         layout: KVLayout,
         *,
-        tiers: Sequence[TierRules],
+        tiers: Sequence[str],
         capacity: int,
         policy: EvictionPolicy,
         tokens_per_chunk: int,
@@ -102,14 +73,12 @@ class Planner:
         self._clock = clock
         self._wall_clock = wall_clock
         self._groups = [g.group for g in layout.groups]
-        self._every = [i for i, g in enumerate(self._groups) if g.hit_rule is HitRule.EVERY_CHUNK]
         needs = [plan.rank_part(i, g) for i, g in enumerate(layout.groups)]
         self._cuts = [plan.cut(i, g, head_shards) for i, g in enumerate(layout.groups)]
         self._withdrawn: dict[int, set[ObjectKey]] = {}
         self._payloads: dict[tuple[Part, int], Payload] = {}
-        self._parts: dict[str, bool] = {}
-        """Parts named in keys from outside, and whether the model has them."""
         self.directory = Directory(namespace, needs)
+        self._matcher = Matcher(self.directory, self._groups, self._cuts)
         self.host = HostTier(capacity, policy, self.directory)
         self.leases = LeaseTable(self.host)
         self.journal = Journal()
@@ -135,109 +104,25 @@ class Planner:
     def match(self, chain: ChunkChain) -> Match:
         """The longest usable prefix by what the directory knows, tail included."""
         with self.lock:
-            return self._match(chain, chain.num_tokens)
-
-    def _match(self, chain: ChunkChain, stop: int) -> Match:
-        """The longest usable prefix of at most ``stop`` tokens."""
-        found = self._chunks(chain)[: stop // chain.chunk_step]
-        spans = [chain.span(i) for i in range(len(found))]
-        for tail in chain.tails(len(found)):
-            groups = self.directory.covers(tail.hash)
-            if tail.stop > stop or any(groups[g] is None for g in self._every):
-                continue
-            longer, covers = [*spans, tail], [*found, groups]
-            if self._count(longer, covers) == len(longer):
-                spans, found = longer, covers
-                break
-        count = self._count(spans, found)
-        return Match(chain, spans[:count], self._needed(spans[:count], found))
-
-    def _count(self, spans: list[Span], found: list[list[tuple[ObjectRecord, ...] | None]]) -> int:
-        """How many of ``spans``, which every-chunk groups have, trailing groups can use."""
-        if len(self._every) == len(self._groups):
-            return len(spans)
-        stops = [span.stop for span in spans]
-        return plan.prefix(stops, self._groups, lambda i, g: found[i][g] is not None)
-
-    def _chunks(self, chain: ChunkChain) -> list[list[tuple[ObjectRecord, ...] | None]]:
-        """Covers of the full chunks at the start that all every-chunk groups have."""
-        covers, every = self.directory.covers, self._every
-        found: list[list[tuple[ObjectRecord, ...] | None]] = []
-        for chunk_hash in chain.hashes:
-            groups = covers(chunk_hash)
-            if any(groups[g] is None for g in every):
-                break
-            found.append(groups)
-        return found
-
-    def _needed(
-        self, spans: list[Span], found: list[list[tuple[ObjectRecord, ...] | None]]
-    ) -> list[list[tuple[ObjectRecord, ...]]]:
-        """Covers of the hit, empty where a trailing group needs nothing of a span."""
-        if not spans:
-            return []
-        first = [
-            plan.trailing_start(g, spans[-1].stop) if g.hit_rule is HitRule.TRAILING else 0
-            for g in self._groups
-        ]
-        return [
-            [(c or ()) if span.stop > first[g] else () for g, c in enumerate(groups)]
-            for span, groups in zip(spans, found, strict=False)
-        ]
+            return self._matcher.match(chain, chain.num_tokens)
 
     def probes(self, chain: ChunkChain) -> list[ObjectKey]:
         """Full-chunk objects the directory does not know, from the first gap on."""
         with self.lock:
-            keys: list[ObjectKey] = []
-            gap = False
-            for i, chunk_hash in enumerate(chain.hashes):
-                groups = self.directory.covers(chunk_hash)
-                gap = gap or any(groups[g] is None for g in self._every)
-                for g, cover in enumerate(groups):
-                    if cover is None and (gap or g not in self._every):
-                        keys += self._keys(chain, chain.span(i), g)
-            return keys
+            return self._matcher.probes(chain)
 
     def tail_probes(self, chain: ChunkChain) -> list[ObjectKey]:
         """Objects of the tails that may stand at the first missing chunk, longest first."""
         with self.lock:
-            count = len(self._chunks(chain))
-            return [
-                key
-                for tail in chain.tails(count)
-                for g, cover in enumerate(self.directory.covers(tail.hash))
-                if cover is None
-                for key in self._keys(chain, tail, g)
-            ]
-
-    def _keys(self, chain: ChunkChain, span: Span, group: int) -> list[ObjectKey]:
-        zone, space = chain.zone(span), self.directory.namespace
-        return [ObjectKey.of(space, zone, span.hash, part) for part in self._cuts[group]]
+            return self._matcher.tail_probes(chain)
 
     def note(self, keys: Iterable[ObjectKey], tier: int) -> None:
         """A lower tier said it holds these objects; what this model cannot have is passed over."""
         with self.lock:
             withdrawn = self._withdrawn.get(tier, ())
             for key in keys:
-                if key not in withdrawn and self._can_exist(key):
+                if key not in withdrawn and self._matcher.can_exist(key):
                     self.directory.note(key, tier)
-
-    def _can_exist(self, key: ObjectKey) -> bool:
-        """Whether a key from outside names this namespace and a part that the model has."""
-        if key.count("/") != 3 or not key.startswith(f"{self.directory.namespace}/"):
-            return False
-        text = key.rsplit("/", 1)[1]
-        known = self._parts.get(text)
-        if known is None:
-            try:
-                part = Part.parse(text)
-                Payload.of(self._groups[part.group], part, 1)
-                known = True
-            except (ValueError, IndexError):
-                known = False
-            if len(self._parts) < _MAX_PARTS:
-                self._parts[text] = known
-        return known
 
     def listing(self, tier: int, *, started: bool) -> None:
         """A tier is being listed: what is withdrawn meanwhile must not come back with the list."""
@@ -260,7 +145,7 @@ class Planner:
             self.leases.expire(self._clock())
             if self.leases.holds(lease.number):
                 return match
-            return self._match(match.chain, match.tokens)
+            return self._matcher.match(match.chain, match.tokens)
 
     def bounded(self, match: Match, stop: int) -> Match:
         """``match`` for a reader that takes at most ``stop`` tokens.
@@ -268,10 +153,10 @@ class Planner:
         Every-chunk groups can end inside a span. A trailing group needs another window for another
         end, and a state is there only where a span ends: with those the match is made anew.
         """
-        if match.tokens <= stop or len(self._every) == len(self._groups):
+        if match.tokens <= stop or self._matcher.is_plain:
             return match
         with self.lock:
-            return self._match(match.chain, stop)
+            return self._matcher.match(match.chain, stop)
 
     def release(self, number: int) -> bool:
         """Give a lease back; False when it had expired."""
@@ -372,12 +257,12 @@ class Planner:
     def _note_eviction(self, gone: ObjectRecord) -> None:
         if gone.tiers:
             return  # still served from below
-        detail = f"evicted from {self.tiers[0].name} by {self.host.policy.name}"
+        detail = f"evicted from {self.tiers[0]} by {self.host.policy.name}"
         self.lost(gone.chunk.hash, Cause.EVICTED, 0, detail)
 
     def lost(self, chunk_hash: bytes, cause: Cause, tier: int, detail: str) -> None:
         """Remember why a chunk is gone."""
-        loss = Loss(cause, self.tiers[tier].name, self._wall_clock(), detail)
+        loss = Loss(cause, self.tiers[tier], self._wall_clock(), detail)
         self.journal.lost(chunk_hash, loss)
 
     def stored(self, slots: Sequence[Reservation], *, ok: bool) -> None:

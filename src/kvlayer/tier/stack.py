@@ -15,9 +15,10 @@ from kvlayer.tier import plan
 from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.guard import Busy
 from kvlayer.tier.loads import Loads, Wanted
+from kvlayer.tier.matcher import Match
 from kvlayer.tier.messages import Piece
 from kvlayer.tier.mover import Mover
-from kvlayer.tier.planner import Match, Planner, StorePlan
+from kvlayer.tier.planner import Planner, StorePlan
 from kvlayer.tier.spills import Spills
 from kvlayer.tier.tier import LowerTier, Tier
 

@@ -25,7 +25,8 @@ from kvlayer.keys import ChunkChain, ObjectKey, Part, Span
 from kvlayer.results import Cause
 from kvlayer.tier.directory import Host, ObjectRecord
 from kvlayer.tier.lease import Lease
-from kvlayer.tier.planner import Match, Planner, Reservation
+from kvlayer.tier.matcher import Match
+from kvlayer.tier.planner import Planner, Reservation
 
 FULL = Part(0, (0, 2), (0, 2))
 WINDOW = Part(1, (0, 1), (0, 2))
