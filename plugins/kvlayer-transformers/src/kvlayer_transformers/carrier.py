@@ -1,0 +1,136 @@
+"""Carries the rows of a batch between transformers' past and the cache; never breaks generation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+
+from kvlayer import KVView, Portal, Scope, StoreReport
+from kvlayer.errors import (
+    ClosedError,
+    ForkedError,
+    IdentityError,
+    LayoutError,
+    TokensError,
+    UnsupportedError,
+)
+from kvlayer.results import Failure
+from kvlayer_transformers.engine import Past
+from kvlayer_transformers.geometry import Geometry
+from kvlayer_transformers.past import Layers, allocate, as_cache, view_of
+from kvlayer_transformers.prompts import Prompts
+from kvlayer_transformers.transfer import Arrival, Row, load_rows, store_rows
+
+__all__ = ["Carrier", "Loading", "Scopes"]
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Scopes: TypeAlias = Scope | Sequence[Scope]
+"""One scope for every row of a batch, or one per row."""
+
+# A broken program, which has to hear of it. Everything else the cache raises is its own trouble.
+_MISUSE = (ClosedError, ForkedError, IdentityError, LayoutError, TokensError, UnsupportedError)
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """``past`` holds the first ``columns`` columns of a batch; ``failed`` is what shortened it."""
+
+    past: Past
+    columns: int = 0
+    failed: tuple[Failure, ...] = ()
+
+
+class Carrier:
+    """One model's way in and out of one cache. All calls block the calling thread."""
+
+    def __init__(self, portal: Portal, geometry: Geometry, *, adapted: bool) -> None:
+        """``adapted``: the model has an adapter, so every scope must name one."""
+        self.portal = portal
+        self.geometry = geometry
+        self.adapted = adapted
+        self.troubles = 0
+
+    def load(self, prompts: Prompts, scopes: Scopes, *, step: int) -> Loading:
+        """As many leading columns as every row has KV for: a multiple of ``step``, never all."""
+        rows = self._rows(prompts, scopes, [prompts.columns] * prompts.rows)
+        lent: list[Layers] = []
+
+        def lend(columns: int) -> Callable[[int, int, int], KVView]:
+            layers = allocate(self.geometry, prompts.pads, columns)
+            lent.append(layers)
+            return lambda row, start, stop: view_of(layers, self.geometry, row, start, stop)
+
+        arrival = self._ask(Arrival(), load_rows, rows, prompts.columns, step, lend)
+        past = as_cache(lent[0] if arrival.columns else [], arrival.columns)
+        return Loading(past, arrival.columns, arrival.failed)
+
+    def save(
+        self,
+        prompts: Prompts,
+        layers: Layers,
+        scopes: Scopes,
+        *,
+        ends: Sequence[int],
+        first_tokens: Sequence[int],
+        tail: bool,
+    ) -> tuple[StoreReport, ...]:
+        """Store row r's KV of tokens ``first_tokens[r]`` up to column ``ends[r]``.
+
+        One report per row, all zero where the cache broke. ``layers`` is read until this returns.
+        """
+        rows = self._rows(prompts, scopes, ends)
+        stores: list[tuple[Row, KVView, int]] = []
+        for index, (row, first, end) in enumerate(zip(rows, first_tokens, ends, strict=True)):
+            start = min(first, end - row.pad)
+            view = view_of(layers, self.geometry, index, row.pad + start, end)
+            stores.append((row, view, start))
+        return self._ask((StoreReport(),) * prompts.rows, store_rows, stores, tail)
+
+    def trouble(self, what: str, exc: Exception | None = None) -> None:
+        """Count something that went wrong and was answered by recomputing; log the first one."""
+        self.troubles += 1
+        if self.troubles == 1:
+            _log.warning("the KV cache failed, recomputing (told once): %s", what, exc_info=exc)
+
+    def _ask(self, otherwise: T, coroutine: Callable[..., Any], *args: Any) -> T:
+        """What ``coroutine(cache, *args)`` returns on the cache's loop, or ``otherwise``."""
+        try:
+            answer: T = self.portal.call(coroutine, *args)
+        except _MISUSE:
+            raise
+        except Exception as exc:  # noqa: BLE001  # law 1: the cache may fail only into a miss
+            self.trouble(f"{type(exc).__name__}: {exc}", exc)
+            return otherwise
+        return answer
+
+    def _rows(self, prompts: Prompts, scopes: Scopes, ends: Sequence[int]) -> list[Row]:
+        """The batch's rows, each up to its end column and with its scope."""
+        each = [scopes] * prompts.rows if isinstance(scopes, Scope) else list(scopes)
+        if len(each) != prompts.rows:
+            raise TokensError(
+                f"{len(each)} scopes for {prompts.rows} prompts",
+                hint="pass one scope for all of them, or one for each",
+            )
+        if self.adapted and not all(scope.adapter for scope in each):
+            raise UnsupportedError(
+                "the model has an adapter, but the scope names none: KV of different adapters "
+                "would meet",
+                hint="pass scope=Scope(adapter=<digest of the adapter's files>)",
+            )
+        return [
+            Row(_tokens(prompts.ids[index, pad:end]), scope, pad)
+            for index, (pad, end, scope) in enumerate(zip(prompts.pads, ends, each, strict=True))
+        ]
+
+
+def _tokens(ids: torch.Tensor) -> torch.Tensor:
+    """Contiguous int32, which the core borrows instead of copying; ids beyond are its to refuse."""
+    fits = not len(ids) or 0 <= int(ids.min()) <= int(ids.max()) < 2**31
+    return ids.to(torch.int32) if fits else ids

@@ -1,0 +1,1 @@
+"""The three acts of the demo, one file each."""

@@ -1,0 +1,63 @@
+"""The one file through which the adapter reaches transformers, and the versions it was tested with.
+
+transformers' own types change between releases and are partly unknown to type checkers, so its
+names are handed on untyped; what the adapter makes of them is typed where it is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, TypeAlias
+
+import transformers
+from transformers import cache_utils
+
+from kvlayer.errors import UnsupportedError
+
+__all__ = [
+    "TESTED",
+    "VERSION",
+    "AutoConfig",
+    "DynamicCache",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "Model",
+    "Past",
+    "check_version",
+    "has_adapter",
+]
+
+Model: TypeAlias = Any
+"""A ``transformers.PreTrainedModel`` that generates."""
+
+Past: TypeAlias = Any
+"""A ``transformers.DynamicCache`` of plain ``DynamicLayer``: every key and value of every layer."""
+
+VERSION: Final[str] = transformers.__version__
+TESTED: Final = ((5, 16), (5, 23))
+"""First and last minor version the tests have passed with."""
+
+AutoConfig: Final[Any] = transformers.AutoConfig
+DynamicCache: Final[Any] = transformers.DynamicCache
+DynamicLayer: Final[Any] = cache_utils.DynamicLayer
+DynamicSlidingWindowLayer: Final[Any] = cache_utils.DynamicSlidingWindowLayer
+
+
+def check_version(version: str = VERSION) -> None:
+    """Raise ``UnsupportedError`` outside the tested range.
+
+    How a past is kept and masked has changed between minor versions without an error to show for
+    it; wrong KV would look like a worse model.
+    """
+    major, minor, *_ = version.split(".")
+    first, last = TESTED
+    if not (major.isdigit() and minor.isdigit() and first <= (int(major), int(minor)) <= last):
+        tested = " to ".join(f"{major}.{minor}" for major, minor in TESTED)
+        raise UnsupportedError(
+            f"transformers {version} is outside the tested range, {tested}",
+            hint="install a tested version, or a newer kvlayer-transformers",
+        )
+
+
+def has_adapter(model: Model) -> bool:
+    """Whether a PEFT adapter (LoRA) is loaded into the model or wrapped around it."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"))
