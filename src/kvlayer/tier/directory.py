@@ -88,13 +88,18 @@ class Directory:
         if record is None:
             return [None] * len(self.needs)
         if record.covers is None:
-            ready = sorted((o for o in record.objects.values() if o.is_ready), key=lambda o: o.tier)
-            by_part = {o.part: o for o in ready}
-            record.covers = [
-                None if chosen is None else tuple(by_part[p] for p in chosen)
-                for chosen in (plan.cover(need, by_part) for need in self.needs)
-            ]
+            record.covers = [self._cover(record, need) for need in self.needs]
         return record.covers
+
+    @staticmethod
+    def _cover(record: ChunkRecord, need: Part) -> tuple[ObjectRecord, ...] | None:
+        whole = record.objects.get(need)
+        if whole is not None and whole.host is Host.READY:
+            return (whole,)
+        ready = sorted((o for o in record.objects.values() if o.is_ready), key=lambda o: o.tier)
+        by_part = {o.part: o for o in ready}
+        chosen = plan.cover(need, by_part)
+        return None if chosen is None else tuple(by_part[part] for part in chosen)
 
     def find(self, chunk_hash: bytes, part: Part) -> ObjectRecord | None:
         record = self._chunks.get(chunk_hash)

@@ -28,7 +28,6 @@ from kvlayer_backends.file.janitor import Evicted, Janitor
 from kvlayer_backends.file.ledger import Ledger
 from kvlayer_backends.file.objects import Outcome
 from kvlayer_backends.file.options import FileOptions, directory
-from kvlayer_backends.file.quarantine import keep
 from kvlayer_backends.file.scan import Listing
 from kvlayer_backends.file.site import Site
 from kvlayer_backends.file.uses import Uses
@@ -197,8 +196,9 @@ class FileBackend(Backend):
             if janitor is None:
                 site.quarantine.hidden.update(keys)
                 return
-            janitor.lost(await site.quarantine.take(keys, site.meta))
-            janitor.set_aside(await site.meta.run(keep, site.paths))
+            gone = await site.quarantine.take(keys, site.meta)
+            await janitor.weigh_quarantine()  # first: for a moment they count twice, never nowhere
+            janitor.lost(gone)
 
     async def touch(self, keys: Sequence[ObjectKey], /) -> None:
         with self._calls.running() as site:

@@ -66,6 +66,7 @@ class Janitor:
         self._recovered.set()
         self._passing = asyncio.Lock()
         self._making_room = asyncio.Lock()
+        self._weighing = asyncio.Lock()
         self._given_back = asyncio.Event()
         self._stopping = Event()
         self._task: asyncio.Task[None] | None = None
@@ -164,7 +165,7 @@ class Janitor:
                 ledger.discover(batch)
                 await asyncio.sleep(0)
             self._visits = seen.visits
-            ledger.quarantined_nbytes = await self._pool.run(keep, self._paths)
+            await self.weigh_quarantine()
         finally:
             ledger.end_scan()
 
@@ -203,7 +204,7 @@ class Janitor:
         """End a grant: the object counts if it was created, or the room is free again."""
         ledger.granted_nbytes -= nbytes
         if outcome.created:
-            ledger.add(key, nbytes, used_ns)
+            ledger.create(key, nbytes, used_ns)
         self._given_back.set()
 
     async def _make_room(self, ledger: Ledger, nbytes: int) -> BackendError | None:
@@ -267,7 +268,12 @@ class Janitor:
             for key in keys:
                 self._ledger.forget(key)
 
-    def set_aside(self, nbytes: int) -> None:
-        """The quarantine now holds ``nbytes``."""
-        if self._ledger is not None:
-            self._ledger.quarantined_nbytes = nbytes
+    async def weigh_quarantine(self) -> None:
+        """Trim the quarantine and count what it holds.
+
+        One at a time: a slower and older count must not overwrite a newer one.
+        """
+        async with self._weighing:
+            nbytes = await self._pool.run(keep, self._paths)
+            if self._ledger is not None:
+                self._ledger.quarantined_nbytes = nbytes

@@ -27,6 +27,8 @@ class Victim(NamedTuple):
     key: ObjectKey
     nbytes: int
     used_ns: int
+    entry: object
+    """The ledger's entry when it was chosen: a file written since has another."""
 
 
 @dataclass(slots=True)
@@ -81,6 +83,11 @@ class Ledger:
             self.policy.admit((key,))
             self._note(key)
 
+    def create(self, key: ObjectKey, nbytes: int, used_ns: int) -> None:
+        """Count a file that was just made, so none had been there: whatever is known is stale."""
+        self.forget(key)
+        self.add(key, nbytes, used_ns)
+
     def forget(self, key: ObjectKey) -> None:
         """The file is gone. Unknown keys are ignored."""
         entry = self.objects.pop(key, None)
@@ -107,18 +114,20 @@ class Ledger:
         while (nbytes > 0 or len(victims) < at_least) and (key := self.policy.victim()) is not None:
             self.policy.remove(key)
             entry = self.objects[key]
-            victims.append(Victim(key, entry.nbytes, entry.used_ns))
+            victims.append(Victim(key, entry.nbytes, entry.used_ns, entry))
             nbytes -= entry.nbytes
         return victims
 
     def settle(self, victims: Sequence[Victim], eviction: Eviction) -> None:
         """Account for taken victims: those that nothing happened to are as before.
 
-        Spared ones stay taken until ``spare``.
+        Spared ones stay taken until ``spare``. A victim whose file was made anew meanwhile is left
+        alone: what happened, happened to the file before it.
         """
         for victim in (*eviction.gone, *eviction.lost):
-            self.forget(victim.key)
-        left = {v.key for v in victims if v.key in self.objects}
+            if self.objects.get(victim.key) is victim.entry:
+                self.forget(victim.key)
+        left = {v.key for v in victims if self.objects.get(v.key) is v.entry}
         for victim in eviction.failed:  # most recent now, so that others are tried before it
             if victim.key in left:
                 left.remove(victim.key)

@@ -1,0 +1,31 @@
+"""The janitor's books: what lies on disk is never more than what is counted."""
+
+from __future__ import annotations
+
+from kvlayer.keys import ObjectKey, Part
+from kvlayer.tier.evict import PrefixLRU
+from kvlayer_backends.file.ledger import Eviction, Ledger
+
+KEY = ObjectKey.of("ab" * 32, "0", bytes(32), Part(0, (0, 1), (0, 1)))
+
+
+def test_a_file_made_anew_while_its_old_self_was_evicted_stays_counted() -> None:
+    ledger = Ledger(PrefixLRU(), 100)
+    ledger.create(KEY, 40, 1)
+    (victim,) = ledger.take(40, 1)
+    ledger.granted_nbytes += 40
+    # The thread has unlinked the file; another writer of the same key links its own right after,
+    # and its end is booked before the eviction's.
+    ledger.granted_nbytes -= 40
+    ledger.create(KEY, 40, 2)
+    ledger.settle([victim], Eviction(gone=[victim]))
+    assert (ledger.used_nbytes, len(ledger)) == (40, 1)
+    assert ledger.policy.victim() == KEY
+
+
+def test_an_evicted_file_is_forgotten() -> None:
+    ledger = Ledger(PrefixLRU(), 100)
+    ledger.create(KEY, 40, 1)
+    (victim,) = ledger.take(40, 1)
+    ledger.settle([victim], Eviction(gone=[victim]))
+    assert (ledger.used_nbytes, len(ledger), ledger.policy.victim()) == (0, 0, None)
