@@ -19,7 +19,7 @@ from kvlayer.keys import ChunkChain, Scope, Tokens, token_bytes
 from kvlayer.layout import KVLayout, KVView
 from kvlayer.namespace import Namespace
 from kvlayer.registry import BACKENDS, Registry
-from kvlayer.results import RetrieveReport, StoreReport
+from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
 from kvlayer.tier.matcher import Match
 from kvlayer.tier.stack import Window
 
@@ -80,7 +80,7 @@ class Cache:
             clean = True
         finally:
             cache._closed = True
-            await parts.aclose(flush=clean)
+            await _to_the_end(parts, flush=clean)
 
     # -- the four verbs --------------------------------------------------------------------------
 
@@ -144,17 +144,17 @@ class Cache:
         chain = self.chain(tokens, scope)
         match = await self._stack.find(chain)
         lease = self._planner.lease(match, owner=scope.owner, seconds=self.config.lease_seconds)
-        self._parts.count_lookup(chain.num_tokens, match.tokens)
-        if self._emit:
-            self._emit(
-                LookupDone(
-                    owner=scope.owner,
-                    asked_tokens=chain.num_tokens,
-                    hit_tokens=match.tokens,
-                    seconds=self._clock() - started,
-                )
-            )
         try:
+            self._parts.count_lookup(chain.num_tokens, match.tokens)
+            if self._emit:
+                self._emit(
+                    LookupDone(
+                        owner=scope.owner,
+                        asked_tokens=chain.num_tokens,
+                        hit_tokens=match.tokens,
+                        seconds=self._clock() - started,
+                    )
+                )
             yield PrefixHit(
                 match.tokens, tuple(match.spans), self.by_tier(match), scope.owner, match, lease
             )
@@ -166,20 +166,29 @@ class Cache:
 
         Entry 0 of ``kv``'s slots is token ``first_token``; what lies before it the engine has.
         Loads ``min(hit.tokens, first_token + kv.num_tokens)`` tokens; whatever fails ends the
-        prefix there and is named in the report. Bytes are verified before they are scattered.
+        prefix there and is named in the report. A view that ends inside a native block, or where
+        a window or state is not kept, gets what ends before that. Bytes are verified before they
+        are scattered.
 
         The view may be written beyond ``report.tokens``, never outside its slots. Cancelling
         returns once the view is untouched. Raises ``LayoutError``.
         """
         started = self._begin()
         self._parts.stager.check(kv)
-        if hit.match is None or hit.lease is None:
-            raise LayoutError("this hit did not come from a lookup of this cache")
+        if hit.match is None or hit.lease is None or not self._planner.granted(hit.lease):
+            raise LayoutError(
+                "this hit did not come from a lookup of this cache",
+                hint="retrieve a hit from the cache whose lookup yielded it",
+            )
         window = self._window(kv, first_token)
         match = self._planner.current(hit.match, hit.lease)
         report = await self._stack.retrieve(match, kv, window)
+        asked = min(hit.tokens, window.stop)
+        if match.tokens < asked and not report.failed:
+            lost = next(span for span in hit.spans if span.stop > match.tokens)
+            gone = Failure(lost, Cause.VANISHED, detail="gone since the lookup's lease ran out")
+            report = RetrieveReport(report.tokens, (gone,))
         if self._emit:
-            asked = min(hit.tokens, window.stop)
             self._emit(
                 RetrieveDone(
                     owner=hit.owner,
@@ -278,6 +287,21 @@ class Cache:
         if first_token < 0:
             raise LayoutError(f"first_token must be at least 0, found {first_token}")
         return Window(first_token, first_token + kv.num_tokens)
+
+
+async def _to_the_end(parts: opening.Parts, *, flush: bool) -> None:
+    """Close everything. Being cancelled only ends the wait for the lower tiers, then raises."""
+    closing = asyncio.ensure_future(parts.aclose(flush=flush))
+    cancelled: asyncio.CancelledError | None = None
+    while not closing.done():
+        try:
+            await asyncio.wait({closing})
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+            parts.stop_flushing()
+    if cancelled is not None and (closing.cancelled() or closing.exception() is None):
+        raise cancelled
+    closing.result()
 
 
 class Prefetch:

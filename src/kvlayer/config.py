@@ -88,7 +88,8 @@ class TierConfig:
     """Seconds a request waits for one operation of this tier before it counts as a miss."""
 
     max_inflight: int = 32
-    """Operations in flight in this tier, cut-off ones included; past it stores are dropped."""
+    """Operations that run in this tier at once, cut-off ones included. Some more wait their turn;
+    past that they are refused."""
 
     def __post_init__(self) -> None:
         _check_types(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -72,18 +73,17 @@ class Control:
         What is pinned stays in host memory.
         """
         stack = self._cache.stack
+        lower = self._lower(tier)
         chain = self._cache.chain(tokens, scope)
+        await stack.find(chain)  # what other processes stored goes, too
         hashes = [*chain.hashes, *(tail.hash for tail in chain.tails(len(chain)))]
         with stack.planner.lock:
             chunks = [stack.planner.directory.chunk(h) for h in hashes]
             records = [found for chunk in chunks if chunk for found in chunk.objects.values()]
-            by_tier = {
-                lower.index: [r.key for r in records if r.tiers >> lower.index & 1]
-                for lower in stack.lower
-            }
+            keys = [[r.key for r in records if r.tiers >> each.index & 1] for each in lower]
         gone = 0
-        for lower in self._lower(tier):
-            gone += await self._delete(lower, by_tier[lower.index])
+        for each, there in zip(lower, keys, strict=True):
+            gone += await self._delete(each, there)
         if tier in (None, stack.host.name):
             gone += len(stack.planner.evict(records, Cause.CLEARED, "evicted by request"))
         return gone
@@ -96,11 +96,13 @@ class Control:
         stack = self._cache.stack
         gone = 0
         for lower in self._lower(tier):
-            keys: list[ObjectKey] = []
-            if Capability.LIST in lower.backend.capabilities:
-                listing = lower.backend.list(self._cache.namespace.digest)
-                keys = [listed.key async for listed in listing]
-            gone += await self._delete(lower, keys)
+            keys = (
+                await self._listed(lower) if Capability.LIST in lower.backend.capabilities else []
+            )
+            with stack.planner.lock:
+                known = stack.planner.directory.objects()
+                keys += [found.key for found in known if found.tiers >> lower.index & 1]
+            gone += await self._delete(lower, list(dict.fromkeys(keys)))
         if tier in (None, stack.host.name):
             with stack.planner.lock:
                 records = list(stack.planner.directory.objects())
@@ -156,6 +158,22 @@ class Control:
             )
         return [tier for tier in stack.lower if tier.name == name]
 
+    async def _listed(self, lower: LowerTier) -> list[ObjectKey]:
+        """What a tier lists, as far as it does: the deadline is that of each step."""
+        keys: list[ObjectKey] = []
+        listing = lower.backend.list(self._cache.namespace.digest)
+        try:
+            while True:
+                async with asyncio.timeout(lower.guard.deadline):
+                    keys.append((await anext(listing)).key)
+        except StopAsyncIteration:
+            pass
+        except TimeoutError:
+            lower.fails(Cause.DEADLINE, f"not listed within {lower.guard.deadline} s")
+        except Exception as exc:  # noqa: BLE001  # foreign code: what is known still goes
+            lower.fails(Cause.TIER_DOWN, f"{type(exc).__name__}: {exc}")
+        return keys
+
     async def _delete(self, lower: LowerTier, keys: list[ObjectKey]) -> int:
         stack = self._cache.stack
         if not keys:
@@ -168,6 +186,8 @@ class Control:
         if not await lower.guard.wait(call):
             lower.fails(Cause.DEADLINE, f"not deleted within {lower.guard.deadline} s")
             return 0
-        call.result()
+        if call.error is not None:
+            lower.fails(Cause.TIER_DOWN, f"{type(call.error).__name__}: {call.error}")
+            return 0
         stack.planner.vanished(keys, lower.index, "removed by request", Cause.CLEARED)
         return len(keys)

@@ -16,13 +16,13 @@ from kvlayer.abc.backend import Backend, Capability
 from kvlayer.abc.host import HostMemory
 from kvlayer.abc.stager import Stager
 from kvlayer.config import CacheConfig, TierConfig
-from kvlayer.errors import ConfigError, IdentityError
+from kvlayer.errors import BackendTimeoutError, ConfigError, IdentityError
 from kvlayer.events import Emitter, Sink
 from kvlayer.keys import ObjectKey
 from kvlayer.layout import KVLayout
 from kvlayer.namespace import Namespace
 from kvlayer.registry import POLICIES, Registry, open_backend
-from kvlayer.results import RetrieveReport
+from kvlayer.results import Cause, RetrieveReport
 from kvlayer.tier.guard import Guard
 from kvlayer.tier.mover import Mover
 from kvlayer.tier.planner import Planner
@@ -48,6 +48,8 @@ class Parts:
     asked_tokens: int = 0
     hit_tokens: int = 0
     _jobs: set[asyncio.Task[Any]] = field(default_factory=set)
+    _flushing: asyncio.Task[None] | None = None
+    _is_hurried: bool = False
 
     def count_lookup(self, asked: int, hit: int) -> None:
         """Keep the totals that ``Control.stats`` reports."""
@@ -63,20 +65,29 @@ class Parts:
         return task
 
     async def aclose(self, *, flush: bool) -> None:
-        """End jobs, flush if asked (bounded), take all lent memory back, close the tiers."""
+        """End jobs, flush if asked (bounded), take all lent memory back, close the tiers.
+
+        Must not be cancelled: see :meth:`stop_flushing`.
+        """
         for job in tuple(self._jobs):
             job.cancel()
         if self._jobs:
             await asyncio.wait(tuple(self._jobs))
+        if flush and not self._is_hurried:
+            self._flushing = asyncio.ensure_future(self.stack.spills.flush())
+            # What is not written in time is a miss later; closing must not hang.
+            await asyncio.wait({self._flushing}, timeout=self.config.close_seconds)
+            self._flushing.cancel()
         try:
-            if flush:
-                async with asyncio.timeout(self.config.close_seconds):
-                    await self.stack.spills.flush()
-        except TimeoutError:
-            pass  # what is not written by now is a miss later; closing must not hang
-        finally:
             await self.stack.aclose()
+        finally:
             await self.resources.aclose()
+
+    def stop_flushing(self) -> None:
+        """Whoever closes has no time left: give up what is not written yet."""
+        self._is_hurried = True
+        if self._flushing is not None:
+            self._flushing.cancel()
 
 
 async def build(
@@ -121,10 +132,12 @@ async def build(
             wall_clock=time.time,
         )
         for tier in lower:
-            await resources.enter_async_context(tier.backend)
+            await _open_tier(tier)
+            resources.push_async_callback(_close_tier, tier, config.close_seconds)
+            resources.push_async_callback(tier.guard.aclose)
             tier.backend.on_evicted = partial(_evicted, planner, tier)
             described = partial(tier.backend.describe, namespace.digest, namespace.canonical())
-            tier.guard.start(described)  # for people and explain: nobody waits for it
+            tier.guard.hint(described)  # for people and explain
         stager = _make_stager(layout)
         resources.push_async_callback(stager.aclose)
         mover = Mover(
@@ -222,7 +235,32 @@ def _lower_tier(
         write=tier.write,
         tails=tier.tails,
         is_shared=Capability.SHARED in backend.capabilities,
+        is_recovered=Capability.PERSISTENT not in backend.capabilities,
     )
+
+
+async def _open_tier(tier: LowerTier) -> None:
+    seconds = tier.guard.deadline
+    opened = asyncio.timeout(max(seconds, 0))
+    try:
+        async with opened:
+            await tier.backend.open()
+    except TimeoutError as exc:
+        if not opened.expired():
+            raise
+        raise BackendTimeoutError(
+            f"{tier.name} did not open within {seconds:g} s",
+            hint="raise the tier's deadline_seconds, or leave the tier out",
+        ) from exc
+
+
+async def _close_tier(tier: LowerTier, seconds: float) -> None:
+    """Close a tier, which holds nothing lent any more: its failure is reported, not raised."""
+    try:
+        async with asyncio.timeout(seconds):
+            await tier.backend.aclose()
+    except Exception as exc:  # noqa: BLE001  # foreign code: it must not stop the others' close
+        tier.fails(Cause.TIER_DOWN, f"not closed: {type(exc).__name__}: {exc}")
 
 
 def _evicted(

@@ -7,14 +7,14 @@ import os
 import threading
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from concurrent.futures import CancelledError, Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from kvlayer.abc.backend import Backend
 from kvlayer.cache import Cache
 from kvlayer.config import CacheConfig
-from kvlayer.errors import ClosedError, ForkedError
+from kvlayer.errors import ClosedError, ForkedError, UnsupportedError
 from kvlayer.events import Sink
 from kvlayer.layout import KVLayout
 from kvlayer.namespace import Namespace
@@ -41,6 +41,7 @@ class Portal:
     def __init__(self, cache: Cache, loop: asyncio.AbstractEventLoop) -> None:
         self.cache = cache
         self._loop = loop
+        self._thread = threading.get_ident()
         self._leave = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._gate = threading.Lock()
@@ -73,7 +74,10 @@ class Portal:
             ) as cache:
                 portal = cls(cache, asyncio.get_running_loop())
                 opened.set_result(portal)
-                await portal._serve()
+                try:
+                    await portal._serve()
+                finally:
+                    portal._closed = True  # also when the loop dies of a SystemExit in some work
 
         def run() -> None:
             try:
@@ -85,18 +89,38 @@ class Portal:
             else:
                 ended.set_result(None)
 
-        threading.Thread(target=run, name="kvlayer-portal", daemon=True).start()
-        portal = opened.result()
+        thread = threading.Thread(target=run, name="kvlayer-portal", daemon=True)
+        thread.start()
+        try:
+            portal = opened.result()
+        except KeyboardInterrupt:  # nobody will use it: it closes once it is open
+            opened.add_done_callback(cls._leave_unused)
+            raise
+        except BaseException:
+            thread.join()
+            raise
         try:
             yield portal
         except BaseException:
             portal._abandon = True
             raise
         finally:
-            with portal._gate:
-                portal._closed = True
-            portal._loop.call_soon_threadsafe(portal._leave.set)
+            portal._close()
             ended.result()
+            thread.join()
+
+    @staticmethod
+    def _leave_unused(opened: Future[Portal]) -> None:
+        if opened.exception() is None:
+            portal = opened.result()
+            portal._abandon = True
+            portal._close()
+
+    def _close(self) -> None:
+        with self._gate:
+            self._closed = True
+        with suppress(RuntimeError):  # the loop has died already: ``ended`` says of what
+            self._loop.call_soon_threadsafe(self._leave.set)
 
     async def _serve(self) -> None:
         await self._leave.wait()
@@ -146,8 +170,13 @@ class Portal:
     ) -> T:
         """Run ``work(cache, *args, **kwargs)`` on the cache's loop and wait for its result.
 
-        Must not be called from that loop: await the cache's own methods there.
+        Raises ``UnsupportedError`` on that loop, which it would block: await there.
         """
+        if threading.get_ident() == self._thread:
+            raise UnsupportedError(
+                "Portal.call waits, so it cannot run on the portal's own loop",
+                hint="await the cache's own methods there, or use submit",
+            )
         future = self.submit(work, *args, **kwargs)
         try:
             return future.result()

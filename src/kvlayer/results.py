@@ -70,8 +70,8 @@ class Failure:
 class StoreReport:
     """What became of the spans of one store, in spans (chunks and the tail).
 
-    ``stored``: new, readable now. ``skipped``: already there. ``dropped``: no room or too much in
-    flight, by choice. ``failed``: something broke; the span is not offered.
+    ``stored``: new, readable now. ``skipped``: already there. ``dropped``: no room in host memory.
+    ``failed``: a tier that was to have the span does not; it is served from where it is.
     """
 
     stored: int = 0

@@ -8,7 +8,7 @@ every slot, work is refused at once instead of queued without limit.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Generic, TypeVar
 
 __all__ = ["Busy", "Call", "Guard"]
@@ -63,6 +63,14 @@ class Call(Generic[T]):
     def result(self) -> T:
         """Its result. Raises what it raised."""
         return self._task.result()
+
+    @staticmethod
+    async def any_ended(calls: Iterable[Call[Any]], seconds: float) -> bool:
+        """Wait until one of ``calls`` has ended, at most ``seconds``."""
+        done, _ = await asyncio.wait(
+            {call._ended for call in calls}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+        )
+        return bool(done)
 
     async def ended(self, seconds: float | None = None) -> bool:
         """Wait until it has ended, at most ``seconds``. Cancelling the waiter leaves it alone."""
@@ -120,6 +128,31 @@ class Guard:
         started = Call(asyncio.get_running_loop().create_task(self._run(call)), book)
         self._calls.add(started)
         return started
+
+    def hint(self, call: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        """Run ``call()`` for no one: not at all when busy, cancelled at the deadline."""
+
+        def book(_: Call[object]) -> None:
+            expiry.cancel()
+
+        try:
+            started = self.start(call, book)
+        except Busy:
+            return
+        expiry = asyncio.get_running_loop().call_later(self.deadline, started.cancel)
+
+    async def settle(self, calls: Iterable[Call[Any]]) -> set[Call[Any]]:
+        """Wait for calls while one of them ends within each deadline.
+
+        Returns those that were given up: they go on, counted as orphans.
+        """
+        left = {call for call in calls if not call.has_ended}
+        while left:
+            if not await Call.any_ended(left, self.deadline):
+                self._orphans |= left
+                break
+            left = {call for call in left if not call.has_ended}
+        return left
 
     async def _run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
         async with self._turns:

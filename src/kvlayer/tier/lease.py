@@ -24,6 +24,8 @@ class Lease:
     owner: str
     deadline: float
     path: Sequence[ObjectRecord]
+    table: LeaseTable
+    """Who granted it: another table's numbers, records and offsets mean nothing here."""
 
 
 class LeaseTable:
@@ -40,7 +42,7 @@ class LeaseTable:
 
     def grant(self, path: Sequence[ObjectRecord], *, owner: str, deadline: float) -> Lease:
         """Pin ``path`` (root first) until ``deadline`` or :meth:`release`."""
-        lease = Lease(self._next, owner, deadline, path)
+        lease = Lease(self._next, owner, deadline, path, self)
         self._next += 1
         self._host.pin(path)
         self._leases[lease.number] = lease

@@ -42,11 +42,16 @@ def cut(index: int, layout: GroupLayout, head_shards: int) -> list[Part]:
 
 
 def accepts(need: Part, part: Part) -> bool:
-    """Whether a reader that needs ``need`` can scatter from ``part`` at all."""
-    if part.group != need.group or (part.heads is None) != (need.heads is None):
+    """Whether a reader that needs ``need`` can scatter from ``part`` at all.
+
+    Forms must be equal: a native rank's axes may not describe what its blocks look like inside.
+    """
+    if (part.group, part.form) != (need.group, need.form):
+        return False
+    if (part.heads is None) != (need.heads is None):
         return False
     if part.form != "canonical":
-        return part.form == need.form and part.heads == need.heads and part.layers == need.layers
+        return part.heads == need.heads and part.layers == need.layers
     return _overlap(part.layers, need.layers) and (
         part.heads is None or need.heads is None or _overlap(part.heads, need.heads)
     )

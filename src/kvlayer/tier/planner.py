@@ -139,6 +139,10 @@ class Planner:
             self.leases.expire(now)
             return self.leases.grant(match.path(), owner=owner, deadline=now + seconds)
 
+    def granted(self, lease: Lease) -> bool:
+        """Whether a lease is, or was, one of this planner's."""
+        return lease.table is self.leases
+
     def current(self, match: Match, lease: Lease) -> Match:
         """``match`` while its lease holds; after that whatever is still usable of it."""
         with self.lock:

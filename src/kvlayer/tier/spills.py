@@ -35,12 +35,15 @@ class Spills:
         self._planner = planner
         self._mover = mover
         self._lower = [tier for tier in lower if tier.write != "never"]
-        self._running: set[Call[Outcome]] = set()
+        self._running: dict[tuple[int, ObjectKey], Call[Outcome]] = {}
+        """By tier and object: an object is on its way to a tier at most once."""
 
     def start(
         self, moves: Sequence[tuple[Span, ObjectRecord]], refused: list[Failure]
     ) -> list[Write]:
         """Start writing objects wherever they are missing; returns the writes of "through" tiers.
+
+        What another store is writing there already is among them.
 
         What a tier refuses because too much is in flight is dropped there and listed in
         ``refused``.
@@ -63,7 +66,7 @@ class Spills:
     def _spill(self, tier: LowerTier, span: Span, record: ObjectRecord) -> Call[Outcome] | None:
         piece = self._planner.plan_spill(span, record, tier.index)
         if piece is None:
-            return None
+            return self._running.get((tier.index, record.key))
         try:
             call = tier.guard.start(
                 partial(self._mover.spill, tier.index, piece), partial(self._ended, tier, record)
@@ -71,11 +74,11 @@ class Spills:
         except Busy:
             self._planner.spilled(record, tier.index, ok=False)
             raise
-        self._running.add(call)
+        self._running[tier.index, record.key] = call
         return call
 
     def _ended(self, tier: LowerTier, record: ObjectRecord, call: Call[Outcome]) -> None:
-        self._running.discard(call)
+        self._running.pop((tier.index, record.key), None)
         outcome = outcome_of(call, record.key)
         self._planner.spilled(record, tier.index, ok=outcome.ok)
         tier.transferred("store", outcome, was_cancelled=call.was_cancelled)
@@ -96,6 +99,12 @@ class Spills:
         return failed
 
     async def flush(self) -> None:
-        """Wait until everything started so far has been written or has failed."""
-        for call in tuple(self._running):
-            await call.ended()
+        """Wait until everything started so far has been written or has failed.
+
+        A tier that ends no write for as long as its deadline has failed; its writes go on.
+        """
+        running = list(self._running.items())
+        for tier in self._lower:
+            late = await tier.guard.settle(c for (at, _), c in running if at == tier.index)
+            for _ in late:
+                tier.fails(Cause.DEADLINE, f"not written within {tier.guard.deadline} s")

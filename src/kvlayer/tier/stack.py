@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 
@@ -47,6 +48,9 @@ class Stack:
         self.lower = tuple(lower)
         self.loads = Loads(planner, mover, host, lower)
         self.spills = Spills(planner, mover, lower)
+        native = (g.tokens_per_block for g in planner.layout.groups if g.form != "canonical")
+        self._native_step = math.lcm(*native)
+        """Native payloads move in whole blocks; 1 where there are none."""
         self._recoveries: list[asyncio.Task[None]] = []
 
     @property
@@ -58,18 +62,20 @@ class Stack:
 
     async def find(self, chain: ChunkChain) -> Match:
         """The longest usable prefix. Asks lower tiers only for what the directory does not know."""
+        asked = [tier for tier in self.lower if tier.must_ask]
         for probes in (self.planner.probes, self.planner.tail_probes):
-            for tier in self.lower:
-                if tier.must_ask and (keys := probes(chain)):
-                    await self._ask(tier, keys)
+            for tier in tuple(asked):
+                if (keys := probes(chain)) and not await self._ask(tier, keys):
+                    asked.remove(tier)  # a tier's deadline is paid once per lookup
         return self.planner.match(chain)
 
-    async def _ask(self, tier: LowerTier, keys: Sequence[ObjectKey]) -> None:
+    async def _ask(self, tier: LowerTier, keys: Sequence[ObjectKey]) -> bool:
+        """Note what a tier holds of ``keys``; whether it answered."""
         try:
             call = tier.guard.start(partial(self.mover.contains, tier.index, keys))
         except Busy:
             tier.refused(Cause.BUSY)
-            return
+            return False
         try:
             answered = await tier.guard.wait(call)
         finally:
@@ -81,6 +87,8 @@ class Stack:
         else:
             tier.works()
             self.planner.note(call.result(), tier.index)
+            return True
+        return False
 
     # -- store -----------------------------------------------------------------------------------
 
@@ -126,7 +134,8 @@ class Stack:
     async def retrieve(self, match: Match, view: KVView, window: Window) -> RetrieveReport:
         """Bring a match up and scatter it, in prompt order. See ``Cache.retrieve``."""
         match = self.planner.bounded(match, window.stop)
-        bound = Window(window.start, min(match.tokens, window.stop))
+        stop = min(match.tokens, window.stop)
+        bound = Window(window.start, stop - stop % self._native_step)
         wanted = [
             (span, records)
             for span, records in _wanted(match)
@@ -186,8 +195,7 @@ class Stack:
         for tier in self.lower:
             keys = [record.key for record in reversed(path) if record.tiers >> tier.index & 1]
             if keys:
-                with suppress(Busy):  # only a hint
-                    tier.guard.start(partial(self.mover.touch, tier.index, keys))
+                tier.guard.hint(partial(self.mover.touch, tier.index, keys))
 
     def recover(self, tier: LowerTier) -> None:
         """Start learning what a tier already holds."""

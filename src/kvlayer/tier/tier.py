@@ -120,6 +120,7 @@ class LowerTier(Tier):
     tails: bool
     is_shared: bool
     is_recovered: bool = True
+    """Whether the directory knows all that the tier held when it was opened."""
 
     @property
     def must_ask(self) -> bool:

@@ -67,6 +67,18 @@ async def test_a_pin_ends_at_its_deadline_even_if_its_owner_died() -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_hit_whose_lease_ran_out_says_what_it_lost() -> None:
+    engine = Engine(layout(), 32)
+    async with Cache.open(config(host=PAGE, lease_seconds=1e-9), layout()) as cache:
+        await _store(cache, 0, 64)
+        async with cache.lookup(tokens(64)) as hit:
+            await _store(cache, 1)
+            report = await cache.retrieve(hit, engine.view(engine.slots(64)))
+        assert (hit.tokens, report.tokens) == (64, 32)
+        assert [(f.span.start, f.cause) for f in report.failed] == [(32, Cause.VANISHED)]
+
+
+@pytest.mark.asyncio
 async def test_prefix_lru_gives_up_a_prompts_end_before_its_start() -> None:
     async with Cache.open(config(host=PAGE), layout()) as cache:
         await _store(cache, 0, 64)
@@ -101,10 +113,13 @@ async def test_evict_removes_one_prompt_from_one_tier(tmp_path: Path) -> None:
 
 
 @pytest.mark.asyncio
-async def test_health_names_a_tier_that_fails(tmp_path: Path) -> None:
+async def test_evict_removes_what_another_process_stored(tmp_path: Path) -> None:
     async with Cache.open(config(tmp_path), layout()) as cache:
-        await _store(cache, 0)
-        assert cache.control.health().ok
+        await cache.recovered()
+        async with Cache.open(config(tmp_path), layout()) as other:
+            await _store(other, 0)
+        assert await cache.control.evict(tokens(32), tier="file") == 2
+        assert await _found(cache, 0) == 0
 
 
 @pytest.mark.asyncio

@@ -23,7 +23,7 @@ from kvlayer.abc.backend import (
     Write,
     WriteResult,
 )
-from kvlayer.errors import BackendError
+from kvlayer.errors import BackendError, BackendTimeoutError
 from kvlayer.keys import ObjectKey
 from kvlayer.registry import BACKENDS
 from kvlayer.urls import BackendURL
@@ -43,13 +43,16 @@ class Shelf(Backend):
         return cls()
 
     async def open(self) -> None:
-        """Nothing to acquire."""
+        await self._misbehave("open")
 
     async def aclose(self) -> None:
-        """Nothing to release."""
+        await self._misbehave("aclose")
+
+    async def describe(self, namespace: str, canonical: bytes, /) -> None:
+        await self._misbehave("describe")
 
     async def _misbehave(self, call: str) -> None:
-        type(self).calls += 1
+        type(self).calls += call not in ("open", "describe", "aclose")
         if self.fault == f"{call} hangs":
             await asyncio.Event().wait()
         if self.fault == f"{call} fails":
@@ -112,14 +115,21 @@ def shelf() -> type[Shelf]:
 
 
 @asynccontextmanager
-async def _open(shelf: type[Shelf], **more: Any) -> AsyncIterator[Cache]:
+async def _open(
+    shelf: type[Shelf], *, write: Any = "through", max_inflight: int = 4, **more: Any
+) -> AsyncIterator[Cache]:
     # Short only where it is meant to pass: a busy machine must not turn an error into a deadline.
     deadline = 0.05 if shelf.fault.endswith("hangs") or more.pop("hurry", False) else 30.0
     settings = CacheConfig(
         model=ModelConfig(weights=WEIGHTS),
         tiers=(
             TierConfig(url="cpu://?capacity=1MiB"),
-            TierConfig(url="shelf://", write="through", deadline_seconds=deadline, max_inflight=4),
+            TierConfig(
+                url="shelf://",
+                write=write,
+                deadline_seconds=deadline,
+                max_inflight=max_inflight,
+            ),
         ),
         tokens_per_chunk=16,
         **more,
@@ -155,7 +165,8 @@ async def test_a_load_from_a_faulty_tier_is_a_miss_with_its_cause(
     prompt, slots = tokens(64), engine.slots(64)
     async with _open(shelf, hurry=fault == "get hangs") as cache:
         await cache.store(prompt, engine.view(slots))
-        await cache.control.evict(prompt[:32], tier="cpu")
+        await cache.flush()
+        assert await cache.control.evict(prompt[:32], tier="cpu") == 2
         shelf.fault = fault
         async with cache.lookup(prompt) as hit:
             report = await cache.retrieve(hit, other.view(slots))
@@ -230,3 +241,138 @@ async def test_a_tier_that_hangs_is_not_given_more_than_its_bound(shelf: type[Sh
         async with cache.lookup(tokens(64, 9)) as hit:
             assert hit.tokens == 64
     assert shelf.objects == {}
+
+
+@pytest.mark.asyncio
+async def test_flush_does_not_wait_for_a_tier_that_hangs(shelf: type[Shelf]) -> None:
+    engine = Engine(layout(), 32, 1)
+    shelf.fault = "put hangs"
+    async with _open(shelf, write="back", close_seconds=0.05) as cache:
+        await cache.store(tokens(64), engine.view(engine.slots(64)))
+        async with asyncio.timeout(30):
+            await cache.flush()
+        assert cache.control.stats().tiers[1].misses[Cause.DEADLINE] == 4
+        assert not cache.control.health().ok
+
+
+@pytest.mark.asyncio
+async def test_flush_waits_past_the_deadline_while_a_tier_makes_progress(
+    shelf: type[Shelf],
+) -> None:
+    class Slow(shelf):  # type: ignore[misc, valid-type]
+        async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
+            await asyncio.sleep(0.02)  # a real delay: four in a row are longer than the deadline
+            return await super().put(writes)
+
+    engine = Engine(layout(), 32, 1)
+    async with _open(Slow, write="back", max_inflight=1, hurry=True) as cache:
+        await cache.store(tokens(128), engine.view(engine.slots(128)))
+        await cache.flush()
+        assert len(shelf.objects) == 8
+
+
+@pytest.mark.parametrize("call", ["describe", "touch"])
+@pytest.mark.asyncio
+async def test_a_hint_that_hangs_does_not_keep_the_tiers_only_turn(
+    shelf: type[Shelf], call: str
+) -> None:
+    engine = Engine(layout(), 32, 1)
+    prompt, slots = tokens(64), engine.slots(64)
+    shelf.fault = f"{call} hangs"
+    async with _open(shelf, max_inflight=1, close_seconds=0.05) as cache:
+        await cache.store(prompt, engine.view(slots))
+        async with asyncio.timeout(30):
+            for hint in tuple(cache.stack.lower[0].guard._calls):
+                await hint.ended()  # the hint's deadline passes
+        shelf.fault = ""
+        await cache.store(prompt, engine.view(slots))
+        assert len(shelf.objects) == 4
+
+
+@pytest.mark.parametrize("fault", ["hangs", "fails", "breaks its contract"])
+@pytest.mark.asyncio
+async def test_a_tier_that_cannot_be_closed_does_not_stop_the_close(
+    shelf: type[Shelf], fault: str
+) -> None:
+    engine = Engine(layout(), 32, 1)
+    shelf.fault = f"aclose {fault}"
+    async with asyncio.timeout(30), _open(shelf, close_seconds=0.05) as cache:
+        await cache.store(tokens(64), engine.view(engine.slots(64)))
+    assert len(shelf.objects) == 4
+
+
+@pytest.mark.asyncio
+async def test_a_tier_that_does_not_open_in_time_is_an_error_that_names_it(
+    shelf: type[Shelf],
+) -> None:
+    shelf.fault = "open hangs"
+    with pytest.raises(BackendTimeoutError, match="shelf did not open within") as caught:
+        async with asyncio.timeout(30), _open(shelf):
+            pass
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("fault", ["hangs", "fails", "breaks its contract"])
+@pytest.mark.parametrize("call", ["delete", "list"])
+@pytest.mark.asyncio
+async def test_a_tier_that_cannot_be_emptied_is_reported_and_the_others_are(
+    shelf: type[Shelf], call: str, fault: str
+) -> None:
+    engine = Engine(layout(), 32, 1)
+    shelf.capabilities = frozenset({Capability.SHARED, Capability.LIST})
+    async with _open(shelf, hurry=fault == "hangs") as cache:
+        await cache.store(tokens(64), engine.view(engine.slots(64)))
+        await cache.recovered()
+        await cache.flush()
+        shelf.fault = f"{call} {fault}"
+        async with asyncio.timeout(30):
+            # What is known to be there can be deleted even if the tier cannot list.
+            assert await cache.control.clear() == (4 if call == "delete" else 8)
+            assert not cache.control.health().ok
+            await cache.control.evict(tokens(64))
+
+
+@pytest.mark.asyncio
+async def test_a_store_waits_for_what_another_store_is_writing_through(
+    shelf: type[Shelf],
+) -> None:
+    began, gate = asyncio.Event(), asyncio.Event()
+
+    class Gated(shelf):  # type: ignore[misc, valid-type]
+        async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
+            began.set()
+            await gate.wait()
+            return await super().put(writes)
+
+    engine = Engine(layout(), 32, 1)
+    view = engine.view(engine.slots(64))
+    async with _open(Gated) as cache:
+        first = asyncio.ensure_future(cache.store(tokens(64), view))
+        await began.wait()
+        second = asyncio.ensure_future(cache.store(tokens(64), view))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not second.done()
+        gate.set()
+        assert ((await first).stored, (await second).skipped) == (4, 4)
+        assert len(shelf.objects) == 4
+
+
+@pytest.mark.asyncio
+async def test_a_tier_that_outlives_the_process_and_cannot_list_is_asked(
+    shelf: type[Shelf],
+) -> None:
+    shelf.capabilities = frozenset({Capability.PERSISTENT})
+    engine = Engine(layout(), 32, 1)
+    async with _open(shelf) as cache:
+        await cache.store(tokens(64), engine.view(engine.slots(64)))
+    async with _open(shelf) as cache, cache.lookup(tokens(64)) as hit:
+        assert hit.tokens == 64
+
+
+@pytest.mark.asyncio
+async def test_a_lookup_waits_once_for_a_tier_that_does_not_answer(shelf: type[Shelf]) -> None:
+    shelf.fault = "contains hangs"
+    async with _open(shelf) as cache, cache.lookup(tokens(72)) as hit:
+        assert hit.tokens == 0
+    assert shelf.calls == 1

@@ -27,6 +27,7 @@ from kvlayer.errors import (
     LayoutError,
     TokensError,
     UnknownSchemeError,
+    UnsupportedError,
 )
 
 
@@ -226,3 +227,33 @@ async def test_a_directory_without_write_permission_is_an_error(tmp_path: Path) 
         pytest.skip("root writes wherever it likes")
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     await _refused(_with_tiers("cpu://", f"file://{tmp_path}/kv"), BackendError)
+
+
+@pytest.mark.asyncio
+async def test_a_hit_of_another_cache_is_refused_and_moves_nothing() -> None:
+    """Its offsets name other bytes here."""
+    engine = Engine(layout(), 32, 1)
+    view = engine.view(engine.slots(32))
+    async with Cache.open(config(), layout()) as one, Cache.open(config(), layout()) as two:
+        await one.store(tokens(32), view)
+        await two.store(tokens(32, 1), view)
+        async with one.lookup(tokens(32)) as hit, two.lookup(tokens(32, 1)):
+            with pytest.raises(LayoutError, match="of this cache") as caught:
+                await two.retrieve(hit, view)
+            assert caught.value.hint
+        with pytest.raises(LayoutError, match="of this cache"):
+            await two.retrieve(hit, view)  # nor once its lease is over
+
+
+def test_a_call_from_the_portals_own_loop_is_refused() -> None:
+    async def inner(cache: Cache) -> None:
+        await cache.flush()
+
+    with Portal.open(config(), layout()) as portal:
+
+        async def outer(cache: Cache) -> None:
+            portal.call(inner)
+
+        with pytest.raises(UnsupportedError, match="own loop") as caught:
+            portal.submit(outer).result(10)
+    assert caught.value.hint

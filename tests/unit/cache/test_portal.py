@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 
 import pytest
@@ -102,3 +102,42 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
         engine = Engine(layout(), 32)
         portal.call(Cache.store, tokens(48), engine.view(engine.slots(48)))
     assert threading.active_count() == before
+
+
+class _Interrupted(Future[Portal]):
+    """A future whose waiter is interrupted, as by Ctrl-C."""
+
+    def result(self, timeout: float | None = None) -> Portal:
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        return super().result(timeout)
+
+
+def test_an_interrupt_while_opening_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(threading.enumerate())
+    monkeypatch.setattr("kvlayer.portal.Future", _Interrupted)
+    with pytest.raises(KeyboardInterrupt), Portal.open(config(tmp_path), layout()):
+        pass
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+    assert set(threading.enumerate()) == before
+
+
+def test_work_that_exits_ends_the_portal_and_is_raised_where_it_was_opened() -> None:
+    async def leave(cache: Cache) -> None:
+        raise SystemExit(3)
+
+    def use() -> None:
+        with Portal.open(config(), layout()) as portal:
+            with pytest.raises(SystemExit):
+                portal.submit(leave).result(10)
+            for thread in threading.enumerate():
+                if thread.name == "kvlayer-portal":
+                    thread.join(10)
+            with pytest.raises(ClosedError):
+                portal.call(Cache.flush)
+
+    with pytest.raises(SystemExit):
+        use()

@@ -188,6 +188,22 @@ async def test_layer_ranges_of_pipeline_stages_cover_the_whole_model(tmp_path: P
     assert same(whole.read(slots), engine.read(slots))
 
 
+@pytest.mark.parametrize("covered", [1, 29, 31, 47])
+@pytest.mark.asyncio
+async def test_a_view_that_ends_inside_a_native_block_gets_the_whole_blocks_before(
+    covered: int,
+) -> None:
+    layout = KVLayout.single(HEADS, NHD, tokens_per_block=2, form="native:nhd-b2")
+    engine, other = Engine(layout, 64, 1), Engine(layout, 64, 2)
+    prompt, slots = tokens(48), engine.slots(48)
+    async with Cache.open(config(), layout) as cache:
+        await cache.store(prompt, engine.view(slots))
+        async with cache.lookup(prompt) as hit:
+            report = await cache.retrieve(hit, other.view(slots[:covered]))
+    assert report.tokens == covered - 1
+    assert same(engine.read(slots[: covered - 1]), other.read(slots[: covered - 1]))
+
+
 @pytest.mark.asyncio
 async def test_half_of_the_heads_is_no_hit(tmp_path: Path) -> None:
     prompt = tokens(32)
@@ -270,3 +286,23 @@ async def test_a_hybrid_prefix_without_its_window_is_no_hit(tmp_path: Path) -> N
             assert hit.tokens == 64
         async with cache.lookup(prompt[:48]) as hit:
             assert hit.tokens == 0  # the window before token 48 was never there to store
+
+
+@pytest.mark.asyncio
+async def test_a_native_rank_passes_over_canonical_payloads_and_the_other_way(
+    tmp_path: Path,
+) -> None:
+    native = KVLayout.single(HEADS, NHD, tokens_per_block=2, form="native:nhd-b2")
+    canonical = KVLayout.single(HEADS, NHD, tokens_per_block=2)
+    engine = Engine(canonical, 32, 1)
+    slots = engine.slots(32)
+    for seed, (writer, reader) in enumerate([(canonical, native), (native, canonical)]):
+        async with Cache.open(config(tmp_path), writer) as cache:
+            await cache.store(tokens(32, seed), engine.view(slots))
+        async with Cache.open(config(tmp_path), reader) as cache:
+            await cache.recovered()
+            async with cache.lookup(tokens(32, seed)) as hit:
+                assert hit.tokens == 0
+            assert (await cache.store(tokens(32, seed), engine.view(slots))).stored == 2
+            async with cache.lookup(tokens(32, seed)) as hit:
+                assert (await cache.retrieve(hit, engine.view(slots))).tokens == 32

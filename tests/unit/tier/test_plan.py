@@ -49,8 +49,8 @@ def cells(part: Part) -> set[tuple[int, int]]:
 
 
 def serves(need: Part, part: Part) -> set[tuple[int, int]]:
-    """What of ``need`` can be scattered from ``part``: canonical bytes, or the very same form."""
-    if part.form == "canonical":
+    """What of ``need`` can be scattered from ``part``: the same form, and natively all or none."""
+    if part.form == need.form == "canonical":
         return cells(part) & cells(need)
     same = (part.form, part.layers, part.heads) == (need.form, need.layers, need.heads)
     return cells(need) if same else set()

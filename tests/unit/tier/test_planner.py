@@ -663,3 +663,20 @@ class PlannerMachine(RuleBasedStateMachine):
 
 PlannerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestPlannerMachine: Any = PlannerMachine.TestCase
+
+
+def test_what_is_withdrawn_while_a_tier_is_listed_does_not_come_back_with_the_list() -> None:
+    planner, chain = make_planner(), chain_of(32)
+    keys = planner.probes(chain)
+    planner.listing(1, started=True)
+    planner.note(keys, 1)
+    damaged = planner.match(chain).covers[1][0][0]
+    planner.missing(damaged, 1, Cause.CORRUPT, "flipped")
+    planner.note(keys, 1)  # the listing had read the name before the object was put aside
+    assert planner.match(chain).tokens == 16
+    planner.vanished(keys[:1], 1, "evicted")
+    planner.note(keys, 1)
+    assert planner.match(chain).tokens == 0
+    planner.listing(1, started=False)
+    planner.note(keys, 1)  # whatever is said from now on was seen from now on
+    assert planner.match(chain).tokens == 32

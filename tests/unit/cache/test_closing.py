@@ -1,0 +1,65 @@
+"""Closing a cache gives everything back, whatever is cancelled or still runs meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from caches import config, layout, tokens
+from engine import Engine
+
+from kvlayer import Cache
+from kvlayer.keys import ObjectKey
+
+
+@pytest.mark.asyncio
+async def test_a_close_that_is_cancelled_at_any_await_still_closes_everything(
+    tmp_path: Path,
+) -> None:
+    engine = Engine(layout(), 32)
+    view = engine.view(engine.slots(48))
+    fds, threads = set(os.listdir("/proc/self/fd")), threading.active_count()
+    cut = 0
+
+    async def use(directory: Path, leaving: asyncio.Event) -> None:
+        async with Cache.open(config(directory, write="back"), layout()) as cache:
+            await cache.store(tokens(48), view)
+            job = cache.prefetch(tokens(48))
+            await asyncio.sleep(0)
+            leaving.set()
+        await job
+
+    for steps in range(16):
+        leaving = asyncio.Event()
+        task = asyncio.ensure_future(use(tmp_path / str(steps), leaving))
+        await leaving.wait()
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task})
+        cut += task.cancelled()
+        assert threading.active_count() == threads
+        assert set(os.listdir("/proc/self/fd")) == fds
+    assert cut > 3
+
+
+@pytest.mark.asyncio
+async def test_a_cancelled_close_does_not_wait_for_what_is_being_written(tmp_path: Path) -> None:
+    leaving = asyncio.Event()
+
+    async def use() -> None:
+        async with Cache.open(config(tmp_path, close_seconds=600.0), layout()) as cache:
+            never = cache.stack.lower[0].guard.start(asyncio.Event().wait)
+            cache.stack.spills._running[1, ObjectKey("never")] = never
+            leaving.set()
+
+    task = asyncio.ensure_future(use())
+    await leaving.wait()
+    await asyncio.sleep(0)
+    task.cancel()
+    async with asyncio.timeout(10):
+        await asyncio.wait({task})
+    assert task.cancelled()
