@@ -69,6 +69,15 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Figures of this machine beside their ceilings. Arguments go to ``kvlayer bench``."""
+    install(session, *group("torch"))
+    install(session, "-e", ".")
+    session.env.update(ENVIRONMENT)
+    session.run("kvlayer", "bench", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Style, format, and the import contracts."""
     install(session, *group("lint"))

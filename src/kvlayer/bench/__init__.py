@@ -1,0 +1,1 @@
+"""Figures beside their physical ceilings, taken in the same run: what ``kvlayer bench`` prints."""
