@@ -111,6 +111,7 @@ def test_info_names_every_plugin_and_who_ships_it(kvlayer):
         ("kvlayer.backends", "file"),
         ("kvlayer.policies", "lru"),
         ("kvlayer.policies", "prefix-lru"),
+        ("kvlayer.commands", "bench"),
         ("kvlayer.commands", "info"),
     }
     assert {row["version"] for row in rows if row["distribution"] == "kvlayer-core"} == {version()}
