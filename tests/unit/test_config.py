@@ -364,8 +364,12 @@ def test_an_option_about_tokens_is_no_secret():
 
 @pytest.mark.parametrize("cls", [CacheConfig, ModelConfig, TierConfig])
 def test_every_field_is_documented_with_its_default(cls):
-    page = DOCS.read_text(encoding="utf-8")
-    table = {"CacheConfig": "", "ModelConfig": "model.", "TierConfig": "tiers."}[cls.__name__]
+    table, title = {
+        "CacheConfig": ("", "The cache"),
+        "ModelConfig": ("model.", "The model"),
+        "TierConfig": ("tiers.", "The tiers"),
+    }[cls.__name__]
+    page = DOCS.read_text(encoding="utf-8").split(f"\n## {title}\n")[1].split("\n## ")[0]
     for spec in dataclasses.fields(cls):
         if spec.name in ("model", "tiers"):
             continue
