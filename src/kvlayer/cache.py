@@ -195,7 +195,7 @@ class Cache:
                     asked_tokens=asked,
                     tokens=report.tokens,
                     failed=report.failed,
-                    nbytes=sum(found.nbytes for found in match.path()),
+                    nbytes=_moved_nbytes(match, window.start, report.tokens),
                     seconds=self._clock() - started,
                 )
             )
@@ -268,8 +268,11 @@ class Cache:
         names = [self._stack.host.name, *(tier.name for tier in self._stack.lower)]
         counts = dict.fromkeys(names, 0)
         for span, covers in zip(match.spans, match.covers, strict=True):
-            tiers = [found.tier for cover in covers for found in cover]
-            counts[names[max(tiers, default=0)]] += span.tokens
+            farthest = 0
+            for cover in covers:
+                for found in cover:
+                    farthest = max(farthest, found.tier)
+            counts[names[farthest]] += span.tokens
         return counts
 
     def _begin(self) -> float:
@@ -302,6 +305,17 @@ async def _to_the_end(parts: opening.Parts, *, flush: bool) -> None:
     if cancelled is not None and (closing.cancelled() or closing.exception() is None):
         raise cancelled
     closing.result()
+
+
+def _moved_nbytes(match: Match, start: int, stop: int) -> int:
+    """Bytes of the objects that served tokens ``[start, stop)``."""
+    return sum(
+        found.nbytes
+        for span, covers in zip(match.spans, match.covers, strict=True)
+        if span.start < stop and span.stop > start
+        for cover in covers
+        for found in cover
+    )
 
 
 class Prefetch:

@@ -191,11 +191,17 @@ class Planner:
             self.leases.expire(self._clock())
             own = self._resident(chain)
             self.host.pin(own)  # room must not come from the prefix that leads to what is stored
-            for at, span in enumerate(spans):
-                if not self._plan_span(chain, span, holds, todo):
-                    todo.dropped += spans[at:]
-                    break
-            self.host.unpin(own)
+            planned = False
+            try:
+                for at, span in enumerate(spans):
+                    if not self._plan_span(chain, span, holds, todo):
+                        todo.dropped += spans[at:]
+                        break
+                planned = True
+            finally:  # a policy of somebody else's may raise
+                self.host.unpin(own)
+                if not planned:
+                    self.stored(todo.gathers, ok=False)
             if todo.spans:
                 self._supersede(chain, todo.spans[0])
         return todo
@@ -213,8 +219,8 @@ class Planner:
         holds: Callable[[int, Span], bool],
         todo: StorePlan,
     ) -> bool:
-        fresh: list[Reservation] = []
         known: list[ObjectRecord] = []
+        before = len(todo.gathers)
         for g, cut in enumerate(self._cuts):
             if self._groups[g].hit_rule is HitRule.TRAILING and not holds(g, span):
                 continue
@@ -223,15 +229,18 @@ class Planner:
                 if record.is_ready or record.host is Host.FILLING:
                     known.append(record)
                     continue
-                slot = self._reserve(span, record, todo.evicted)
+                slot: Reservation | None = None
+                try:
+                    slot = self._reserve(span, record, todo.evicted)
+                finally:
+                    if slot is None:
+                        self.directory.forget(record)
                 if slot is None:
-                    self.directory.forget(record)
-                    for taken in fresh:
-                        self._abandon(taken)
+                    self.stored(todo.gathers[before:], ok=False)
+                    del todo.gathers[before:]
                     return False
-                fresh.append(slot)
-        todo.gathers += fresh
-        if fresh:
+                todo.gathers.append(slot)
+        if len(todo.gathers) > before:
             todo.spans.append(span)
         elif known:
             todo.skipped.append((span, tuple(known)))

@@ -24,6 +24,7 @@ from kvlayer.errors import CapacityError
 from kvlayer.keys import ChunkChain, ObjectKey, Part, Span
 from kvlayer.results import Cause
 from kvlayer.tier.directory import Host, ObjectRecord
+from kvlayer.tier.evict import PrefixLRU
 from kvlayer.tier.lease import Lease
 from kvlayer.tier.matcher import Match
 from kvlayer.tier.planner import Planner, Reservation
@@ -680,3 +681,40 @@ def test_what_is_withdrawn_while_a_tier_is_listed_does_not_come_back_with_the_li
     planner.listing(1, started=False)
     planner.note(keys, 1)  # whatever is said from now on was seen from now on
     assert planner.match(chain).tokens == 32
+
+
+class Moody(PrefixLRU):
+    """Somebody's policy with a bug in it."""
+
+    broken = False
+
+    def victim(self) -> ObjectKey | None:
+        if self.broken:
+            raise ZeroDivisionError
+        return super().victim()
+
+
+def test_a_policy_that_raises_leaves_nothing_reserved() -> None:
+    planner = make_planner(pages=4)
+    policy = Moody()
+    planner.host.policy = policy
+    store(planner, chain_of(32))
+    policy.broken = True
+    with pytest.raises(ZeroDivisionError):  # two chunks fit, the third needs a victim
+        store(planner, chain_of(64, seed=1))
+    check_accounts(planner, idle=True)
+    assert planner.match(chain_of(32)).tokens == 32
+    assert planner.match(chain_of(64, seed=1)).tokens == 0
+
+
+def test_an_engine_that_cannot_say_what_it_holds_leaves_nothing_reserved() -> None:
+    def broken(_group: int, span: Span) -> bool:
+        if span.start:
+            raise ZeroDivisionError
+        return True
+
+    planner = make_planner(layout=hybrid_layout())
+    with pytest.raises(ZeroDivisionError):
+        store(planner, chain_of(64), holds=broken)
+    check_accounts(planner, idle=True)
+    assert len(planner.host) == 0
