@@ -82,15 +82,17 @@ class Loads:
                 flights[record.key] = started
         return None, len(wanted)
 
-    def _fly(self, span: Span, record: ObjectRecord) -> Flight | Failure:
+    def _fly(self, span: Span, record: ObjectRecord, after: int = 0) -> Flight | Failure:
+        """Join the object's flight or start one, from the nearest tier below ``after``."""
         joined = self._flights.join(record.key)
         if joined is not None:
             return joined
         if record.host is Host.FILLING:
             return Failure(span, Cause.IN_FLIGHT, self._host.name, "being stored right now")
-        if not record.tiers:
+        below = record.tiers >> (after + 1) << (after + 1)
+        if not below:
             return Failure(span, Cause.VANISHED, self._host.name, "gone since the lookup")
-        tier = self._lower[record.tier]
+        tier = self._lower[(below & -below).bit_length() - 1]
         evicted: list[ObjectRecord] = []
         slot = self._planner.plan_fetch(span, record, evicted)
         self._host.lost(
@@ -138,11 +140,13 @@ class Loads:
             flights.pop(record.key).leave()
             if record.tier == 0:
                 return None  # stored anew while the damaged copy was taken away
-            still_there = record.tiers >> tier.index & 1 and not flight.was_given_up
-            if still_there or not record.tiers:
+            # A tier that failed but may still hold the object is not asked again by this request.
+            failed = record.tiers >> tier.index & 1 and not flight.was_given_up
+            after = tier.index if failed else 0
+            if not record.tiers >> (after + 1):
                 cause = outcome.cause or Cause.VANISHED
                 return Failure(span, cause, tier.name, outcome.detail)
-            again = self._fly(span, record)
+            again = self._fly(span, record, after)
             if isinstance(again, Failure):
                 return again
             flights[record.key] = again

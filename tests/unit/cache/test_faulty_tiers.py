@@ -376,3 +376,34 @@ async def test_a_lookup_waits_once_for_a_tier_that_does_not_answer(shelf: type[S
     async with _open(shelf) as cache, cache.lookup(tokens(72)) as hit:
         assert hit.tokens == 0
     assert shelf.calls == 1
+
+
+@pytest.mark.parametrize("fault", ["get fails", "get reports an error", "get lies"])
+@pytest.mark.asyncio
+async def test_what_one_tier_cannot_deliver_the_next_one_does(
+    shelf: type[Shelf], fault: str
+) -> None:
+    second = type("SecondShelf", (Shelf,), {"objects": {}, "fault": "", "calls": 0})
+    settings = CacheConfig(
+        model=ModelConfig(weights=WEIGHTS),
+        tiers=(
+            TierConfig(url="cpu://?capacity=1MiB"),
+            TierConfig(url="shelf://", write="through", deadline_seconds=30.0),
+            TierConfig(url="second://", write="through", deadline_seconds=30.0),
+        ),
+        tokens_per_chunk=16,
+    )
+    engine, other = Engine(layout(), 32, 1), Engine(layout(), 32, 2)
+    slots = engine.slots(64)
+    backends = BACKENDS.extended({"shelf": shelf, "second": second})
+    async with Cache.open(settings, layout(), backends=backends) as cache:
+        await cache.store(tokens(64), engine.view(slots))
+        await cache.control.evict(tokens(64), tier="cpu")
+        shelf.fault = fault
+        async with cache.lookup(tokens(64)) as hit:
+            assert (await cache.retrieve(hit, other.view(slots))).tokens == 64
+        second.fault = fault
+        await cache.control.evict(tokens(64), tier="cpu")
+        async with cache.lookup(tokens(64)) as hit:
+            assert (await cache.retrieve(hit, other.view(slots))).tokens == 0
+    assert same(engine.read(slots), other.read(slots))
