@@ -150,6 +150,7 @@ async def test_a_deadline_frees_the_store_and_is_paid_once_per_tier() -> None:
     assert rig.tier.guard.orphans == 1  # one wait, however many objects
     assert rig.planner.host.pinned_nbytes == 4 * 4096  # the bytes are still being read
     rig.backend.gate.set()
+    rig.tier.guard.deadline = 30.0  # only the wait above was meant to run into it
     await rig.stack.spills.flush()
     assert [r.tiers for r in rig.planner.match(chain).path()] == [2] * 4  # late is not lost
     check_accounts(rig.planner, idle=True)
