@@ -215,15 +215,7 @@ class Cache:
         return Prefetch(self._parts.spawn(self._promote(chain, scope.owner, seconds)))
 
     async def _promote(self, chain: ChunkChain, owner: str, seconds: float) -> RetrieveReport:
-        match = await self._stack.find(chain)
-        lease = self._planner.lease(match, owner=owner, seconds=seconds)
-        kept = False
-        try:
-            report = await self._stack.promote(match)
-            kept = True
-        finally:
-            if not kept:
-                self._planner.release(lease.number)
+        _, report = await self._stack.hold(chain, owner=owner, seconds=seconds)
         return report
 
     async def flush(self) -> None:

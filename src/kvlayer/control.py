@@ -45,16 +45,10 @@ class Control:
 
         Pins bind this process; other processes sharing a tier may still evict their copies.
         """
-        stack = self._cache.stack
-        match = await stack.find(self._cache.chain(tokens, scope))
-        lease = stack.planner.lease(match, owner=owner or scope.owner, seconds=seconds)
-        kept = False
-        try:
-            report = await stack.promote(match)
-            kept = True
-        finally:
-            if not kept:
-                stack.planner.release(lease.number)
+        chain = self._cache.chain(tokens, scope)
+        lease, report = await self._cache.stack.hold(
+            chain, owner=owner or scope.owner, seconds=seconds
+        )
         return Pin(lease.number, report.tokens)
 
     def unpin(self, pin: Pin) -> bool:

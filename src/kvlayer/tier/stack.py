@@ -15,6 +15,7 @@ from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
 from kvlayer.tier import plan
 from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.guard import Busy
+from kvlayer.tier.lease import Lease
 from kvlayer.tier.loads import Loads, Wanted
 from kvlayer.tier.matcher import Match
 from kvlayer.tier.messages import Piece
@@ -170,6 +171,24 @@ class Stack:
             lambda i, g: groups[g].hit_rule is HitRule.EVERY_CHUNK or bool(match.covers[i][g]),
         )
         return max(min(stops[count - 1] if count else 0, bound.stop), bound.start)
+
+    async def hold(
+        self, chain: ChunkChain, *, owner: str, seconds: float
+    ) -> tuple[Lease, RetrieveReport]:
+        """Bring a prompt's usable prefix into host memory and lease it for ``seconds``.
+
+        Nothing stays leased when this raises or is cancelled.
+        """
+        match = await self.find(chain)
+        lease = self.planner.lease(match, owner=owner, seconds=seconds)
+        held = False
+        try:
+            report = await self.promote(match)
+            held = True
+        finally:
+            if not held:
+                self.planner.release(lease.number)
+        return lease, report
 
     async def promote(self, match: Match) -> RetrieveReport:
         """Bring a match into host memory; the caller's lease holds it there afterwards."""
