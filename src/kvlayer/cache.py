@@ -161,7 +161,14 @@ class Cache:
         finally:
             self._planner.release(lease.number)
 
-    async def retrieve(self, hit: PrefixHit, kv: KVView, *, first_token: int = 0) -> RetrieveReport:
+    async def retrieve(
+        self,
+        hit: PrefixHit,
+        kv: KVView,
+        *,
+        first_token: int = 0,
+        deadline: float | None = None,
+    ) -> RetrieveReport:
         """Load a hit into the engine's memory, as far as ``kv`` covers it.
 
         Entry 0 of ``kv``'s slots is token ``first_token``; what lies before it the engine has.
@@ -169,6 +176,10 @@ class Cache:
         prefix there and is named in the report. A view that ends inside a native block, or where
         a window or state is not kept, gets what ends before that. Bytes are verified before they
         are scattered.
+
+        Loading is abandoned ``deadline`` seconds from now, when a tier missed its own deadline, or
+        when it has taken as long as recomputing would (see :meth:`report_prefill`): whichever
+        comes first.
 
         The view may be written beyond ``report.tokens``, never outside its slots. Cancelling
         returns once the view is untouched. Raises ``LayoutError``.
@@ -182,7 +193,7 @@ class Cache:
             )
         window = self._window(kv, first_token)
         match = self._planner.current(hit.match, hit.lease)
-        report = await self._stack.retrieve(match, kv, window)
+        report = await self._stack.retrieve(match, kv, window, deadline=deadline)
         asked = min(hit.tokens, window.stop)
         if match.tokens < asked and not report.failed:
             lost = next(span for span in hit.spans if span.stop > match.tokens)
@@ -217,6 +228,15 @@ class Cache:
     async def _promote(self, chain: ChunkChain, owner: str, seconds: float) -> RetrieveReport:
         _, report = await self._stack.hold(chain, owner=owner, seconds=seconds)
         return report
+
+    def report_prefill(self, tokens: int, seconds: float) -> None:
+        """The engine has just computed the KV of ``tokens`` tokens in ``seconds``.
+
+        From then on hits end where loading the rest would take longer than computing it. Nothing
+        is assumed before the first report, unless ``prefill_tokens_per_second`` is configured.
+        """
+        self._begin()
+        self._stack.prefill.observe(tokens, seconds)
 
     async def flush(self) -> None:
         """Wait until everything stored so far has reached the lower tiers, or failed to."""

@@ -12,7 +12,7 @@ from kvlayer.errors import ConfigError
 from kvlayer.explain import explain
 from kvlayer.keys import ObjectKey, Scope, Tokens
 from kvlayer.results import Cause, Explanation, Health, Stats
-from kvlayer.tier.guard import Busy
+from kvlayer.tier.guard import Refused
 from kvlayer.tier.tier import LowerTier
 from kvlayer.urls import nearest
 
@@ -132,6 +132,7 @@ class Control:
             parts.hit_tokens,
             leases,
             stack.inflight,
+            stack.prefill.tokens_per_second,
         )
 
     def health(self) -> Health:
@@ -163,9 +164,9 @@ class Control:
         except StopAsyncIteration:
             pass
         except TimeoutError:
-            lower.fails(Cause.DEADLINE, f"not listed within {lower.guard.deadline} s")
+            lower.complains(Cause.DEADLINE, f"not listed within {lower.guard.deadline} s")
         except Exception as exc:  # noqa: BLE001  # foreign code: what is known still goes
-            lower.fails(Cause.TIER_DOWN, f"{type(exc).__name__}: {exc}")
+            lower.complains(Cause.TIER_DOWN, f"{type(exc).__name__}: {exc}")
         return keys
 
     async def _delete(self, lower: LowerTier, keys: list[ObjectKey]) -> int:
@@ -174,8 +175,8 @@ class Control:
             return 0
         try:
             call = lower.guard.start(partial(stack.mover.delete, lower.index, keys))
-        except Busy:
-            lower.refused(Cause.BUSY)
+        except Refused as no:
+            lower.refused(no.cause)
             return 0
         if not await lower.guard.wait(call):
             lower.fails(Cause.DEADLINE, f"not deleted within {lower.guard.deadline} s")

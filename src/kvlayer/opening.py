@@ -18,11 +18,12 @@ from kvlayer.abc.stager import Stager
 from kvlayer.config import CacheConfig, TierConfig
 from kvlayer.errors import BackendTimeoutError, ConfigError, IdentityError
 from kvlayer.events import Emitter, Sink
-from kvlayer.keys import ObjectKey
+from kvlayer.keys import PUBLIC_ZONE, ObjectKey
 from kvlayer.layout import KVLayout
 from kvlayer.namespace import Namespace
 from kvlayer.registry import POLICIES, Registry, open_backend
 from kvlayer.results import Cause, RetrieveReport
+from kvlayer.tier.estimate import Rate
 from kvlayer.tier.guard import Guard
 from kvlayer.tier.mover import Mover
 from kvlayer.tier.planner import Planner
@@ -113,12 +114,14 @@ async def build(
         _check_sharing(namespace, backends)
         names = _names(backends)
         emit = Emitter(sinks)
+        await resources.enter_async_context(host)
         lower = [
-            _lower_tier(index, names[index], emit, backend, tier)
+            _lower_tier(
+                Tier(index, names[index], emit), backend, tier, max_nbytes=host.slab.nbytes // 2
+            )
             for index, (backend, tier) in enumerate(zip(backends, config.tiers, strict=True))
             if index
         ]
-        await resources.enter_async_context(host)
         planner = Planner(
             namespace.digest,
             layout,
@@ -148,10 +151,20 @@ async def build(
             clock=loop.time,
             wall_clock=time.time,
             build=f"kvlayer-core {version()}",
+            retries=[tier.retries for tier in config.tiers],
         )
         resources.callback(mover.close)
-        stack = Stack(planner, mover, Tier(0, names[0], emit), lower)
+        stack = Stack(
+            planner,
+            mover,
+            Tier(0, names[0], emit),
+            lower,
+            clock=loop.time,
+            prefill=Rate(config.prefill_tokens_per_second),
+        )
+        nothing = ObjectKey.of(namespace.digest, PUBLIC_ZONE, bytes(32), planner.directory.needs[0])
         for tier in lower:
+            tier.guard.probe = partial(mover.probe, tier.index, nothing)
             if Capability.LIST in tier.backend.capabilities:
                 stack.recover(tier)
         return Parts(config, namespace, stack, stager, emit, loop.time, resources.pop_all())
@@ -223,15 +236,18 @@ def _names(backends: list[Backend]) -> list[str]:
     return names
 
 
-def _lower_tier(
-    index: int, name: str, emit: Emitter, backend: Backend, tier: TierConfig
-) -> LowerTier:
+def _lower_tier(place: Tier, backend: Backend, tier: TierConfig, *, max_nbytes: int) -> LowerTier:
     return LowerTier(
-        index,
-        name,
-        emit,
+        place.index,
+        place.name,
+        place.emit,
         backend=backend,
-        guard=Guard(tier.deadline_seconds, tier.max_inflight),
+        guard=Guard(
+            tier.deadline_seconds,
+            tier.max_inflight,
+            max_write_nbytes=tier.max_inflight_bytes or max_nbytes,
+            pause=tier.pause_seconds,
+        ),
         write=tier.write,
         tails=tier.tails,
         is_shared=Capability.SHARED in backend.capabilities,
@@ -260,7 +276,7 @@ async def _close_tier(tier: LowerTier, seconds: float) -> None:
         async with asyncio.timeout(seconds):
             await tier.backend.aclose()
     except Exception as exc:  # noqa: BLE001  # foreign code: it must not stop the others' close
-        tier.fails(Cause.TIER_DOWN, f"not closed: {type(exc).__name__}: {exc}")
+        tier.complains(Cause.TIER_DOWN, f"not closed: {type(exc).__name__}: {exc}")
 
 
 def _evicted(

@@ -44,6 +44,8 @@ class Cause(StrEnum):
     NO_ROOM = "no-room"
     BUSY = "busy"
     """Too much already in flight."""
+    SLOW = "slower-than-recomputing"
+    """It is there, but loading it would take longer than computing it anew."""
 
     @property
     def is_damage(self) -> bool:
@@ -137,6 +139,19 @@ class TierStats:
     evicted: int
     loaded_nbytes: int
     stored_nbytes: int
+    inflight: int = 0
+    """Calls running or waiting for their turn; ``inflight_nbytes`` is what they move."""
+    inflight_nbytes: int = 0
+    orphans: int = 0
+    """Calls that a deadline has passed over and that have not ended yet."""
+    reads: str = "closed"
+    """The breaker of reads: ``closed`` (asked), ``open`` (not asked for now), ``half-open``."""
+    writes: str = "closed"
+    """The breaker of writes."""
+    latency_seconds: float = 0.0
+    """What a load takes whatever its size, as learnt from loads."""
+    bytes_per_second: float | None = None
+    """What a load moves beyond that; None while nothing was loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +164,8 @@ class Stats:
     hit_tokens: int
     leases: int
     inflight: int
+    prefill_tokens_per_second: float | None = None
+    """What recomputing is taken to achieve; None while unknown."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -424,7 +424,7 @@ def make_rig(
         )
         for index, backend in enumerate(backends, 1)
     ]
-    stack = Stack(planner, mover, Tier(0, "host", emit), lower)
+    stack = Stack(planner, mover, Tier(0, "host", emit), lower, clock=clock)
     return Rig(clock, planner, slab, stager, backends, stack, events)
 
 

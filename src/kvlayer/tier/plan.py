@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from kvlayer.errors import LayoutError
 from kvlayer.keys import Part
 from kvlayer.layout import AttentionKind, GroupLayout, HitRule, KVGroup
 
-__all__ = ["accepts", "cover", "cut", "prefix", "rank_part", "trailing_start"]
+__all__ = ["accepts", "cover", "cut", "prefix", "rank_part", "trailing_start", "worthwhile"]
 
 
 def rank_part(index: int, layout: GroupLayout) -> Part:
@@ -111,6 +111,30 @@ def prefix(
             break
         count = gap  # every hit that ends after the gap has it inside its window too
     return count
+
+
+def worthwhile(
+    stops: Sequence[int],
+    needs: Sequence[Mapping[int, int]],
+    seconds: Callable[[int, int], float],
+    tokens_per_second: float,
+) -> int:
+    """How many spans of a hit to take: the count that saves most over recomputing them.
+
+    ``needs[i]`` are the bytes span i needs from each tier, ``seconds(tier, nbytes)`` is what they
+    take; tiers load side by side. What lies in host memory needs nothing and is always taken,
+    unless so much before it would have to be loaded that all of it is not worth the time.
+    """
+    best, most = 0, 0.0
+    total: dict[int, int] = {}
+    for i, stop in enumerate(stops):
+        for tier, nbytes in needs[i].items():
+            total[tier] = total.get(tier, 0) + nbytes
+        load = max((seconds(tier, nbytes) for tier, nbytes in total.items()), default=0.0)
+        saved = stop / tokens_per_second - load
+        if saved > most:
+            best, most = i + 1, saved
+    return best
 
 
 def _gap(

@@ -162,6 +162,14 @@ class Planner:
         with self.lock:
             return self._matcher.match(match.chain, stop)
 
+    def shortened(self, match: Match, count: int) -> Match:
+        """The longest usable prefix within the first ``count`` spans of ``match``."""
+        spans = match.spans[:count]
+        if self._matcher.is_plain or not spans:
+            return Match(match.chain, spans, match.covers[:count])
+        with self.lock:
+            return self._matcher.match(match.chain, spans[-1].stop)
+
     def release(self, number: int) -> bool:
         """Give a lease back; False when it had expired."""
         with self.lock:

@@ -10,7 +10,7 @@ from kvlayer.keys import ObjectKey, Span
 from kvlayer.results import Cause, Failure
 from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.flight import outcome_of
-from kvlayer.tier.guard import Busy, Call
+from kvlayer.tier.guard import Call, Lane, Refused
 from kvlayer.tier.messages import Outcome
 from kvlayer.tier.mover import Mover
 from kvlayer.tier.planner import Planner
@@ -45,8 +45,8 @@ class Spills:
 
         What another store is writing there already is among them.
 
-        What a tier refuses because too much is in flight is dropped there and listed in
-        ``refused``.
+        What a tier refuses, because too much is in flight or it is down, is dropped there and
+        listed in ``refused``.
         """
         through: list[Write] = []
         for tier in self._lower:
@@ -55,9 +55,9 @@ class Spills:
                     continue
                 try:
                     call = self._spill(tier, span, record)
-                except Busy:
-                    tier.refused(Cause.BUSY)
-                    refused.append(Failure(span, Cause.BUSY, tier.name, "too much in flight"))
+                except Refused as no:
+                    tier.refused(no.cause)
+                    refused.append(Failure(span, no.cause, tier.name, no.detail))
                     continue
                 if call is not None and tier.write == "through":
                     through.append(Write(span, record.key, tier, call))
@@ -69,9 +69,12 @@ class Spills:
             return self._running.get((tier.index, record.key))
         try:
             call = tier.guard.start(
-                partial(self._mover.spill, tier.index, piece), partial(self._ended, tier, record)
+                partial(self._mover.spill, tier.index, piece),
+                partial(self._ended, tier, record),
+                lane=Lane.WRITES,
+                nbytes=piece.nbytes,
             )
-        except Busy:
+        except Refused:
             self._planner.spilled(record, tier.index, ok=False)
             raise
         self._running[tier.index, record.key] = call
@@ -81,7 +84,7 @@ class Spills:
         self._running.pop((tier.index, record.key), None)
         outcome = outcome_of(call, record.key)
         self._planner.spilled(record, tier.index, ok=outcome.ok)
-        tier.transferred("store", outcome, was_cancelled=call.was_cancelled)
+        tier.transferred("store", outcome, call)
 
     async def committed(self, through: Sequence[Write]) -> list[Failure]:
         """Wait for "through" writes; a tier's deadline is paid once, not per object."""
@@ -94,6 +97,8 @@ class Spills:
                 if outcome.cause is not None:
                     failed.append(Failure(write.span, outcome.cause, tier.name, outcome.detail))
             else:
+                if tier.name not in late:
+                    tier.fails(Cause.DEADLINE, "not written in time", Lane.WRITES)
                 late.add(tier.name)
                 failed.append(Failure(write.span, Cause.DEADLINE, tier.name, "not written yet"))
         return failed
@@ -107,4 +112,5 @@ class Spills:
         for tier in self._lower:
             late = await tier.guard.settle(c for (at, _), c in running if at == tier.index)
             for _ in late:
-                tier.fails(Cause.DEADLINE, f"not written within {tier.guard.deadline} s")
+                detail = f"not written within {tier.guard.deadline} s"
+                tier.fails(Cause.DEADLINE, detail, Lane.WRITES)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvlayer.tier.guard import Busy, Call, Guard
+from kvlayer.tier.guard import Call, Guard, Refused
 
 SOON = 0.002
 NEVER = 3600.0
@@ -77,7 +77,7 @@ async def test_past_the_bound_of_orphans_everything_is_refused_until_one_comes_b
     calls = [guard.start(work) for work in works]
     for call in calls:
         assert not await guard.wait(call)
-    with pytest.raises(Busy):
+    with pytest.raises(Refused):
         guard.start(Work())
     works[0].gate.set()
     await calls[0].ended()
@@ -98,7 +98,7 @@ async def test_too_much_waiting_is_refused_and_a_refusal_starts_nothing() -> Non
         nonlocal started
         started = True
 
-    with pytest.raises(Busy):
+    with pytest.raises(Refused):
         guard.start(never)
     work.gate.set()
     assert await guard.wait(running)
@@ -229,7 +229,7 @@ async def test_a_closing_guard_admits_nothing() -> None:
         while True:
             try:
                 call = guard.start(work)
-            except Busy:
+            except Refused:
                 return tries
             tries += 1
             await guard.wait(call)
@@ -238,5 +238,5 @@ async def test_a_closing_guard_admits_nothing() -> None:
     await work.began.wait()
     await guard.aclose()
     assert await insisting == 1
-    with pytest.raises(Busy):
+    with pytest.raises(Refused):
         guard.start(work)
