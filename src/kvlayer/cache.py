@@ -107,7 +107,7 @@ class Cache:
         started = self._begin()
         self._parts.stager.check(kv)
         window = self._window(kv, first_token)
-        packed = token_bytes(tokens).cast("I")
+        packed = memoryview(token_bytes(tokens)).cast("I")
         if window.stop > len(packed):
             raise LayoutError(
                 f"the view covers tokens {window.start}..{window.stop}, but there are only "
