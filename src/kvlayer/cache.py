@@ -20,6 +20,7 @@ from kvlayer.layout import KVLayout, KVView
 from kvlayer.namespace import Namespace
 from kvlayer.registry import BACKENDS, Registry
 from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
+from kvlayer.tier.directory import Host
 from kvlayer.tier.matcher import Match
 from kvlayer.tier.stack import Window
 
@@ -107,7 +108,7 @@ class Cache:
         started = self._begin()
         self._parts.stager.check(kv)
         window = self._window(kv, first_token)
-        packed = token_bytes(tokens).cast("I")
+        packed = memoryview(token_bytes(tokens)).cast("I")
         if window.stop > len(packed):
             raise LayoutError(
                 f"the view covers tokens {window.start}..{window.stop}, but there are only "
@@ -279,6 +280,10 @@ class Cache:
         """Tokens of a match by the name of the farthest tier each span needs."""
         names = [self._stack.host.name, *(tier.name for tier in self._stack.lower)]
         counts = dict.fromkeys(names, 0)
+        needed = (found for groups in match.covers for cover in groups for found in cover)
+        if all(found.host is Host.READY for found in needed):  # nearly always: keep it quick
+            counts[names[0]] = match.tokens
+            return counts
         for span, covers in zip(match.spans, match.covers, strict=True):
             farthest = 0
             for cover in covers:

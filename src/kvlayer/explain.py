@@ -26,7 +26,7 @@ async def explain(cache: Cache, tokens: Tokens, scope: Scope) -> Explanation:
 
     Causes come from what this process remembers (a bounded journal) and from what the tiers say.
     """
-    packed = token_bytes(tokens).cast("I")
+    packed = memoryview(token_bytes(tokens)).cast("I")
     chain = cache.chain(packed, scope)
     match = await cache.stack.find(chain)
     others = await _other_namespaces(cache, chain, match.tokens)

@@ -27,12 +27,17 @@ class Host(Enum):
 class ObjectRecord:
     """One object: where it lies and who holds it. ``pins`` > 0 keeps it in host memory."""
 
-    __slots__ = ("chunk", "host", "key", "nbytes", "offset", "part", "pins", "tiers", "writing")
+    __slots__ = ("chunk", "host", "is_whole", "key", "nbytes", "offset", "part", "pins", "tiers",
+                 "writing")  # fmt: skip
 
-    def __init__(self, key: ObjectKey, part: Part, chunk: ChunkRecord) -> None:
+    def __init__(
+        self, key: ObjectKey, part: Part, chunk: ChunkRecord, *, is_whole: bool = False
+    ) -> None:
         self.key = key
         self.part = part
         self.chunk = chunk
+        self.is_whole = is_whole
+        """Whether it alone is all that this rank needs of its group."""
         self.host = Host.ABSENT
         self.offset = -1
         self.nbytes = 0
@@ -93,9 +98,13 @@ class Directory:
 
     @staticmethod
     def _cover(record: ChunkRecord, need: Part) -> tuple[ObjectRecord, ...] | None:
-        whole = record.objects.get(need)
-        if whole is not None and whole.host is Host.READY:
-            return (whole,)
+        # Almost always there is one object and it is all that is needed: lookups live on this path.
+        is_alone = len(record.objects) == 1
+        for found in record.objects.values():
+            if found.is_whole and found.part.group == need.group:
+                if found.host is Host.READY or (is_alone and found.tiers):
+                    return (found,)
+                break
         ready = sorted((o for o in record.objects.values() if o.is_ready), key=lambda o: o.tier)
         by_part = {o.part: o for o in ready}
         chosen = plan.cover(need, by_part)
@@ -125,7 +134,8 @@ class Directory:
         found = record.objects.get(part)
         if found is None:
             key = key or ObjectKey.of(self.namespace, zone, chunk_hash, part)
-            found = record.objects[part] = ObjectRecord(key, part, record)
+            found = ObjectRecord(key, part, record, is_whole=part in self.needs)
+            record.objects[part] = found
         return found
 
     # -- state changes ---------------------------------------------------------------------------
@@ -139,7 +149,8 @@ class Directory:
         """filling -> ready: the bytes are there and verified."""
         assert found.host is Host.FILLING, found.key
         found.host = Host.READY
-        found.chunk.covers = None
+        is_all = found.is_whole and len(self.needs) == 1
+        found.chunk.covers = [(found,)] if is_all else None  # or the first lookup would find out
 
     def drop_host(self, found: ObjectRecord) -> int:
         """filling or ready -> absent. Returns the slab offset that became free."""
