@@ -131,6 +131,10 @@ class CacheConfig:
     lease_seconds: float = 30.0
     """Seconds after which a lookup that was never released stops pinning what it found."""
 
+    staging_threads: int = 2
+    """Threads that copy between the engine's memory and host memory. All requests share them; one
+    alone does not come near the memory's speed."""
+
     close_seconds: float = 30.0
     """Seconds a clean close waits for what is still on its way to the lower tiers."""
 
@@ -139,6 +143,7 @@ class CacheConfig:
         _check_at_least(self, "tokens_per_chunk", 1, "tokens")
         _check_at_least(self, "tokens_per_tail", 0, "tokens")
         _check_at_least(self, "head_shards", 0, "shards")
+        _check_at_least(self, "staging_threads", 1, "threads")
         _check_positive(self, "lease_seconds", "seconds")
         _check_positive(self, "close_seconds", "seconds")
         if not self.policy:
