@@ -149,6 +149,10 @@ class CacheConfig:
     """How fast the engine computes KV, until it reports better; hits are cut where loading would
     take longer. 0: unknown, and everything found is loaded."""
 
+    staging_threads: int = 2
+    """Threads that copy between the engine's memory and host memory. All requests share them; one
+    alone does not come near the memory's speed."""
+
     close_seconds: float = 30.0
     """Seconds a clean close waits for what is still on its way to the lower tiers."""
 
@@ -157,6 +161,7 @@ class CacheConfig:
         _check_at_least(self, "tokens_per_chunk", 1, "tokens")
         _check_at_least(self, "tokens_per_tail", 0, "tokens")
         _check_at_least(self, "head_shards", 0, "shards")
+        _check_at_least(self, "staging_threads", 1, "threads")
         _check_positive(self, "lease_seconds", "seconds")
         _check_positive(self, "close_seconds", "seconds")
         _check_number(

@@ -192,7 +192,9 @@ class ChunkChain:
         """The first ``count`` full chunks as spans."""
         step = self.chunk_step
         stops = range(step, (count + 1) * step, step)
-        return [*map(Span._make, zip(range(0, count * step, step), stops, self.hashes, strict=False))]
+        return [
+            *map(Span._make, zip(range(0, count * step, step), stops, self.hashes, strict=False))
+        ]
 
     def tails(self, index: int) -> list[Span]:
         """Tails that may stand where chunk ``index`` (0 to ``len``) would, longest first.

@@ -141,7 +141,7 @@ async def build(
             tier.backend.on_evicted = partial(_evicted, planner, tier)
             described = partial(tier.backend.describe, namespace.digest, namespace.canonical())
             tier.guard.hint(described)  # for people and explain
-        stager = _make_stager(layout)
+        stager = _make_stager(layout, config.staging_threads)
         resources.push_async_callback(stager.aclose)
         mover = Mover(
             host.slab,
@@ -288,7 +288,7 @@ def _evicted(
     tier.lost(policy, keys, sum(nbytes for _, nbytes in gone))
 
 
-def _make_stager(layout: KVLayout) -> Stager:
+def _make_stager(layout: KVLayout, threads: int) -> Stager:
     from kvlayer.staging.torch_stager import TorchStager  # imports torch: only when a cache opens
 
-    return TorchStager(layout)
+    return TorchStager(layout, threads=threads)

@@ -25,7 +25,7 @@ from kvlayer.layout import (
     KVView,
 )
 from kvlayer.payload import Payload
-from kvlayer.staging import host_cache
+from kvlayer.staging import steps
 from kvlayer.staging.device_cache import DeviceCache
 from kvlayer.staging.torch_stager import TorchStager
 
@@ -213,9 +213,12 @@ def parts(draw: st.DrawFn, group: KVGroup, within: GroupLayout | None = None) ->
 
 def any_path(data: st.DataObject) -> Any:
     """Small test blocks take the paths of large ones, too: a copy per block, or one for all."""
-    sizes = st.sampled_from([0, 1 << 30])
-    names = ("_READ_NBYTES", "_WRITE_NBYTES", "_LONG_ROW")
-    return patch.multiple(host_cache, **{name: data.draw(sizes) for name in names})
+    sizes = {
+        "_STRETCH_NBYTES": st.sampled_from([0, 1 << 30]),
+        "_TEMPORARY_NBYTES": st.sampled_from([1, 100, 1 << 20]),
+        "_GRAIN_NBYTES": st.sampled_from([1, 4, 512]),
+    }
+    return patch.multiple(steps, **{name: data.draw(size) for name, size in sizes.items()})
 
 
 def payload_of(data: st.DataObject, group: KVGroup, part: Part, tokens: int) -> Payload:
