@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -465,6 +466,13 @@ def test_without_the_package_the_error_names_the_extra() -> None:
     message, hint = python(WITHOUT).split("|")
     assert "prometheus_client" in message
     assert hint == "install kvlayer-core[prometheus]"
+
+
+def test_the_extra_the_error_names_brings_the_package() -> None:
+    wanted = [line for line in requires("kvlayer-core") or () if "prometheus" in line]
+    (line,) = wanted
+    assert line.startswith("prometheus")
+    assert re.search(r"extra == .prometheus.", line)
 
 
 def test_only_building_a_sink_imports_the_package() -> None:
