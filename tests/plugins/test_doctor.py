@@ -140,6 +140,8 @@ def engines_of(findings: list[dict[str, Any]], owner: str) -> list[dict[str, Any
         ("0.33.0", "vllm<0.33,>=0.32", "bad"),
         ("0.33.0rc1", "VLLM[extra]>=0.32", "ok"),
         (None, "vllm>=0.32", "bad"),
+        ("0.32.0-our-own", "vllm>=0.32", "unknown"),
+        ("0.32.0", "vllm @ https://example.org/vllm.whl", "unknown"),
     ],
 )
 def test_an_engine_outside_its_adapters_range_will_not_work(

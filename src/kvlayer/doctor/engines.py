@@ -93,13 +93,21 @@ def _compared(owner: str, name: str, specifiers: str) -> Finding:
         )
     try:
         from packaging.specifiers import SpecifierSet
+        from packaging.version import Version
+
+        is_inside = SpecifierSet(specifiers).contains(Version(at), prereleases=True)
     except ModuleNotFoundError:  # no dependency of ours; engines bring it
         return _CHECK.unknown(
             f"{owner} was tested with {name} {specifiers}; {at} is installed, and without the "
             "package `packaging` the two cannot be compared",
             **detail,
         )
-    if SpecifierSet(specifiers).contains(at, prereleases=True):
+    except ValueError:  # a build of somebody's own, or a requirement that is a URL
+        return _CHECK.unknown(
+            f"{owner} was tested with {name} {specifiers}, which {at} cannot be compared with",
+            **detail,
+        )
+    if is_inside:
         return _CHECK.ok(f"{name} {at} is in the range of {owner} ({specifiers})", **detail)
     return _CHECK.bad(
         f"{name} {at} is outside the range of {owner} ({specifiers})",
