@@ -13,7 +13,7 @@ from kvlayer.abc.backend import Backend
 from kvlayer.config import CacheConfig
 from kvlayer.control import Control
 from kvlayer.errors import ClosedError, ForkedError, LayoutError
-from kvlayer.events import LookupDone, RetrieveDone, Sink, StoreDone
+from kvlayer.events import LookupDone, PrefetchDone, RetrieveDone, Sink, StoreDone
 from kvlayer.hit import PrefixHit
 from kvlayer.keys import ChunkChain, Scope, Tokens, token_bytes
 from kvlayer.layout import KVLayout, KVView
@@ -22,6 +22,7 @@ from kvlayer.registry import BACKENDS, Registry
 from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
 from kvlayer.tier.directory import Host
 from kvlayer.tier.matcher import Match
+from kvlayer.tier.sources import Sources
 from kvlayer.tier.stack import Window
 
 __all__ = ["Cache", "Prefetch"]
@@ -147,6 +148,7 @@ class Cache:
         lease = self._planner.lease(match, owner=scope.owner, seconds=self.config.lease_seconds)
         try:
             self._parts.count_lookup(chain.num_tokens, match.tokens)
+            by_tier = self.by_tier(match)
             if self._emit:
                 self._emit(
                     LookupDone(
@@ -154,11 +156,10 @@ class Cache:
                         asked_tokens=chain.num_tokens,
                         hit_tokens=match.tokens,
                         seconds=self._clock() - started,
+                        by_tier=by_tier,
                     )
                 )
-            yield PrefixHit(
-                match.tokens, tuple(match.spans), self.by_tier(match), scope.owner, match, lease
-            )
+            yield PrefixHit(match.tokens, tuple(match.spans), by_tier, scope.owner, match, lease)
         finally:
             self._planner.release(lease.number)
 
@@ -194,21 +195,25 @@ class Cache:
             )
         window = self._window(kv, first_token)
         match = self._planner.current(hit.match, hit.lease)
+        sources = Sources(match, self._planner.tiers) if self._emit else None
         report = await self._stack.retrieve(match, kv, window, deadline=deadline)
         asked = min(hit.tokens, window.stop)
         if match.tokens < asked and not report.failed:
             lost = next(span for span in hit.spans if span.stop > match.tokens)
             gone = Failure(lost, Cause.VANISHED, detail="gone since the lookup's lease ran out")
             report = RetrieveReport(report.tokens, (gone,))
-        if self._emit:
+        if sources is not None:
+            nbytes_by_tier = sources.nbytes(window.start, report.tokens)
             self._emit(
                 RetrieveDone(
                     owner=hit.owner,
                     asked_tokens=asked,
                     tokens=report.tokens,
                     failed=report.failed,
-                    nbytes=_moved_nbytes(match, window.start, report.tokens),
+                    nbytes=sum(nbytes_by_tier.values()),
                     seconds=self._clock() - started,
+                    by_tier=sources.tokens(window.start, report.tokens),
+                    nbytes_by_tier=nbytes_by_tier,
                 )
             )
         return report
@@ -221,13 +226,25 @@ class Cache:
         The prefix stays pinned for ``deadline`` seconds (default ``lease_seconds``), whether or
         not anyone asks for it. Raises ``TokensError``.
         """
-        self._begin()
+        started = self._begin()
         chain = self.chain(tokens, scope)
         seconds = self.config.lease_seconds if deadline is None else deadline
-        return Prefetch(self._parts.spawn(self._promote(chain, scope.owner, seconds)))
+        return Prefetch(self._parts.spawn(self._promote(chain, scope.owner, seconds, started)))
 
-    async def _promote(self, chain: ChunkChain, owner: str, seconds: float) -> RetrieveReport:
+    async def _promote(
+        self, chain: ChunkChain, owner: str, seconds: float, started: float
+    ) -> RetrieveReport:
         _, report = await self._stack.hold(chain, owner=owner, seconds=seconds)
+        if self._emit:
+            self._emit(
+                PrefetchDone(
+                    owner=owner,
+                    asked_tokens=chain.num_tokens,
+                    tokens=report.tokens,
+                    failed=report.failed,
+                    seconds=self._clock() - started,
+                )
+            )
         return report
 
     def report_prefill(self, tokens: int, seconds: float) -> None:
@@ -278,7 +295,7 @@ class Cache:
 
     def by_tier(self, match: Match) -> dict[str, int]:
         """Tokens of a match by the name of the farthest tier each span needs."""
-        names = [self._stack.host.name, *(tier.name for tier in self._stack.lower)]
+        names = self._planner.tiers
         counts = dict.fromkeys(names, 0)
         needed = (found for groups in match.covers for cover in groups for found in cover)
         if all(found.host is Host.READY for found in needed):  # nearly always: keep it quick
@@ -322,17 +339,6 @@ async def _to_the_end(parts: opening.Parts, *, flush: bool) -> None:
     if cancelled is not None and (closing.cancelled() or closing.exception() is None):
         raise cancelled
     closing.result()
-
-
-def _moved_nbytes(match: Match, start: int, stop: int) -> int:
-    """Bytes of the objects that served tokens ``[start, stop)``."""
-    return sum(
-        found.nbytes
-        for span, covers in zip(match.spans, match.covers, strict=True)
-        if span.start < stop and span.stop > start
-        for cover in covers
-        for found in cover
-    )
 
 
 class Prefetch:

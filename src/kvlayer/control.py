@@ -33,7 +33,7 @@ class Pin:
 
 
 class Control:
-    """Operations on one cache. Belongs to the cache's loop."""
+    """Operations on one cache. Belongs to the cache's loop, but for ``stats`` and ``health``."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
@@ -104,14 +104,11 @@ class Control:
         return gone
 
     def stats(self) -> Stats:
-        """Counters since the cache was opened."""
+        """Counters since the cache was opened. Constant time, and from any thread."""
         stack, parts = self._cache.stack, self._cache.parts
         planner = stack.planner
-        counts = dict.fromkeys((tier.index for tier in stack.lower), 0)
         with planner.lock:
-            for record in planner.directory.objects():
-                for index in counts:
-                    counts[index] += record.tiers >> index & 1
+            counts = {tier.index: planner.directory.held(tier.index) for tier in stack.lower}
             extents = planner.host.extents
             host = stack.host.stats(
                 len(planner.host), extents.used, extents.capacity, planner.host.pinned_nbytes
@@ -136,7 +133,7 @@ class Control:
         )
 
     def health(self) -> Health:
-        """Whether each tier serves, by its last calls."""
+        """Whether each tier serves, by its last calls. From any thread."""
         stack = self._cache.stack
         return Health((stack.host.health(), *(tier.health() for tier in stack.lower)))
 

@@ -70,7 +70,7 @@ class ForkedError(KVLayerError, RuntimeError):
 
 
 class UnsupportedError(KVLayerError):
-    """The backend, engine or model does not offer what this call needs."""
+    """The backend, engine, model or environment does not offer what this call needs."""
 
 
 class BackendError(KVLayerError):

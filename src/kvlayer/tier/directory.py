@@ -7,6 +7,7 @@ it is known to be there or not.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from enum import Enum
 
@@ -79,10 +80,15 @@ class Directory:
         self.namespace = namespace
         self.needs = tuple(needs)
         self._chunks: dict[bytes, ChunkRecord] = {}
+        self._held: Counter[int] = Counter()
 
     def __len__(self) -> int:
         """Chunks with at least one object."""
         return len(self._chunks)
+
+    def held(self, tier: int) -> int:
+        """Objects that a lower tier holds, as far as is known. Constant time: a scrape asks."""
+        return self._held[tier]
 
     def chunk(self, chunk_hash: bytes) -> ChunkRecord | None:
         return self._chunks.get(chunk_hash)
@@ -161,11 +167,15 @@ class Directory:
 
     def add_tier(self, found: ObjectRecord, tier: int) -> None:
         """A lower tier holds the object."""
+        if not found.tiers >> tier & 1:
+            self._held[tier] += 1
         found.tiers |= 1 << tier
         found.chunk.covers = None
 
     def drop_tier(self, found: ObjectRecord, tier: int) -> None:
         """A lower tier no longer holds the object."""
+        if found.tiers >> tier & 1:
+            self._held[tier] -= 1
         found.tiers &= ~(1 << tier)
         self._changed(found)
 
