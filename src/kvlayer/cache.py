@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Generator, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,10 +13,11 @@ from kvlayer.abc.backend import Backend
 from kvlayer.config import CacheConfig
 from kvlayer.control import Control
 from kvlayer.errors import ClosedError, ForkedError, LayoutError
-from kvlayer.events import LookupDone, RetrieveDone, Sink, StoreDone
+from kvlayer.events import RetrieveDone, Sink, StoreDone
 from kvlayer.hit import PrefixHit
 from kvlayer.keys import ChunkChain, Scope, Tokens, token_bytes
 from kvlayer.layout import KVLayout, KVView
+from kvlayer.lookup import Lookup, Lookups
 from kvlayer.namespace import Namespace
 from kvlayer.registry import BACKENDS, Registry
 from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
@@ -40,6 +41,7 @@ class Cache:
         self._parts = parts
         self._stack = parts.stack
         self._planner = parts.stack.planner
+        self._lookups = Lookups(parts, self.chain)
         self._emit = parts.emit
         self._clock = parts.clock
         self._pid = os.getpid()
@@ -140,26 +142,25 @@ class Cache:
 
         Raises ``TokensError``.
         """
-        started = self._begin()
-        chain = self.chain(tokens, scope)
-        match = await self._stack.find(chain)
-        lease = self._planner.lease(match, owner=scope.owner, seconds=self.config.lease_seconds)
+        self._begin()
+        hit = await self._lookups.find(tokens, scope)
+        assert hit.lease is not None
         try:
-            self._parts.count_lookup(chain.num_tokens, match.tokens)
-            if self._emit:
-                self._emit(
-                    LookupDone(
-                        owner=scope.owner,
-                        asked_tokens=chain.num_tokens,
-                        hit_tokens=match.tokens,
-                        seconds=self._clock() - started,
-                    )
-                )
-            yield PrefixHit(
-                match.tokens, tuple(match.spans), self.by_tier(match), scope.owner, match, lease
-            )
+            yield hit
         finally:
-            self._planner.release(lease.number)
+            self._planner.release(hit.lease.number)
+
+    def begin_lookup(self, tokens: Tokens, *, scope: Scope = PUBLIC) -> Lookup:
+        """Start a lookup to poll, for a callback that must not await. See :class:`Lookup`.
+
+        Where the directory alone can answer it is answered when this returns. Raises
+        ``TokensError``.
+        """
+        self._begin()
+        return self._lookups.begin(tokens, scope, self._spawn, _call)
+
+    def _spawn(self, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+        return self._parts.spawn(work())
 
     async def retrieve(self, hit: PrefixHit, kv: KVView, *, first_token: int = 0) -> RetrieveReport:
         """Load a hit into the engine's memory, as far as ``kv`` covers it.
@@ -181,8 +182,11 @@ class Cache:
                 hint="retrieve a hit from the cache whose lookup yielded it",
             )
         window = self._window(kv, first_token)
-        match = self._planner.current(hit.match, hit.lease)
-        report = await self._stack.retrieve(match, kv, window)
+        match = self._planner.claim(hit.match, hit.lease)
+        try:
+            report = await self._stack.retrieve(match, kv, window)
+        finally:
+            self._planner.unpin(match.path())
         asked = min(hit.tokens, window.stop)
         if match.tokens < asked and not report.failed:
             lost = next(span for span in hit.spans if span.stop > match.tokens)
@@ -232,7 +236,13 @@ class Cache:
         self._begin()
         await self._stack.recovered()
 
-    # -- shared with control ---------------------------------------------------------------------
+    # -- shared with control and Portal ----------------------------------------------------------
+
+    @property
+    def lookups(self) -> Lookups:
+        """How prompts are looked up; for ``Portal``, in any thread."""
+        self._begin()
+        return self._lookups
 
     @property
     def stack(self) -> opening.Stack:
@@ -257,15 +267,7 @@ class Cache:
 
     def by_tier(self, match: Match) -> dict[str, int]:
         """Tokens of a match by the name of the farthest tier each span needs."""
-        names = [self._stack.host.name, *(tier.name for tier in self._stack.lower)]
-        counts = dict.fromkeys(names, 0)
-        for span, covers in zip(match.spans, match.covers, strict=True):
-            farthest = 0
-            for cover in covers:
-                for found in cover:
-                    farthest = max(farthest, found.tier)
-            counts[names[farthest]] += span.tokens
-        return counts
+        return self._planner.by_tier(match)
 
     def _begin(self) -> float:
         if self._closed:
@@ -282,6 +284,10 @@ class Cache:
         if first_token < 0:
             raise LayoutError(f"first_token must be at least 0, found {first_token}")
         return Window(first_token, first_token + kv.num_tokens)
+
+
+def _call(entry: Callable[[], None]) -> None:
+    entry()
 
 
 async def _to_the_end(parts: opening.Parts, *, flush: bool) -> None:

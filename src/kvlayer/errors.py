@@ -13,6 +13,7 @@ __all__ = [
     "IdentityError",
     "KVLayerError",
     "LayoutError",
+    "PendingError",
     "PluginError",
     "TokensError",
     "UnknownSchemeError",
@@ -63,6 +64,10 @@ class UnknownSchemeError(PluginError, LookupError):
 
 class ClosedError(KVLayerError, RuntimeError):
     """The object was used after it was closed, or before it was opened."""
+
+
+class PendingError(KVLayerError, TimeoutError):
+    """What was waited for is not there yet. It goes on: wait again, poll, or cancel it."""
 
 
 class ForkedError(KVLayerError, RuntimeError):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from kvlayer._offload import Offload
 from kvlayer._version import version
@@ -22,7 +22,7 @@ from kvlayer.keys import ObjectKey
 from kvlayer.layout import KVLayout
 from kvlayer.namespace import Namespace
 from kvlayer.registry import POLICIES, Registry, open_backend
-from kvlayer.results import Cause, RetrieveReport
+from kvlayer.results import Cause
 from kvlayer.tier.guard import Guard
 from kvlayer.tier.mover import Mover
 from kvlayer.tier.planner import Planner
@@ -31,6 +31,8 @@ from kvlayer.tier.tier import LowerTier, Tier
 from kvlayer.weights import parse_weights, process_weights
 
 __all__ = ["Parts", "Stack", "build"]
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
@@ -52,12 +54,13 @@ class Parts:
     _is_hurried: bool = False
 
     def count_lookup(self, asked: int, hit: int) -> None:
-        """Keep the totals that ``Control.stats`` reports."""
-        self.lookups += 1
-        self.asked_tokens += asked
-        self.hit_tokens += hit
+        """Keep the totals that ``Control.stats`` reports. In any thread."""
+        with self.stack.planner.lock:
+            self.lookups += 1
+            self.asked_tokens += asked
+            self.hit_tokens += hit
 
-    def spawn(self, job: Coroutine[Any, Any, RetrieveReport]) -> asyncio.Task[RetrieveReport]:
+    def spawn(self, job: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Run a background job that ends with the cache at the latest."""
         task = asyncio.get_running_loop().create_task(job)
         self._jobs.add(task)

@@ -116,6 +116,27 @@ class Planner:
         with self.lock:
             return self._matcher.tail_probes(chain)
 
+    def is_final(self, match: Match) -> bool:
+        """Whether nothing that a lower tier could still say would make a match longer."""
+        with self.lock:
+            chain = match.chain
+            if match.tokens == chain.named_tokens:
+                return True
+            return not (self._matcher.probes(chain) or self._matcher.tail_probes(chain))
+
+    def by_tier(self, match: Match) -> dict[str, int]:
+        """Tokens of a match by the name of the farthest tier each span needs."""
+        counts = [0] * len(self.tiers)
+        with self.lock:
+            for span, covers in zip(match.spans, match.covers, strict=True):
+                farthest = 0
+                for cover in covers:
+                    for found in cover:
+                        if found.host is not Host.READY:
+                            farthest = max(farthest, found.tier)
+                counts[farthest] += span.stop - span.start
+        return dict(zip(self.tiers, counts, strict=True))
+
     def note(self, keys: Iterable[ObjectKey], tier: int) -> None:
         """A lower tier said it holds these objects; what this model cannot have is passed over."""
         with self.lock:
@@ -143,13 +164,17 @@ class Planner:
         """Whether a lease is, or was, one of this planner's."""
         return lease.table is self.leases
 
-    def current(self, match: Match, lease: Lease) -> Match:
-        """``match`` while its lease holds; after that whatever is still usable of it."""
+    def claim(self, match: Match, lease: Lease) -> Match:
+        """``match`` while its lease holds; after that whatever is still usable of it.
+
+        Pinned, whoever releases the lease meanwhile: the caller unpins its path.
+        """
         with self.lock:
             self.leases.expire(self._clock())
-            if self.leases.holds(lease.number):
-                return match
-            return self._matcher.match(match.chain, match.tokens)
+            if not self.leases.holds(lease.number):
+                match = self._matcher.match(match.chain, match.tokens)
+            self.host.pin(match.path())
+            return match
 
     def bounded(self, match: Match, stop: int) -> Match:
         """``match`` for a reader that takes at most ``stop`` tokens.

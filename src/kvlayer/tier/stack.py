@@ -70,6 +70,15 @@ class Stack:
                     asked.remove(tier)  # a tier's deadline is paid once per lookup
         return self.planner.match(chain)
 
+    def find_at_once(self, chain: ChunkChain) -> Match | None:
+        """What :meth:`find` would answer, or None when a tier must be asked first.
+
+        In any thread, with the planner's lock held until the match is leased.
+        """
+        match = self.planner.match(chain)
+        must_ask = any(tier.must_ask for tier in self.lower)
+        return None if must_ask and not self.planner.is_final(match) else match
+
     async def _ask(self, tier: LowerTier, keys: Sequence[ObjectKey]) -> bool:
         """Note what a tier holds of ``keys``; whether it answered."""
         try:
