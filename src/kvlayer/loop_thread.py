@@ -290,9 +290,8 @@ class LoopThread(Generic[S]):
             job.drop()
             return
         try:
-            task = self._loop.create_task(
-                work(), context=context
-            )  # its submitter's, not the waker's
+            # In its submitter's context: that of whoever woke the loop is another request's.
+            task = self._loop.create_task(work(), context=context)
         except Exception as exc:  # noqa: BLE001  # the caller's own: it is raised where it waits
             job.fail(exc)
             return

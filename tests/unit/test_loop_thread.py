@@ -256,8 +256,12 @@ def test_cancelling_a_job_ends_its_work() -> None:
 
 
 def test_work_that_fails_after_it_was_cancelled_is_reported_to_the_loop() -> None:
-    begun = threading.Event()
-    reported: list[dict[str, Any]] = []
+    begun, heard = threading.Event(), threading.Event()
+    reported: list[object] = []
+
+    def hear(_: object, context: dict[str, Any]) -> None:
+        reported.append(context["exception"])
+        heard.set()
 
     async def work(_: Subject) -> None:
         begun.set()
@@ -267,13 +271,12 @@ def test_work_that_fails_after_it_was_cancelled_is_reported_to_the_loop() -> Non
             raise ZeroDivisionError
 
     with opened() as thread:
-        thread._loop.set_exception_handler(lambda _, context: reported.append(context))
+        thread._loop.set_exception_handler(hear)
         job = thread.submit(work)
         assert begun.wait(10)
         job.cancel()
-        while not reported:
-            thread.call(nothing)
-        assert isinstance(reported[0]["exception"], ZeroDivisionError)
+        assert heard.wait(10)
+        assert isinstance(reported[0], ZeroDivisionError)
 
 
 def test_what_is_no_coroutine_function_is_the_callers_error() -> None:
@@ -391,26 +394,32 @@ def test_submitting_while_it_closes_is_either_answered_or_refused() -> None:
         assert all(job.done() for mine in jobs for job in mine)
 
 
-def test_a_loop_that_dies_answers_everything() -> None:
+def test_a_loop_that_dies_answers_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvlayer.loop_thread._TURN", 1)  # it dies long before it has begun all
+
     async def leave(_: Subject) -> None:
         raise SystemExit(3)
+
+    said: list[bool] = []
 
     def use() -> None:
         with opened() as thread:
             running = thread.submit(forever)
             thread.call(nothing)
             with busy(thread):
-                dying, later = thread.submit_all([leave, note(1)])
-            with pytest.raises(SystemExit):
-                dying.wait(10)
-            assert wait([running, later], 10).not_done == set()
+                dying, *later = thread.submit_all([leave, *[note(1)] * 100])
+            said.append(isinstance(dying.exception(10), SystemExit))
+            said.append(wait([running, *later], 10).not_done == set())
+            said.append(later[-1].cancelled())
             thread._thread.join(10)
-            assert thread._loop.is_closed()
-            with pytest.raises(ClosedError):
+            try:
                 thread.call(nothing)
+            except ClosedError:
+                said.append(thread._loop.is_closed())
 
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit):  # it is what leaving the block says
         use()
+    assert said == [True] * 4
 
 
 def test_a_failing_close_is_raised_where_it_is_closed_and_leaves_nothing() -> None:
@@ -441,6 +450,7 @@ async def nothing(_): pass
 
 thread = LoopThread.start(opener)
 warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of threads and fork
+thread._gate.acquire()  # as any thread may hold it at this moment
 pid = os.fork()
 if not pid:
     refused = 0
@@ -450,6 +460,7 @@ if not pid:
         except ForkedError as error:
             refused += bool(error.hint)
     sys.exit(10 + refused)  # through the handlers it inherited
+thread._gate.release()
 _, status = os.waitpid(pid, 0)
 thread.call(nothing)
 thread.close()
