@@ -22,6 +22,7 @@ from kvlayer.namespace import Namespace
 from kvlayer.registry import BACKENDS, Registry
 from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
 from kvlayer.tier.matcher import Match
+from kvlayer.tier.ranks import Ranks
 from kvlayer.tier.stack import Window
 
 __all__ = ["Cache", "Prefetch"]
@@ -60,6 +61,7 @@ class Cache:
         *,
         sinks: Iterable[Sink] = (),
         backends: Registry[type[Backend]] = BACKENDS,
+        ranks: Ranks | None = None,
     ) -> AsyncGenerator[Cache]:
         """Open the tiers of ``config`` for an engine whose KV lies as ``layout`` says.
 
@@ -68,13 +70,16 @@ class Cache:
         operation. ``backends`` says where URL schemes are found: the installed ones by default;
         ``BACKENDS.extended({"mine": MyBackend})`` adds one that is not installed.
 
+        With ``ranks`` the tensors are in other processes: ``layout`` is that of all ranks together,
+        views are ``RemoteView``, and what a rank failed to move is in the reports.
+
         On a clean exit everything stored reaches the lower tiers first (at most
         ``config.close_seconds``); on an exception only what is being written ends.
 
         Raises ``ConfigError``, ``IdentityError``, ``CapacityError``, ``PluginError`` or
         ``BackendError`` when the cache cannot be built; then nothing stays open.
         """
-        parts = await opening.build(config, layout, namespace, sinks, backends)
+        parts = await opening.build(config, layout, namespace, sinks, backends, ranks=ranks)
         cache = cls(parts)
         clean = False
         try:
@@ -107,7 +112,7 @@ class Cache:
         leaves every object whole or absent. Raises ``LayoutError`` and ``TokensError``.
         """
         started = self._begin()
-        self._parts.stager.check(kv)
+        self._stack.mover.check(kv)
         window = self._window(kv, first_token)
         packed = token_bytes(tokens).cast("I")
         if window.stop > len(packed):
@@ -175,7 +180,7 @@ class Cache:
         returns once the view is untouched. Raises ``LayoutError``.
         """
         started = self._begin()
-        self._parts.stager.check(kv)
+        self._stack.mover.check(kv)
         if hit.match is None or hit.lease is None or not self._planner.granted(hit.lease):
             raise LayoutError(
                 "this hit did not come from a lookup of this cache",

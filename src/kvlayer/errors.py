@@ -13,6 +13,7 @@ __all__ = [
     "IdentityError",
     "KVLayerError",
     "LayoutError",
+    "MessageError",
     "PendingError",
     "PluginError",
     "TokensError",
@@ -44,6 +45,10 @@ class IdentityError(KVLayerError, ValueError):
 
 class LayoutError(KVLayerError, ValueError):
     """Tensors or slots do not match the declared KV layout (shape, dtype, device, count)."""
+
+
+class MessageError(KVLayerError, ValueError):
+    """What came from another process is no message of this version, or not meant for this one."""
 
 
 class TokensError(KVLayerError, TypeError):

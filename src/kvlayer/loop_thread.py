@@ -165,6 +165,7 @@ class LoopThread(Generic[S]):
 
     async def _serve(self) -> None:
         await self._leaving.wait()
+        self._part()
         self._run_entries(len(self._inbox))
         for task in self._tasks.values():
             task.cancel()
@@ -173,6 +174,9 @@ class LoopThread(Generic[S]):
             await asyncio.sleep(0)  # their jobs are answered by callbacks of the same turn
         if self._is_abandoned:
             raise _Abandoned  # tells Cache.open not to flush
+
+    def _part(self) -> None:
+        """Closing begins, on the loop. For subjects whose work would not end when cancelled."""
 
     def _answer_the_rest(self) -> None:
         """The loop is gone: nobody may wait for what it has not answered."""

@@ -17,6 +17,7 @@ from kvlayer.lookup import Lookup
 from kvlayer.loop_thread import LoopThread
 from kvlayer.namespace import Namespace
 from kvlayer.registry import BACKENDS, Registry
+from kvlayer.tier.ranks import Ranks
 
 __all__ = ["Portal"]
 
@@ -47,14 +48,20 @@ class Portal(LoopThread[Cache]):
         *,
         sinks: Iterable[Sink] = (),
         backends: Registry[type[Backend]] = BACKENDS,
+        ranks: Ranks | None = None,
     ) -> Self:
         """Open a cache (see ``Cache.open``) on a new thread. Raises what ``Cache.open`` raises.
 
         Leave its ``with`` block or call :meth:`close`: work still running then is cancelled and
         has ended when that returns. A block left by an exception does not flush.
         """
-        opener = partial(Cache.open, config, layout, namespace, sinks=sinks, backends=backends)
+        opener = partial(
+            Cache.open, config, layout, namespace, sinks=sinks, backends=backends, ranks=ranks
+        )
         return cls.start(opener)
+
+    def _part(self) -> None:
+        self.subject.parts.part_from_ranks()  # what waits for them would not end by itself
 
     @property
     def cache(self) -> Cache:
