@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Generator, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,15 +13,16 @@ from kvlayer.abc.backend import Backend
 from kvlayer.config import CacheConfig
 from kvlayer.control import Control
 from kvlayer.errors import ClosedError, ForkedError, LayoutError
-from kvlayer.events import LookupDone, PrefetchDone, RetrieveDone, Sink, StoreDone
+from kvlayer.events import PrefetchDone, RetrieveDone, Sink, StoreDone
 from kvlayer.hit import PrefixHit
 from kvlayer.keys import ChunkChain, Scope, Tokens, token_bytes
 from kvlayer.layout import KVLayout, KVView
+from kvlayer.lookup import Lookup, Lookups
 from kvlayer.namespace import Namespace
 from kvlayer.registry import BACKENDS, Registry
 from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
-from kvlayer.tier.directory import Host
 from kvlayer.tier.matcher import Match
+from kvlayer.tier.ranks import Ranks
 from kvlayer.tier.sources import Sources
 from kvlayer.tier.stack import Window
 
@@ -42,6 +43,7 @@ class Cache:
         self._parts = parts
         self._stack = parts.stack
         self._planner = parts.stack.planner
+        self._lookups = Lookups(parts, self.chain)
         self._emit = parts.emit
         self._clock = parts.clock
         self._pid = os.getpid()
@@ -60,6 +62,7 @@ class Cache:
         *,
         sinks: Iterable[Sink] = (),
         backends: Registry[type[Backend]] = BACKENDS,
+        ranks: Ranks | None = None,
     ) -> AsyncGenerator[Cache]:
         """Open the tiers of ``config`` for an engine whose KV lies as ``layout`` says.
 
@@ -68,13 +71,16 @@ class Cache:
         operation. ``backends`` says where URL schemes are found: the installed ones by default;
         ``BACKENDS.extended({"mine": MyBackend})`` adds one that is not installed.
 
+        With ``ranks`` the tensors are in other processes: ``layout`` is that of all ranks together,
+        views are ``RemoteView``, and what a rank failed to move is in the reports.
+
         On a clean exit everything stored reaches the lower tiers first (at most
         ``config.close_seconds``); on an exception only what is being written ends.
 
         Raises ``ConfigError``, ``IdentityError``, ``CapacityError``, ``PluginError`` or
         ``BackendError`` when the cache cannot be built; then nothing stays open.
         """
-        parts = await opening.build(config, layout, namespace, sinks, backends)
+        parts = await opening.build(config, layout, namespace, sinks, backends, ranks=ranks)
         cache = cls(parts)
         clean = False
         try:
@@ -107,7 +113,7 @@ class Cache:
         leaves every object whole or absent. Raises ``LayoutError`` and ``TokensError``.
         """
         started = self._begin()
-        self._parts.stager.check(kv)
+        self._stack.mover.check(kv)
         window = self._window(kv, first_token)
         packed = memoryview(token_bytes(tokens)).cast("I")
         if window.stop > len(packed):
@@ -142,26 +148,25 @@ class Cache:
 
         Raises ``TokensError``.
         """
-        started = self._begin()
-        chain = self.chain(tokens, scope)
-        match = await self._stack.find(chain)
-        lease = self._planner.lease(match, owner=scope.owner, seconds=self.config.lease_seconds)
+        self._begin()
+        hit = await self._lookups.find(tokens, scope)
+        assert hit.lease is not None
         try:
-            self._parts.count_lookup(chain.num_tokens, match.tokens)
-            by_tier = self.by_tier(match)
-            if self._emit:
-                self._emit(
-                    LookupDone(
-                        owner=scope.owner,
-                        asked_tokens=chain.num_tokens,
-                        hit_tokens=match.tokens,
-                        seconds=self._clock() - started,
-                        by_tier=by_tier,
-                    )
-                )
-            yield PrefixHit(match.tokens, tuple(match.spans), by_tier, scope.owner, match, lease)
+            yield hit
         finally:
-            self._planner.release(lease.number)
+            self._planner.release(hit.lease.number)
+
+    def begin_lookup(self, tokens: Tokens, *, scope: Scope = PUBLIC) -> Lookup:
+        """Start a lookup to poll, for a callback that must not await. See :class:`Lookup`.
+
+        Where the directory alone can answer it is answered when this returns. Raises
+        ``TokensError``.
+        """
+        self._begin()
+        return self._lookups.begin(tokens, scope, self._spawn, _call)
+
+    def _spawn(self, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+        return self._parts.spawn(work())
 
     async def retrieve(
         self,
@@ -187,16 +192,19 @@ class Cache:
         returns once the view is untouched. Raises ``LayoutError``.
         """
         started = self._begin()
-        self._parts.stager.check(kv)
+        self._stack.mover.check(kv)
         if hit.match is None or hit.lease is None or not self._planner.granted(hit.lease):
             raise LayoutError(
                 "this hit did not come from a lookup of this cache",
                 hint="retrieve a hit from the cache whose lookup yielded it",
             )
         window = self._window(kv, first_token)
-        match = self._planner.current(hit.match, hit.lease)
+        match = self._planner.claim(hit.match, hit.lease)
         sources = Sources(match, self._planner.tiers) if self._emit else None
-        report = await self._stack.retrieve(match, kv, window, deadline=deadline)
+        try:
+            report = await self._stack.retrieve(match, kv, window, deadline=deadline)
+        finally:
+            self._planner.unpin(match.path())
         asked = min(hit.tokens, window.stop)
         if match.tokens < asked and not report.failed:
             lost = next(span for span in hit.spans if span.stop > match.tokens)
@@ -270,7 +278,13 @@ class Cache:
         self._begin()
         await self._stack.recovered()
 
-    # -- shared with control ---------------------------------------------------------------------
+    # -- shared with control and Portal ----------------------------------------------------------
+
+    @property
+    def lookups(self) -> Lookups:
+        """How prompts are looked up; for ``Portal``, in any thread."""
+        self._begin()
+        return self._lookups
 
     @property
     def stack(self) -> opening.Stack:
@@ -295,19 +309,7 @@ class Cache:
 
     def by_tier(self, match: Match) -> dict[str, int]:
         """Tokens of a match by the name of the farthest tier each span needs."""
-        names = self._planner.tiers
-        counts = dict.fromkeys(names, 0)
-        needed = (found for groups in match.covers for cover in groups for found in cover)
-        if all(found.host is Host.READY for found in needed):  # nearly always: keep it quick
-            counts[names[0]] = match.tokens
-            return counts
-        for span, covers in zip(match.spans, match.covers, strict=True):
-            farthest = 0
-            for cover in covers:
-                for found in cover:
-                    farthest = max(farthest, found.tier)
-            counts[names[farthest]] += span.tokens
-        return counts
+        return self._planner.by_tier(match)
 
     def _begin(self) -> float:
         if self._closed:
@@ -324,6 +326,10 @@ class Cache:
         if first_token < 0:
             raise LayoutError(f"first_token must be at least 0, found {first_token}")
         return Window(first_token, first_token + kv.num_tokens)
+
+
+def _call(entry: Callable[[], None]) -> None:
+    entry()
 
 
 async def _to_the_end(parts: opening.Parts, *, flush: bool) -> None:

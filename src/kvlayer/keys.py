@@ -179,6 +179,12 @@ class ChunkChain:
             hashes.append(parent)
         return hashes
 
+    @property
+    def named_tokens(self) -> int:
+        """How many tokens spans can name: all but a rest shorter than the smallest tail."""
+        rest = self.num_tokens - len(self.hashes) * self.chunk_step
+        return self.num_tokens - rest % self.tail_step
+
     def parent(self, index: int) -> bytes:
         """The hash chunk ``index`` continues; empty at the start."""
         return self.hashes[index - 1] if index else b""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from kvlayer._offload import Offload
 from kvlayer._version import version
@@ -20,18 +20,22 @@ from kvlayer.errors import BackendTimeoutError, ConfigError, IdentityError
 from kvlayer.events import Emitter, Sink
 from kvlayer.keys import PUBLIC_ZONE, ObjectKey
 from kvlayer.layout import KVLayout
+from kvlayer.memory.slab import Slab
 from kvlayer.namespace import Namespace
 from kvlayer.registry import POLICIES, Registry, open_backend
-from kvlayer.results import Cause, RetrieveReport
+from kvlayer.results import Cause
 from kvlayer.tier.estimate import Rate
 from kvlayer.tier.guard import Guard
 from kvlayer.tier.mover import Mover
 from kvlayer.tier.planner import Planner
+from kvlayer.tier.ranks import RankMover, Ranks
 from kvlayer.tier.stack import Stack
 from kvlayer.tier.tier import LowerTier, Tier
 from kvlayer.weights import parse_weights, process_weights
 
 __all__ = ["Parts", "Stack", "build"]
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
@@ -41,9 +45,9 @@ class Parts:
     config: CacheConfig
     namespace: Namespace
     stack: Stack
-    stager: Stager
     emit: Emitter
     clock: Callable[[], float]
+    ranks: Ranks | None
     resources: AsyncExitStack
     lookups: int = 0
     asked_tokens: int = 0
@@ -53,12 +57,13 @@ class Parts:
     _is_hurried: bool = False
 
     def count_lookup(self, asked: int, hit: int) -> None:
-        """Keep the totals that ``Control.stats`` reports."""
-        self.lookups += 1
-        self.asked_tokens += asked
-        self.hit_tokens += hit
+        """Keep the totals that ``Control.stats`` reports. In any thread."""
+        with self.stack.planner.lock:
+            self.lookups += 1
+            self.asked_tokens += asked
+            self.hit_tokens += hit
 
-    def spawn(self, job: Coroutine[Any, Any, RetrieveReport]) -> asyncio.Task[RetrieveReport]:
+    def spawn(self, job: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Run a background job that ends with the cache at the latest."""
         task = asyncio.get_running_loop().create_task(job)
         self._jobs.add(task)
@@ -70,6 +75,7 @@ class Parts:
 
         Must not be cancelled: see :meth:`stop_flushing`.
         """
+        self.part_from_ranks()
         for job in tuple(self._jobs):
             job.cancel()
         if self._jobs:
@@ -84,6 +90,11 @@ class Parts:
         finally:
             await self.resources.aclose()
 
+    def part_from_ranks(self) -> None:
+        """Wait for no rank any more: the cache closes."""
+        if self.ranks is not None:
+            self.ranks.close()
+
     def stop_flushing(self) -> None:
         """Whoever closes has no time left: give up what is not written yet."""
         self._is_hurried = True
@@ -97,6 +108,8 @@ async def build(
     namespace: Namespace | None,
     sinks: Iterable[Sink],
     registry: Registry[type[Backend]],
+    *,
+    ranks: Ranks | None = None,
 ) -> Parts:
     """Open everything, or nothing: a failure closes what was opened before it."""
     loop = asyncio.get_running_loop()
@@ -131,6 +144,7 @@ async def build(
             tokens_per_chunk=namespace.tokens_per_chunk,
             tokens_per_tail=namespace.tokens_per_tail,
             head_shards=config.head_shards,
+            ranks=() if ranks is None else ranks.layouts,
             clock=loop.time,
             wall_clock=time.time,
         )
@@ -141,17 +155,14 @@ async def build(
             tier.backend.on_evicted = partial(_evicted, planner, tier)
             described = partial(tier.backend.describe, namespace.digest, namespace.canonical())
             tier.guard.hint(described)  # for people and explain
-        stager = _make_stager(layout, config.staging_threads)
-        resources.push_async_callback(stager.aclose)
-        mover = Mover(
-            host.slab,
-            stager,
-            [None, *backends[1:]],
-            shape=planner.payload,
-            clock=loop.time,
-            wall_clock=time.time,
-            build=f"kvlayer-core {version()}",
-            retries=[tier.retries for tier in config.tiers],
+        mover = _make_mover(
+            config,
+            layout,
+            planner,
+            slab=host.slab,
+            lower=backends[1:],
+            ranks=ranks,
+            resources=resources,
         )
         resources.callback(mover.close)
         stack = Stack(
@@ -167,7 +178,7 @@ async def build(
             tier.guard.probe = partial(mover.probe, tier.index, nothing)
             if Capability.LIST in tier.backend.capabilities:
                 stack.recover(tier)
-        return Parts(config, namespace, stack, stager, emit, loop.time, resources.pop_all())
+        return Parts(config, namespace, stack, emit, loop.time, ranks, resources.pop_all())
 
 
 async def _identify(config: CacheConfig, layout: KVLayout, resources: AsyncExitStack) -> Namespace:
@@ -288,7 +299,49 @@ def _evicted(
     tier.lost(policy, keys, sum(nbytes for _, nbytes in gone))
 
 
-def _make_stager(layout: KVLayout, threads: int) -> Stager:
+def _make_mover(
+    config: CacheConfig,
+    layout: KVLayout,
+    planner: Planner,
+    *,
+    slab: Slab,
+    lower: Sequence[Backend],
+    ranks: Ranks | None,
+    resources: AsyncExitStack,
+) -> Mover:
+    """The Mover of this process: with a device, or for ranks that have theirs elsewhere."""
+    backends = [None, *lower]
+    clock = asyncio.get_running_loop().time
+    build = f"kvlayer-core {version()}"
+    shape, wall = planner.payload, time.time
+    retries = [tier.retries for tier in config.tiers]
+    if ranks is not None:
+        return RankMover(
+            ranks,
+            slab,
+            backends,
+            shape=shape,
+            clock=clock,
+            wall_clock=wall,
+            build=build,
+            retries=retries,
+        )
+    stager = make_stager(layout, config.staging_threads)
+    resources.push_async_callback(stager.aclose)
+    return Mover(
+        slab,
+        stager,
+        backends,
+        shape=shape,
+        clock=clock,
+        wall_clock=wall,
+        build=build,
+        retries=retries,
+    )
+
+
+def make_stager(layout: KVLayout, threads: int = 2) -> Stager:
+    """The stager of an engine's device."""
     from kvlayer.staging.torch_stager import TorchStager  # imports torch: only when a cache opens
 
     return TorchStager(layout, threads=threads)

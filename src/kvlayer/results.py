@@ -41,6 +41,8 @@ class Cause(StrEnum):
     MISPLACED = "misplaced"
     FOREIGN_VERSION = "foreign-version"
     TIER_DOWN = "tier-down"
+    RANK_DOWN = "rank-down"
+    """A rank of the engine did not move its share between its tensors and host memory."""
     NO_ROOM = "no-room"
     BUSY = "busy"
     """Too much already in flight."""

@@ -118,15 +118,18 @@ class Matcher:
         return keys
 
     def tail_probes(self, chain: ChunkChain) -> list[ObjectKey]:
-        """Objects of the tails that may stand at the first missing chunk, longest first."""
-        count = len(self._chunks(chain))
-        return [
-            key
-            for tail in chain.tails(count)
-            for g, cover in enumerate(self._directory.covers(tail.hash))
-            if cover is None
-            for key in self._keys(chain, tail, g)
-        ]
+        """Objects of the tails that may stand at the first missing chunk, longest first.
+
+        None below a tail that is there: a shorter one adds nothing to it.
+        """
+        keys: list[ObjectKey] = []
+        for tail in chain.tails(len(self._chunks(chain))):
+            missing = [g for g, c in enumerate(self._directory.covers(tail.hash)) if c is None]
+            if not missing:
+                break
+            for g in missing:
+                keys += self._keys(chain, tail, g)
+        return keys
 
     def _keys(self, chain: ChunkChain, span: Span, group: int) -> list[ObjectKey]:
         zone, space = chain.zone(span), self._directory.namespace

@@ -68,14 +68,24 @@ class Mover:
         """Raise ``LayoutError`` unless the view is what the layout promises."""
         self._device.check(view)
 
-    async def gather(self, view: KVView, pieces: Sequence[Piece], view_start: int) -> None:
-        """Copy objects out of the engine; entry 0 of the view is token ``view_start``."""
+    async def gather(
+        self, view: KVView, pieces: Sequence[Piece], view_start: int
+    ) -> Sequence[Outcome]:
+        """Copy objects out of the engine; entry 0 of the view is token ``view_start``.
+
+        Returns the outcomes of what was missed: nothing, where the device is this process's own
+        and failing raises.
+        """
         await self._device.gather(view, [self._copy(p, view_start, 0) for p in pieces])
+        return ()
 
     async def scatter(
         self, view: KVView, pieces: Sequence[Piece], view_start: int, view_stop: int
-    ) -> None:
-        """Copy objects into the engine, as far as the view covers their tokens."""
+    ) -> Sequence[Outcome]:
+        """Copy objects into the engine, as far as the view covers their tokens.
+
+        Returns the outcomes of what was missed, as :meth:`gather` does.
+        """
         copies: list[HostCopy] = []
         for piece in pieces:
             skip = max(view_start - piece.first_token, 0)
@@ -85,6 +95,7 @@ class Mover:
                 copies.append(self._copy(piece, view_start, skip, tokens))
         if copies:
             await self._device.scatter(view, copies)
+        return ()
 
     @property
     def _device(self) -> Stager:

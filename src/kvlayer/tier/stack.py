@@ -19,7 +19,7 @@ from kvlayer.tier.guard import Call, Refused
 from kvlayer.tier.lease import Lease
 from kvlayer.tier.loads import Loads, Wanted, down
 from kvlayer.tier.matcher import Match
-from kvlayer.tier.messages import Piece
+from kvlayer.tier.messages import Outcome, Piece
 from kvlayer.tier.mover import Mover
 from kvlayer.tier.planner import Planner, StorePlan
 from kvlayer.tier.spills import Spills
@@ -83,6 +83,17 @@ class Stack:
             if asked and (keys := probes(chain)):
                 asked = await self._ask(asked, keys, until)
         return self._worth_loading(self.planner.match(chain))
+
+    def find_at_once(self, chain: ChunkChain) -> Match | None:
+        """What :meth:`find` would answer, or None when a tier must be asked first.
+
+        In any thread, with the planner's lock held until the match is leased.
+        """
+        match = self.planner.match(chain)
+        must_ask = any(tier.must_ask and tier.guard.serves for tier in self.lower)
+        if must_ask and not self.planner.is_final(match):
+            return None
+        return self._worth_loading(match)
 
     async def _ask(
         self, tiers: Sequence[LowerTier], keys: Sequence[ObjectKey], until: float
@@ -173,18 +184,17 @@ class Stack:
             [gone.key for gone in todo.evicted],
             sum(gone.nbytes for gone in todo.evicted),
         )
-        gathered = False
+        missed: Sequence[Outcome] | None = None
         try:
-            if todo.gathers:
-                await self.mover.gather(view, [slot.piece for slot in todo.gathers], window.start)
-            gathered = True
+            pieces = [slot.piece for slot in todo.gathers]
+            missed = await self.mover.gather(view, pieces, window.start) if pieces else ()
         finally:
-            self.planner.stored(todo.gathers, ok=gathered)
+            failed = self.planner.gathered(todo, missed)
         self.host.stored += len(todo.gathers)
         self.host.stored_nbytes += sum(slot.piece.nbytes for slot in todo.gathers)
         if todo.dropped:
             self.host.misses[Cause.NO_ROOM] += len(todo.dropped)
-        failed = await self._send_down(chain, todo)
+        failed += await self._send_down(chain, todo)
         report = StoreReport(len(todo.spans), len(todo.skipped), len(todo.dropped), tuple(failed))
         return report, todo
 
@@ -221,10 +231,13 @@ class Stack:
             async with aclosing(self.loads.arrive(wanted, trouble, until)) as arrivals:
                 async for batch in arrivals:
                     pieces = [_piece(span, r) for span, records in batch for r in records]
-                    await self.mover.scatter(view, pieces, bound.start, bound.stop)
-                    done += len(batch)
+                    missed = await self.mover.scatter(view, pieces, bound.start, bound.stop)
+                    whole = _before(batch, missed, self.host.name, trouble)
+                    done += whole
                     self.host.hits += len(pieces)
                     self.host.loaded_nbytes += sum(piece.nbytes for piece in pieces)
+                    if whole < len(batch):
+                        break
         finally:
             self.planner.unpin(path)
         self._touch(match.path())
@@ -335,6 +348,18 @@ def _wanted(match: Match) -> Wanted:
 
 def _piece(span: Span, record: ObjectRecord) -> Piece:
     return Piece(record.key, span.start, span.tokens, record.offset, record.nbytes)
+
+
+def _before(batch: Wanted, missed: Sequence[Outcome], tier: str, trouble: list[Failure]) -> int:
+    """How many spans of a batch come before the first that was not scattered whole."""
+    causes = {outcome.key: outcome for outcome in missed}
+    for count, (span, records) in enumerate(batch):
+        for record in records:
+            _, cause, detail, *_ = causes.get(record.key, (None, None, ""))
+            if cause is not None:
+                trouble.append(Failure(span, cause, tier, detail))
+                return count
+    return len(batch)
 
 
 def _recovery_ended(tier: LowerTier, task: asyncio.Task[None]) -> None:
