@@ -1,4 +1,4 @@
-"""A call's copies, checked against view and layout: which layers and runs move, and in what batches.
+"""A call's copies, checked against view and layout: what moves in which layers, in which batches.
 
 Everything is checked here before a byte moves. It runs on a thread, but holds the interpreter's
 lock all the while, so what copies have in common is worked out once for a call, not per copy.
@@ -142,9 +142,7 @@ def _check_copy(layout: KVLayout, view: KVView, copy: HostCopy, gather: bool) ->
     """Group of a copy whose numbers make sense."""
     payload, group = copy.payload, copy.part.group
     if not 0 <= group < len(layout.groups):
-        raise LayoutError(
-            f"part {copy.part}: the layout has {len(layout.groups)} KV group(s)"
-        )
+        raise LayoutError(f"part {copy.part}: the layout has {len(layout.groups)} KV group(s)")
     if min(copy.first, copy.tokens, copy.skip) < 0:
         raise LayoutError(f"a copy cannot be negative: {copy}")
     if copy.first + copy.tokens > view.num_tokens:

@@ -118,14 +118,16 @@ def _taken(strip: Strip, run: BlockRun) -> list[Step]:
     if (strip.heads == 1 or host.head == length) and (
         strip.planes == 1 or host.plane == strip.heads * length
     ):
-        return [Step(Rows((index.size,), dtype, first, (row,)), cache, ..., index.reshape(-1), True)]
+        return [
+            Step(Rows((index.size,), dtype, first, (row,)), cache, ..., index.reshape(-1), True)
+        ]
     return [
         Step(
             Rows((len(blocks),), dtype, first + plane * host.plane + head * host.head, (row,)),
             cache,
             ...,
             index[plane, head],
-            True,
+            is_take=True,
         )
         for plane, head in np.ndindex(strip.planes, strip.heads)
     ]
