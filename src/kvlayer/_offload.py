@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from threading import Lock
+from traceback import clear_frames
 from typing import Generic, ParamSpec, TypeAlias, TypeVar, cast
 
 from kvlayer.errors import ClosedError
@@ -103,6 +104,7 @@ class Offload:
         for future in ended:
             del running[future]
         errors = [error for error in map(self._error, ended) if error is not None]
+        _unheard(errors[1:])
         try:
             if errors:
                 raise errors[0]
@@ -148,5 +150,14 @@ async def _settled(future: asyncio.Future[T]) -> None:
             await asyncio.wait({future})
         except asyncio.CancelledError:
             continue
-    if not future.cancelled():
-        future.exception()  # retrieved: the caller was cancelled and no longer wants it
+    if not future.cancelled() and (error := future.exception()) is not None:
+        _unheard([error])
+
+
+def _unheard(errors: Iterable[BaseException]) -> None:
+    """Errors nobody gets: the caller was cancelled, or has another one.
+
+    Their frames let go of lent memory now, not when the thread lets go of the error.
+    """
+    for error in errors:
+        clear_frames(error.__traceback__)

@@ -7,7 +7,6 @@ import mmap
 import os
 import tempfile
 import time
-from array import array
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from functools import partial
@@ -48,6 +47,14 @@ class Heartbeat:
         self.late: list[float] = []
         self._due = 0.0
         self._next: asyncio.TimerHandle | None = None
+        self._goal = 0
+        self._reached = asyncio.Event()
+
+    async def taken(self, count: int) -> None:
+        """Wait until ``count`` beats have been taken in all, while it beats."""
+        self._goal = count
+        self._reached.clear()
+        await self._reached.wait()
 
     @contextmanager
     def watching(self) -> Generator[None]:
@@ -70,6 +77,8 @@ class Heartbeat:
         self.late.append(late)
         while (late := late - _BEAT) > 0:
             self.late.append(late)
+        if len(self.late) >= self._goal:
+            self._reached.set()
 
     def percentile(self, percent: float) -> float:
         """The lateness below which ``percent`` of the beats stay."""
@@ -85,18 +94,19 @@ class LongestCallback:
     @contextmanager
     def watching(self) -> Generator[None]:
         """Time the callbacks of every loop in this process."""
-        run = asyncio.Handle._run  # pyright: ignore[reportPrivateUsage]  # they all pass here
+        handles: Any = asyncio.Handle  # a loop that runs already offers no other place to look
+        run = handles._run
 
         def timed(handle: asyncio.Handle) -> None:
             started = time.thread_time()
             run(handle)
             self.seconds = max(self.seconds, time.thread_time() - started)
 
-        asyncio.Handle._run = timed  # type: ignore[method-assign]  # pyright: ignore
+        handles._run = timed
         try:
             yield
         finally:
-            asyncio.Handle._run = run  # type: ignore[method-assign]  # pyright: ignore
+            handles._run = run
 
 
 async def loop_rows(
@@ -135,8 +145,7 @@ async def _measure(name: str, traffic: _Traffic, bare: _Bare, samples: int) -> l
         while len(ours.late) < turn:
             await traffic(ours.watching)
         with _beside(bare), theirs.watching():
-            while len(theirs.late) < len(ours.late):
-                await asyncio.sleep(0.02)
+            await theirs.taken(len(ours.late))
     return [
         Row(f"loop.callback.{name}", longest.seconds, "s"),
         Row(f"loop.wall.{name}", ours.percentile(99), "s", theirs.percentile(99)),
@@ -157,9 +166,10 @@ async def _host(
         async def traffic(watch: Watch) -> None:
             prompts.append(prompts.pop(0))
             with watch():
-                await cache.store(prompts[0], view)
+                stored = await cache.store(prompts[0], view)
                 async with cache.lookup(prompts[0]) as hit:
-                    await cache.retrieve(hit, view)
+                    retrieved = await cache.retrieve(hit, view)
+            _check_moved(tokens, stored.stored * _CHUNK, retrieved.tokens)
 
         threads = config.staging_threads
         yield traffic, [Memcpy(moved // threads) for _ in range(threads)]
@@ -188,7 +198,8 @@ async def _file(
                 await cache.flush()
             await cache.control.evict(prompt, tier="cpu")
             with watch():
-                await cache.prefetch(prompt, deadline=_BEAT)
+                loaded = await cache.prefetch(prompt, deadline=_BEAT)
+            _check_moved(tokens, loaded.tokens)
             await cache.control.evict(prompt)
 
         per_thread = max(tokens // _CHUNK // _FILE_THREADS, 1)
@@ -199,6 +210,11 @@ async def _file(
                 for number in range(min(_FILE_THREADS, tokens // _CHUNK))
             ],
         )
+
+
+def _check_moved(tokens: int, *moved: int) -> None:
+    if any(count != tokens for count in moved):
+        raise RuntimeError(f"moved {moved} tokens instead of {tokens}: nothing was measured")
 
 
 def _write_and_read(path: str, count: int) -> None:

@@ -13,6 +13,7 @@ import click
 
 from kvlayer.bench.hashing import hash_rows
 from kvlayer.bench.host import host_rows, lookup_rows
+from kvlayer.bench.loop import loop_rows
 from kvlayer.bench.measure import Row
 from kvlayer.urls import parse_bytes
 
@@ -50,7 +51,9 @@ async def _measure(nbytes: int, rounds: int) -> list[Row]:
     click.echo("looking prompts up ...", err=True)
     rows += await lookup_rows(rounds)
     click.echo(f"moving {nbytes} bytes between blocks and host memory ...", err=True)
-    return rows + await host_rows(nbytes, rounds)
+    rows += await host_rows(nbytes, rounds)
+    click.echo("watching the event loop beside such copies ...", err=True)
+    return rows + await loop_rows(nbytes, samples=2_000 * rounds)
 
 
 def _table(rows: list[Row]) -> list[str]:

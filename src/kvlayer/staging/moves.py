@@ -1,4 +1,4 @@
-"""A call's copies, checked against view and layout: which layers and runs move, and in what batches.
+"""A call's copies, checked against view and layout: what moves in which layers, in which batches.
 
 Everything is checked here before a byte moves. It runs on a thread, but holds the interpreter's
 lock all the while, so what copies have in common is worked out once for a call, not per copy.

@@ -127,7 +127,7 @@ def _taken(strip: Strip, run: BlockRun) -> list[Step]:
             cache,
             ...,
             index[plane, head],
-            True,
+            is_take=True,
         )
         for plane, head in np.ndindex(strip.planes, strip.heads)
     ]

@@ -50,10 +50,11 @@ class TorchStager(Stager):
     closed. On devices the order is the engine's: copies follow what is queued on ``view.stream``
     and are done when the call returns.
 
-    No KV is copied aside on the CPU, except where rows do not lie whole rows apart in the cache:
-    then at most 1 MiB (or one block of a layer, if that is more) per thread. Beside that a call
-    holds the slots of its tokens (8 bytes each) and, per copy being moved, 8 bytes per row of one
-    layer. On other devices a layer of a copy is staged in device memory.
+    Beside the memory it is lent, a call holds on the CPU: a few times 8 bytes per token for its
+    slots, and for each copy being moved and each thread 8 bytes per row of one layer. KV is only
+    set aside where rows do not lie whole rows apart in the cache (K and V of uneven length in one
+    tensor), or loosely (part of a block): 1 MiB per thread, or one block of a layer if that is
+    more. On other devices one layer of a copy per thread is, in the device's memory.
 
     Payloads must have the form the rank's layout declares. A state group's payload is the state
     after its last token, and lies at slot ``// tokens_per_block`` of that token.
@@ -62,6 +63,8 @@ class TorchStager(Stager):
     def __init__(
         self, layout: KVLayout, *, threads: int = 2, offload: Offload | None = None
     ) -> None:
+        if threads < 1:
+            raise ValueError(f"a stager needs at least one thread, found {threads}")
         self._layout = layout
         self._threads = threads
         self._reader = GeometryReader(layout)
