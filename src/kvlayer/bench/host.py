@@ -12,7 +12,7 @@ from kvlayer.config import CacheConfig, TierConfig
 from kvlayer.layout import NHD, AttentionKind, KVGroup, KVLayout, KVView
 from kvlayer.staging.sample import Memcpy, paged_view
 
-__all__ = ["BLOCK", "LLAMA", "NBYTES_PER_TOKEN", "host_rows", "lookup_rows", "prompt_of"]
+__all__ = ["BLOCK", "LLAMA", "NBYTES_PER_TOKEN", "host_rows", "prompt_of"]
 
 # Llama-3-8B: 128 KiB of KV a token in bf16.
 LLAMA = KVGroup(AttentionKind.MHA, tuple(range(32)), "bfloat16", 8, 128)
@@ -69,24 +69,3 @@ async def _one_form(
         ("store", *await alternate(store, copy, rounds=rounds, warm=2)),
         ("retrieve", *await alternate(retrieve, copy, rounds=rounds, warm=2)),
     ]
-
-
-async def lookup_rows(rounds: int) -> list[Row]:
-    """``lookup.32k.1k``: name, find, lease and release 32,768 tokens, in seconds."""
-    group = KVGroup(AttentionKind.MHA, (0,), "bfloat16", 1, 1)
-    layout = KVLayout.single(group, NHD, tokens_per_block=256)
-    view = paged_view(layout, 128, seed=1)
-    prompts = [prompt_of(32_768, seed) for seed in range(8)]
-    config = CacheConfig(tiers=(TierConfig(url="cpu://?capacity=8MiB"),))
-    async with Cache.open(config, layout) as cache:
-        for prompt in prompts:
-            await cache.store(prompt, view)
-
-        async def lookup(number: int) -> float:
-            started = time.perf_counter()
-            async with cache.lookup(prompts[number % len(prompts)]):
-                pass
-            return time.perf_counter() - started
-
-        own, _ = await alternate(lookup, lambda: 0.0, rounds=20 * rounds, warm=8)
-    return [Row("lookup.32k.1k", own, "s")]

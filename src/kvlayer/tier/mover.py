@@ -58,6 +58,11 @@ class Mover:
         self._checks = Offload(threads, "kvlayer-check")
         self._headers = _HeaderPages()
 
+    @property
+    def slab(self) -> Slab:
+        """The host memory it moves to and from. The planner says who may touch what of it."""
+        return self._slab
+
     def close(self) -> None:
         """Wait for running checks and end their threads. Backends and stager are the caller's."""
         self._checks.close()
