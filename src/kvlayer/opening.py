@@ -93,6 +93,7 @@ class Parts:
     def part_from_ranks(self) -> None:
         """Wait for no rank any more: the cache closes."""
         if self.ranks is not None:
+            self.stack.planner.retire()  # a rank may be writing into what it was lent all the same
             self.ranks.close()
 
     def stop_flushing(self) -> None:

@@ -86,6 +86,7 @@ class Planner:
         self.host = HostTier(capacity, policy, self.directory)
         self.leases = LeaseTable(self.host)
         self.journal = Journal()
+        self._is_retired = False
         chunk = sum(
             self.payload(part, tokens_per_chunk).nbytes for cut in self._cuts for part in cut
         )
@@ -298,6 +299,8 @@ class Planner:
     def _reserve(
         self, span: Span, record: ObjectRecord, evicted: list[ObjectRecord]
     ) -> Reservation | None:
+        if self._is_retired:
+            return None
         nbytes = self.payload(record.part, span.tokens).nbytes
         before = len(evicted)
         made = self.host.reserve(record, nbytes, evicted)
@@ -307,6 +310,11 @@ class Planner:
             return None
         piece = Piece(record.key, span.start, span.tokens, record.offset, nbytes)
         return Reservation(span, record, piece)
+
+    def retire(self) -> None:
+        """Hand out no slot any more: memory that is given back now may still be written to."""
+        with self.lock:
+            self._is_retired = True
 
     def _note_eviction(self, gone: ObjectRecord) -> None:
         if gone.tiers:

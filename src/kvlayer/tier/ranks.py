@@ -16,7 +16,7 @@ from threading import Condition
 from typing import Any, Self
 
 from kvlayer.abc.backend import Backend
-from kvlayer.errors import LayoutError, MessageError
+from kvlayer.errors import ClosedError, LayoutError, MessageError
 from kvlayer.keys import Part
 from kvlayer.layout import KVLayout, KVView
 from kvlayer.memory.slab import Slab
@@ -97,11 +97,11 @@ class Ranks:
     def greeting(self) -> bytes:
         """What every rank needs to join: see ``Rank.open``. While the cache is open.
 
-        Raises ``UnsupportedError`` where host memory cannot be shared.
+        Raises ``ClosedError``, and ``UnsupportedError`` where host memory cannot be shared.
         """
         if self._slab is None:
-            raise MessageError(
-                "there is no slab to join yet", hint="open the cache with these ranks first"
+            raise ClosedError(
+                "there is no slab to join", hint="open a cache with these ranks first"
             )
         held = tuple(plan.described(layout) for layout in self.layouts)
         return Greeting(self._slab.handle, held).to_bytes()
@@ -131,7 +131,7 @@ class Ranks:
                 raise MessageError(f"there never was an order {answer.number}")
             asked = sorted(piece.key for piece in order.pieces)
             told = sorted(outcome.key for outcome in answer.outcomes)
-            if answer.rank != order.rank or told != asked:
+            if answer.rank != order.rank or told != asked:  # nothing may stay owed by mistake
                 raise MessageError(
                     f"rank {answer.rank} does not answer what order {answer.number} asked of "
                     f"rank {order.rank}",

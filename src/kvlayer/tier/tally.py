@@ -39,17 +39,18 @@ def shares(
 
 
 class Tally:
-    """Counts the reports of one move. ``shared[r]``: what rank r has to move."""
+    """Counts the reports of one move. ``shared[r]``: the pieces that rank r has to move."""
 
     def __init__(self, pieces: Sequence[Piece], shared: Mapping[int, Sequence[Piece]]) -> None:
         self._left: dict[ObjectKey, set[int]] = {piece.key: set() for piece in pieces}
-        self._outcomes: dict[ObjectKey, Outcome] = {}
+        """Who has not reported yet, by piece."""
+        self._failed: dict[ObjectKey, Outcome] = {}
         for rank, its in shared.items():
             for piece in its:
                 self._left[piece.key].add(rank)
         for key, left in self._left.items():
-            if not left:
-                self._outcomes[key] = Outcome(key, Cause.RANK_DOWN, "no rank has a share in it")
+            if not left:  # nobody would ever say that it is there
+                self._failed[key] = Outcome(key, Cause.RANK_DOWN, "no rank has a share in it")
         self._waiting = sum(len(left) for left in self._left.values())
 
     @property
@@ -60,30 +61,21 @@ class Tally:
     def report(self, rank: int, outcomes: Sequence[Outcome]) -> None:
         """A rank has moved its share of some pieces, or failed to.
 
-        Raises ``MessageError``, and counts nothing, for what that rank was not asked to move.
+        Raises ``MessageError``, and counts nothing, for what that rank does not owe.
         """
         keys = [outcome.key for outcome in outcomes]
         strange = [key for key in keys if rank not in self._left.get(key, ())]
         if strange or len(set(keys)) != len(keys):
             raise MessageError(
-                f"rank {rank} reports what it was not asked for: {(strange or keys)[0]}",
+                f"rank {rank} reports what it does not owe: {(strange or keys)[0]}",
                 hint="send each completion once, as the rank made it",
             )
         for outcome in outcomes:
             self._left[outcome.key].discard(rank)
             self._waiting -= 1
-            before = self._outcomes.get(outcome.key)
-            if before is None:
-                self._outcomes[outcome.key] = outcome
-            elif before.ok:
-                self._outcomes[outcome.key] = self._both(before, outcome)
-
-    @staticmethod
-    def _both(one: Outcome, other: Outcome) -> Outcome:
-        if not other.ok:
-            return other
-        return Outcome(one.key, nbytes=one.nbytes, seconds=max(one.seconds, other.seconds))
+            if not outcome.ok:
+                self._failed.setdefault(outcome.key, outcome)
 
     def missed(self) -> list[Outcome]:
-        """What failed, in the order of the pieces, once it is done."""
-        return [found for key in self._left if not (found := self._outcomes[key]).ok]
+        """What some rank failed to move, in the order of the pieces. Final once it is done."""
+        return [self._failed[key] for key in self._left if key in self._failed]
