@@ -28,7 +28,7 @@ T = TypeVar("T")
 _SAME = 1e-9  # seconds; timers closer than this ring together
 
 
-class Stuck(RuntimeError):
+class Stuck(RuntimeError):  # noqa: N818  # what the loop is
     """Every task waits, no timer is set and no thread works for the loop: nothing would happen."""
 
 

@@ -1,4 +1,4 @@
-"""The virtual clock of the tests: exact, ordered, patient with threads, and never stuck in silence."""
+"""The virtual clock of the tests: exact, ordered, patient with threads, never stuck in silence."""
 
 from __future__ import annotations
 
