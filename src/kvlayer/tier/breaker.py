@@ -55,6 +55,10 @@ class Breaker:
     def is_closed(self) -> bool:
         return self.state is BreakerState.CLOSED
 
+    @property
+    def is_half_open(self) -> bool:
+        return self.state is BreakerState.HALF_OPEN
+
     def missed(self, now: float, reason: str) -> bool:
         """A deadline was missed, the costliest failure: open at once. Whether this opened it."""
         return self._open(now, reason)
@@ -72,18 +76,35 @@ class Breaker:
         self._pause = self._first_pause
         self.state, self.reason = BreakerState.CLOSED, ""
 
+    def is_due(self, now: float) -> bool:
+        """Whether it is time for the one trial."""
+        return self.state is BreakerState.OPEN and now >= self.trial_at
+
     def try_now(self, now: float) -> bool:
-        """Whether the caller may make the one trial; True makes it half-open."""
-        if self.state is not BreakerState.OPEN or now < self.trial_at:
+        """Whether the caller may make the one trial; True makes it half-open.
+
+        Whoever was told True owes a verdict: ``passed``, ``failed``, ``missed`` or ``untried``.
+        """
+        if not self.is_due(now):
             return False
         self.state = BreakerState.HALF_OPEN
         return True
 
-    def passed(self) -> None:
-        """The trial succeeded. The pause stays as long as it was until a user's call succeeds."""
-        if self.state is BreakerState.HALF_OPEN:
-            self._errors = 0
-            self.state, self.reason = BreakerState.CLOSED, ""
+    def passed(self) -> bool:
+        """The trial succeeded; whether that closed it.
+
+        The pause stays as long as it was until a user's call succeeds.
+        """
+        if not self.is_half_open:
+            return False
+        self._errors = 0
+        self.state, self.reason = BreakerState.CLOSED, ""
+        return True
+
+    def untried(self) -> None:
+        """The trial was called off: the next one may be made at once."""
+        if self.is_half_open:
+            self.state = BreakerState.OPEN
 
     def _open(self, now: float, reason: str) -> bool:
         if self.state is BreakerState.OPEN:

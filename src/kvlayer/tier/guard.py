@@ -9,130 +9,30 @@ slot, or the breaker is open, work is refused at once instead of queued.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from asyncio import CancelledError
 from collections.abc import Callable, Coroutine, Iterable
-from enum import Enum
+from math import inf
 from random import Random
 from sys import maxsize
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from kvlayer.results import Cause
 from kvlayer.tier.breaker import Breaker
+from kvlayer.tier.call import Call, Lane, Refused
+from kvlayer.tier.turns import Turns
 
 __all__ = ["Call", "Guard", "Lane", "Refused"]
 
 T = TypeVar("T")
 
 
-class Lane(Enum):
-    """The two directions of a tier. A disk that is full still serves what it holds."""
-
-    READS = "reads"
-    WRITES = "writes"
-
-
-class Refused(Exception):  # noqa: N818  # a refusal, not an error: callers turn it into a cause
-    """The call was not made: ``cause`` is ``BUSY`` or ``TIER_DOWN``."""
-
-    def __init__(self, cause: Cause, detail: str) -> None:
-        super().__init__(detail)
-        self.cause = cause
-        self.detail = detail
-
-
-class Call(Generic[T]):
-    """One call to a tier. It has *ended* once its outcome was booked, not merely computed."""
-
-    __slots__ = ("_ended", "_task", "lane", "nbytes", "was_late")
-
-    def __init__(
-        self,
-        task: asyncio.Task[T],
-        booked: Callable[[Call[T]], None],
-        lane: Lane,
-        nbytes: int,
-    ) -> None:
-        self._task = task
-        self.lane = lane
-        self.nbytes = nbytes
-        self.was_late = False
-        """Whether a deadline passed before it ended."""
-        self._ended: asyncio.Future[None] = task.get_loop().create_future()
-
-        def book(_: asyncio.Task[T]) -> None:
-            if not task.cancelled():
-                task.exception()  # seen: whoever waits asks for it, a hint may fail unheard
-            try:
-                booked(self)
-            finally:
-                self._ended.set_result(None)
-
-        task.add_done_callback(book)
-
-    @property
-    def has_ended(self) -> bool:
-        return self._ended.done()
-
-    def cancel(self) -> None:
-        """Ask it to stop. It ends when the backend has let go of what it was lent."""
-        self._task.cancel()
-
-    @property
-    def error(self) -> BaseException | None:
-        """What it raised, ``CancelledError`` included; None when there is a result."""
-        if self._task.cancelled():
-            return asyncio.CancelledError()
-        return self._task.exception()
-
-    @property
-    def was_cancelled(self) -> bool:
-        """Whether it ended by being cancelled."""
-        return self._task.cancelled()
-
-    def result(self) -> T:
-        """Its result. Raises what it raised."""
-        return self._task.result()
-
-    @staticmethod
-    async def any_ended(calls: Iterable[Call[Any]], seconds: float) -> bool:
-        """Wait until one of ``calls`` has ended, at most ``seconds``."""
-        done, _ = await asyncio.wait(
-            {call._ended for call in calls}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
-        )
-        return bool(done)
-
-    async def ended(self, seconds: float | None = None) -> bool:
-        """Wait until it has ended, at most ``seconds``. Cancelling the waiter leaves it alone."""
-        done, _ = await asyncio.wait({self._ended}, timeout=seconds)
-        return bool(done)
-
-
-class _Turns:
-    """What runs and what waits in one lane."""
-
-    def __init__(self, limit: int, breaker: Breaker) -> None:
-        self.limit = limit
-        self.breaker = breaker
-        self.running = 0
-        self.waiting: deque[asyncio.Future[None]] = deque()
-        self.progress_at = 0.0
-        """When a call of this lane last began or ended."""
-
-    def next(self) -> asyncio.Future[None] | None:
-        """The next that may begin, if the lane has a turn left."""
-        while self.waiting and self.running < self.limit:
-            turn = self.waiting.popleft()
-            if not turn.done():
-                return turn
-        return None
-
-
 class Guard:
     """Bounds one tier. ``deadline`` in seconds, ``max_inflight`` running calls of both lanes.
 
-    At most ``max_queued`` more wait for their turn, and writes hold at most ``max_write_nbytes``
-    bytes, running or waiting. While the breaker of the reads is open, ``probe`` (set by the owner)
-    is called for no one, first after ``pause`` seconds; that of the writes lets one write try.
+    In each lane at most ``max_queued`` more wait for their turn, and writes hold at most
+    ``max_write_nbytes`` bytes, running or waiting. While the breaker of the reads is open,
+    ``probe`` (set by the owner) is called for no one, first after ``pause`` seconds; that of the
+    writes lets one write try.
     """
 
     def __init__(
@@ -147,22 +47,21 @@ class Guard:
         self.deadline = deadline
         self.max_write_nbytes = max_write_nbytes
         jitter = Random().random  # noqa: S311  # not a secret
+        kept = max(max_inflight // 8, 1)  # for writes; nothing can be kept of a single turn
         self._lanes = {
-            Lane.READS: _Turns(
-                max_inflight - max_inflight // 8, Breaker(pause=pause, jitter=jitter)
-            ),
-            Lane.WRITES: _Turns(max(max_inflight // 4, 1), Breaker(pause=pause, jitter=jitter)),
+            Lane.READS: Turns(max(max_inflight - kept, 1), Breaker(pause=pause, jitter=jitter)),
+            Lane.WRITES: Turns(max(max_inflight // 4, 1), Breaker(pause=pause, jitter=jitter)),
         }
         self._max_inflight = max_inflight
-        self._max_calls = max_inflight + max_queued
+        self._max_queued = max_queued
         self._orphans: set[Call[Any]] = set()
         self._calls: set[Call[Any]] = set()
         self._is_closing = False
         self._timers: dict[Lane, asyncio.TimerHandle] = {}
         self._probing: asyncio.Task[None] | None = None
         self.probe: Callable[[], Coroutine[Any, Any, object]] | None = None
-        self.on_stalled: Callable[[str], None] | None = None
-        """Told when running writes made no progress for a whole deadline."""
+        self.on_opened: Callable[[Lane, str], None] | None = None
+        """Told when a breaker has opened, and why."""
         self.on_probed: Callable[[], None] | None = None
         """Told when a probe found the tier serving again."""
 
@@ -179,7 +78,7 @@ class Guard:
     @property
     def inflight_nbytes(self) -> int:
         """Payload bytes of the calls running or waiting for their turn."""
-        return sum(call.nbytes for call in self._calls)
+        return sum(turns.nbytes for turns in self._lanes.values())
 
     def breaker(self, lane: Lane) -> Breaker:
         return self._lanes[lane].breaker
@@ -208,82 +107,124 @@ class Guard:
         ``booked`` is called once when the call is over, in whatever way, before anyone who waits
         for it goes on: the place to give memory back.
         """
-        self._admit(lane, nbytes)
+        loop, turns = asyncio.get_running_loop(), self._lanes[lane]
+        is_trial = self._admit(lane, turns, nbytes, loop.time())
+        began = inf
+
+        async def run() -> T:
+            nonlocal began
+            await self._turn(turns)
+            began = loop.time()
+            try:
+                return await call()
+            finally:
+                self._end_turn(turns)
 
         def book(ended: Call[T]) -> None:
-            self._calls.discard(ended)
-            self._orphans.discard(ended)
-            if booked is not None:
-                booked(ended)
+            self._forget(ended, turns)
+            if loop.time() - began > self.deadline:
+                ended.was_late = True  # whether or not somebody waited for so long
+            try:
+                if booked is not None:
+                    booked(ended)
+            finally:
+                if turns.trial is ended:
+                    self._conclude(ended, turns)
 
-        task = asyncio.get_running_loop().create_task(self._run(call, self._lanes[lane]))
-        started = Call(task, book, lane, nbytes)
+        started = Call(
+            loop.create_task(run()),
+            book,
+            self._passed_over,
+            lane=lane,
+            nbytes=nbytes,
+            patience=self.deadline,
+        )
         self._calls.add(started)
+        turns.calls += 1
+        turns.nbytes += nbytes
+        if is_trial:
+            turns.trial = started
         return started
 
-    def _admit(self, lane: Lane, nbytes: int) -> None:
+    def _admit(self, lane: Lane, turns: Turns, nbytes: int, now: float) -> bool:
+        """Whether the call is the one that tries a tier out. Raises :class:`Refused`."""
         if self._is_closing:
             raise Refused(Cause.BUSY, "the tier is being closed")
-        breaker = self._lanes[lane].breaker
+        breaker = turns.breaker
         # Where nothing probes, a user's call is the trial. Writes are rarely waited for.
         may_try = lane is Lane.WRITES or self.probe is None
-        if not breaker.is_closed and not (
-            may_try and breaker.try_now(asyncio.get_running_loop().time())
-        ):
+        if not breaker.is_closed and not (may_try and breaker.is_due(now)):
             raise Refused(Cause.TIER_DOWN, f"not asked for now: {breaker.reason}")
-        late = sum(call.lane is lane for call in self._orphans)
-        if len(self._calls) >= self._max_calls or late >= self._lanes[lane].limit:
-            raise Refused(Cause.BUSY, f"{len(self._calls)} calls in flight, {late} of them late")
-        if lane is Lane.WRITES and nbytes:
-            held = sum(call.nbytes for call in self._calls if call.lane is lane)
-            if held and held + nbytes > self.max_write_nbytes:
-                raise Refused(Cause.BUSY, f"{held} bytes are waiting to be written")
+        is_stuck = turns.late >= turns.limit or len(self._orphans) >= self._max_inflight
+        if is_stuck or turns.calls >= turns.limit + self._max_queued:
+            detail = f"{turns.calls} {lane.value} in flight, {turns.late} of them late"
+            raise Refused(Cause.BUSY, detail)
+        if lane is Lane.WRITES and 0 < turns.nbytes > self.max_write_nbytes - nbytes:
+            raise Refused(Cause.BUSY, f"{turns.nbytes} bytes are waiting to be written")
+        return breaker.try_now(now)  # last: what is refused is no trial
 
-    async def _run(self, call: Callable[[], Coroutine[Any, Any, T]], lane: _Turns) -> T:
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        lane.waiting.append(turn)
+    def _forget(self, ended: Call[Any], turns: Turns) -> None:
+        self._calls.discard(ended)
+        turns.calls -= 1
+        turns.nbytes -= ended.nbytes
+        if ended in self._orphans:
+            self._orphans.discard(ended)
+            turns.late -= 1
+
+    def _conclude(self, trial: Call[Any], turns: Turns) -> None:
+        """A trial is over: whoever booked it may have had nothing to say about the tier.
+
+        Without a verdict the breaker would stay half-open, and nothing would try again.
+        """
+        turns.trial = None
+        if not turns.breaker.is_half_open:
+            return
+        error = trial.error
+        if trial.was_late:
+            self.missed(trial.lane, "the call that tried it ended late")
+        elif error is None:
+            turns.breaker.passed()
+        elif isinstance(error, CancelledError) and trial.was_told_to_stop:
+            turns.breaker.untried()
+        else:
+            self.failed(trial.lane, f"{type(error).__name__}: {error}")
+
+    async def _turn(self, turns: Turns) -> None:
+        """Wait until the call may run."""
+        turn = turns.queue()
         self._take_turns()
         try:
             await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled() and turn.exception() is None:
-                self._end_turn(lane)  # it was cancelled just as its turn came
+        except CancelledError:
+            if turns.leave(turn):
+                self._end_turn(turns)  # it was cancelled just as its turn came
             raise
-        try:
-            return await call()
-        finally:
-            self._end_turn(lane)
 
     def _take_turns(self) -> None:
         reads, writes = self._lanes[Lane.READS], self._lanes[Lane.WRITES]
         while reads.running + writes.running < self._max_inflight:
-            lane, turn = reads, reads.next()  # somebody waits for a read
+            turns, turn = reads, reads.next()  # somebody waits for a read
             if turn is None:
-                lane, turn = writes, writes.next()
+                turns, turn = writes, writes.next()
             if turn is None:
                 return
-            lane.running += 1
-            lane.progress_at = asyncio.get_running_loop().time()
+            turns.running += 1
+            turns.progress_at = asyncio.get_running_loop().time()
             turn.set_result(None)
-            if lane is writes:
+            if turns is writes:
                 self._watch_writes()
 
-    def _end_turn(self, lane: _Turns) -> None:
-        lane.running -= 1
-        lane.progress_at = asyncio.get_running_loop().time()
+    def _end_turn(self, turns: Turns) -> None:
+        turns.running -= 1
+        turns.progress_at = asyncio.get_running_loop().time()
         self._take_turns()
 
     def hint(self, call: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """Run ``call()`` for no one: not at all when busy, cancelled at the deadline."""
-
-        def book(_: Call[object]) -> None:
-            expiry.cancel()
-
         try:
-            started = self.start(call, book)
+            self.start(call).left_alone(cancel=True)
         except Refused:
             return
-        expiry = asyncio.get_running_loop().call_later(self.deadline, started.cancel)
 
     # -- waiting ---------------------------------------------------------------------------------
 
@@ -300,23 +241,34 @@ class Guard:
             self._orphan(call)
         return False
 
-    async def settle(self, calls: Iterable[Call[Any]]) -> set[Call[Any]]:
-        """Wait for calls while one of them ends within each deadline.
+    async def settle(self, calls: Iterable[Call[Any]]) -> list[Call[Any]]:
+        """Wait for calls while their lane makes progress within each deadline.
 
         Returns those that were given up: they go on, counted as orphans.
         """
-        left = {call for call in calls if not call.has_ended}
-        while left:
-            if not await Call.any_ended(left, self.deadline):
-                for call in left:
-                    self._orphan(call)
-                break
-            left = {call for call in left if not call.has_ended}
-        return left
+        left = [call for call in calls if not call.has_ended]
+        for call in left:
+            turns = self._lanes[call.lane]
+            while not call.has_ended:
+                seen = turns.progress_at
+                if not await call.ended(self.deadline) and turns.progress_at == seen:
+                    late = [each for each in left if not each.has_ended]
+                    for each in late:
+                        self._orphan(each)
+                    return late
+        return []
 
     def _orphan(self, call: Call[Any]) -> None:
         call.was_late = True
-        self._orphans.add(call)
+        if call not in self._orphans:
+            self._orphans.add(call)
+            self._lanes[call.lane].late += 1
+
+    def _passed_over(self, call: Call[Any]) -> None:
+        """Nobody waits for it and it has not ended within a deadline."""
+        self._orphan(call)
+        if self._lanes[call.lane].trial is call:
+            self.missed(call.lane, f"the call that tried it did not end within {self.deadline} s")
 
     # -- the breaker -----------------------------------------------------------------------------
 
@@ -336,53 +288,62 @@ class Guard:
 
     def _opened(self, lane: Lane) -> None:
         turns = self._lanes[lane]
-        refusal = f"not asked for now: {turns.breaker.reason}"
-        while turns.waiting:
-            turn = turns.waiting.popleft()
-            if not turn.done():
-                turn.set_exception(Refused(Cause.TIER_DOWN, refusal))
+        turns.refuse_waiting(f"not asked for now: {turns.breaker.reason}")
         if lane is Lane.READS:
             self._probe_later()
+        if self.on_opened is not None:
+            self.on_opened(lane, turns.breaker.reason)
 
     def _probe_later(self) -> None:
-        if self._is_closing or self.probe is None:
-            return
-        at = self._lanes[Lane.READS].breaker.trial_at
-        self._set_timer(Lane.READS, at, self._start_probe)
+        if not self._is_closing and self.probe is not None:
+            at = self._lanes[Lane.READS].breaker.trial_at
+            self._set_timer(Lane.READS, at, self._start_probe)
 
     def _start_probe(self) -> None:
-        if self._probing is None and not self._is_closing:
+        if self._probing is None:  # else it says itself when the next one is due
             self._probing = asyncio.get_running_loop().create_task(self._probe())
 
     async def _probe(self) -> None:
         """Ask the tier something small. One that never lets go is never asked a second time."""
         breaker, loop = self._lanes[Lane.READS].breaker, asyncio.get_running_loop()
-        assert self.probe is not None
         try:
-            if not breaker.try_now(loop.time()):
-                return  # a call from before it opened has succeeded
-            async with asyncio.timeout(self.deadline):
-                await self.probe()
-        except Exception as exc:  # noqa: BLE001  # foreign code: whatever it raises, it is not well
-            breaker.failed(loop.time(), f"{type(exc).__name__}: {exc}")
-        else:
-            breaker.passed()
-            if self.on_probed is not None:
-                self.on_probed()
+            if breaker.try_now(loop.time()):
+                trouble = await self._trouble()
+                if trouble is not None:
+                    breaker.failed(loop.time(), trouble)
+                elif breaker.passed() and self.on_probed is not None:
+                    self.on_probed()
         finally:
             self._probing = None
             if not breaker.is_closed:
                 self._probe_later()
 
+    async def _trouble(self) -> str | None:
+        """What is wrong with the tier, by a probe."""
+        assert self.probe is not None
+        task = asyncio.current_task()
+        try:
+            async with asyncio.timeout(self.deadline) as expiry:
+                await self.probe()
+        except CancelledError:
+            if task is None or task.cancelling():
+                raise
+            return "a probe was cancelled by the tier"
+        except Exception as exc:  # noqa: BLE001  # foreign code: whatever it raises, it is not well
+            if not expiry.expired():
+                return f"{type(exc).__name__}: {exc}"
+        # A thread cannot be stopped, so an answer may come after the deadline, too.
+        return f"no answer to a probe within {self.deadline} s" if expiry.expired() else None
+
     def _watch_writes(self) -> None:
-        if Lane.WRITES not in self._timers:
+        if Lane.WRITES not in self._timers and not self._is_closing:
             at = self._lanes[Lane.WRITES].progress_at + self.deadline
             self._set_timer(Lane.WRITES, at, self._check_writes)
 
     def _check_writes(self) -> None:
         """Nobody waits for written-back objects, so their lane is watched for progress."""
         writes = self._lanes[Lane.WRITES]
-        if not writes.running or self._is_closing:
+        if not writes.running:
             return
         if asyncio.get_running_loop().time() < writes.progress_at + self.deadline:
             self._watch_writes()
@@ -390,10 +351,7 @@ class Guard:
         for call in self._calls:
             if call.lane is Lane.WRITES:
                 self._orphan(call)
-        reason = f"no write ended within {self.deadline} s"
-        self.missed(Lane.WRITES, reason)
-        if self.on_stalled is not None:
-            self.on_stalled(reason)
+        self.missed(Lane.WRITES, f"no write ended within {self.deadline} s")
 
     def _set_timer(self, lane: Lane, at: float, what: Callable[[], None]) -> None:
         def ring() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 from kvlayer.keys import ObjectKey, Span
@@ -87,20 +89,25 @@ class Spills:
         tier.transferred("store", outcome, call)
 
     async def committed(self, through: Sequence[Write]) -> list[Failure]:
-        """Wait for "through" writes; a tier's deadline is paid once, not per object."""
+        """Wait for "through" writes; a deadline is paid once, not per object or tier."""
+        writes = [[w for w in through if w.tier is tier] for tier in self._lower]
+        failed = await asyncio.gather(*(self._committed(some) for some in writes if some))
+        return list(chain.from_iterable(failed))
+
+    async def _committed(self, writes: Sequence[Write]) -> list[Failure]:
+        """Wait for writes to one tier."""
         failed: list[Failure] = []
-        late: set[str] = set()
-        for write in through:
-            tier, call = write.tier, write.call
-            if call.has_ended or (tier.name not in late and await tier.guard.wait(call)):
-                outcome = outcome_of(call, write.key)
+        is_late = False
+        for span, key, tier, call in writes:
+            if call.has_ended or (not is_late and await tier.guard.wait(call)):
+                outcome = outcome_of(call, key)
                 if outcome.cause is not None:
-                    failed.append(Failure(write.span, outcome.cause, tier.name, outcome.detail))
-            else:
-                if tier.name not in late:
-                    tier.fails(Cause.DEADLINE, "not written in time", Lane.WRITES)
-                late.add(tier.name)
-                failed.append(Failure(write.span, Cause.DEADLINE, tier.name, "not written yet"))
+                    failed.append(Failure(span, outcome.cause, tier.name, outcome.detail))
+                continue
+            if not is_late:
+                tier.fails(Cause.DEADLINE, "not written in time", Lane.WRITES)
+            is_late = True
+            failed.append(Failure(span, Cause.DEADLINE, tier.name, "not written yet"))
         return failed
 
     async def flush(self) -> None:

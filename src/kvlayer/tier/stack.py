@@ -108,8 +108,10 @@ class Stack:
                     calls.append((tier, tier.guard.start(ask)))
                 except Refused as no:
                     tier.refused(no.cause)
-            for tier, call in calls:
-                if not await tier.guard.wait(call, until - self._clock()):
+            patience = until - self._clock()
+            ended = await asyncio.gather(*(t.guard.wait(call, patience) for t, call in calls))
+            for (tier, call), in_time in zip(calls, ended, strict=True):
+                if not in_time:
                     if call.was_late:
                         tier.fails(Cause.DEADLINE, f"no answer within {tier.guard.deadline} s")
                     else:

@@ -79,7 +79,7 @@ class LowerTier(Tier):
     _troubles: dict[Lane, str] = field(default_factory=dict[Lane, str])
 
     def __post_init__(self) -> None:
-        self.guard.on_stalled = self._stalled
+        self.guard.on_opened = self._opened
         self.guard.on_probed = self._serves_again
 
     @property
@@ -156,8 +156,8 @@ class LowerTier(Tier):
                 )
             )
 
-    def _stalled(self, detail: str) -> None:
-        self._troubled(Lane.WRITES, detail)
+    def _opened(self, lane: Lane, detail: str) -> None:
+        self._troubled(lane, detail)
 
     def _serves_again(self) -> None:
         self._cleared(Lane.READS, "it answers again")
