@@ -193,7 +193,9 @@ async def _opened(shape: _Shape, directory: Path, *, direct: bool) -> AsyncGener
         tiers=(
             TierConfig(url=f"cpu://?capacity={shape.nbytes}"),
             TierConfig(
-                url=f"file://{quote(str(directory))}/kv?{options}", deadline_seconds=_PATIENT
+                url=f"file://{quote(str(directory))}/kv?{options}",
+                deadline_seconds=_PATIENT,
+                max_inflight_bytes=shape.nbytes,  # all that is stored at once is written
             ),
         ),
     )

@@ -187,7 +187,7 @@ async def _file(
         model=ModelConfig(weights=_WEIGHTS),
         tiers=(
             TierConfig(url=f"cpu://?capacity={2 * moved}"),
-            TierConfig(url=url, deadline_seconds=60.0, max_inflight=_FILE_THREADS),
+            TierConfig(url=url, deadline_seconds=60.0),
         ),
     )
     async with Cache.open(config, layout) as cache:
