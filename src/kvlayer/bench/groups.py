@@ -56,7 +56,9 @@ GROUPS = (
     ),
     Group(
         "loop",
-        lambda ask: loop_rows(ask.nbytes, directory=str(ask.directory)),
+        lambda ask: loop_rows(
+            ask.nbytes, samples=min(10_000, 2_000 * ask.rounds), directory=str(ask.directory)
+        ),
         torch=True,
         disk=True,
     ),
