@@ -11,7 +11,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event, Lock
@@ -33,6 +33,7 @@ _CHECK = Check(
 )
 _BLOCK_NBYTES = 4 << 20
 _SECONDS = 5.0
+_HEED_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +165,15 @@ def _each(
 
     with ThreadPoolExecutor(threads, thread_name_prefix="kvlayer-doctor") as pool:
         try:
-            for each in [pool.submit(run) for _ in range(threads)]:
-                each.result()
+            running = [pool.submit(run) for _ in range(threads)]
+            # Looking up now and then: an interrupt does not end a wait that was just begun.
+            while wait(running, _HEED_SECONDS, FIRST_EXCEPTION).not_done:
+                if any(each.done() and each.exception() for each in running):
+                    break
         finally:
             stop.set()
+    for each in running:
+        each.result()
     return done
 
 

@@ -125,22 +125,30 @@ def test_a_disk_that_is_nearly_full_is_left_alone(machine: Build, tmp_path: Path
     assert speed(fake, Place(str(tmp_path)), MIB // 2).status is Status.OK
 
 
+def measuring(folder: Path, on_the_way: str) -> list[str]:
+    """A process that measures for twenty seconds and does something on the way."""
+    code = (
+        "import os, signal, sys, threading\n"
+        "from kvlayer.doctor import disk\n"
+        "real = os.pwritev\n"
+        "def look(fd, buffers, offset):\n"
+        f"    if offset == 80 << 20: {on_the_way}\n"
+        "    return real(fd, buffers, offset)\n"
+        "os.pwritev = look\n"
+        "disk.measure(sys.argv[1], 1 << 50, threads=2, seconds=20.0)\n"
+    )
+    return [sys.executable, "-c", code, str(folder)]
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_or_killed_it_leaves_nothing(tmp_path: Path, ending: signal.Signals) -> None:
     """The process says when it is writing; what is in the directory then is nothing either."""
-    code = (
-        "import os, sys\n"
-        "from kvlayer.doctor import disk\n"
-        "real = os.pwritev\n"
-        "def say(fd, buffers, offset):\n"
-        "    if offset == 8 << 20: print('writing', flush=True)\n"
-        "    return real(fd, buffers, offset)\n"
-        "os.pwritev = say\n"
-        "disk.measure(sys.argv[1], 1 << 50, threads=2, seconds=60.0)\n"
-    )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        measuring(tmp_path, "print('writing', flush=True)"),
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -150,7 +158,23 @@ def test_interrupted_or_killed_it_leaves_nothing(tmp_path: Path, ending: signal.
         assert process.stdout.readline() == "writing\n"
         assert list(tmp_path.iterdir()) == []
         process.send_signal(ending)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=15)  # long before its time is over
     assert process.returncode != 0
     assert ("KeyboardInterrupt" in said) == (ending is signal.SIGINT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_that_wakes_nobody_is_heard_all_the_same(tmp_path: Path) -> None:
+    """One that comes just before a wait begins; here it comes to a thread that does not wait."""
+    interrupt = "signal.pthread_kill(threading.get_ident(), signal.SIGINT)"
+    ended = subprocess.run(
+        measuring(tmp_path, interrupt),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode != 0
+    assert "KeyboardInterrupt" in ended.stderr
     assert list(tmp_path.iterdir()) == []
