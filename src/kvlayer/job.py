@@ -18,14 +18,17 @@ class Job(Future[T]):
     """A ``concurrent.futures.Future`` of work that runs on a loop of another thread.
 
     ``done()`` polls, :meth:`wait` waits at most so long, ``concurrent.futures.wait`` waits for
-    many. It is answered when the work has really ended: what the work was lent is let go then.
-    A job still running when its portal closes is cancelled. Thread-safe.
+    many. A result is there when the work has really ended; a job that was cancelled is done at
+    once, and ``has_ended`` when its work is. Still running when its portal closes, it is cancelled.
+    Thread-safe.
     """
 
     def __init__(self, loop_thread: int, stop: Callable[[Job[T]], None]) -> None:
         super().__init__()
         self._loop_thread = loop_thread
         self._stop = stop
+        self.has_ended = False
+        """Whether the work is over, cancelled or not: what it was lent is let go."""
 
     def wait(self, seconds: float | None = None) -> T:
         """The result, or what the work raised; waits at most ``seconds`` (None: no limit).
@@ -52,8 +55,8 @@ class Job(Future[T]):
     def cancel(self) -> bool:
         """Give the work up; False when it has ended already.
 
-        The job counts as cancelled at once. The work ends some time after, and lets go then of
-        what it was lent; leaving the portal waits for that.
+        The job counts as cancelled at once. The work ends some time after and lets go then of what
+        it was lent: see ``has_ended``, or wait with ``concurrent.futures.wait([job])``.
         """
         if not super().cancel():
             return False
@@ -62,11 +65,13 @@ class Job(Future[T]):
 
     def answer(self, result: T) -> None:
         """The work ended well. For the loop that ran it."""
+        self.has_ended = True
         if self.set_running_or_notify_cancel():
             self.set_result(result)
 
     def fail(self, error: BaseException) -> bool:
         """The work raised. False when nobody is going to see it. For the loop that ran it."""
+        self.has_ended = True
         if not self.set_running_or_notify_cancel():
             return False
         self.set_exception(error)
@@ -74,5 +79,6 @@ class Job(Future[T]):
 
     def drop(self) -> None:
         """The work was cancelled, or never began. For the loop that was to run it."""
+        self.has_ended = True
         super().cancel()
         self.set_running_or_notify_cancel()

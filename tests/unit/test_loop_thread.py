@@ -163,7 +163,9 @@ def test_waiting_ends_at_its_deadline_and_the_work_goes_on() -> None:
             with pytest.raises(PendingError):
                 job.wait(0)
             assert not job.done()
+            assert not job.has_ended
         assert job.wait(10) == "late"
+        assert job.has_ended
         assert job.wait(0) == "late"
 
 
@@ -236,21 +238,24 @@ def test_work_cancelled_before_it_began_never_begins() -> None:
 
 
 def test_cancelling_a_job_ends_its_work() -> None:
-    begun, ended = threading.Event(), threading.Event()
+    begun, ended, may_end = threading.Event(), threading.Event(), threading.Event()
 
     async def work(_: Subject) -> None:
         begun.set()
         try:
             await asyncio.Event().wait()
         finally:
+            may_end.wait(10)  # as a copy that must be over first
             ended.set()
 
     with opened() as thread:
         job = thread.submit(work)
         assert begun.wait(10)
         assert job.cancel()
-        assert ended.wait(10)
+        assert job.done() and not job.has_ended
+        may_end.set()
         assert wait([job], 10).not_done == set()
+        assert job.has_ended and ended.is_set()
         thread.call(nothing)
         assert not thread._tasks
 
