@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 
 from kvlayer.events import ObjectQuarantined
 from kvlayer.keys import ObjectKey, Span
@@ -40,6 +41,11 @@ class _Trip:
     left: int = 0
     is_whole: bool = True
 
+    def started(self, nbytes: int) -> None:
+        self.nbytes += nbytes
+        self.flights += 1
+        self.left += 1
+
     def landed(self, now: float, *, ok: bool) -> None:
         self.left -= 1
         self.is_whole = self.is_whole and ok
@@ -54,6 +60,15 @@ class _Trip:
         self.tier.estimate.observe(self.nbytes, now - self.began, now)
         if self.left == self.flights:  # not one arrived, and nobody stays to see a deadline missed
             self.tier.guard.failed(Lane.READS, "nothing arrived while it was waited for")
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """What one caller waits for, and until when by the clock."""
+
+    until: float | None = None
+    flights: dict[ObjectKey, Flight] = field(default_factory=dict[ObjectKey, Flight])
+    trips: dict[int, _Trip] = field(default_factory=dict[int, _Trip])
 
 
 class Loads:
@@ -83,10 +98,10 @@ class Loads:
         clock reads ``until``, ends the sequence and leaves its failure in ``trouble``. Close the
         iterator: that lets go of what is still on its way.
         """
-        flights: dict[ObjectKey, Flight] = {}
-        trips: dict[int, _Trip] = {}
+        request = _Request(until)
+        flights = request.flights
         try:
-            failure, started = self._take_off(wanted, flights, trips)
+            failure, started = self._take_off(wanted, request)
             batch: list[tuple[Span, Sequence[ObjectRecord]]] = []
             for span, records in wanted[:started]:
                 absent = [r for r in records if r.host is not Host.READY]
@@ -94,7 +109,7 @@ class Loads:
                     yield batch
                     batch = []
                 for record in absent:
-                    missed = await self._bring(span, record, flights, until)
+                    missed = await self._bring(span, record, request)
                     if missed is not None:
                         failure = missed
                         break
@@ -106,25 +121,20 @@ class Loads:
                 yield batch
             if failure is not None:
                 trouble.append(failure)
-                if until is not None and self._clock() >= until:
-                    for trip in trips.values():
-                        trip.abandoned(self._clock())
         finally:
             for flight in flights.values():
                 flight.leave()
 
-    def _take_off(
-        self, wanted: Wanted, flights: dict[ObjectKey, Flight], trips: dict[int, _Trip]
-    ) -> tuple[Failure | None, int]:
+    def _take_off(self, wanted: Wanted, request: _Request) -> tuple[Failure | None, int]:
         """Start flights for all that is absent; on a refusal, how many spans are on their way."""
         for at, (span, records) in enumerate(wanted):
             for record in records:
                 if record.host is Host.READY:
                     continue
-                started = self._fly(span, record, trips=trips)
+                started = self._fly(span, record, trips=request.trips)
                 if isinstance(started, Failure):
                     return started, at
-                flights[record.key] = started
+                request.flights[record.key] = started
         return None, len(wanted)
 
     def _fly(
@@ -156,9 +166,6 @@ class Loads:
         trip: _Trip | None = None
         if trips is not None:
             trip = trips.setdefault(tier.index, _Trip(tier, self._clock()))
-            trip.nbytes += slot.piece.nbytes
-            trip.flights += 1
-            trip.left += 1
         try:
             call = tier.guard.start(
                 partial(self._mover.fetch, tier.index, slot.piece),
@@ -166,11 +173,11 @@ class Loads:
                 nbytes=slot.piece.nbytes,
             )
         except Refused as refused:
-            if trip is not None:
-                trip.landed(self._clock(), ok=False)
             self._planner.fetched(slot, ok=False)
             tier.refused(refused.cause)
             return Failure(span, refused.cause, tier.name, refused.detail)
+        if trip is not None:
+            trip.started(slot.piece.nbytes)
         flight = Flight(record.key, tier.index, call, tier.guard)
         self._flights.add(flight)
         return flight
@@ -198,20 +205,18 @@ class Loads:
         if trip is not None:
             trip.landed(self._clock(), ok=outcome.ok)
 
-    async def _bring(
-        self,
-        span: Span,
-        record: ObjectRecord,
-        flights: dict[ObjectKey, Flight],
-        until: float | None,
-    ) -> Failure | None:
+    async def _bring(self, span: Span, record: ObjectRecord, request: _Request) -> Failure | None:
         """Wait until an object is in host memory, trying one tier after the other."""
         while True:
-            flight = flights[record.key]
+            flight = request.flights[record.key]
             tier = self._lower[flight.tier]
-            outcome = await flight.wait(None if until is None else until - self._clock())
+            left = inf if request.until is None else request.until - self._clock()
+            outcome = await flight.wait(left)
             if record.host is Host.READY:
                 return None
+            if outcome is None and left < tier.guard.deadline:
+                for trip in request.trips.values():
+                    trip.abandoned(self._clock())
             if outcome is None and not flight.call.was_late:
                 tier.refused(Cause.DEADLINE)
                 return Failure(span, Cause.DEADLINE, tier.name, "took longer than it was worth")
@@ -220,7 +225,7 @@ class Loads:
                 tier.fails(Cause.DEADLINE, detail)
                 return Failure(span, Cause.DEADLINE, tier.name, detail)
             await self._withdraw(tier, record, outcome)
-            flights.pop(record.key).leave()
+            request.flights.pop(record.key).leave()
             if record.tier == 0:
                 return None  # stored anew while the damaged copy was taken away
             # A tier that failed but may still hold the object is not asked again by this request.
@@ -232,7 +237,7 @@ class Loads:
             again = self._fly(span, record, after)
             if isinstance(again, Failure):
                 return again
-            flights[record.key] = again
+            request.flights[record.key] = again
 
     async def _withdraw(self, tier: LowerTier, record: ObjectRecord, outcome: Outcome) -> None:
         """Stop offering what a tier could not deliver; take a damaged object out of sight."""

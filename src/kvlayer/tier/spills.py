@@ -116,8 +116,10 @@ class Spills:
         A tier that ends no write for as long as its deadline has failed; its writes go on.
         """
         running = list(self._running.items())
-        for tier in self._lower:
-            late = await tier.guard.settle(c for (at, _), c in running if at == tier.index)
-            for _ in late:
-                detail = f"not written within {tier.guard.deadline} s"
-                tier.fails(Cause.DEADLINE, detail, Lane.WRITES)
+        mine = [[call for (at, _), call in running if at == tier.index] for tier in self._lower]
+        await asyncio.gather(*map(_settle, self._lower, mine))
+
+
+async def _settle(tier: LowerTier, writes: Sequence[Call[Outcome]]) -> None:
+    if await tier.guard.settle(writes):
+        tier.fails(Cause.DEADLINE, f"not written within {tier.guard.deadline} s", Lane.WRITES)

@@ -72,17 +72,19 @@ class Stack:
 
     # -- lookup ----------------------------------------------------------------------------------
 
-    async def find(self, chain: ChunkChain) -> Match:
+    async def find(self, chain: ChunkChain, *, at_any_price: bool = False) -> Match:
         """The longest prefix worth loading. Asks lower tiers what the directory does not know.
 
         Tiers are asked side by side, so a lookup pays one deadline at most, the longest.
+        ``at_any_price``: nobody waits for the loading, so that it is worth any time.
         """
         asked = [tier for tier in self.lower if tier.must_ask]
         until = self._clock() + max((tier.guard.deadline for tier in asked), default=0.0)
         for probes in (self.planner.probes, self.planner.tail_probes):
             if asked and (keys := probes(chain)):
                 asked = await self._ask(asked, keys, until)
-        return self._worth_loading(self.planner.match(chain))
+        rate = None if at_any_price else self.prefill.tokens_per_second
+        return self._worth_loading(self.planner.match(chain), rate)
 
     def find_at_once(self, chain: ChunkChain) -> Match | None:
         """What :meth:`find` would answer, or None when a tier must be asked first.
@@ -129,9 +131,9 @@ class Stack:
                 call.cancel()
         return answered
 
-    def _worth_loading(self, match: Match) -> Match:
+    def _worth_loading(self, match: Match, rate: float | None) -> Match:
         """``match`` cut where a tier is not asked for now, or where recomputing is faster."""
-        dead, rate = down(self.lower), self.prefill.tokens_per_second
+        dead = down(self.lower)
         while match.spans and (dead or rate is not None):
             needs = self._needs(match, dead)
             stops = [span.stop for span in match.spans[: len(needs)]]
@@ -265,7 +267,7 @@ class Stack:
 
         Nothing stays leased when this raises or is cancelled.
         """
-        match = await self.find(chain)
+        match = await self.find(chain, at_any_price=True)
         lease = self.planner.lease(match, owner=owner, seconds=seconds)
         held = False
         try:
