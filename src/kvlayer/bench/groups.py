@@ -13,6 +13,7 @@ from kvlayer.bench.host import host_rows
 from kvlayer.bench.lookup import lookup_rows
 from kvlayer.bench.loop import loop_rows
 from kvlayer.bench.measure import Row
+from kvlayer.bench.portal import portal_rows
 
 __all__ = ["GROUPS", "Ask", "Group"]
 
@@ -47,6 +48,7 @@ GROUPS = (
     Group("hash", lambda ask: hash_rows(ask.rounds)),
     Group("evict", lambda ask: evict_rows(ask.rounds)),
     Group("lookup", lambda ask: lookup_rows(ask.rounds), torch=True),
+    Group("portal", lambda ask: portal_rows(ask.rounds), torch=True),
     Group("host", lambda ask: host_rows(ask.nbytes, ask.rounds), torch=True),
     Group(
         "file",
