@@ -185,10 +185,23 @@ SCRAPED = (
     ),
     _cache("kvlayer_leases", "Prefixes held by lookups, pins, prefetches.", lambda s: s.leases),
     _cache("kvlayer_inflight_calls", "Calls to tiers that run or wait.", lambda s: s.inflight),
+    Scraped(
+        Family("kvlayer_prefill_tokens", "Tokens a second that the engine computes."),
+        lambda reading: [
+            ((), rate) for rate in [reading.stats.prefill_tokens_per_second] if rate is not None
+        ],
+    ),
     _tier("kvlayer_tier_objects", "Objects a tier is known to hold.", lambda t: t.objects),
     _tier("kvlayer_tier_used_bytes", "Bytes in use.", lambda t: t.used_nbytes),
     _tier("kvlayer_tier_capacity_bytes", "Bytes a tier may hold.", lambda t: t.capacity_nbytes),
     _tier("kvlayer_tier_pinned_bytes", "Bytes that must stay.", lambda t: t.pinned_nbytes),
+    _tier("kvlayer_tier_inflight_calls", "Calls that run or wait.", lambda t: t.inflight),
+    _tier("kvlayer_tier_inflight_bytes", "Payload they move.", lambda t: t.inflight_nbytes),
+    _tier("kvlayer_tier_orphan_calls", "Calls past their deadline.", lambda t: t.orphans),
+    _tier("kvlayer_tier_reads_admitted", "1 while it is asked.", lambda t: t.reads == "closed"),
+    _tier("kvlayer_tier_writes_admitted", "1 while it is written.", lambda t: t.writes == "closed"),
+    _tier("kvlayer_tier_latency_seconds", "What any load takes.", lambda t: t.latency_seconds),
+    _tier("kvlayer_tier_bandwidth_bytes", "Bytes a second of loads.", lambda t: t.bytes_per_second),
     Scraped(Family("kvlayer_tier_up", "1 unless the last call failed.", ("tier",)), _up),
     Scraped(
         Family(

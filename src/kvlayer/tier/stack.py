@@ -95,7 +95,7 @@ class Stack:
         must_ask = any(tier.must_ask and tier.guard.serves for tier in self.lower)
         if must_ask and not self.planner.is_final(match):
             return None
-        return self._worth_loading(match)
+        return self._worth_loading(match, self.prefill.tokens_per_second)
 
     async def _ask(
         self, tiers: Sequence[LowerTier], keys: Sequence[ObjectKey], until: float
