@@ -186,7 +186,7 @@ SCRAPED = (
     _cache("kvlayer_leases", "Prefixes held by lookups, pins, prefetches.", lambda s: s.leases),
     _cache("kvlayer_inflight_calls", "Calls to tiers that run or wait.", lambda s: s.inflight),
     Scraped(
-        Family("kvlayer_prefill_tokens", "Tokens a second that the engine computes."),
+        Family("kvlayer_prefill_tokens_per_second", "Tokens a second that the engine computes."),
         lambda reading: [
             ((), rate) for rate in [reading.stats.prefill_tokens_per_second] if rate is not None
         ],
@@ -200,8 +200,12 @@ SCRAPED = (
     _tier("kvlayer_tier_orphan_calls", "Calls past their deadline.", lambda t: t.orphans),
     _tier("kvlayer_tier_reads_admitted", "1 while it is asked.", lambda t: t.reads == "closed"),
     _tier("kvlayer_tier_writes_admitted", "1 while it is written.", lambda t: t.writes == "closed"),
-    _tier("kvlayer_tier_latency_seconds", "What any load takes.", lambda t: t.latency_seconds),
-    _tier("kvlayer_tier_bandwidth_bytes", "Bytes a second of loads.", lambda t: t.bytes_per_second),
+    _tier("kvlayer_tier_load_latency_seconds", "What any load takes.", lambda t: t.latency_seconds),
+    _tier(
+        "kvlayer_tier_load_bytes_per_second",
+        "Bytes a second of loads.",
+        lambda t: t.bytes_per_second,
+    ),
     Scraped(Family("kvlayer_tier_up", "1 unless the last call failed.", ("tier",)), _up),
     Scraped(
         Family(
