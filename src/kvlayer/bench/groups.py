@@ -14,6 +14,7 @@ from kvlayer.bench.lookup import lookup_rows
 from kvlayer.bench.loop import loop_rows
 from kvlayer.bench.measure import Row
 from kvlayer.bench.portal import portal_rows
+from kvlayer.bench.sick import sick_rows
 
 __all__ = ["GROUPS", "Ask", "Group"]
 
@@ -64,5 +65,6 @@ GROUPS = (
         torch=True,
         disk=True,
     ),
+    Group("tier", lambda ask: sick_rows(min(ask.rounds, 3)), torch=True),
 )
 """In the order they are measured."""
