@@ -83,6 +83,4 @@ class _Full:
 
     @staticmethod
     def _chain(tokens: array[int]) -> ChunkChain:
-        return ChunkChain(
-            tokens, _PUBLIC, tokens_per_chunk=_CHUNK, tokens_per_tail=_CHUNK // 8
-        )
+        return ChunkChain(tokens, _PUBLIC, tokens_per_chunk=_CHUNK, tokens_per_tail=_CHUNK // 8)
