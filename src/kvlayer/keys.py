@@ -197,10 +197,8 @@ class ChunkChain:
     def spans(self, count: int) -> list[Span]:
         """The first ``count`` full chunks as spans."""
         step = self.chunk_step
-        stops = range(step, (count + 1) * step, step)
-        return [
-            *map(Span._make, zip(range(0, count * step, step), stops, self.hashes, strict=False))
-        ]
+        starts, stops = range(0, count * step, step), range(step, (count + 1) * step, step)
+        return [*map(Span._make, zip(starts, stops, self.hashes, strict=False))]
 
     def tails(self, index: int) -> list[Span]:
         """Tails that may stand where chunk ``index`` (0 to ``len``) would, longest first.

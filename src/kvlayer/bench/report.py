@@ -53,25 +53,27 @@ def picture(rows: Sequence[Row], title: str) -> str:
     bars = [(row, row.ratio) for row in rows if row.ratio is not None]
     scale = _WIDTH / max([1.0, *(ratio for _, ratio in bars)])
     top, height = 2 * _LINE, (len(bars) + 3) * _LINE
-    parts = [
+    svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_LEFT + _WIDTH + _RIGHT}" '
-        f'height="{height}" font-family="sans-serif" font-size="13">',
+        f'height="{height}" font-family="sans-serif" font-size="13">'
+    )
+    parts = [
+        svg,
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="8" y="{_LINE}" font-weight="bold">{escape(title)}</text>',
     ]
     for at, (row, ratio) in enumerate(bars):
-        y = top + at * _LINE
+        y, width = top + at * _LINE, ratio * scale
         name, value, ceiling, share, _ = map(escape, _cells(row))
         parts += [
             f'<text x="{_LEFT - 8}" y="{y + 14}" text-anchor="end">{name}</text>',
-            f'<rect x="{_LEFT}" y="{y + 3}" width="{ratio * scale:.1f}" height="15" '
-            'fill="#4878a8"/>',
+            f'<rect x="{_LEFT}" y="{y + 3}" width="{width:.1f}" height="15" fill="#4878a8"/>',
             f'<text x="{_LEFT + _WIDTH + 12}" y="{y + 14}">{share}: {value} of {ceiling}</text>',
         ]
-    line = _LEFT + scale
+    x = f"{_LEFT + scale:.1f}"
     parts += [
-        f'<line x1="{line:.1f}" x2="{line:.1f}" y1="{top}" y2="{height - _LINE}" stroke="#c03020"/>',
-        f'<text x="{line:.1f}" y="{height - 8}" text-anchor="middle">ceiling</text>',
+        f'<line x1="{x}" x2="{x}" y1="{top}" y2="{height - _LINE}" stroke="#c03020"/>',
+        f'<text x="{x}" y="{height - 8}" text-anchor="middle">ceiling</text>',
         "</svg>",
     ]
     return "\n".join(parts) + "\n"

@@ -6,7 +6,7 @@ import asyncio
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,7 +57,7 @@ _LLAMA_3_8B = 131_072  # bytes of KV a token: 32 layers, 8 heads of 128, K and V
     type=click.IntRange(1),
     help="KV of your model; Llama-3-8B's in bf16 by default.",
 )
-def bench(
+def bench(  # noqa: PLR0917  # click passes them by name
     path: Path | None,
     plot: Path | None,
     only: tuple[str, ...],
@@ -148,10 +148,12 @@ async def _measure(groups: Sequence[Group], ask: Ask) -> list[Row]:
 class _Progress:
     """Lines on stderr, one every two seconds at most."""
 
-    def __init__(self) -> None:
-        self._last = time.monotonic()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last = clock()
 
     def __call__(self, text: str) -> None:
-        if time.monotonic() - self._last >= _QUIET_SECONDS:
-            self._last = time.monotonic()
+        now = self._clock()
+        if now - self._last >= _QUIET_SECONDS:
+            self._last = now
             click.echo(f"  {text}", err=True)

@@ -68,6 +68,6 @@ def test_storing_and_loading_need_header_pages_and_no_copy(tmp_path: Path, direc
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    # The slab is committed as it is used; what comes on top is less than one object in eight threads.
+    # The slab is committed as it is used. A copy would come on top, one for each thread.
     beyond = int(ran.stdout) - OBJECTS * OBJECT_NBYTES
     assert 0 < beyond < OBJECT_NBYTES
