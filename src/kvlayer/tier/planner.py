@@ -133,6 +133,9 @@ class Planner:
         """Tokens of a match by the name of the farthest tier each span needs."""
         counts = [0] * len(self.tiers)
         with self.lock:
+            needed = (found for groups in match.covers for cover in groups for found in cover)
+            if all(found.host is Host.READY for found in needed):  # nearly always: keep it quick
+                return dict(zip(self.tiers, [match.tokens, *counts[1:]], strict=True))
             for span, covers in zip(match.spans, match.covers, strict=True):
                 farthest = 0
                 for cover in covers:
