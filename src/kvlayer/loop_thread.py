@@ -296,8 +296,10 @@ class LoopThread(Generic[S]):
         try:
             # In its submitter's context: that of whoever woke the loop is another request's.
             task = self._loop.create_task(work(), context=context)
-        except Exception as exc:  # noqa: BLE001  # the caller's own: it is raised where it waits
+        except BaseException as exc:  # the caller's own: it is raised where it waits
             job.fail(exc)
+            if not isinstance(exc, Exception):
+                raise
             return
         self._tasks[job] = task
         task.add_done_callback(partial(self._end, job))

@@ -427,6 +427,23 @@ def test_a_loop_that_dies_answers_everything(monkeypatch: pytest.MonkeyPatch) ->
     assert said == [True] * 4
 
 
+def test_work_that_exits_before_it_is_a_coroutine_is_answered_too() -> None:
+    def leave(_: Subject) -> None:
+        raise SystemExit(3)
+
+    jobs: list[Job[None]] = []
+
+    def use() -> None:
+        with opened() as thread:
+            jobs.append(thread.submit(leave))  # type: ignore[arg-type]
+            wait(jobs, 10)
+            thread._thread.join(10)
+
+    with pytest.raises(SystemExit):
+        use()
+    assert isinstance(jobs[0].exception(0), SystemExit)
+
+
 def test_a_failing_close_is_raised_where_it_is_closed_and_leaves_nothing() -> None:
     @asynccontextmanager
     async def opener() -> AsyncGenerator[int]:

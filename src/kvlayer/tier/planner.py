@@ -135,8 +135,7 @@ class Planner:
         with self.lock:
             needed = (found for groups in match.covers for cover in groups for found in cover)
             if all(found.host is Host.READY for found in needed):  # nearly always: keep it quick
-                counts[0] = match.tokens
-                return dict(zip(self.tiers, counts, strict=True))
+                return dict(zip(self.tiers, [match.tokens, *counts[1:]], strict=True))
             for span, covers in zip(match.spans, match.covers, strict=True):
                 farthest = 0
                 for cover in covers:

@@ -87,6 +87,17 @@ def test_a_whole_hit_asks_no_shared_tier(tmp_path: Path) -> None:
                 assert lookup.state is LookupState.PENDING
 
 
+def test_a_hit_says_how_much_of_it_lies_where(tmp_path: Path) -> None:
+    with Portal.open(config(tmp_path), layout()) as portal:
+        engine = stored(portal)
+        portal.call(evict_host)
+        with portal.lookup(tokens(48)[:32]) as half:  # brought back up
+            portal.call(Cache.retrieve, half.wait(30), engine.view(range(32)))
+        with portal.lookup(tokens(48)) as lookup:
+            assert lookup.state is LookupState.HIT
+            assert lookup.hit.by_tier == {"cpu": 32, "file": 16}
+
+
 def test_a_hit_found_without_a_hop_is_loaded_with_one() -> None:
     with Portal.open(config(), layout()) as portal:
         engine = stored(portal)
