@@ -116,7 +116,7 @@ class Control:
             host = stack.host.stats(
                 len(planner.host), extents.used, extents.capacity, planner.host.pinned_nbytes
             )
-            leases = len(planner.leases)
+            leases, owners = len(planner.leases), planner.leases.owners()
         lower = [
             tier.stats(
                 counts[tier.index],
@@ -132,6 +132,7 @@ class Control:
             parts.hit_tokens,
             leases,
             stack.inflight,
+            owners,
         )
 
     def health(self) -> Health:

@@ -74,10 +74,11 @@ class Parts:
         if self._jobs:
             await asyncio.wait(tuple(self._jobs))
         if flush and not self._is_hurried:
-            self._flushing = asyncio.ensure_future(self.stack.spills.flush())
+            self._flushing = asyncio.ensure_future(self.stack.flush(drain=True))
             # What is not written in time is a miss later; closing must not hang.
             await asyncio.wait({self._flushing}, timeout=self.config.close_seconds)
             self._flushing.cancel()
+            await asyncio.wait({self._flushing})
         try:
             await self.stack.aclose()
         finally:
@@ -150,7 +151,14 @@ async def build(
             build=f"kvlayer-core {version()}",
         )
         resources.callback(mover.close)
-        stack = Stack(planner, mover, Tier(0, names[0], emit), lower)
+        stack = Stack(
+            planner,
+            mover,
+            Tier(0, names[0], emit),
+            lower,
+            high_watermark=config.high_watermark,
+            low_watermark=config.low_watermark,
+        )
         for tier in lower:
             if Capability.LIST in tier.backend.capabilities:
                 stack.recover(tier)

@@ -14,6 +14,7 @@ __all__ = [
     "Failure",
     "Health",
     "MissedChunk",
+    "OwnerStats",
     "RetrieveReport",
     "Stats",
     "StoreReport",
@@ -137,6 +138,16 @@ class TierStats:
     evicted: int
     loaded_nbytes: int
     stored_nbytes: int
+    demoted: int = 0
+    """Dropped from host memory before its room was needed; a lower tier has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerStats:
+    """What one owner's leases hold in host memory."""
+
+    leases: int
+    pinned_nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +160,9 @@ class Stats:
     hit_tokens: int
     leases: int
     inflight: int
+    owners: Mapping[str, OwnerStats] = field(default_factory=dict[str, OwnerStats])
+    """Who holds leases now, by the owner a scope or a pin names; what several hold counts for each.
+    Leases without an owner are under ``""``."""
 
 
 @dataclass(frozen=True, slots=True)

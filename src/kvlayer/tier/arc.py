@@ -42,10 +42,10 @@ class ARC(EvictionPolicy):
       in bytes and its objects differ in size (tails are shorter than chunks), so their number moves
       with what is stored. The names kept are at most as many as the objects.
     - Room is made before what needs it is known, and for a whole prompt at once. Each object that
-      left without a successor yet counts as one more in the list of those used once, which is where
-      new objects arrive; so a batch leaves what its objects, one by one, would have left.
-    - Pinned and demoted objects are in no list. One that is unpinned was used, so while it is pinned
-      it counts as one of those used often.
+      left without a successor yet counts as one more in the list of those used once, where new
+      objects arrive; so a batch leaves what its objects, one by one, would have left.
+    - Pinned and demoted objects are in no list. One that is unpinned was used, so while it is
+      pinned it counts as one of those used often.
     - A path is used deepest first, as in ``prefix-lru``: within one list, what goes is never the
       prefix of something that stays.
     """
@@ -195,14 +195,13 @@ class ARC(EvictionPolicy):
         return False
 
     def _forget_names(self) -> None:
-        """Hold both lists with their names to the size, and all four to twice that.
+        """Hold objects used once with their names to the size, and everything to twice that.
 
-        One call adds one name, or makes the size one less, so forgetting two keeps up.
+        Each change makes either one too many at most, so forgetting one keeps up.
         """
-        for _ in range(2):
-            if self._once_gone and len(self._once) + len(self._once_gone) > self._size:
-                self._once_gone.popitem(last=False)
-                continue
-            known = self._resident + len(self._once_gone) + len(self._often_gone)
-            if known > 2 * self._size and (names := self._often_gone or self._once_gone):
-                names.popitem(last=False)
+        if self._once_gone and len(self._once) + len(self._once_gone) > self._size:
+            self._once_gone.popitem(last=False)
+            return
+        known = self._resident + len(self._once_gone) + len(self._often_gone)
+        if known > 2 * self._size and (names := self._often_gone or self._once_gone):
+            names.popitem(last=False)

@@ -32,7 +32,7 @@ class HostTier:
         """Slab bytes of what the policy gives up but a move still holds: they are on their way."""
         self._records: dict[ObjectKey, ObjectRecord] = {}
         self._aside: dict[ObjectKey, int] = {}
-        """Held, leased by no one, and pinned in the policy because it had named them; their turn."""
+        """Held, leased by no one, pinned in the policy because it had named them; their turn."""
         self._turn = 0
 
     def __len__(self) -> int:
@@ -108,11 +108,8 @@ class HostTier:
 
     def unpin(self, path: Sequence[ObjectRecord]) -> None:
         """Let go of one lease on each, root first; counts as one use of the path."""
-        used: list[ObjectKey] = []
-        for found in path:
-            if self._let_go(found) == found.held and found.offset >= 0:
-                used.append(found.key)
-        self.policy.unpin(used)
+        free = [found for found in path if self._let_go(found) == found.held]
+        self.policy.unpin([found.key for found in free if found.offset >= 0])
 
     def hold(self, path: Sequence[ObjectRecord]) -> None:
         """Keep these objects for a move, host-resident or not."""
