@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ class Replay:
         self.policy = policy
         self.capacity = capacity
         self.resident: set[ObjectKey] = set()
+        self.fresh = itertools.count(1000)
 
     def store(self, path: Sequence[ObjectKey]) -> None:
         new = [k for k in path if k not in self.resident]
@@ -156,11 +158,11 @@ def test_what_was_used_often_is_still_known_for_it_after_it_was_pinned_and_demot
     assert survivors(policy, 2) == {often}
 
 
-def chase(cache: Replay, policy: ARC, requests: int) -> None:
+def chase(cache: Replay, policy: ARC, requests: int) -> float:
     """Ask again for what just left the list of those used once, or else for something new."""
-    for n in range(requests):
-        names = list(policy._once_gone)
-        cache.request(names[-1:] or [key(1000 + n)])
+    for _ in range(requests):
+        cache.request(list(policy._once_gone)[-1:] or [key(next(cache.fresh))])
+    return policy._share
 
 
 def test_what_was_used_often_and_demoted_leaves_the_list_of_those() -> None:
@@ -168,14 +170,13 @@ def test_what_was_used_often_and_demoted_leaves_the_list_of_those() -> None:
     cache = Replay(policy, 8)
     cache.request(often)
     cache.request(often)
-    chase(cache, policy, 7)
-    share = policy._share
+    share = chase(cache, policy, 7)
     gone = next(k for k in often if k in cache.resident)
     policy.demote(gone)
     cache.request([key(50)])
     assert gone not in cache.resident
     cache.request([gone])
-    assert 0 < policy._share < share
+    assert policy._share < share
 
 
 def test_the_share_of_one_list_is_at_most_everything() -> None:
@@ -183,10 +184,7 @@ def test_the_share_of_one_list_is_at_most_everything() -> None:
     cache = Replay(policy, 8)
     cache.request(often)
     cache.request(often)
-    shares: list[float] = []
-    for _ in range(30):
-        chase(cache, policy, 1)
-        shares.append(policy._share)
+    shares = [chase(cache, policy, 1) for _ in range(30)]
     assert max(shares) == 8
 
 
