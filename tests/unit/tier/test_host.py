@@ -142,17 +142,27 @@ def test_pins_outlive_bytes_that_never_came() -> None:
     assert small.directory.find(span(1).hash, PART) is None
 
 
-def test_unpinning_an_old_record_leaves_the_new_one_alone() -> None:
+def test_pins_on_an_old_record_leave_the_new_one_alone() -> None:
     """A match held a record; it was evicted and stored again before the match was pinned."""
     small = Small()
     old = small.add(1)
     small.host.drop(old)
+    small.host.hold([old])
     small.host.pin([old])
+    assert small.host.pinned_nbytes == 0
     new = small.add(1)
     assert new is not old
+    small.host.pin([new])
     small.host.unpin([old])
     assert small.directory.find(span(1).hash, PART) is new
     assert new.host is Host.READY
+    assert small.host.policy.victim() is None  # still leased
+    small.host.unpin([new])
+    small.host.take(new)
+    small.host.let_go([old])
+    assert small.host.is_leaving(new)
+    assert small.host.pinned_nbytes == PAGE
+    small.host.let_go([new])
     assert small.host.policy.victim() == new.key
 
 
@@ -197,7 +207,7 @@ def test_what_was_passed_over_while_it_was_held_goes_first_and_in_the_same_order
     assert late is not None
     small.host.commit([late])
     small.host.let_go([late])
-    small.host.let_go(held)
+    small.host.let_go(held[::-1])
     assert small.host.aside_nbytes == 0
     assert [found.key for found in small.order()][:3] == names[:3]
 
@@ -248,15 +258,25 @@ def test_who_waits_for_an_object_is_not_counted_as_its_second_user() -> None:
     assert small.host.reserve(waited, PAGE, [])
     small.host.commit([waited])
     small.host.let_go([waited])
-    asked = small.add(1)
+    assert small.host.policy.victim() is None
     small.host.unpin([waited])
+    asked = small.add(1)
     small.host.pin([asked])
     small.host.unpin([asked])
-    small.add(2)
-    small.host.pin([waited])
-    small.host.unpin([waited])  # the second request is one
-    small.host.policy.touch([asked.key])
-    assert [f.key for f in small.order()] == [span_key(2), waited.key, asked.key]
+    late = small.add(2)
+    assert small.order() == [waited, late, asked]
+
+
+def test_what_is_dropped_while_it_is_held_is_not_on_its_way_any_more() -> None:
+    small = Small()
+    found = small.add(1)
+    small.host.take(found)
+    small.host.drop(found)
+    assert not small.host.is_leaving(found)
+    assert (small.host.aside_nbytes, small.host.pinned_nbytes, len(small.host)) == (0, 0, 0)
+    small.host.let_go([found])
+    assert small.directory.find(span(1).hash, PART) is None
+    assert small.host.policy.victim() is None
 
 
 def test_a_store_of_a_prompt_refreshes_only_what_is_there() -> None:
