@@ -75,7 +75,6 @@ class Demotion:
         For the end of the process, root before leaf; nothing is dropped. A tier that refuses or
         fails gets no more.
         """
-        await self.settled()
         outlets = replace(self._outlets, others=0)
         with self._planner.lock:
             ready = [r for r in self._planner.directory.objects() if r.host is Host.READY]
@@ -84,8 +83,6 @@ class Demotion:
             batch = waiting[at : at + _AT_ONCE]
             failed = await self._send([(record, outlets.wanted(record)) for record in batch])
             outlets = replace(outlets, demote=outlets.demote & ~failed)
-            if not outlets.demote:
-                return
 
     async def aclose(self) -> None:
         """Stop the round. What it was writing stays held until each write has really ended."""

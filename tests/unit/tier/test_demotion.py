@@ -105,13 +105,29 @@ async def test_a_store_that_failed_on_its_way_down_is_tried_again_before_it_leav
 
 
 @pytest.mark.asyncio
-async def test_a_loaded_prompt_makes_room_too() -> None:
+async def test_a_round_goes_on_until_the_mark_however_much_there_is_to_drop() -> None:
+    rig = demoting(write="through", pages=600, watermarks=(0.1, 0.9))
+    await store(rig, 0, tokens=16 * 560)  # all of it is still being written when it settles
+    await store(rig, 1)
+    await rig.stack.flush()
+    assert used(rig) == 60
+    check_accounts(rig.planner, idle=True)
+    await rig.aclose()
+
+
+@pytest.mark.parametrize("is_prefetch", [True, False])
+@pytest.mark.asyncio
+async def test_a_loaded_prompt_makes_room_too(is_prefetch: bool) -> None:
     rig = demoting()
     await fill(rig, 19)
     await rig.stack.flush()
     await fill(rig, 2, first=30)
     assert used(rig) == 18
-    await rig.stack.promote(rig.planner.match(chain_of(16)))
+    match = rig.planner.match(chain_of(16))
+    if is_prefetch:
+        await rig.stack.promote(match)
+    else:
+        await rig.stack.retrieve(match, KVView([], [range(16)]), Window(0, 16))
     await rig.stack.flush()
     assert used(rig) == 16
     assert place(rig, 0) == (True, 2)
@@ -312,6 +328,7 @@ async def test_closing_ends_a_round_and_gives_every_hold_back(is_stubborn: bool)
         assert rig.planner.host.pinned_nbytes > 0
         rig.backend.gate.set()
     await closing
+    assert rig.stack.demotion._round is None
     check_accounts(rig.planner, idle=True)
     assert used(rig) == 19
     tried = rig.tier.misses[Cause.BUSY]
