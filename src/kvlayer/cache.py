@@ -265,9 +265,13 @@ class Cache:
         self._stack.prefill.observe(tokens, seconds)
 
     async def flush(self) -> None:
-        """Wait until everything stored so far has reached the lower tiers, or failed to."""
+        """Wait until everything stored so far has reached the lower tiers, or failed to.
+
+        A tier with ``write = "demote"`` is written when objects leave host memory: of that it waits
+        for what is on its way.
+        """
         self._begin()
-        await self._stack.spills.flush()
+        await self._stack.flush()
 
     async def recovered(self) -> None:
         """Wait until what the lower tiers already held has been listed.

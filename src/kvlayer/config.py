@@ -77,9 +77,10 @@ class TierConfig:
     """Which backend, where, and its own options: ``scheme://location?option=value``. Never a
     secret: those stay in the environment the backend reads."""
 
-    write: Literal["through", "back", "never"] = "back"
+    write: Literal["through", "back", "demote", "never"] = "back"
     """``through``: a store waits until the tier has committed. ``back``: the tier follows, and
-    ``flush()`` waits for it. ``never``: the tier is read-only."""
+    ``flush()`` waits for it. ``demote``: the tier is written only when an object is about to leave
+    host memory. ``never``: the tier is read-only."""
 
     tails: bool = True
     """Whether the partial chunk at a prompt's end is written to this tier."""
@@ -142,6 +143,13 @@ class CacheConfig:
     policy: str = "prefix-lru"
     """The eviction policy, by the name it is installed under."""
 
+    high_watermark: float = 0.95
+    """Fraction of host memory in use above which objects that a lower tier has, or takes, leave in
+    the background, before a store needs the room."""
+
+    low_watermark: float = 0.9
+    """Fraction of host memory at which that stops. 1.0 for both: room is made by stores alone."""
+
     lease_seconds: float = 30.0
     """Seconds after which a lookup that was never released stops pinning what it found."""
 
@@ -170,6 +178,7 @@ class CacheConfig:
             "at least 0 and finite (tokens per second)",
             lambda value: value >= 0 and math.isfinite(value),
         )
+        self._check_watermarks()
         if not self.policy:
             raise FieldError("policy must be a name, found ''", fields=("policy",), hint=_POLICY)
         self._check_tail()
@@ -208,6 +217,16 @@ class CacheConfig:
             f"and {self.tokens_per_chunk}",
             fields=("tokens_per_tail", "tokens_per_chunk"),
             hint="set tokens_per_tail to a divisor; an eighth of a chunk is a good one",
+        )
+
+    def _check_watermarks(self) -> None:
+        if 0 < self.low_watermark <= self.high_watermark <= 1:
+            return
+        raise FieldError(
+            "watermarks must be fractions of host memory, 0 < low <= high <= 1, "
+            f"found low {self.low_watermark} and high {self.high_watermark}",
+            fields=("low_watermark", "high_watermark"),
+            hint="0.9 and 0.95 are the defaults; 1.0 for both turns background demotion off",
         )
 
     def _check_tiers(self) -> None:

@@ -113,7 +113,7 @@ class Control:
             host = stack.host.stats(
                 len(planner.host), extents.used, extents.capacity, planner.host.pinned_nbytes
             )
-            leases = len(planner.leases)
+            leases, owners = len(planner.leases), planner.leases.owners()
         lower = [
             tier.stats(
                 counts[tier.index],
@@ -130,6 +130,7 @@ class Control:
             leases,
             stack.inflight,
             stack.prefill.tokens_per_second,
+            owners,
         )
 
     def health(self) -> Health:

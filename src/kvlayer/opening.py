@@ -81,10 +81,11 @@ class Parts:
         if self._jobs:
             await asyncio.wait(tuple(self._jobs))
         if flush and not self._is_hurried:
-            self._flushing = asyncio.ensure_future(self.stack.spills.flush())
+            self._flushing = asyncio.ensure_future(self.stack.flush(drain=True))
             # What is not written in time is a miss later; closing must not hang.
             await asyncio.wait({self._flushing}, timeout=self.config.close_seconds)
             self._flushing.cancel()
+            await asyncio.wait({self._flushing})
         try:
             await self.stack.aclose()
         finally:
@@ -173,6 +174,8 @@ async def build(
             lower,
             clock=loop.time,
             prefill=Rate(config.prefill_tokens_per_second),
+            high_watermark=config.high_watermark,
+            low_watermark=config.low_watermark,
         )
         nothing = ObjectKey.of(namespace.digest, PUBLIC_ZONE, bytes(32), planner.directory.needs[0])
         for tier in lower:

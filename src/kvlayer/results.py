@@ -14,6 +14,7 @@ __all__ = [
     "Failure",
     "Health",
     "MissedChunk",
+    "OwnerStats",
     "RetrieveReport",
     "Stats",
     "StoreReport",
@@ -154,6 +155,16 @@ class TierStats:
     """What a load takes whatever its size, as learnt from loads."""
     bytes_per_second: float | None = None
     """What a load moves beyond that; None while nothing was loaded."""
+    demoted: int = 0
+    """Dropped from host memory before its room was needed; a lower tier has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerStats:
+    """What one owner's leases hold in host memory."""
+
+    leases: int
+    pinned_nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +179,9 @@ class Stats:
     inflight: int
     prefill_tokens_per_second: float | None = None
     """What recomputing is taken to achieve; None while unknown."""
+    owners: Mapping[str, OwnerStats] = field(default_factory=dict[str, OwnerStats])
+    """Who holds leases now, by the owner a scope or a pin names; what several hold counts for each.
+    Leases without an owner are under ``""``."""
 
 
 @dataclass(frozen=True, slots=True)

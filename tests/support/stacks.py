@@ -20,6 +20,7 @@ from kvlayer.abc.backend import (
     Write,
     WriteResult,
 )
+from kvlayer.abc.policy import EvictionPolicy
 from kvlayer.abc.stager import HostCopy, Stager
 from kvlayer.codec.frame import HEADER_NBYTES
 from kvlayer.errors import BackendError
@@ -114,6 +115,7 @@ def make_planner(
     tiers: int = 2,
     head_shards: int = 0,
     clock: Callable[[], float] | None = None,
+    policy: EvictionPolicy | None = None,
 ) -> Planner:
     """A planner over ``pages`` 4 KiB pages of host memory."""
     return Planner(
@@ -121,7 +123,7 @@ def make_planner(
         layout or plain_layout(),
         tiers=[f"tier-{i}" for i in range(tiers)],
         capacity=pages * 4096,
-        policy=PrefixLRU(),
+        policy=policy or PrefixLRU(),
         tokens_per_chunk=CHUNK,
         tokens_per_tail=TAIL,
         head_shards=head_shards,
@@ -391,11 +393,18 @@ def make_rig(
     max_queued: int = 1024,
     head_shards: int = 0,
     shared: bool = False,
+    watermarks: tuple[float, float] = (1.0, 1.0),
+    policy: EvictionPolicy | None = None,
 ) -> Rig:
     """A whole stack without files, devices or a moving clock. Needs a running loop."""
     clock = Clock()
     planner = make_planner(
-        layout=layout, pages=pages, tiers=tiers + 1, head_shards=head_shards, clock=clock
+        layout=layout,
+        pages=pages,
+        tiers=tiers + 1,
+        head_shards=head_shards,
+        clock=clock,
+        policy=policy,
     )
     events: list[Event] = []
     emit = Emitter([events.append])
@@ -424,7 +433,16 @@ def make_rig(
         )
         for index, backend in enumerate(backends, 1)
     ]
-    stack = Stack(planner, mover, Tier(0, "host", emit), lower, clock=clock)
+    low, high = watermarks
+    stack = Stack(
+        planner,
+        mover,
+        Tier(0, "host", emit),
+        lower,
+        clock=clock,
+        high_watermark=high,
+        low_watermark=low,
+    )
     return Rig(clock, planner, slab, stager, backends, stack, events)
 
 

@@ -28,8 +28,8 @@ class Host(Enum):
 class ObjectRecord:
     """One object: where it lies and who holds it. ``pins`` > 0 keeps it in host memory."""
 
-    __slots__ = ("chunk", "host", "is_whole", "key", "nbytes", "offset", "part", "pins", "tiers",
-                 "writing")  # fmt: skip
+    __slots__ = ("chunk", "held", "host", "is_whole", "key", "nbytes", "offset", "part", "pins",
+                 "tiers", "writing")  # fmt: skip
 
     def __init__(
         self, key: ObjectKey, part: Part, chunk: ChunkRecord, *, is_whole: bool = False
@@ -43,6 +43,8 @@ class ObjectRecord:
         self.offset = -1
         self.nbytes = 0
         self.pins = 0
+        self.held = 0
+        """How many of the pins are a move's, which is no use of the object."""
         self.tiers = 0
         """Bit t: ready on tier t (t >= 1)."""
         self.writing = 0
@@ -62,13 +64,17 @@ class ObjectRecord:
 
 
 class ChunkRecord:
-    """One chunk or tail and its objects. ``covers`` caches, per group, what serves this rank."""
+    """One chunk or tail and its objects. ``covers`` caches, per group, what serves this rank.
 
-    __slots__ = ("covers", "hash", "objects", "zone")
+    ``span``: where it stands in its prompts; known once any of its bytes were in host memory.
+    """
+
+    __slots__ = ("covers", "hash", "objects", "span", "zone")
 
     def __init__(self, chunk_hash: bytes, zone: str) -> None:
         self.hash = chunk_hash
         self.zone = zone
+        self.span: Span | None = None
         self.objects: dict[Part, ObjectRecord] = {}
         self.covers: list[tuple[ObjectRecord, ...] | None] | None = None
 

@@ -1,4 +1,4 @@
-"""The built-in eviction policies: recency, with and without favour for the start of a prompt."""
+"""Eviction by recency, with and without favour for the start of a prompt. Pure."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ class LRU(EvictionPolicy):
     """Least recently used first; a path is used in its own order, so its end stays longest.
 
     Pinned keys live outside the evictable order, so any number of them costs ``victim`` nothing.
-    A key demoted while it is pinned goes to the front once it is unpinned.
     """
 
     name: ClassVar[str] = "lru"
-    __slots__ = ("_order", "_pinned")
+    __slots__ = ("_first", "_order", "_pinned")
 
     def __init__(self) -> None:
+        # A dict's first entry is found by walking over those deleted before it; these are lists.
         self._order: OrderedDict[ObjectKey, None] = OrderedDict()
-        self._pinned: dict[ObjectKey, bool] = {}
-        """Pinned key -> whether it was demoted meanwhile."""
+        self._first: OrderedDict[ObjectKey, None] = OrderedDict()
+        """What was demoted: goes before anything in ``_order``."""
+        self._pinned: dict[ObjectKey, bool | None] = {}
+        """Pinned key -> whether it was demoted meanwhile; None: not admitted yet."""
 
     @staticmethod
     def _uses(path: Sequence[ObjectKey]) -> Iterable[ObjectKey]:
@@ -34,39 +36,58 @@ class LRU(EvictionPolicy):
 
     def admit(self, path: Sequence[ObjectKey], /) -> None:
         for key in self._uses(path):
-            if key not in self._pinned:
+            if key in self._pinned:
+                if self._pinned[key] is None:
+                    self._pinned[key] = False
+            else:
+                self._first.pop(key, None)
                 self._order[key] = None
                 self._order.move_to_end(key)
 
     def touch(self, path: Sequence[ObjectKey], /) -> None:
         for key in self._uses(path):
-            if key in self._order:
-                self._order.move_to_end(key)
+            self._use(key)
+
+    def _use(self, key: ObjectKey) -> None:
+        if key in self._order:
+            self._order.move_to_end(key)
+        elif key in self._first:
+            del self._first[key]
+            self._order[key] = None
 
     def pin(self, key: ObjectKey, /) -> None:
-        self._order.pop(key, None)
-        self._pinned.setdefault(key, False)
+        if key in self._order:
+            del self._order[key]
+            self._pinned[key] = False
+        elif key in self._first:
+            del self._first[key]
+            self._pinned[key] = False
+        else:
+            self._pinned.setdefault(key, None)
 
     def unpin(self, path: Sequence[ObjectKey], /) -> None:
         for key in self._uses(path):
-            demoted = self._pinned.pop(key, None)
+            if key not in self._pinned:
+                self._use(key)
+                continue
+            demoted = self._pinned.pop(key)
             if demoted is not None:
-                self._order[key] = None
-            if key in self._order:
-                self._order.move_to_end(key, last=not demoted)
+                (self._first if demoted else self._order)[key] = None
 
     def demote(self, key: ObjectKey, /) -> None:
         if key in self._order:
-            self._order.move_to_end(key, last=False)
-        elif key in self._pinned:
+            del self._order[key]
+            self._first[key] = None
+        elif self._pinned.get(key) is not None:
             self._pinned[key] = True
 
     def remove(self, key: ObjectKey, /) -> None:
         self._order.pop(key, None)
+        self._first.pop(key, None)
         self._pinned.pop(key, None)
 
     def victim(self) -> ObjectKey | None:
-        return next(iter(self._order), None)
+        return next(iter(self._first or self._order), None)
 
 
 class PrefixLRU(LRU):

@@ -1,4 +1,11 @@
-"""Tier 0, decided: which bytes of the slab hold what, and what to give up for more. Pure."""
+"""Tier 0, decided: which bytes of the slab hold what, and what to give up for more. Pure.
+
+Two kinds of pins keep an object's bytes where they are. A *lease* belongs to a request: the object
+leaves the policy's order at once, and coming back counts as a use. A *hold* belongs to a move (a
+gather, a spill, a store of the same prompt) and says nothing about the object's worth: its place
+in the order stays. Where the policy names a held object, it is set aside and the next one is asked
+for, at most once per hold; let go, it is the first that the policy names.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +14,8 @@ from collections.abc import Sequence
 from kvlayer.abc.policy import EvictionPolicy
 from kvlayer.keys import ObjectKey
 from kvlayer.memory.extents import Extents
-from kvlayer.tier.directory import Directory, ObjectRecord
+from kvlayer.payload import align
+from kvlayer.tier.directory import Directory, Host, ObjectRecord
 
 __all__ = ["HostTier"]
 
@@ -20,14 +28,21 @@ class HostTier:
         self.policy = policy
         self.directory = directory
         self.pinned_nbytes = 0
-        self._records: dict[str, ObjectRecord] = {}
+        self.aside_nbytes = 0
+        """Slab bytes of what the policy gives up but a move still holds: they are on their way."""
+        self._records: dict[ObjectKey, ObjectRecord] = {}
+        self._aside: dict[ObjectKey, int] = {}
+        """Held, leased by no one, pinned in the policy because it had named them; their turn."""
+        self._turn = 0
 
     def __len__(self) -> int:
         """Objects in host memory, those being filled included."""
         return len(self._records)
 
+    # -- room ------------------------------------------------------------------------------------
+
     def reserve(self, found: ObjectRecord, nbytes: int, evicted: list[ObjectRecord]) -> bool:
-        """Make room and start filling ``found``, with one more pin. False when nothing can go.
+        """Make room and start filling ``found``, with one more hold. False when nothing can go.
 
         What had to be given up is appended to ``evicted``; it is not enough only where pinned
         objects leave no gap of that size.
@@ -36,16 +51,16 @@ class HostTier:
             return False
         offset = self.extents.allocate(nbytes)
         while offset is None:
-            key = self.policy.victim()
-            if key is None:
+            victim = self.victim()
+            if victim is None:
                 return False
-            victim = self._records[key]
             self.drop(victim)
             evicted.append(victim)
             offset = self.extents.allocate(nbytes)
         self.directory.fill(found, offset, nbytes)
         self._records[found.key] = found
         found.pins += 1
+        found.held += 1
         self.pinned_nbytes += nbytes
         return True
 
@@ -53,8 +68,9 @@ class HostTier:
         """The bytes of these reserved objects are there: serve them. Keeps their pins."""
         for found in path:
             self.directory.ready(found)
+            if found.pins > found.held:
+                self.policy.pin(found.key)  # who waits for it counts as its arrival, not as a use
             self.policy.admit((found.key,))
-            self.policy.pin(found.key)
 
     def drop(self, found: ObjectRecord) -> None:
         """Give up an object's bytes, whatever its state; pins stay and hold only the record.
@@ -63,27 +79,92 @@ class HostTier:
         """
         if found.pins:
             self.pinned_nbytes -= found.nbytes
+        self._leave_aside(found)
         self.policy.remove(found.key)
         del self._records[found.key]
         self.extents.release(self.directory.drop_host(found))
 
+    def victim(self) -> ObjectRecord | None:
+        """What the policy gives up next and nobody holds; None when there is no such object."""
+        while (key := self.policy.victim()) is not None:
+            found = self._records[key]
+            if not found.pins:
+                return found
+            self._set_aside(found)
+        return None
+
+    # -- pins ------------------------------------------------------------------------------------
+
     def pin(self, path: Sequence[ObjectRecord]) -> None:
-        """Hold these objects, host-resident or not; a pin on an absent one holds its record."""
+        """Lease these objects, host-resident or not; a pin on an absent one holds its record."""
         for found in path:
             found.pins += 1
-            if found.pins == 1 and found.offset >= 0:
+            if found.offset < 0:
+                continue
+            if found.pins == 1:
                 self.pinned_nbytes += found.nbytes
+            if found.pins - found.held == 1 and not self._leave_aside(found):
                 self.policy.pin(found.key)
 
     def unpin(self, path: Sequence[ObjectRecord]) -> None:
-        """Let go of one pin on each, root first; counts as one use of the path."""
-        freed: list[ObjectKey] = []
+        """Let go of one lease on each, root first; counts as one use of the path."""
+        free = [found for found in path if self._let_go(found) == found.held]
+        self.policy.unpin([found.key for found in free if found.offset >= 0])
+
+    def hold(self, path: Sequence[ObjectRecord]) -> None:
+        """Keep these objects for a move, host-resident or not."""
         for found in path:
-            found.pins -= 1
-            if found.pins == 0:
-                if found.offset >= 0:
-                    self.pinned_nbytes -= found.nbytes
-                    freed.append(found.key)
-                else:
-                    self.directory.forget(found)
-        self.policy.unpin(freed)
+            found.pins += 1
+            found.held += 1
+            if found.pins == 1 and found.offset >= 0:
+                self.pinned_nbytes += found.nbytes
+
+    def let_go(self, path: Sequence[ObjectRecord]) -> None:
+        """Let go of one hold on each: they are as they would be without it."""
+        back: list[tuple[int, ObjectKey]] = []
+        for found in path:
+            found.held -= 1
+            self._let_go(found)
+            if not found.held and (turn := self._leave_aside(found)):
+                back.append((turn, found.key))
+        for _, key in sorted(back):  # as the policy had named them
+            self.policy.demote(key)
+            self.policy.unpin((key,))
+
+    def _let_go(self, found: ObjectRecord) -> int:
+        """Take one pin back; how many are left."""
+        found.pins -= 1
+        if not found.pins:
+            if found.offset >= 0:
+                self.pinned_nbytes -= found.nbytes
+            else:
+                self.directory.forget(found)
+        return found.pins
+
+    def refresh(self, path: Sequence[ObjectRecord]) -> None:
+        """A prompt (root first) was stored, or stored again: its objects are recent now."""
+        self.policy.admit([found.key for found in path if found.host is Host.READY])
+
+    # -- set aside -------------------------------------------------------------------------------
+
+    def take(self, found: ObjectRecord) -> None:
+        """Hold the victim: it is on its way out, and the policy names others meanwhile."""
+        self.hold((found,))
+        self._set_aside(found)
+
+    def is_leaving(self, found: ObjectRecord) -> bool:
+        """Whether it was given up and no request has used it since."""
+        return found.key in self._aside
+
+    def _set_aside(self, found: ObjectRecord) -> None:
+        self.policy.pin(found.key)
+        self._turn += 1
+        self._aside[found.key] = self._turn
+        self.aside_nbytes += align(found.nbytes)
+
+    def _leave_aside(self, found: ObjectRecord) -> int:
+        """It is wanted, free or gone: its turn, or 0. The policy still has it pinned."""
+        turn = self._aside.pop(found.key, 0) if found.offset >= 0 else 0
+        if turn:
+            self.aside_nbytes -= align(found.nbytes)
+        return turn

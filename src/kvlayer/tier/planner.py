@@ -231,7 +231,7 @@ class Planner:
         with self.lock:
             self.leases.expire(self._clock())
             own = self._resident(chain)
-            self.host.pin(own)  # room must not come from the prefix that leads to what is stored
+            self.host.hold(own)  # room must not come from the prefix that leads to what is stored
             planned = False
             try:
                 for at, span in enumerate(spans):
@@ -240,7 +240,7 @@ class Planner:
                         break
                 planned = True
             finally:  # a policy of somebody else's may raise
-                self.host.unpin(own)
+                self.host.let_go(own)
                 if not planned:
                     self.stored(todo.gathers, ok=False)
             if todo.spans:
@@ -301,6 +301,7 @@ class Planner:
         if self._is_retired:
             return None
         nbytes = self.payload(record.part, span.tokens).nbytes
+        record.chunk.span = span
         before = len(evicted)
         made = self.host.reserve(record, nbytes, evicted)
         for gone in evicted[before:]:
@@ -329,7 +330,7 @@ class Planner:
     def stored(self, slots: Sequence[Reservation], *, ok: bool) -> None:
         """The gather of these slots ended: serve them or give the memory back.
 
-        When ``ok`` they stay pinned; the caller unpins them once it needs them no more.
+        When ``ok`` they stay held, until :meth:`settle`.
         """
         with self.lock:
             if ok:
@@ -365,7 +366,7 @@ class Planner:
 
     def _abandon(self, slot: Reservation) -> None:
         self.host.drop(slot.record)
-        self.host.unpin((slot.record,))
+        self.host.let_go((slot.record,))
 
     def remember(self, chain: ChunkChain, spans: list[Span], plain: list[bytes] | None) -> None:
         """Keep for ``explain`` what was stored, and the hashes it has without its scope."""
@@ -373,13 +374,13 @@ class Planner:
             self.journal.stored(chain, spans, plain)
 
     def settle(self, chain: ChunkChain, slots: Sequence[Reservation]) -> list[ObjectRecord]:
-        """Let go of what a store gathered and count a use of the whole prompt; its objects."""
+        """Let go of what a store gathered; the whole prompt is recent now. Returns its objects."""
         with self.lock:
-            self.host.unpin([slot.record for slot in slots])
+            self.host.let_go([slot.record for slot in slots])
             hashes = [*chain.hashes, *(slot.span.hash for slot in slots[-1:])]
             found = [self.directory.chunk(h) for h in dict.fromkeys(hashes)]
             path = [o for record in found if record for o in record.objects.values()]
-            self.host.policy.touch([o.key for o in path])
+            self.host.refresh(path)
             return path
 
     def pin(self, records: Sequence[ObjectRecord]) -> None:
@@ -399,6 +400,7 @@ class Planner:
     ) -> Reservation | None:
         """Reserve a slot to bring an object up; None when there is no room for it."""
         with self.lock:
+            self.leases.expire(self._clock())
             return self._reserve(span, record, evicted)
 
     def fetched(self, slot: Reservation, *, ok: bool) -> None:
@@ -406,7 +408,7 @@ class Planner:
         with self.lock:
             if ok:
                 self.host.commit((slot.record,))
-                self.host.unpin((slot.record,))
+                self.host.let_go((slot.record,))
             else:
                 self._abandon(slot)
 
@@ -417,7 +419,7 @@ class Planner:
             if record.host is not Host.READY or (record.tiers | record.writing) & bit:
                 return None
             record.writing |= bit
-            self.host.pin((record,))
+            self.host.hold((record,))
             return Piece(record.key, span.start, span.tokens, record.offset, record.nbytes)
 
     def spilled(self, record: ObjectRecord, tier: int, *, ok: bool) -> None:
@@ -426,7 +428,7 @@ class Planner:
             record.writing &= ~(1 << tier)
             if ok:
                 self.directory.add_tier(record, tier)
-            self.host.unpin((record,))
+            self.host.let_go((record,))
 
     def missing(self, record: ObjectRecord, tier: int, cause: Cause, detail: str) -> None:
         """A tier turned out not to have a usable copy."""

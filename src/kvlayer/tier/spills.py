@@ -45,6 +45,8 @@ class Spills:
     ) -> list[Write]:
         """Start writing objects wherever they are missing; returns the writes of "through" tiers.
 
+        Tiers that are written only by :meth:`demote` are passed over.
+
         What another store is writing there already is among them.
 
         What a tier refuses, because too much is in flight or it is down, is dropped there and
@@ -52,6 +54,8 @@ class Spills:
         """
         through: list[Write] = []
         for tier in self._lower:
+            if tier.write == "demote":
+                continue
             for span, record in moves:
                 if not tier.tails and span.tokens < self._planner.tokens_per_chunk:
                     continue
@@ -64,6 +68,22 @@ class Spills:
                 if call is not None and tier.write == "through":
                     through.append(Write(span, record.key, tier, call))
         return through
+
+    def demote(self, tier: LowerTier, record: ObjectRecord, started: list[Write]) -> bool:
+        """Start writing one object of host memory to a tier, or join the write that runs already.
+
+        What there is to wait for is added to ``started``. False when the tier refuses.
+        """
+        span = record.chunk.span
+        assert span is not None, record.key  # its bytes are in host memory
+        try:
+            call = self._spill(tier, span, record)
+        except Refused as no:
+            tier.refused(no.cause)
+            return False
+        if call is not None:
+            started.append(Write(span, record.key, tier, call))
+        return True
 
     def _spill(self, tier: LowerTier, span: Span, record: ObjectRecord) -> Call[Outcome] | None:
         piece = self._planner.plan_spill(span, record, tier.index)

@@ -13,6 +13,7 @@ from kvlayer.keys import ChunkChain, ObjectKey, Span
 from kvlayer.layout import HitRule, KVView
 from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
 from kvlayer.tier import plan
+from kvlayer.tier.demotion import Demotion
 from kvlayer.tier.directory import Host, ObjectRecord
 from kvlayer.tier.estimate import Rate
 from kvlayer.tier.guard import Call, Refused
@@ -50,6 +51,8 @@ class Stack:
         *,
         clock: Callable[[], float],
         prefill: Rate | None = None,
+        high_watermark: float = 1.0,
+        low_watermark: float = 1.0,
     ) -> None:
         self.planner = planner
         self.mover = mover
@@ -60,6 +63,9 @@ class Stack:
         self._clock = clock
         self.loads = Loads(planner, mover, host, lower, clock)
         self.spills = Spills(planner, mover, lower)
+        self.demotion = Demotion(
+            planner, self.spills, host, lower, high=high_watermark, low=low_watermark
+        )
         native = (g.tokens_per_block for g in planner.layout.groups if g.form != "canonical")
         self._native_step = math.lcm(*native)
         """Native payloads move in whole blocks; 1 where there are none."""
@@ -208,6 +214,7 @@ class Stack:
         failed: list[Failure] = []
         through = self.spills.start(moves, failed)
         path = self.planner.settle(chain, todo.gathers)
+        self.demotion.grown()
         failed += await self.spills.committed(through)
         self._touch(path)
         return failed
@@ -244,6 +251,7 @@ class Stack:
                         break
         finally:
             self.planner.unpin(path)
+            self.demotion.grown()
         self._touch(match.path())
         if done == len(wanted):
             return RetrieveReport(max(bound.stop, bound.start))
@@ -290,6 +298,7 @@ class Stack:
                     done += len(batch)
         finally:
             self.planner.unpin(path)
+            self.demotion.grown()
         if not match.spans:
             return RetrieveReport(0)
         tokens = self._usable(match, match.spans[0], done, Window(0, match.tokens))
@@ -334,8 +343,17 @@ class Stack:
         if self._recoveries:
             await asyncio.wait(self._recoveries)
 
+    async def flush(self, *, drain: bool = False) -> None:
+        """Wait until everything started so far has been written or has failed.
+
+        ``drain``: the process ends, so what only leaves host memory now is written first.
+        """
+        await (self.demotion.drain() if drain else self.demotion.settled())
+        await self.spills.flush()
+
     async def aclose(self) -> None:
         """Cancel what runs and wait until all lent memory is back."""
+        await self.demotion.aclose()
         for task in self._recoveries:
             task.cancel()
         await self.recovered()

@@ -10,6 +10,7 @@ from kvlayer.abc.backend import Backend
 from kvlayer.events import Emitter, ObjectsEvicted, TierChanged, TransferDone
 from kvlayer.keys import ObjectKey
 from kvlayer.results import Cause, TierHealth, TierStats
+from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.estimate import Estimate
 from kvlayer.tier.guard import Call, Guard, Lane, Refused
 from kvlayer.tier.messages import Outcome
@@ -28,6 +29,8 @@ class Tier:
     misses: Counter[Cause] = field(default_factory=Counter[Cause])
     stored: int = 0
     evicted: int = 0
+    demoted: int = 0
+    """Dropped in the background; a lower tier had them."""
     loaded_nbytes: int = 0
     stored_nbytes: int = 0
 
@@ -48,6 +51,7 @@ class Tier:
             evicted=self.evicted,
             loaded_nbytes=self.loaded_nbytes,
             stored_nbytes=self.stored_nbytes,
+            demoted=self.demoted,
         )
 
     def lost(self, policy: str, keys: Sequence[ObjectKey], nbytes: int) -> None:
@@ -57,6 +61,14 @@ class Tier:
             self.emit(
                 ObjectsEvicted(tier=self.name, policy=policy, keys=tuple(keys), nbytes=nbytes)
             )
+
+    def demotes(self, dropped: Sequence[ObjectRecord]) -> None:
+        """Objects left in the background, and are served from below."""
+        self.demoted += len(dropped)
+        if self.emit and dropped:
+            keys = tuple(gone.key for gone in dropped)
+            nbytes = sum(gone.nbytes for gone in dropped)
+            self.emit(ObjectsEvicted(tier=self.name, policy="demotion", keys=keys, nbytes=nbytes))
 
     def refused(self, cause: Cause) -> None:
         """Something was not done because there was no room or too much in flight."""

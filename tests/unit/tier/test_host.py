@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvlayer.abc.policy import EvictionPolicy
-from kvlayer.keys import Part, Span
+from kvlayer.keys import ObjectKey, Part, Span
 from kvlayer.payload import align
+from kvlayer.tier.arc import ARC
 from kvlayer.tier.directory import Directory, Host, ObjectRecord
 from kvlayer.tier.evict import LRU, PrefixLRU
 from kvlayer.tier.host import HostTier
@@ -45,8 +46,16 @@ class Small:
         found = self.reserve(number, nbytes)
         assert found is not None
         self.host.commit([found])
-        self.host.unpin([found])
+        self.host.let_go([found])
         return found
+
+    def order(self) -> list[ObjectRecord]:
+        """What goes, in this order, until nothing may go any more; it is gone then."""
+        gone: list[ObjectRecord] = []
+        while (victim := self.host.victim()) is not None:
+            self.host.drop(victim)
+            gone.append(victim)
+        return gone
 
 
 def test_the_least_recently_used_object_goes_first() -> None:
@@ -78,8 +87,8 @@ def test_a_reserved_object_is_never_evicted() -> None:
     assert second is not None
     assert small.reserve(2) is None
     small.host.commit([first])
-    assert small.reserve(2) is None  # ready, but still pinned by its writer
-    small.host.unpin([first])
+    assert small.reserve(2) is None  # ready, but still held by its writer
+    small.host.let_go([first])
     assert small.reserve(2) is not None
 
 
@@ -110,7 +119,7 @@ def test_bytes_that_arrive_for_a_pinned_absent_object_count_as_pinned() -> None:
     assert small.host.reserve(found, PAGE, [])
     assert small.host.pinned_nbytes == PAGE
     small.host.commit([found])
-    small.host.unpin([found])
+    small.host.let_go([found])
     assert small.host.pinned_nbytes == PAGE
     small.host.unpin([found])
     assert small.host.pinned_nbytes == 0
@@ -123,27 +132,166 @@ def test_pins_outlive_bytes_that_never_came() -> None:
     assert found is not None
     small.host.pin([found])
     small.host.drop(found)
-    small.host.unpin([found])
+    small.host.let_go([found])
     assert (small.host.pinned_nbytes, small.host.extents.used) == (0, 0)
     assert small.directory.find(span(1).hash, PART) is found
     assert small.reserve(1) is found
     small.host.drop(found)
-    small.host.unpin([found, found])
+    small.host.let_go([found])
+    small.host.unpin([found])
     assert small.directory.find(span(1).hash, PART) is None
 
 
-def test_unpinning_an_old_record_leaves_the_new_one_alone() -> None:
+def test_pins_on_an_old_record_leave_the_new_one_alone() -> None:
     """A match held a record; it was evicted and stored again before the match was pinned."""
     small = Small()
     old = small.add(1)
     small.host.drop(old)
+    small.host.hold([old])
     small.host.pin([old])
+    assert small.host.pinned_nbytes == 0
     new = small.add(1)
     assert new is not old
+    small.host.pin([new])
     small.host.unpin([old])
     assert small.directory.find(span(1).hash, PART) is new
     assert new.host is Host.READY
+    assert small.host.policy.victim() is None  # still leased
+    small.host.unpin([new])
+    small.host.take(new)
+    small.host.let_go([old])
+    assert small.host.is_leaving(new)
+    assert small.host.pinned_nbytes == PAGE
+    small.host.let_go([new])
     assert small.host.policy.victim() == new.key
+
+
+# -- holds: a move says nothing about an object's worth ------------------------------------------
+
+
+def test_holding_an_object_is_no_use_of_it() -> None:
+    small = Small()
+    records = [small.add(n) for n in range(4)]
+    small.host.hold(records[:2])
+    small.host.let_go(records[:2])
+    assert small.order() == records
+
+
+def test_write_back_does_not_turn_a_prompt_round() -> None:
+    """Each object is held until it is written; which write ends last must not matter."""
+    small = Small()
+    path = [small.add(n) for n in range(4)]
+    small.host.refresh(path)
+    small.host.hold(path)
+    for found in path:
+        small.host.let_go([found])
+    assert small.order() == path[::-1]
+
+
+@pytest.mark.parametrize("policy", [PrefixLRU, LRU, ARC])
+def test_what_was_passed_over_while_it_was_held_goes_first_and_in_the_same_order(
+    policy: type[EvictionPolicy],
+) -> None:
+    expected = Small(policy=policy())
+    for n in range(4):
+        expected.add(n)
+    names = [found.key for found in expected.order()]
+
+    small = Small(policy=policy())
+    records = [small.add(n) for n in range(4)]
+    held = [found for found in records if found.key in names[:3]]
+    small.host.hold(held)
+    assert small.host.victim() is next(f for f in records if f.key == names[3])
+    assert small.host.aside_nbytes == 3 * PAGE
+    late = small.reserve(9)
+    assert late is not None
+    small.host.commit([late])
+    small.host.let_go([late])
+    small.host.let_go(held[::-1])
+    assert small.host.aside_nbytes == 0
+    assert [found.key for found in small.order()][:3] == names[:3]
+
+
+def test_a_lease_on_what_is_on_its_way_out_brings_it_back() -> None:
+    small = Small()
+    records = [small.add(n) for n in range(3)]
+    small.host.take(records[0])
+    assert small.host.is_leaving(records[0])
+    small.host.pin(records[:1])
+    assert not small.host.is_leaving(records[0])
+    assert small.host.aside_nbytes == 0
+    small.host.unpin(records[:1])
+    assert not small.host.is_leaving(records[0])
+    small.host.let_go(records[:1])
+    assert small.order() == [records[1], records[2], records[0]]
+
+
+def test_two_moves_hold_an_object_until_the_second_has_ended() -> None:
+    small = Small(pages=2)
+    records = [small.add(n) for n in range(2)]
+    small.host.take(records[0])
+    small.host.hold(records[:1])
+    small.host.let_go(records[:1])
+    assert small.host.is_leaving(records[0])
+    assert small.order() == records[1:]
+    small.host.let_go(records[:1])
+    assert not small.host.is_leaving(records[0])
+    assert small.order() == records[:1]
+
+
+def test_a_lease_outlives_the_hold_beside_it() -> None:
+    small = Small(pages=2)
+    records = [small.add(n) for n in range(2)]
+    small.host.hold(records[:1])
+    small.host.pin(records[:1])
+    small.host.let_go(records[:1])
+    assert small.order() == records[1:]
+    small.host.unpin(records[:1])
+    assert small.order() == records[:1]
+
+
+def test_who_waits_for_an_object_is_not_counted_as_its_second_user() -> None:
+    """Under ARC an object that one request loaded and used was used once."""
+    small = Small(pages=3, policy=ARC())
+    waited = small.directory.ensure(span(0), "0", PART)
+    small.host.pin([waited])
+    assert small.host.reserve(waited, PAGE, [])
+    small.host.commit([waited])
+    small.host.let_go([waited])
+    assert small.host.policy.victim() is None
+    small.host.unpin([waited])
+    asked = small.add(1)
+    small.host.pin([asked])
+    small.host.unpin([asked])
+    late = small.add(2)
+    assert small.order() == [waited, late, asked]
+
+
+def test_what_is_dropped_while_it_is_held_is_not_on_its_way_any_more() -> None:
+    small = Small()
+    found = small.add(1)
+    small.host.take(found)
+    small.host.drop(found)
+    assert not small.host.is_leaving(found)
+    assert (small.host.aside_nbytes, small.host.pinned_nbytes, len(small.host)) == (0, 0, 0)
+    small.host.let_go([found])
+    assert small.directory.find(span(1).hash, PART) is None
+    assert small.host.policy.victim() is None
+
+
+def test_a_store_of_a_prompt_refreshes_only_what_is_there() -> None:
+    small = Small()
+    ready = [small.add(n) for n in range(2)]
+    filling = small.reserve(2)
+    absent = small.directory.ensure(span(3), "0", PART)
+    assert filling is not None
+    small.host.refresh([ready[0], filling, absent])
+    assert small.host.policy.victim() == ready[1].key
+    assert small.order() == [ready[1], ready[0]]
+
+
+def span_key(number: int) -> ObjectKey:
+    return ObjectKey.of("ab" * 32, "0", span(number).hash, PART)
 
 
 class HostMachine(RuleBasedStateMachine):
@@ -156,8 +304,10 @@ class HostMachine(RuleBasedStateMachine):
         super().__init__()
         self.small = Small(self.pages, self.policy())
         self.host = self.small.host
-        self.held: list[ObjectRecord] = []
+        self.leased: list[ObjectRecord] = []
         """One entry per pin that a test took."""
+        self.held: list[ObjectRecord] = []
+        """One entry per hold that a test took."""
         self.filling: dict[int, ObjectRecord] = {}
         self.known: dict[int, ObjectRecord] = {}
 
@@ -187,7 +337,7 @@ class HostMachine(RuleBasedStateMachine):
                 self.host.commit([found])
             else:
                 self.host.drop(found)
-            self.host.unpin([found])
+            self.host.let_go([found])
 
     @rule(number=st.integers(0, 7))
     def pin(self, number: int) -> None:
@@ -195,12 +345,37 @@ class HostMachine(RuleBasedStateMachine):
         found = self.known.get(number)
         if found is not None:
             self.host.pin([found])
-            self.held.append(found)
+            self.leased.append(found)
 
     @rule(choice=st.randoms(use_true_random=False))
     def unpin(self, choice: random.Random) -> None:
-        if self.held:
-            self.host.unpin([self.held.pop(choice.randrange(len(self.held)))])
+        if self.leased:
+            self.host.unpin([self.leased.pop(choice.randrange(len(self.leased)))])
+
+    @rule(choice=st.randoms(use_true_random=False))
+    def hold(self, choice: random.Random) -> None:
+        ready = [r for r in self.resident() if r.host is Host.READY]
+        if ready:
+            self.held.append(choice.choice(ready))
+            self.host.hold(self.held[-1:])
+
+    @rule()
+    def take(self) -> None:
+        victim = self.host.victim()
+        if victim is not None:
+            self.host.take(victim)
+            self.held.append(victim)
+
+    @rule(choice=st.randoms(use_true_random=False), count=st.integers(1, 3))
+    def let_go(self, choice: random.Random, count: int) -> None:
+        choice.shuffle(self.held)
+        self.host.let_go(self.held[:count])
+        del self.held[:count]
+
+    @rule(path=st.lists(st.integers(0, 7), unique=True))
+    def refresh(self, path: list[int]) -> None:
+        records = [self.small.directory.find(span(number).hash, PART) for number in path]
+        self.host.refresh([found for found in records if found is not None])
 
     @rule(choice=st.randoms(use_true_random=False))
     def drop(self, choice: random.Random) -> None:
@@ -225,8 +400,9 @@ class HostMachine(RuleBasedStateMachine):
         assert self.host.extents.used == sum(align(r.nbytes) for r in resident)
         assert self.host.pinned_nbytes == sum(r.nbytes for r in resident if r.pins)
         for found in resident:
-            pins = sum(found is r for r in self.held) + (found in self.filling.values())
-            assert found.pins == pins
+            holds = sum(found is r for r in self.held) + (found in self.filling.values())
+            assert found.held == holds
+            assert found.pins == holds + sum(found is r for r in self.leased)
 
     @invariant()
     def no_byte_has_two_owners(self) -> None:
@@ -237,18 +413,37 @@ class HostMachine(RuleBasedStateMachine):
         assert at <= self.pages * PAGE
 
     @invariant()
-    def the_victim_is_ready_and_unpinned(self) -> None:
-        idle = {r.key for r in self.resident() if r.host is Host.READY and not r.pins}
+    def what_is_aside_is_held_and_not_leased(self) -> None:
+        aside = [r for r in self.resident() if self.host.is_leaving(r)]
+        assert all(r.held and r.pins == r.held and r.host is Host.READY for r in aside)
+        assert self.host.aside_nbytes == sum(align(r.nbytes) for r in aside)
+        assert len(self.host._aside) == len(aside)
+
+    @invariant()
+    def the_policy_names_what_is_ready_and_not_leased(self) -> None:
+        """What a move holds it may name: the host passes over it then."""
+        free = {
+            r.key
+            for r in self.resident()
+            if r.host is Host.READY and r.pins == r.held and not self.host.is_leaving(r)
+        }
         victim = self.host.policy.victim()
+        assert (victim in free) if free else (victim is None)
+
+    @rule()
+    def the_victim_is_ready_and_nobody_has_it(self) -> None:
+        idle = [r for r in self.resident() if r.host is Host.READY and not r.pins]
+        victim = self.host.victim()
         assert (victim in idle) if idle else (victim is None)
 
     def teardown(self) -> None:
         for number in list(self.filling):
             found = self.filling.pop(number)
             self.host.commit([found])
-            self.host.unpin([found])
-        while self.held:
-            self.host.unpin([self.held.pop()])
+            self.host.let_go([found])
+        self.host.let_go(self.held)
+        while self.leased:
+            self.host.unpin([self.leased.pop()])
         assert self.host.pinned_nbytes == 0
         everything = self.pages * PAGE
         assert self.small.reserve(99, everything) is not None  # all of it can be had again
@@ -258,10 +453,16 @@ class LRUMachine(HostMachine):
     policy = LRU
 
 
+class ARCMachine(HostMachine):
+    policy = ARC
+
+
 HostMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=50)
 LRUMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=50)
+ARCMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=50)
 TestHostMachine = HostMachine.TestCase
 TestLRUMachine = LRUMachine.TestCase
+TestARCMachine = ARCMachine.TestCase
 
 
 @pytest.mark.parametrize("fail", [True, False])
@@ -274,7 +475,7 @@ def test_no_slot_is_used_twice_after_a_failed_fill(fail: bool) -> None:
         small.host.drop(first)
     else:
         small.host.commit([first])
-    small.host.unpin([first])
+    small.host.let_go([first])
     third = small.reserve(2)
     assert third is not None
     assert third.offset != second.offset

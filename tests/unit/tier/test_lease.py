@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvlayer.errors import ConfigError
 from kvlayer.keys import Part, Span
+from kvlayer.results import OwnerStats
 from kvlayer.tier.directory import Directory, ObjectRecord
 from kvlayer.tier.evict import PrefixLRU
 from kvlayer.tier.host import HostTier
@@ -29,7 +31,7 @@ class Small:
             found = self.directory.ensure(Span(0, 16, sha256(b"%d" % n).digest()), "0", PART)
             assert self.host.reserve(found, 4096, [])
             self.host.commit([found])
-            self.host.unpin([found])
+            self.host.let_go([found])
             self.records.append(found)
 
     @property
@@ -100,6 +102,42 @@ def test_an_empty_lease_is_a_lease(small: Small) -> None:
     lease = small.leases.grant([], owner="me", deadline=1.0)
     assert small.leases.holds(lease.number)
     assert small.leases.release(lease.number)
+
+
+@pytest.mark.parametrize("deadline", [float("inf"), float("nan")])
+def test_a_lease_without_an_end_is_refused_and_pins_nothing(small: Small, deadline: float) -> None:
+    with pytest.raises(ConfigError, match="needs a deadline"):
+        small.leases.grant(small.records, owner="me", deadline=deadline)
+    assert small.pins == [0, 0, 0]
+    assert len(small.leases) == 0
+
+
+def test_owners_are_told_apart_and_what_one_holds_twice_counts_once(small: Small) -> None:
+    assert small.leases.owners() == {}
+    small.leases.grant(small.records[:2], owner="me", deadline=1.0)
+    small.leases.grant(small.records[1:], owner="me", deadline=2.0)
+    yours = small.leases.grant(small.records[1:2], owner="you", deadline=2.0)
+    assert small.leases.owners() == {"me": OwnerStats(2, 3 * 4096), "you": OwnerStats(1, 4096)}
+    small.leases.expire(1.0)
+    small.leases.release(yours.number)
+    assert small.leases.owners() == {"me": OwnerStats(1, 2 * 4096)}
+
+
+def test_a_lease_on_what_is_not_in_host_memory_holds_no_bytes(small: Small) -> None:
+    absent = small.directory.ensure(Span(0, 16, sha256(b"absent").digest()), "0", PART)
+    small.leases.grant([absent, *small.records[:1]], owner="me", deadline=1.0)
+    assert small.leases.owners() == {"me": OwnerStats(1, 4096)}
+
+
+def test_leases_released_long_before_their_deadline_leave_nothing_behind(small: Small) -> None:
+    kept = small.leases.grant(small.records, owner="me", deadline=5.0)
+    for n in range(10_000):
+        lease = small.leases.grant(small.records, owner="you", deadline=1e9 - n)
+        small.leases.release(lease.number)
+    assert len(small.leases._deadlines) < 100
+    assert small.leases.expire(4.0) == []
+    assert small.leases.expire(5.0) == [kept]
+    assert small.pins == [0, 0, 0]
 
 
 @given(

@@ -21,12 +21,15 @@ from stacks import (
     store,
 )
 
+from kvlayer.abc.policy import EvictionPolicy
 from kvlayer.errors import CapacityError
 from kvlayer.keys import ChunkChain, ObjectKey, Part, Span
-from kvlayer.results import Cause
+from kvlayer.results import Cause, OwnerStats
+from kvlayer.tier.arc import ARC
 from kvlayer.tier.directory import Host, ObjectRecord
-from kvlayer.tier.evict import PrefixLRU
+from kvlayer.tier.evict import LRU, PrefixLRU
 from kvlayer.tier.lease import Lease
+from kvlayer.tier.leaving import Outlets, Way, end_leaving, plan_leaving
 from kvlayer.tier.matcher import Match
 from kvlayer.tier.planner import Planner, Reservation
 
@@ -368,6 +371,60 @@ def test_a_superseded_tail_that_is_pinned_goes_first_once_it_is_let_go() -> None
     assert planner.match(short).tokens == 0
 
 
+def test_a_lease_that_is_never_released_does_not_stop_the_cache() -> None:
+    clock = Clock()
+    planner = make_planner(pages=4, clock=clock)
+    store(planner, chain_of(64))
+    planner.lease(planner.match(chain_of(64)), owner="dead", seconds=30.0)
+    blocked = planner.plan_store(chain_of(64, seed=1), 0, tail=False, holds=_all)
+    assert blocked.gathers == []
+    planner.settle(chain_of(64, seed=1), [])
+    assert planner.leases.owners() == {"dead": OwnerStats(1, 4 * 4096)}
+    clock.now += 30.0
+    assert len(store(planner, chain_of(64, seed=1)).gathers) == 4
+    assert planner.leases.owners() == {}
+    check_accounts(planner, idle=True)
+
+
+def test_a_load_finds_the_room_of_a_lease_that_ran_out() -> None:
+    clock = Clock()
+    planner, wanted = make_planner(pages=4, clock=clock), chain_of(16, seed=1)
+    store(planner, chain_of(64))
+    planner.note([key(wanted, 0)], 1)
+    (record,) = planner.match(wanted).path()
+    planner.lease(planner.match(chain_of(64)), owner="dead", seconds=30.0)
+    assert planner.plan_fetch(wanted.span(0), record, []) is None
+    clock.now += 30.0
+    slot = planner.plan_fetch(wanted.span(0), record, [])
+    assert slot is not None
+    planner.fetched(slot, ok=True)
+    check_accounts(planner, idle=True)
+
+
+@pytest.mark.parametrize("policy", [PrefixLRU, LRU, ARC])
+def test_a_tail_that_was_superseded_goes_first_under_every_policy(
+    policy: type[EvictionPolicy],
+) -> None:
+    for is_leased in (False, True):
+        planner = make_planner(pages=6, policy=policy())
+        short = chain_of(20)
+        store(planner, short, tail=True)
+        for _ in range(3):  # used often: it would be the last to go
+            match = planner.match(short)
+            planner.release(planner.lease(match, owner="", seconds=9.0).number)
+        lease = planner.lease(planner.match(short), owner="", seconds=9.0)
+        if not is_leased:
+            planner.release(lease.number)
+        store(planner, chain_of(28), tail=True)
+        planner.release(lease.number)
+        for seed in range(1, 4):
+            store(planner, chain_of(16, seed=seed))
+        assert planner.match(short).tokens == 20
+        store(planner, chain_of(16, seed=4))
+        assert planner.match(short).tokens == 16
+        assert planner.match(chain_of(28)).tokens == 28
+
+
 def test_eviction_is_remembered_with_its_policy() -> None:
     planner, chain = make_planner(pages=1), chain_of(16)
     store(planner, chain)
@@ -555,6 +612,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self.spills: list[tuple[ObjectRecord, int]] = []
         self.leases: list[tuple[Match, Lease]] = []
         self.pins: list[list[ObjectRecord]] = []
+        self.leaving: list[list[Way]] = []
 
     @rule(n=st.integers(0, 3), first=st.sampled_from([0, 16, 20]), tail=st.booleans())
     def begin_store(self, n: int, first: int, tail: bool) -> None:
@@ -577,12 +635,14 @@ class PlannerMachine(RuleBasedStateMachine):
     @rule(n=st.integers(0, 3))
     def begin_fetch(self, n: int) -> None:
         match = self.planner.match(self.chains[n])
+        self.planner.pin(match.path())  # or room for one could come from another
         for span, covers in zip(match.spans, match.covers, strict=True):
             for found in (one for cover in covers for one in cover):
                 if found.host is Host.ABSENT:
                     slot = self.planner.plan_fetch(span, found, [])
                     if slot is not None:
                         self.fetches.append(slot)
+        self.planner.unpin(match.path())
 
     @rule(ok=st.booleans(), choice=st.randoms(use_true_random=False))
     def end_fetch(self, ok: bool, choice: random.Random) -> None:
@@ -606,6 +666,30 @@ class PlannerMachine(RuleBasedStateMachine):
             found, tier = self.spills.pop(choice.randrange(len(self.spills)))
             self.planner.spilled(found, tier, ok=ok)
             assert (found.tiers >> tier & 1) == ok
+
+    @rule(
+        pages=st.integers(0, 14),
+        demote=st.sampled_from([0, 2, 4, 6]),
+        others=st.sampled_from([0, 2]),
+        whole_only=st.sampled_from([0, 4]),
+        at_once=st.integers(1, 3),
+    )
+    def begin_leaving(
+        self, pages: int, demote: int, others: int, whole_only: int, at_once: int
+    ) -> None:
+        outlets = Outlets(demote, others, whole_only, 16)
+        step = plan_leaving(self.planner.host, pages * 4096, outlets, at_once)
+        assert all(found.tiers and found.host is Host.ABSENT for found in step.dropped)
+        assert all(found.pins == found.held == 1 for found, _ in step.writes)
+        assert all(wanted and not found.tiers & wanted for found, wanted in step.writes)
+        self.leaving.append(step.writes)
+
+    @rule(choice=st.randoms(use_true_random=False))
+    def end_leaving(self, choice: random.Random) -> None:
+        if self.leaving:
+            ways = self.leaving.pop(choice.randrange(len(self.leaving)))
+            gone = end_leaving(self.planner.host, ways)
+            assert all(found.tiers and found.host is Host.ABSENT for found in gone)
 
     @rule(n=st.integers(0, 3), seconds=st.integers(0, 3))
     def take_lease(self, n: int, seconds: int) -> None:
@@ -671,8 +755,10 @@ class PlannerMachine(RuleBasedStateMachine):
             for span, covers in zip(match.spans, match.covers, strict=True):
                 if span.stop > first:
                     assert covers[g], (g, span)
-                    assert all(found.is_ready for found in covers[g])
-                    assert directory.covers(span.hash)[g] is not None
+                    if all(found.is_ready for found in covers[g]):
+                        assert directory.covers(span.hash)[g] is not None
+                    else:  # its tier lost it while it was on its way up
+                        assert all(found.is_ready or found.pins for found in covers[g])
 
     @invariant()
     def matches_are_sound(self) -> None:
@@ -698,6 +784,8 @@ class PlannerMachine(RuleBasedStateMachine):
             self.planner.spilled(found, tier, ok=False)
         for path in self.pins:
             self.planner.unpin(path)
+        for ways in self.leaving:
+            end_leaving(self.planner.host, ways)
         self.planner.leases.clear()
         check_accounts(self.planner, idle=True)
         self.planner.evict(list(self.planner.directory.objects()), Cause.CLEARED, "")

@@ -1,0 +1,128 @@
+"""Demotion: making room in host memory before a store needs it, in the background."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from kvlayer.tier.directory import Host
+from kvlayer.tier.leaving import Outlets, Way, end_leaving, plan_leaving
+from kvlayer.tier.planner import Planner
+from kvlayer.tier.spills import Spills, Write
+from kvlayer.tier.tier import LowerTier, Tier
+
+__all__ = ["Demotion"]
+
+_log = logging.getLogger(__name__)
+_AT_ONCE = 8  # objects written together: loads wait their turn behind them
+
+
+class Demotion:
+    """Keeps the use of host memory between two watermarks, as fractions of its capacity.
+
+    A round begins when use has grown past ``high`` and drops what lower tiers hold, in the policy's
+    order, until ``low`` is reached. What a tier with ``write = "demote"`` lacks is written to it
+    first. A write that is refused or fails ends the round; the next growth begins another. What no
+    tier takes is left to the stores that need its room.
+
+    What it writes is held meanwhile: at most what lies above ``low``, however long a tier hangs.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        spills: Spills,
+        host: Tier,
+        lower: Sequence[LowerTier],
+        *,
+        high: float,
+        low: float,
+    ) -> None:
+        capacity = planner.host.extents.capacity
+        self._planner = planner
+        self._spills = spills
+        self._host = host
+        self._lower = {tier.index: tier for tier in lower}
+        self._high, self._low = int(capacity * high), int(capacity * low)
+        self._outlets = Outlets(
+            demote=_bits(tier for tier in lower if tier.write == "demote"),
+            others=_bits(tier for tier in lower if tier.write in ("through", "back")),
+            whole_only=_bits(tier for tier in lower if not tier.tails),
+            tokens_per_chunk=planner.tokens_per_chunk,
+        )
+        self._round: asyncio.Task[None] | None = None
+        self._is_closed = False
+
+    def grown(self) -> None:
+        """Host memory may be fuller than before: begin a round if it is too full."""
+        if self._round is not None or self._is_closed or not self._lower:
+            return
+        if self._planner.host.extents.used > self._high:
+            self._round = asyncio.get_running_loop().create_task(self._run())
+            self._round.add_done_callback(self._ended)
+
+    async def settled(self) -> None:
+        """Wait until the round that runs now, if any, has ended."""
+        if self._round is not None:
+            await asyncio.wait({self._round})
+
+    async def drain(self) -> None:
+        """Write all of host memory to the tiers that are written only when an object leaves it.
+
+        For the end of the process, root before leaf; nothing is dropped. A tier that refuses or
+        fails gets no more.
+        """
+        outlets = replace(self._outlets, others=0)
+        with self._planner.lock:
+            ready = [r for r in self._planner.directory.objects() if r.host is Host.READY]
+        waiting = [r for r in ready if outlets.wanted(r)]
+        for at in range(0, len(waiting), _AT_ONCE):
+            batch = waiting[at : at + _AT_ONCE]
+            failed = await self._send([(record, outlets.wanted(record)) for record in batch])
+            outlets = replace(outlets, demote=outlets.demote & ~failed)
+
+    async def aclose(self) -> None:
+        """Stop the round. What it was writing stays held until each write has really ended."""
+        self._is_closed = True
+        if self._round is not None:
+            self._round.cancel()
+            await self.settled()
+
+    async def _run(self) -> None:
+        is_going = True
+        while is_going:  # every step but the last drops something, so a round ends
+            with self._planner.lock:
+                step = plan_leaving(self._planner.host, self._low, self._outlets, _AT_ONCE)
+            self._host.demotes(step.dropped)
+            try:
+                failed = await self._send(step.writes)
+            finally:
+                with self._planner.lock:
+                    gone = end_leaving(self._planner.host, step.writes)
+                self._host.demotes(gone)
+            is_going = not failed and bool(step.dropped or gone)
+            await asyncio.sleep(0)
+
+    def _ended(self, ended: asyncio.Task[None]) -> None:
+        self._round = None
+        if not ended.cancelled() and (error := ended.exception()) is not None:
+            # A policy of somebody else's may raise: room is then made by the stores that need it.
+            _log.error("demotion from host memory failed", exc_info=error)
+
+    async def _send(self, ways: Sequence[Way]) -> int:
+        """Write objects to the tiers they lack. The tiers that refused or failed, as bits."""
+        failed = 0
+        started: list[Write] = []
+        for record, wanted in ways:
+            for tier in self._lower.values():
+                bit = 1 << tier.index
+                if wanted & ~failed & bit and not self._spills.demote(tier, record, started):
+                    failed |= bit
+        names = {write.tier for write in await self._spills.committed(started)}
+        return failed | _bits(tier for tier in self._lower.values() if tier.name in names)
+
+
+def _bits(tiers: Iterable[LowerTier]) -> int:
+    return sum(1 << tier.index for tier in tiers)
