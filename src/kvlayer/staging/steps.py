@@ -90,9 +90,8 @@ def _is_long(run: BlockRun, strip: Strip) -> bool:
 def _strided(strip: Strip, run: BlockRun) -> Iterator[Step]:
     for position, block, count in run.stretches:
         part = strip._replace(blocks=count)
-        row = run.row + position * strip.rows
         yield Step(
-            _rows(part, part.host, row * strip.host.token),
+            _rows(part, part.host, _row(strip, run) + position * strip.host.block),
             _rows(part, part.cache, block * strip.cache.block),
             ...,
             ...,
@@ -113,7 +112,7 @@ def _taken(strip: Strip, run: BlockRun) -> list[Step]:
     dtype = np.dtype(f"V{row}")
     cache = Rows((int(index.max()) + 1,), dtype, side.offset, (row,))
 
-    host, first = strip.host, strip.host.offset + run.row * strip.host.token
+    host, first = strip.host, strip.host.offset + _row(strip, run)
     length = len(blocks) * row
     if (strip.heads == 1 or host.head == length) and (
         strip.planes == 1 or host.plane == strip.heads * length
@@ -141,7 +140,7 @@ def _indexed(strip: Strip, run: BlockRun, most: int | None = None) -> Iterator[S
     step = len(run.ids) if most is None else max(1, most // _block_nbytes(strip))
     for at in range(0, len(run.ids), step):
         ids = run.ids[at : at + step]
-        first = (run.row + at * strip.rows) * strip.host.token
+        first = _row(strip, run) + at * strip.host.block
         payload = _rows(strip._replace(blocks=len(ids)), strip.host, first)
         yield Step(_ordered(payload, order), _ordered(_rows(strip, side), order), ..., ids)
 
@@ -157,6 +156,11 @@ def _loose(strip: Strip, loose: LooseRows | None) -> Iterator[Step]:
         one = strip._replace(rows=1, blocks=int(rows.max()) + 1)
         payload = _rows(one, strip.host._replace(block=strip.host.token))
         yield Step(payload, cache, (every, every, rows, 0), (every, every, blocks, tokens))
+
+
+def _row(strip: Strip, run: BlockRun) -> int:
+    """Where the run begins in the payload. Its rows are a token's, also where a block is one."""
+    return run.row * strip.host.token
 
 
 def _block_nbytes(strip: Strip) -> int:

@@ -29,13 +29,14 @@ from kvlayer.layout import (
 )
 from kvlayer.payload import Payload
 from kvlayer.staging.address import overlap, strips
+from kvlayer.staging.device_cache import DeviceCache
 from kvlayer.staging.geometry import TensorShape, cache_geometry
 from kvlayer.staging.moves import plan_moves
 from kvlayer.staging.sample import paged_view
 from kvlayer.staging.slots import SlotTable, slot_runs
 from kvlayer.staging.steps import Step, gather_steps, scatter_steps
 from kvlayer.staging.torch_stager import TorchStager
-from kvlayer.staging.torch_view import GeometryReader
+from kvlayer.staging.torch_view import GeometryReader, tensors_of
 
 MIB = 1 << 20
 SIZE, BLOCKS = 16, 256
@@ -186,6 +187,52 @@ async def test_rows_apart_by_less_than_rows_are_set_aside_in_pieces() -> None:
         tracemalloc.stop()
     assert MIB <= peak < 2 * MIB
     await stager.aclose()
+
+
+class DevicePathStager(TorchStager):
+    """The path of other devices: torch's indexing, nothing of the steps."""
+
+    def _open(self, tensor: Any) -> Any:
+        return DeviceCache(tensor)
+
+
+BLOCK_ORDERS = {
+    "scattered": SCATTERED,
+    "one piece": [*range(20, 84)],
+    "long stretches": [*range(128, 240), *range(112)],
+    "short stretches": [*range(8, 12), *range(4), *range(30, 33), 50],
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("order", BLOCK_ORDERS)
+@pytest.mark.parametrize("first", [0, 5])
+@pytest.mark.asyncio
+async def test_whatever_the_order_of_blocks_steps_move_what_indexing_moves(
+    name: str, order: str, first: int
+) -> None:
+    layout = layout_of(name)
+    first = 0 if "native" in name else first
+    source = paged_view(layout, BLOCKS, seed=5)
+    offsets = np.arange(SIZE)
+    slots = torch.from_numpy((np.array(BLOCK_ORDERS[order])[:, None] * SIZE + offsets).reshape(-1))
+    tokens = len(slots) - first
+    payload = payload_of(layout, tokens)
+    stored: list[bytes] = []
+    loaded: list[Any] = []
+    for stager_type in (TorchStager, DevicePathStager):
+        stager = stager_type(layout, threads=2)
+        host = memoryview(bytearray(payload.nbytes))
+        copies = [HostCopy(payload, host, first, tokens)]
+        await stager.gather(KVView.single(source.caches[0], slots), copies)
+        stored.append(bytes(host))
+        target = paged_view(layout, BLOCKS, seed=6)
+        await stager.scatter(KVView.single(target.caches[0], slots), copies)
+        tensors = [t for cache in target.caches[0] for t in tensors_of(cache)]
+        loaded.append(torch.stack(tensors).view(torch.int16))
+        await stager.aclose()
+    assert stored[0] == stored[1]
+    assert torch.equal(loaded[0], loaded[1])
 
 
 # -- planning ------------------------------------------------------------------------------------
