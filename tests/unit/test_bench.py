@@ -301,7 +301,7 @@ async def test_a_tier_that_lost_something_is_an_error_not_a_figure(
             path.unlink()
 
     monkeypatch.setattr(file._Tier, "empty", lose)
-    with pytest.raises(BackendError, match=r"0 of 1024 tokens came back"):
+    with pytest.raises(BackendError, match=r"0 of 512 tokens came back"):
         await file.file_rows(32 << 20, 1, tmp_path, lambda text: None)
 
 
@@ -323,7 +323,7 @@ async def test_host_memory_is_empty_when_a_read_is_measured(
 
     monkeypatch.setattr(file._Tier, "read", read)
     await file.file_rows(32 << 20, 2, tmp_path, lambda text: None)
-    assert loaded == [128 << 20] * 3 + [32 << 20] * 3
+    assert loaded == [64 * MIB] * 3 + [16 * MIB] * 3
 
 
 @pytest.mark.asyncio

@@ -50,7 +50,7 @@ class _Shape:
 
     def prompt(self, number: int, at: int) -> array[int]:
         """Prompt ``at`` of a round: never seen before."""
-        return prompt(self.chunks * _CHUNK, seed=(number + 2) * self.prompts + at)
+        return prompt(self.chunks * _CHUNK, seed=number * self.prompts + at)
 
     def layout(self) -> KVLayout:
         # A layer of Llama-3-8B: 8 KV heads of 128 in bf16, which is 1 MiB for a chunk of 256.
@@ -70,9 +70,8 @@ async def file_rows(
     Writing is ``store`` and ``flush`` of one prompt after the other; reading brings all of them
     into empty host memory and verifies them. Nothing comes from the page cache.
     """
-    prompts = max(nbytes // (4 * 32 * _MIB), 1)
-    large = _Shape(layers=32, chunks=4, prompts=prompts)
-    small = _Shape(layers=1, chunks=min(large.nbytes // 4 // _MIB // 8, 32), prompts=8)
+    large = _Shape(layers=32, chunks=2, prompts=max(nbytes // (2 * 32 * _MIB), 1))
+    small = _Shape(layers=1, chunks=min(large.nbytes // (4 * 8 * _MIB), 32), prompts=8)
     rows: list[Row] = []
     for shape, write, read in (
         (large, "file.write", "file.read.cold"),
@@ -93,11 +92,8 @@ class _Samples:
     reads: list[Taken] = field(default_factory=list[Taken])
     bare_reads: list[float] = field(default_factory=list[float])
 
-    def add(self, other: _Samples) -> None:
-        self.writes += other.writes
-        self.bare_writes += other.bare_writes
-        self.reads += other.reads
-        self.bare_reads += other.bare_reads
+    def after_the_first(self) -> _Samples:
+        return _Samples(self.writes[1:], self.bare_writes[1:], self.reads[1:], self.bare_reads[1:])
 
 
 async def _measure(
@@ -108,28 +104,25 @@ async def _measure(
     direct = takes_direct(directory)
     async with _opened(shape, directory, direct=direct) as tier:
         with BareFiles(directory, tier.bodies(), _THREADS, direct=direct) as bare:
-            for number in range(-1, rounds):  # the first one touches all memory and does not count
-                say(f"{shape.objects} objects of {shape.layers} MiB, round {number + 1}")
+            for number in range(1 + rounds):
+                say(f"{shape.objects} objects of {shape.layers} MiB, round {number} of {rounds}")
                 prompts = [shape.prompt(number, at) for at in range(shape.prompts)]
-                sample = _Samples()
                 for turn in range(2):
                     if (number + turn) % 2:
-                        sample.writes.append(await tier.write(prompts))
+                        found.writes.append(await tier.write(prompts))
                     else:
-                        sample.bare_writes.append(bare.write())
+                        found.bare_writes.append(bare.write())
                 await tier.empty()
                 for turn in range(2):
                     if not direct:
                         forget(directory)
                     if (number // 2 + turn) % 2:
-                        sample.reads.append(await tier.read(prompts))
+                        found.reads.append(await tier.read(prompts))
                     else:
-                        sample.bare_reads.append(bare.read())
+                        found.bare_reads.append(bare.read())
                 await tier.delete()
                 bare.remove()
-                if number >= 0:
-                    found.add(sample)
-    return found
+    return found.after_the_first()  # which committed the slab
 
 
 class _Tier:

@@ -57,7 +57,8 @@ _LLAMA_3_8B = 131_072  # bytes of KV a token: 32 layers, 8 heads of 128, K and V
     type=click.IntRange(1),
     help="KV of your model; Llama-3-8B's in bf16 by default.",
 )
-def bench(  # noqa: PLR0917  # click passes them by name
+def bench(
+    *,
     path: Path | None,
     plot: Path | None,
     only: tuple[str, ...],
