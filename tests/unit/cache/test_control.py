@@ -236,7 +236,8 @@ async def test_clearing_much_lets_lookups_of_other_threads_in_between(
 ) -> None:
     engine, prompt = Engine(layout(), 64), tokens(16 * 600)
     async with Cache.open(config(tmp_path, host="4MiB", write="back"), layout()) as cache:
-        await cache.store(prompt, engine.view([i % 256 for i in range(len(prompt))]))
+        slots = array("q", (i % 256 for i in range(len(prompt))))
+        await cache.store(prompt, engine.view(slots))
         planner, sizes = cache.stack.planner, list[int]()
         evict = planner.evict
 
