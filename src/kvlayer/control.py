@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from kvlayer.errors import ConfigError
 from kvlayer.explain import explain
 from kvlayer.keys import ObjectKey, Scope, Tokens
 from kvlayer.results import Cause, Explanation, Health, Stats
+from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.guard import Refused
 from kvlayer.tier.tier import LowerTier
 from kvlayer.urls import nearest
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Control", "Pin"]
 
 _PUBLIC = Scope()
+_SLICE = 256  # records for each hold of the planner's lock, which lookups wait for
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ class Control:
         for each, there in zip(lower, keys, strict=True):
             gone += await self._delete(each, there)
         if tier in (None, stack.host.name):
-            gone += len(stack.planner.evict(records, Cause.CLEARED, "evicted by request"))
+            gone += await self._drop(records, "evicted by request")
         return gone
 
     async def clear(self, tier: str | None = None) -> int:
@@ -93,14 +96,33 @@ class Control:
             keys = (
                 await self._listed(lower) if Capability.LIST in lower.backend.capabilities else []
             )
-            with stack.planner.lock:
-                known = stack.planner.directory.objects()
-                keys += [found.key for found in known if found.tiers >> lower.index & 1]
+            known = await self._records()
+            keys += [found.key for found in known if found.tiers >> lower.index & 1]
             gone += await self._delete(lower, list(dict.fromkeys(keys)))
         if tier in (None, stack.host.name):
-            with stack.planner.lock:
-                records = list(stack.planner.directory.objects())
-            gone += len(stack.planner.evict(records, Cause.CLEARED, "cleared by request"))
+            gone += await self._drop(await self._records(), "cleared by request")
+        return gone
+
+    async def _records(self) -> list[ObjectRecord]:
+        """Everything the directory knows, read in slices: nobody waits for the whole of it."""
+        planner = self._cache.stack.planner
+        with planner.lock:
+            chunks = planner.directory.chunks()
+        records: list[ObjectRecord] = []
+        for at in range(0, len(chunks), _SLICE):
+            with planner.lock:
+                for chunk in chunks[at : at + _SLICE]:
+                    records += chunk.objects.values()
+            await asyncio.sleep(0)
+        return records
+
+    async def _drop(self, records: Sequence[ObjectRecord], detail: str) -> int:
+        """Take objects out of host memory, in slices; how many went."""
+        planner = self._cache.stack.planner
+        gone = 0
+        for at in range(0, len(records), _SLICE):
+            gone += len(planner.evict(records[at : at + _SLICE], Cause.CLEARED, detail))
+            await asyncio.sleep(0)
         return gone
 
     def stats(self) -> Stats:

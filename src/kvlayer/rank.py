@@ -69,10 +69,10 @@ class Rank:
     @classmethod
     def start(
         cls, greeting: bytes, layout: KVLayout, number: int = 0, *, slab_fd: int | None = None
-    ) -> LoopThread[Self]:
+    ) -> LoopThread[Rank]:
         """:meth:`open` on a loop of its own, for a worker that has none. Close what it returns."""
         opener = partial(cls.open, greeting, layout, number, slab_fd=slab_fd)
-        return LoopThread.start(opener, name=f"kvlayer-rank-{number}")
+        return LoopThread[Rank].start(opener, name=f"kvlayer-rank-{number}")
 
     async def carry_out(self, order: bytes, view: KVView) -> bytes:
         """Move what ``order`` says between ``view`` and the slab; the completion to send back.

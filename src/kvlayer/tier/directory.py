@@ -199,6 +199,10 @@ class Directory:
         if not record.objects and self._chunks.get(record.hash) is record:
             del self._chunks[record.hash]
 
+    def chunks(self) -> list[ChunkRecord]:
+        """Every chunk known now, in the order they became known."""
+        return list(self._chunks.values())
+
     def objects(self) -> Iterator[ObjectRecord]:
         """Every record, in the order chunks became known. Do not change states while iterating."""
         for record in self._chunks.values():

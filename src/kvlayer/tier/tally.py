@@ -72,7 +72,7 @@ class Tally:
             )
         for outcome in outcomes:
             self._left[outcome.key].discard(rank)
-            self._waiting = 0
+            self._waiting -= 1
             if not outcome.ok:
                 self._failed.setdefault(outcome.key, outcome)
 

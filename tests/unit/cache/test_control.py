@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from engine import Engine
 from kvlayer import Cache, Cause, KVLayout, Scope
 from kvlayer.errors import ConfigError
 from kvlayer.events import Event, LookupDone, ObjectsEvicted, RetrieveDone, StoreDone
+from kvlayer.keys import ObjectKey
 from kvlayer.layout import NHD
 from kvlayer.results import MissedChunk
+from kvlayer.tier.directory import ObjectRecord
 
 PAGE = "16KiB"  # four objects of the test layout, which take a page each
 
@@ -225,3 +228,29 @@ async def test_explain_of_a_full_hit_has_no_misses(tmp_path: Path) -> None:
         assert str(explained) == "32 of 32 tokens usable (32 from cpu)"
         await cache.control.evict(tokens(32), tier="cpu")
         assert str(await cache.control.explain(tokens(32))).endswith("(32 from file)")
+
+
+@pytest.mark.asyncio
+async def test_clearing_much_lets_lookups_of_other_threads_in_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, prompt = Engine(layout(), 64), tokens(16 * 600)
+    async with Cache.open(config(tmp_path, host="4MiB", write="back"), layout()) as cache:
+        slots = array("q", (i % 256 for i in range(len(prompt))))
+        await cache.store(prompt, engine.view(slots))
+        planner, sizes = cache.stack.planner, list[int]()
+        evict = planner.evict
+
+        def counted(records: Sequence[ObjectRecord], cause: Cause, detail: str) -> list[ObjectKey]:
+            sizes.append(len(records))
+            return evict(records, cause, detail)
+
+        monkeypatch.setattr(planner, "evict", counted)
+        await cache.flush()
+        assert await cache.control.clear("cpu") == 600
+        assert sum(sizes) == 600 and max(sizes) <= 256
+        assert len(planner.host) == 0
+        async with cache.lookup(prompt) as hit:
+            assert hit.tokens == len(prompt)  # the disk still has it
+        assert await cache.control.clear() == 600
+        assert len(planner.directory) == 0
