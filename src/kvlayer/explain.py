@@ -12,7 +12,7 @@ from kvlayer.namespace import Namespace
 from kvlayer.results import Cause, Explanation, MissedChunk
 from kvlayer.tier.directory import Host, ObjectRecord
 from kvlayer.tier.guard import Refused
-from kvlayer.tier.loads import down
+from kvlayer.tier.loads import LATE, down
 from kvlayer.tier.tier import LowerTier
 
 if TYPE_CHECKING:
@@ -104,6 +104,9 @@ def _missed(  # noqa: PLR0911  # one return per cause, most telling first
 def _not_taken(cache: Cache, span: Span, records: list[ObjectRecord]) -> MissedChunk | None:
     """Why a span that is there would not be loaded now; None when only something before it is."""
     dead = down(cache.stack.lower)
+    for found in records:
+        if tier_name := cache.stack.loads.stuck(found):
+            return MissedChunk(span.start, span.stop, Cause.DEADLINE, f"{tier_name}: {LATE}")
     for tier in cache.stack.lower:
         if any(
             found.host is not Host.READY

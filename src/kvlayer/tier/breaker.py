@@ -2,13 +2,15 @@
 
 A circuit breaker after M. Nygard, "Release It!" (2nd ed., 2018), chapter 5: after one missed
 deadline or several errors in a row nothing is asked for a pause; then one trial decides. Every
-further failure doubles the pause, so a tier that flaps costs its users one deadline per pause.
+further failure doubles the pause, and only a tier that has served for as long as it would be left
+alone next gets a short pause again: one that flaps costs its users one deadline per pause.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
+from math import inf
 
 __all__ = ["Breaker", "BreakerState"]
 
@@ -50,6 +52,8 @@ class Breaker:
         self._jitter = jitter
         self._errors = 0
         self._pause = pause
+        """The next one."""
+        self._closed_at = -inf
 
     @property
     def is_closed(self) -> bool:
@@ -70,11 +74,14 @@ class Breaker:
             return False
         return self._open(now, reason)
 
-    def succeeded(self) -> None:
-        """A call of a user succeeded in time: all is forgiven."""
-        self._errors = 0
-        self._pause = self._first_pause
-        self.state, self.reason = BreakerState.CLOSED, ""
+    def succeeded(self, now: float) -> None:
+        """A call of a user succeeded in time.
+
+        The next pause is short again once that has been so for as long as the next pause is.
+        """
+        self._close(now)
+        if now - self._closed_at >= self._pause:
+            self._pause = self._first_pause
 
     def is_due(self, now: float) -> bool:
         """Whether it is time for the one trial."""
@@ -90,21 +97,23 @@ class Breaker:
         self.state = BreakerState.HALF_OPEN
         return True
 
-    def passed(self) -> bool:
-        """The trial succeeded; whether that closed it.
-
-        The pause stays as long as it was until a user's call succeeds.
-        """
+    def passed(self, now: float) -> bool:
+        """The trial succeeded; whether that closed it."""
         if not self.is_half_open:
             return False
-        self._errors = 0
-        self.state, self.reason = BreakerState.CLOSED, ""
+        self._close(now)
         return True
 
     def untried(self) -> None:
         """The trial was called off: the next one may be made at once."""
         if self.is_half_open:
             self.state = BreakerState.OPEN
+
+    def _close(self, now: float) -> None:
+        if not self.is_closed:
+            self._closed_at = now
+        self._errors = 0
+        self.state, self.reason = BreakerState.CLOSED, ""
 
     def _open(self, now: float, reason: str) -> bool:
         if self.state is BreakerState.OPEN:

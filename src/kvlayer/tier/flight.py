@@ -47,6 +47,11 @@ class Flight:
         """It ended because nobody wanted it any more; who joined it meanwhile starts anew."""
         return self.was_left and isinstance(self.call.error, CancelledError)
 
+    @property
+    def is_stuck(self) -> bool:
+        """A deadline has passed over it and it still holds the object's slot: not worth joining."""
+        return self.call.was_late and not self.has_ended
+
     async def wait(self, seconds: float | None = None) -> Outcome | None:
         """The outcome, or None when the deadline (or ``seconds``) passed first."""
         ended = await self.guard.wait(self.call, seconds)
@@ -68,6 +73,10 @@ class Flights:
 
     def __len__(self) -> int:
         return len(self._flights)
+
+    def find(self, key: ObjectKey) -> Flight | None:
+        """The running flight of an object, if there is one."""
+        return self._flights.get(key)
 
     def join(self, key: ObjectKey) -> Flight | None:
         """Become one more waiter of a running flight, if there is one."""

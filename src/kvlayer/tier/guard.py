@@ -183,7 +183,7 @@ class Guard:
         if trial.was_late:
             self.missed(trial.lane, "the call that tried it ended late")
         elif error is None:
-            turns.breaker.passed()
+            turns.breaker.passed(asyncio.get_running_loop().time())
         elif isinstance(error, CancelledError) and trial.was_told_to_stop:
             turns.breaker.untried()
         else:
@@ -284,7 +284,7 @@ class Guard:
 
     def succeeded(self, lane: Lane) -> None:
         """A call succeeded within its deadline."""
-        self._lanes[lane].breaker.succeeded()
+        self._lanes[lane].breaker.succeeded(asyncio.get_running_loop().time())
 
     def _opened(self, lane: Lane) -> None:
         turns = self._lanes[lane]
@@ -311,7 +311,7 @@ class Guard:
                 trouble = await self._trouble()
                 if trouble is not None:
                     breaker.failed(loop.time(), trouble)
-                elif breaker.passed() and self.on_probed is not None:
+                elif breaker.passed(loop.time()) and self.on_probed is not None:
                     self.on_probed()
         finally:
             self._probing = None

@@ -19,7 +19,9 @@ from kvlayer.tier.mover import Mover
 from kvlayer.tier.planner import Planner, Reservation
 from kvlayer.tier.tier import LowerTier, Tier
 
-__all__ = ["Loads", "Wanted", "down"]
+__all__ = ["LATE", "Loads", "Wanted", "down"]
+
+LATE = "it has been on its way for longer than a deadline"
 
 Wanted = Sequence[tuple[Span, Sequence[ObjectRecord]]]
 """Spans in prompt order and the objects each needs. The caller keeps the objects pinned."""
@@ -89,6 +91,11 @@ class Loads:
         self._flights = Flights()
         self._clock = clock
 
+    def stuck(self, record: ObjectRecord) -> str:
+        """Where from an object has been on its way for longer than a deadline; empty: it is not."""
+        flight = self._flights.find(record.key) if record.host is Host.FILLING else None
+        return self._lower[flight.tier].name if flight is not None and flight.is_stuck else ""
+
     async def arrive(
         self, wanted: Wanted, trouble: list[Failure], until: float | None = None
     ) -> AsyncGenerator[Wanted]:
@@ -145,11 +152,8 @@ class Loads:
         trips: dict[int, _Trip] | None = None,
     ) -> Flight | Failure:
         """Join the object's flight or start one, from the nearest serving tier below ``after``."""
-        joined = self._flights.join(record.key)
-        if joined is not None:
-            return joined
         if record.host is Host.FILLING:
-            return Failure(span, Cause.IN_FLIGHT, self._host.name, "being stored right now")
+            return self._join(span, record)
         tier = self._source(span, record, after)
         if isinstance(tier, Failure):
             return tier
@@ -181,6 +185,15 @@ class Loads:
         flight = Flight(record.key, tier.index, call, tier.guard)
         self._flights.add(flight)
         return flight
+
+    def _join(self, span: Span, record: ObjectRecord) -> Flight | Failure:
+        """Share the flight of an object that somebody else is bringing up."""
+        if tier_name := self.stuck(record):
+            return Failure(span, Cause.DEADLINE, tier_name, LATE)
+        joined = self._flights.join(record.key)
+        if joined is None:
+            return Failure(span, Cause.IN_FLIGHT, self._host.name, "being stored right now")
+        return joined
 
     def _source(self, span: Span, record: ObjectRecord, after: int) -> LowerTier | Failure:
         """The nearest tier below ``after`` that has the object and is asked at all."""

@@ -158,7 +158,7 @@ class Stack:
                 if record.host is Host.READY:
                     continue
                 live = record.tiers & ~dead
-                if not live:
+                if not live or self.loads.stuck(record):
                     return needs
                 tier = (live & -live).bit_length() - 1
                 nbytes = self.planner.payload(record.part, span.tokens).nbytes

@@ -20,7 +20,7 @@ def test_a_success_between_errors_forgives_them() -> None:
     for _ in range(20):
         for _ in range(4):
             breaker.failed(0.0, "no")
-        breaker.succeeded()
+        breaker.succeeded(0.0)
     assert breaker.is_closed
 
 
@@ -45,18 +45,44 @@ def test_every_failed_trial_doubles_the_pause_up_to_a_bound() -> None:
 
 
 def test_a_tier_that_flaps_is_left_alone_ever_longer() -> None:
-    """A passed probe serves users again; only a user's success makes the pause short again."""
+    """Successes in between do not help while it fails again before the next pause would be over."""
     breaker, now = Breaker(pause=1.0), 0.0
     for expected in (1, 2, 4):
         breaker.missed(now, "late")
         assert breaker.trial_at - now == expected
         now = breaker.trial_at
         assert breaker.try_now(now)
-        breaker.passed()
+        assert breaker.passed(now)
         assert breaker.is_closed
-    breaker.succeeded()
-    breaker.missed(now, "late")
-    assert breaker.trial_at - now == 1
+        breaker.succeeded(now + 1.9 * expected)
+    breaker.succeeded(now + 8.0)
+    breaker.missed(now + 8.0, "late")
+    assert breaker.trial_at - (now + 8.0) == 1
+
+
+def test_a_success_closes_it_whatever_it_was_waiting_for() -> None:
+    breaker = Breaker(pause=1.0)
+    breaker.missed(0.0, "late")
+    breaker.succeeded(0.1)
+    assert (breaker.state, breaker.reason) == (BreakerState.CLOSED, "")
+    breaker.missed(0.2, "late")
+    assert breaker.trial_at == pytest.approx(0.2 + 2.0)
+    assert breaker.try_now(3.0)
+    breaker.succeeded(3.0)
+    assert not breaker.passed(3.1)  # the trial's verdict comes too late to matter
+
+
+def test_a_trial_that_was_called_off_may_be_made_again_at_once() -> None:
+    breaker = Breaker(pause=1.0)
+    breaker.missed(0.0, "late")
+    assert breaker.is_due(1.0)
+    assert breaker.try_now(1.0)
+    assert not breaker.is_due(1.0)
+    breaker.untried()
+    assert breaker.state is BreakerState.OPEN
+    assert breaker.try_now(1.0)
+    assert breaker.failed(1.0, "no")
+    assert breaker.trial_at == 3.0  # calling it off was no failure
 
 
 def test_calls_from_before_it_opened_do_not_prolong_the_pause() -> None:

@@ -369,7 +369,7 @@ async def test_a_failing_tier_is_a_miss_and_is_reported_until_it_serves_again(
     assert rig.planner.match(chain).tokens == 32  # the objects may well be there
     idle(rig)
     rig.backend.raises = rig.backend.fails = rig.backend.results = None
-    rig.tier.guard.breaker(Lane.READS).succeeded()  # a deadline opens it at once
+    rig.tier.guard.succeeded(Lane.READS)  # a deadline opens it at once
     assert await load(rig, chain) == (2, [])
     assert rig.tier.health().ok
     changes = [e.ok for e in rig.events if isinstance(e, TierChanged)]

@@ -1,0 +1,160 @@
+"""Tiers that fall ill on command, for caches in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, ClassVar, TypeVar
+
+from caches import WEIGHTS, layout, tokens
+from engine import Engine
+
+from kvlayer import Cache, CacheConfig, KVLayout, ModelConfig, TierConfig
+from kvlayer.abc.backend import Read, ReadResult, Write, WriteResult
+from kvlayer.bench.sick import Sickness, SickTier
+from kvlayer.errors import BackendError
+from kvlayer.keys import ObjectKey
+from kvlayer.registry import BACKENDS
+
+T = TypeVar("T")
+
+DEADLINE = 2.0
+PAUSE = 1.0
+
+
+class Patient(SickTier):
+    """Also: deaf to being cancelled, full, and slow by the byte."""
+
+    deadline: ClassVar[float] = DEADLINE
+    only: ClassVar[frozenset[str]] = frozenset()
+    """The calls that are concerned; empty: all of them."""
+    is_stubborn: ClassVar[bool] = False
+    """A sick call goes on through cancellations, as a thread that cannot be stopped does."""
+    is_full: ClassVar[bool] = False
+    latency: ClassVar[float] = 0.0
+    bandwidth: ClassVar[float] = 0.0
+    """What a healthy ``get`` takes: seconds, and bytes per second (0: no time)."""
+    running: ClassVar[int] = 0
+    calls: ClassVar[list[tuple[str, float]]] = []
+    """What was asked, and when."""
+    cured: ClassVar[asyncio.Event]
+
+    @classmethod
+    def fresh(cls, scheme: str = "sick") -> type[Patient]:
+        patient = super().fresh()
+        patient.scheme = scheme
+        patient.calls, patient.cured = [], asyncio.Event()
+        return patient
+
+    @classmethod
+    def falls(cls, sickness: Sickness) -> None:
+        """Change how it is; calls that hang are answered when it gets well."""
+        cls.sickness = sickness
+        cls.cured.set()
+        cls.cured = asyncio.Event()
+        if sickness is Sickness.HEALTHY:
+            cls.cured.set()
+
+    @contextmanager
+    def _call(self, name: str) -> Iterator[bool]:
+        kind = type(self)
+        kind.calls.append((name, asyncio.get_running_loop().time()))
+        kind.running += 1
+        try:
+            yield not self.only or name in self.only
+        finally:
+            kind.running -= 1
+
+    async def answer(self) -> None:
+        is_mute = self.sickness is Sickness.FLAPPING and next(self.turns) % 3 == 2
+        if self.sickness is Sickness.DEAD or is_mute:
+            await self._through(self.cured.wait())
+        elif self.sickness is Sickness.SLOW:
+            await self._through(asyncio.sleep(2 * self.deadline))
+
+    async def _through(self, waiting: Coroutine[Any, Any, object]) -> None:
+        task = asyncio.ensure_future(waiting)
+        cancelled = False
+        while not task.done():
+            try:
+                await asyncio.shield(task)
+            except asyncio.CancelledError:
+                cancelled = True
+                if not self.is_stubborn:
+                    task.cancel()
+        if cancelled:
+            raise asyncio.CancelledError
+
+    async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
+        with self._call("contains") as is_concerned:
+            if is_concerned:
+                await self.answer()
+            return [len(self.objects[key]) if key in self.objects else None for key in keys]
+
+    async def get(self, reads: Sequence[Read], /) -> list[ReadResult]:
+        with self._call("get") as is_concerned:
+            if is_concerned:
+                await self.answer()
+            nbytes = sum(read.nbytes for read in reads)
+            await asyncio.sleep(self.latency + (nbytes / self.bandwidth if self.bandwidth else 0))
+            return [self._fill(read) for read in reads]
+
+    async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
+        with self._call("put") as is_concerned:
+            if is_concerned:
+                await self.answer()
+            if self.is_full:
+                return [BackendError("no space left") for _ in writes]
+            self.objects.update((write.key, b"".join(write.regions)) for write in writes)
+            return [None] * len(writes)
+
+
+@asynccontextmanager
+async def ward(
+    *patients: type[Patient],
+    kv: KVLayout | None = None,
+    write: Any = "through",
+    host: str = "1MiB",
+    tier: dict[str, Any] | None = None,
+    sinks: Sequence[Any] = (),
+    **more: Any,
+) -> AsyncIterator[Cache]:
+    """A cache whose lower tiers are ``patients``."""
+    below: dict[str, Any] = {"deadline_seconds": DEADLINE, "pause_seconds": PAUSE, "retries": 0}
+    below |= tier or {}
+    settings = CacheConfig(
+        model=ModelConfig(weights=WEIGHTS),
+        tiers=(
+            TierConfig(url=f"cpu://?capacity={host}"),
+            *(TierConfig(url=f"{each.scheme}://", write=write, **below) for each in patients),
+        ),
+        tokens_per_chunk=16,
+        **more,
+    )
+    backends = BACKENDS.extended({each.scheme: each for each in patients})
+    async with Cache.open(settings, kv or layout(), backends=backends, sinks=sinks) as cache:
+        try:
+            yield cache
+        except BaseException:  # a test that failed shall say why, not wait for the stubborn
+            for each in patients:
+                each.falls(Sickness.HEALTHY)
+            raise
+
+
+async def send_down(cache: Cache, seeds: Sequence[int], engine: Engine, count: int = 64) -> None:
+    """Prompts that are on the lower tiers and nowhere else."""
+    slots = engine.slots(count)
+    for seed in seeds:
+        await cache.store(tokens(count, seed), engine.view(slots))
+    await cache.flush()
+    for seed in seeds:
+        await cache.control.evict(tokens(count, seed), tier="cpu")
+
+
+async def timed(work: Coroutine[Any, Any, T]) -> tuple[float, T]:
+    """Virtual seconds of ``work``, and its result."""
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    result = await work
+    return loop.time() - started, result
