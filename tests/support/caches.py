@@ -38,7 +38,14 @@ def config(
     tiers = [TierConfig(url=f"cpu://?capacity={host}")]
     if directory is not None:
         url = f"file://{directory}?direct=auto{file_options}"
-        tiers.append(TierConfig(url=url, write=write, deadline_seconds=30.0))  # type: ignore[arg-type]
+        tiers.append(
+            TierConfig(
+                url=url,
+                write=write,  # type: ignore[arg-type]
+                deadline_seconds=30.0,
+                max_inflight_bytes=1 << 30,  # tests fill host memory, and expect all of it below
+            )
+        )
     return CacheConfig(
         model=ModelConfig(weights=weights, compute_dtype="bfloat16"),
         tiers=tuple(tiers),

@@ -204,8 +204,11 @@ async def test_a_store_to_a_faulty_tier_reports_it_and_serves_from_the_host(
         report = await cache.store(prompt, engine.view(slots))
         assert report.stored == 4
         assert len(report.failed) == 4
-        wanted = Cause.DEADLINE if fault == "put hangs" else Cause.TIER_DOWN
-        assert {failure.cause for failure in report.failed} == {wanted}
+        causes = {failure.cause for failure in report.failed}
+        if fault == "put hangs":  # what waited behind it is refused
+            assert Cause.DEADLINE in causes
+            causes.discard(Cause.DEADLINE)
+        assert causes <= {Cause.TIER_DOWN}
         async with cache.lookup(prompt) as hit:
             assert (await cache.retrieve(hit, other.view(slots))).tokens == 64
     assert same(engine.read(slots), other.read(slots))

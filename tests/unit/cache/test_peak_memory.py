@@ -34,7 +34,11 @@ async def main():
         model=ModelConfig(weights="sha256:" + "ab" * 32),
         tiers=(
             TierConfig(url="cpu://?capacity={OBJECTS * OBJECT_NBYTES}"),
-            TierConfig(url=sys.argv[1], deadline_seconds=300.0),
+            TierConfig(
+                url=sys.argv[1],
+                deadline_seconds=300.0,
+                max_inflight_bytes={OBJECTS * OBJECT_NBYTES},
+            ),
         ),
     )
     async with Cache.open(config, layout) as cache:

@@ -15,6 +15,7 @@ from kvlayer.layout import KVView
 from kvlayer.results import Cause
 from kvlayer.tier.directory import Host
 from kvlayer.tier.evict import PrefixLRU
+from kvlayer.tier.guard import Lane
 from kvlayer.tier.stack import Window
 
 PAGES = 20
@@ -98,6 +99,7 @@ async def test_a_store_that_failed_on_its_way_down_is_tried_again_before_it_leav
     rig.backend.fails = BackendError("full")
     await fill(rig, 18)
     rig.backend.fails = None
+    rig.tier.works(Lane.WRITES)  # as a write that tried would find
     await store(rig, 18)
     await rig.stack.flush()
     assert [place(rig, seed) for seed in range(4)] == [(False, 2)] * 3 + [(True, 0)]
@@ -144,7 +146,7 @@ async def test_a_tier_that_fails_ends_the_round_and_loses_nothing_that_fits() ->
     assert used(rig) == 19
     tried = rig.backend.count("put")
     assert 0 < tried <= 8  # one attempt, no busy loop
-    assert rig.tier.misses[Cause.TIER_DOWN] == tried
+    assert rig.tier.misses[Cause.TIER_DOWN] >= tried  # after five errors the rest is refused
     assert all(place(rig, seed) == (True, 0) for seed in range(19))
     await store(rig, 19)
     assert used(rig) == 20
@@ -156,6 +158,7 @@ async def test_a_tier_that_fails_ends_the_round_and_loses_nothing_that_fits() ->
     assert rig.stack.host.demoted == 0
     assert rig.stack.host.evicted == 1
     rig.backend.fails = None
+    rig.tier.works(Lane.WRITES)
     await store(rig, 21)
     await rig.stack.flush()
     assert used(rig) == 16
@@ -182,7 +185,7 @@ async def test_a_tier_that_refuses_ends_the_round() -> None:
 
 @pytest.mark.asyncio
 async def test_a_tier_that_hangs_holds_what_is_above_the_low_mark_and_no_more() -> None:
-    rig = demoting(deadline=0.002)
+    rig = demoting(deadline=0.002, max_inflight=16)
     rig.backend.gate, rig.backend.is_stubborn = asyncio.Event(), True
     await fill(rig, 19)
     await rig.stack.demotion.settled()
@@ -199,6 +202,7 @@ async def test_a_tier_that_hangs_holds_what_is_above_the_low_mark_and_no_more() 
     assert rig.planner.host.pinned_nbytes == 0
     late = [seed for seed in range(60) if rig.planner.match(chain_of(16, seed=seed)).tokens]
     assert late[:3] == [0, 1, 2]  # written too late to leave, and not lost
+    rig.tier.works(Lane.WRITES)
     await store(rig, 60)
     await rig.stack.flush()
     assert used(rig) == 16
@@ -340,7 +344,7 @@ async def test_closing_ends_a_round_and_gives_every_hold_back(is_stubborn: bool)
 
 @pytest.mark.asyncio
 async def test_one_round_at_a_time() -> None:
-    rig = demoting()
+    rig = demoting(max_inflight=16)
     rig.backend.gate = asyncio.Event()
     await fill(rig, 19)
     while rig.backend.count("put") < 3:  # noqa: ASYNC110  # a thread checks them first
