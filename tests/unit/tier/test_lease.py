@@ -124,8 +124,9 @@ def test_owners_are_told_apart_and_what_one_holds_twice_counts_once(small: Small
 
 
 def test_a_lease_on_what_is_not_in_host_memory_holds_no_bytes(small: Small) -> None:
-    absent = small.directory.ensure(Span(0, 16, sha256(b"absent").digest()), "0", PART)
-    small.leases.grant([absent, *small.records[:1]], owner="me", deadline=1.0)
+    small.directory.add_tier(small.records[1], 1)
+    small.host.drop(small.records[1])
+    small.leases.grant(small.records[:2], owner="me", deadline=1.0)
     assert small.leases.owners() == {"me": OwnerStats(1, 4096)}
 
 
