@@ -131,6 +131,7 @@ def test_a_lease_on_what_is_not_in_host_memory_holds_no_bytes(small: Small) -> N
 
 
 def test_leases_released_long_before_their_deadline_leave_nothing_behind(small: Small) -> None:
+    last = small.leases.grant(small.records, owner="me", deadline=6.0)
     kept = small.leases.grant(small.records, owner="me", deadline=5.0)
     for n in range(10_000):
         lease = small.leases.grant(small.records, owner="you", deadline=1e9 - n)
@@ -138,6 +139,7 @@ def test_leases_released_long_before_their_deadline_leave_nothing_behind(small: 
     assert len(small.leases._deadlines) < 100
     assert small.leases.expire(4.0) == []
     assert small.leases.expire(5.0) == [kept]
+    assert small.leases.expire(6.0) == [last]
     assert small.pins == [0, 0, 0]
 
 
