@@ -124,12 +124,14 @@ def test_owners_are_told_apart_and_what_one_holds_twice_counts_once(small: Small
 
 
 def test_a_lease_on_what_is_not_in_host_memory_holds_no_bytes(small: Small) -> None:
-    absent = small.directory.ensure(Span(0, 16, sha256(b"absent").digest()), "0", PART)
-    small.leases.grant([absent, *small.records[:1]], owner="me", deadline=1.0)
+    small.directory.add_tier(small.records[1], 1)
+    small.host.drop(small.records[1])
+    small.leases.grant(small.records[:2], owner="me", deadline=1.0)
     assert small.leases.owners() == {"me": OwnerStats(1, 4096)}
 
 
 def test_leases_released_long_before_their_deadline_leave_nothing_behind(small: Small) -> None:
+    last = small.leases.grant(small.records, owner="me", deadline=6.0)
     kept = small.leases.grant(small.records, owner="me", deadline=5.0)
     for n in range(10_000):
         lease = small.leases.grant(small.records, owner="you", deadline=1e9 - n)
@@ -137,6 +139,7 @@ def test_leases_released_long_before_their_deadline_leave_nothing_behind(small: 
     assert len(small.leases._deadlines) < 100
     assert small.leases.expire(4.0) == []
     assert small.leases.expire(5.0) == [kept]
+    assert small.leases.expire(6.0) == [last]
     assert small.pins == [0, 0, 0]
 
 

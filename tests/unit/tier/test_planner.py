@@ -371,6 +371,17 @@ def test_a_superseded_tail_that_is_pinned_goes_first_once_it_is_let_go() -> None
     assert planner.match(short).tokens == 0
 
 
+def test_a_prompt_that_is_stored_again_is_recent_again_from_its_end_to_its_beginning() -> None:
+    planner = make_planner(pages=4)
+    store(planner, chain_of(48))
+    store(planner, chain_of(16, seed=1))
+    store(planner, chain_of(48))
+    store(planner, chain_of(16, seed=2))
+    assert planner.match(chain_of(16, seed=1)).tokens == 0
+    store(planner, chain_of(16, seed=3))
+    assert planner.match(chain_of(48)).tokens == 32
+
+
 def test_a_lease_that_is_never_released_does_not_stop_the_cache() -> None:
     clock = Clock()
     planner = make_planner(pages=4, clock=clock)
