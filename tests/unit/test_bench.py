@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from kvlayer.bench import file, groups, lookup
+from kvlayer.bench import file, groups
 from kvlayer.bench.bare import BareFiles, forget, takes_direct
 from kvlayer.bench.breakeven import break_evens
 from kvlayer.bench.evict import evict_rows
@@ -27,6 +27,7 @@ from kvlayer.bench.measure import Row, Taken, alternate
 from kvlayer.bench.prompts import prompt
 from kvlayer.bench.report import picture, table
 from kvlayer.bench.sick import sick_rows
+from kvlayer.cache import Cache
 from kvlayer.cli import bench as command
 from kvlayer.cli.main import EXIT_BAD, EXIT_USAGE, program
 from kvlayer.errors import BackendError
@@ -330,18 +331,16 @@ async def test_host_memory_is_empty_when_a_read_is_measured(
 async def test_lookups_among_many_objects_find_every_prompt(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[tuple[int, bytes]] = []
-    real = lookup._Filled.lookup
+    asked: dict[Cache, list[bytes]] = {}
+    real = Cache.lookup
 
-    async def note(filled: Any, number: int) -> float:
-        seconds = await real(filled, number)
-        asked.append((len(filled.prompts), bytes(filled.prompts[number % len(filled.prompts)])))
-        return seconds
+    def note(cache: Cache, tokens: Any) -> Any:
+        asked.setdefault(cache, []).append(bytes(tokens))
+        return real(cache, tokens)
 
-    monkeypatch.setattr(lookup._Filled, "lookup", note)
+    monkeypatch.setattr(Cache, "lookup", note)
     await lookup_rows(1, few=2, many=7)
-    for resident in (2, 7):
-        names = [name for count, name in asked if count == resident]
+    for resident, names in zip((2, 7), asked.values(), strict=True):
         assert len(set(names)) == resident
         # A prompt comes back only when all others have had their turn.
         assert all(len(set(names[at : at + resident])) == resident for at in range(14))

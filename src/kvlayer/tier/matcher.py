@@ -79,11 +79,11 @@ class Matcher:
 
     def _chunks(self, chain: ChunkChain) -> list[Covers]:
         """Covers of the full chunks at the start that all every-chunk groups have."""
-        covers, every, is_plain = self._directory.covers, self._every, self.is_plain
+        covers, every = self._directory.covers, self._every
         found: list[Covers] = []
         for chunk_hash in chain.hashes:
             groups = covers(chunk_hash)
-            if None in groups and (is_plain or any(groups[g] is None for g in every)):
+            if None in groups and any(groups[g] is None for g in every):
                 break
             found.append(groups)
         return found

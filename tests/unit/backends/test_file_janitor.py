@@ -23,7 +23,7 @@ from kvlayer.abc.policy import EvictionPolicy
 from kvlayer.errors import BackendError
 from kvlayer.keys import ObjectKey, Part
 from kvlayer.tier.evict import LRU, PrefixLRU
-from kvlayer_backends.file import FileBackend, FileOptions, janitor
+from kvlayer_backends.file import FileBackend, FileOptions, janitor, objects
 from kvlayer_backends.file.ledger import Eviction, Ledger
 from kvlayer_backends.file.locks import FileLock
 from kvlayer_backends.file.paths import Paths
@@ -250,9 +250,19 @@ async def test_storing_again_is_a_use_that_comes_before_making_room(tmp_path: Pa
 
 
 @pytest.mark.asyncio
+async def test_storing_again_makes_no_room_for_what_is_there(tmp_path: Path) -> None:
+    async with opened(tmp_path, capacity=3 * PAGE) as backend:
+        await put(backend, 0, 1, 2)
+        gone: list[ObjectKey] = []
+        backend.on_evicted = lambda named, _: gone.extend(k for k, _ in named)
+        assert await put(backend, 0, 1, 2) == [None] * 3
+        assert gone == []
+
+
+@pytest.mark.asyncio
 @pytest.mark.parametrize("capacity", [0, 2 * PAGE, PAGE])
 async def test_storing_what_another_process_stored_writes_nothing_and_counts_it(
-    tmp_path: Path, capacity: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capacity: int
 ) -> None:
     async with (
         opened(tmp_path, capacity=capacity) as mine,
@@ -261,6 +271,7 @@ async def test_storing_what_another_process_stored_writes_nothing_and_counts_it(
         await put(other, 3)
         before = os.stat(Paths(str(tmp_path)).object(KEYS[3])).st_ino
         assert mine.is_janitor and mine.objects == 0
+        monkeypatch.setattr(objects, "drain", lambda *args: pytest.fail("written"))
         assert await put(mine, 3) == [None]
         assert os.stat(Paths(str(tmp_path)).object(KEYS[3])).st_ino == before
         assert (mine.objects, mine.used_nbytes) == (1, PAGE)
