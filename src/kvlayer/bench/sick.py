@@ -72,8 +72,14 @@ class SickTier(Backend):
     @classmethod
     def fresh(cls) -> type[Self]:
         """A tier with nothing in it, in good health."""
-        state = {"objects": {}, "sickness": Sickness.HEALTHY, "turns": itertools.count()}
-        return type(cls.__name__, (cls,), state)
+
+
+        class Fresh(cls):
+            objects: ClassVar[dict[ObjectKey, bytes]] = {}
+            sickness: ClassVar[Sickness] = Sickness.HEALTHY
+            turns: ClassVar[itertools.count[int]] = itertools.count()
+
+        return Fresh
 
     @classmethod
     def from_url(cls, url: BackendURL, /) -> Self:

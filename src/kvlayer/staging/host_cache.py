@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 from kvlayer.layout import Tensor
 from kvlayer.staging.lazy import torch
 from kvlayer.staging.moves import Transfer
 from kvlayer.staging.steps import Bytes
+
+if TYPE_CHECKING:
+    from kvlayer.staging.slots import IntArray
 
 __all__ = ["HostCache"]
 
@@ -26,7 +31,7 @@ class HostCache:
             payload, cache = step.payload.of(layer, 0), step.cache.of(self._memory, self._base)
             if step.is_take:
                 # Slots were checked: nothing is clipped, but other modes go through a temporary.
-                cache.take(step.cache_at, None, payload, "clip")
+                cache.take(cast("IntArray", step.cache_at), None, payload, "clip")
             else:
                 payload[step.payload_at] = cache[step.cache_at]
 

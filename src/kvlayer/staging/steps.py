@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Bytes", "Rows", "Step", "gather_steps", "scatter_steps"]
 
 Bytes: TypeAlias = "NDArray[uint8]"
-_Index: TypeAlias = "EllipsisType | IntArray | tuple[slice | IntArray, ...]"
+_Index: TypeAlias = "EllipsisType | IntArray | tuple[slice | IntArray | int, ...]"
 
 _TEMPORARY_NBYTES = 1 << 20  # what a step may copy aside, where numpy cannot do without
 _STRETCH_NBYTES = 1 << 20  # shorter stretches move faster, and quieter, all in one call

@@ -322,8 +322,9 @@ class Guard:
         """What is wrong with the tier, by a probe."""
         assert self.probe is not None
         task = asyncio.current_task()
+        expiry = asyncio.timeout(self.deadline)
         try:
-            async with asyncio.timeout(self.deadline) as expiry:
+            async with expiry:
                 await self.probe()
         except CancelledError:
             if task is None or task.cancelling():
