@@ -10,7 +10,7 @@ from kvlayer.keys import ChunkChain, ObjectKey, Part, Span
 from kvlayer.layout import HitRule, KVGroup
 from kvlayer.payload import Payload
 from kvlayer.tier import plan
-from kvlayer.tier.directory import Directory, ObjectRecord
+from kvlayer.tier.directory import Directory, Host, ObjectRecord
 
 __all__ = ["Match", "Matcher"]
 
@@ -38,6 +38,17 @@ class Match:
     def path(self) -> list[ObjectRecord]:
         """Every object of the match, root first."""
         return [found for groups in self.covers for cover in groups for found in cover]
+
+    def by_tier(self, count: int) -> list[int]:
+        """Tokens by the farthest of ``count`` tiers that each span needs."""
+        needed = (found for groups in self.covers for cover in groups for found in cover)
+        if all(found.host is Host.READY for found in needed):  # nearly always: keep it quick
+            return [self.tokens] + [0] * (count - 1)
+        tokens = [0] * count
+        for span, covers in zip(self.spans, self.covers, strict=True):
+            farthest = max((found.tier for cover in covers for found in cover), default=0)
+            tokens[max(farthest, 0)] += span.tokens
+        return tokens
 
 
 class Matcher:
@@ -130,6 +141,13 @@ class Matcher:
             for g in missing:
                 keys += self._keys(chain, tail, g)
         return keys
+
+    def is_final(self, match: Match) -> bool:
+        """Whether nothing that a lower tier could still say would make a match longer."""
+        chain = match.chain
+        if match.tokens == chain.named_tokens:
+            return True
+        return not (self.probes(chain) or self.tail_probes(chain))
 
     def _keys(self, chain: ChunkChain, span: Span, group: int) -> list[ObjectKey]:
         zone, space = chain.zone(span), self._directory.namespace

@@ -2,13 +2,14 @@
 
 One lock guards all of it. The loop's thread changes state; any thread may look up and lease.
 Moves are described by :class:`~kvlayer.tier.messages.Piece` and carried out by a Mover, which may
-live in another process; its outcomes come back through ``stored``, ``fetched`` and ``spilled``.
+live in another process; its outcomes come back through ``gathered``, ``fetched`` and ``spilled``.
+
+Somewhat over 400 lines: everything that holds the lock is in one place, to be read as one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from threading import RLock
 
 from kvlayer.abc.policy import EvictionPolicy
@@ -24,28 +25,9 @@ from kvlayer.tier.journal import Journal, Loss
 from kvlayer.tier.lease import Lease, LeaseTable
 from kvlayer.tier.matcher import Match, Matcher
 from kvlayer.tier.messages import Outcome, Piece
+from kvlayer.tier.store_plan import Reservation, StorePlan
 
 __all__ = ["Planner", "Reservation", "StorePlan"]
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """A slot being filled: the record, its piece, and the span it belongs to."""
-
-    span: Span
-    record: ObjectRecord
-    piece: Piece
-
-
-@dataclass(slots=True)
-class StorePlan:
-    """What one store has to do."""
-
-    gathers: list[Reservation] = field(default_factory=list[Reservation])
-    spans: list[Span] = field(default_factory=list[Span])
-    skipped: list[tuple[Span, tuple[ObjectRecord, ...]]] = field(default_factory=list)
-    dropped: list[Span] = field(default_factory=list[Span])
-    evicted: list[ObjectRecord] = field(default_factory=list[ObjectRecord])
 
 
 class Planner:
@@ -124,26 +106,12 @@ class Planner:
     def is_final(self, match: Match) -> bool:
         """Whether nothing that a lower tier could still say would make a match longer."""
         with self.lock:
-            chain = match.chain
-            if match.tokens == chain.named_tokens:
-                return True
-            return not (self._matcher.probes(chain) or self._matcher.tail_probes(chain))
+            return self._matcher.is_final(match)
 
     def by_tier(self, match: Match) -> dict[str, int]:
         """Tokens of a match by the name of the farthest tier each span needs."""
-        counts = [0] * len(self.tiers)
         with self.lock:
-            needed = (found for groups in match.covers for cover in groups for found in cover)
-            if all(found.host is Host.READY for found in needed):  # nearly always: keep it quick
-                return dict(zip(self.tiers, [match.tokens, *counts[1:]], strict=True))
-            for span, covers in zip(match.spans, match.covers, strict=True):
-                farthest = 0
-                for cover in covers:
-                    for found in cover:
-                        if found.host is not Host.READY:
-                            farthest = max(farthest, found.tier)
-                counts[farthest] += span.stop - span.start
-        return dict(zip(self.tiers, counts, strict=True))
+            return dict(zip(self.tiers, match.by_tier(len(self.tiers)), strict=True))
 
     def note(self, keys: Iterable[ObjectKey], tier: int) -> None:
         """A lower tier said it holds these objects; what this model cannot have is passed over."""
@@ -345,24 +313,11 @@ class Planner:
         A span that was missed ends what is stored: the plan keeps what comes before it, and the
         memory of the rest is given back.
         """
-        failed = {outcome.key: outcome for outcome in missed or ()}
-        first = next((slot for slot in todo.gathers if slot.record.key in failed), None)
-        kept = todo.gathers
-        if missed is None:
-            kept = []
-        elif first is not None:
-            kept = [slot for slot in todo.gathers if slot.span.start < first.span.start]
+        before, failed = todo.gathers, todo.cut(missed, self.tiers[0])
         with self.lock:
-            self.stored(todo.gathers[len(kept) :], ok=False)
-            self.stored(kept, ok=True)
-        todo.gathers = kept
-        if first is None:
-            return []
-        lost = [span for span in todo.spans if span.start >= first.span.start]
-        del todo.spans[len(todo.spans) - len(lost) :]
-        _, cause, detail, *_ = failed[first.record.key]
-        assert cause is not None
-        return [Failure(span, cause, self.tiers[0], detail) for span in lost]
+            self.stored(before[len(todo.gathers) :], ok=False)
+            self.stored(todo.gathers, ok=True)
+        return failed
 
     def _abandon(self, slot: Reservation) -> None:
         self.host.drop(slot.record)

@@ -1,0 +1,52 @@
+"""What one store has to do, and what is left of it when some of it fails. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvlayer.keys import Span
+from kvlayer.results import Failure
+from kvlayer.tier.directory import ObjectRecord
+from kvlayer.tier.messages import Outcome, Piece
+
+__all__ = ["Reservation", "StorePlan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A slot being filled: the record, its piece, and the span it belongs to."""
+
+    span: Span
+    record: ObjectRecord
+    piece: Piece
+
+
+@dataclass(slots=True)
+class StorePlan:
+    """What one store has to do, in prompt order."""
+
+    gathers: list[Reservation] = field(default_factory=list[Reservation])
+    spans: list[Span] = field(default_factory=list[Span])
+    skipped: list[tuple[Span, tuple[ObjectRecord, ...]]] = field(default_factory=list)
+    dropped: list[Span] = field(default_factory=list[Span])
+    evicted: list[ObjectRecord] = field(default_factory=list[ObjectRecord])
+
+    def cut(self, missed: Sequence[Outcome] | None, tier: str) -> list[Failure]:
+        """Keep what comes before the first span of which something was ``missed``.
+
+        None: the gather raised, and nothing is kept. Returns a failure, in ``tier``, for each span
+        that the outcomes cost: later chunks are useless alone.
+        """
+        failed = {outcome.key: outcome for outcome in missed or ()}
+        first = next((slot for slot in self.gathers if slot.record.key in failed), None)
+        if missed is None:
+            self.gathers = []
+        if missed is None or first is None:
+            return []
+        start, outcome = first.span.start, failed[first.record.key]
+        lost = [span for span in self.spans if span.start >= start]
+        self.gathers = [slot for slot in self.gathers if slot.span.start < start]
+        self.spans = [span for span in self.spans if span.start < start]
+        assert outcome.cause is not None
+        return [Failure(span, outcome.cause, tier, outcome.detail) for span in lost]
