@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import median
-from typing import ClassVar, Self
+from typing import ClassVar, Self, cast
 
 from kvlayer.abc.backend import (
     Backend,
@@ -73,13 +73,12 @@ class SickTier(Backend):
     def fresh(cls) -> type[Self]:
         """A tier with nothing in it, in good health."""
 
-
-        class Fresh(cls):
-            objects: ClassVar[dict[ObjectKey, bytes]] = {}
-            sickness: ClassVar[Sickness] = Sickness.HEALTHY
-            turns: ClassVar[itertools.count[int]] = itertools.count()
-
-        return Fresh
+        state: dict[str, object] = {
+            "objects": {},
+            "sickness": Sickness.HEALTHY,
+            "turns": itertools.count(),
+        }
+        return cast("type[Self]", type(cls.__name__, (cls,), state))
 
     @classmethod
     def from_url(cls, url: BackendURL, /) -> Self:
