@@ -260,10 +260,12 @@ class Leak:
     def __init__(self, gate: threading.Barrier) -> None:
         self.memory = bytearray(8)
         self.error: ZeroDivisionError | None = None
+        self.began = threading.Event()
         self._gate = gate
 
     def __call__(self) -> None:
         view = memoryview(self.memory)[2:]
+        self.began.set()
         try:
             self._gate.wait(30)
             raise ZeroDivisionError(len(view))
@@ -289,9 +291,7 @@ async def test_the_error_of_cancelled_work_keeps_nothing_of_what_it_was_lent() -
     offload, gate = Offload(1, "test"), threading.Barrier(2)
     work = Leak(gate)
     task = asyncio.create_task(offload.run(work))
-    await asyncio.sleep(0)
-    while not gate.n_waiting:
-        await asyncio.sleep(0)
+    await asyncio.get_running_loop().run_in_executor(None, work.began.wait, 30)
     task.cancel()
     await asyncio.sleep(0)
     gate.wait(30)
