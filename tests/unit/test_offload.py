@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from traceback import clear_frames
 
 import pytest
 
@@ -255,27 +254,49 @@ async def test_many_works_whose_pool_closes_say_so_and_end_what_runs() -> None:
         await offload.run_all([waiting], at_once=2)
 
 
-@pytest.mark.asyncio
-async def test_no_error_of_many_works_keeps_what_its_work_was_lent() -> None:
-    """Without the garbage collector: lent memory is unmapped right after."""
-    offload, gate = Offload(2, "test"), threading.Barrier(2)
-    lent = [bytearray(8), bytearray(8)]
+class Leak:
+    """Fails with a view of its memory in the frame, and keeps the error for as long as it can."""
 
-    def fail(memory: bytearray) -> None:
-        with memoryview(memory)[2:] as view:
-            gate.wait(30)
+    def __init__(self, gate: threading.Barrier) -> None:
+        self.memory = bytearray(8)
+        self.error: ZeroDivisionError | None = None
+        self.began = threading.Event()
+        self._gate = gate
+
+    def __call__(self) -> None:
+        view = memoryview(self.memory)[2:]
+        self.began.set()
+        try:
+            self._gate.wait(30)
             raise ZeroDivisionError(len(view))
+        except ZeroDivisionError as error:
+            self.error = error
+            raise
 
-    def leak(memory: bytearray) -> None:
-        view = memoryview(memory)[2:]
-        gate.wait(30)
-        raise ZeroDivisionError(len(view))
 
-    works = [partial(fail, lent[0]), partial(leak, lent[1])]
+@pytest.mark.asyncio
+async def test_an_error_nobody_gets_keeps_nothing_of_what_its_work_was_lent() -> None:
+    """Memory that was lent can be unmapped right after the call, whoever holds the error."""
+    offload, gate = Offload(2, "test"), threading.Barrier(2)
+    works = [Leak(gate), Leak(gate)]
     with pytest.raises(ZeroDivisionError) as caught:
         await offload.run_all(works, at_once=2)
-    if caught.value.__traceback__ is not None:
-        clear_frames(caught.value.__traceback__)  # what a caller does with the error it gets
-    for memory in lent:
-        memory.append(0)  # BufferError while a view is out
+    (unheard,) = (work for work in works if work.error is not caught.value)
+    unheard.memory.append(0)  # BufferError while a view is out
+    offload.close()
+
+
+@pytest.mark.asyncio
+async def test_the_error_of_cancelled_work_keeps_nothing_of_what_it_was_lent() -> None:
+    offload, gate = Offload(1, "test"), threading.Barrier(2)
+    work = Leak(gate)
+    task = asyncio.create_task(offload.run(work))
+    await asyncio.get_running_loop().run_in_executor(None, work.began.wait, 30)
+    task.cancel()
+    await asyncio.sleep(0)
+    gate.wait(30)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert work.error is not None
+    work.memory.append(0)
     offload.close()

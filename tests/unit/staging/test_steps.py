@@ -235,6 +235,33 @@ async def test_whatever_the_order_of_blocks_steps_move_what_indexing_moves(
     assert torch.equal(loaded[0], loaded[1])
 
 
+@pytest.mark.parametrize("gather", [True, False])
+@pytest.mark.asyncio
+async def test_copies_of_one_call_move_as_they_would_alone(gather: bool) -> None:
+    """They share what is worked out for their payload, whole blocks and loose tokens alike."""
+    layout = layout_of("nhd")
+    blocks = torch.tensor([9, 4, 30, 31])[:, None] * SIZE + torch.arange(SIZE)
+    slots = torch.cat([blocks.reshape(-1), torch.arange(100, 100 + 4 * SIZE)])
+    payload = payload_of(layout, 2 * SIZE)
+    moved: list[bytes] = []
+    for together in (True, False):
+        view = paged_view(layout, 32, seed=2)
+        view = KVView.single(view.caches[0], slots)
+        hosts = [memoryview(bytearray(payload.nbytes)) for _ in range(4)]
+        if not gather:
+            rng = np.random.default_rng(1)
+            hosts = [memoryview(bytearray(rng.bytes(payload.nbytes))) for _ in hosts]
+        copies = [HostCopy(payload, h, 2 * SIZE * i, 2 * SIZE) for i, h in enumerate(hosts)]
+        stager = TorchStager(layout, threads=2)
+        call = stager.gather if gather else stager.scatter
+        for part in [copies] if together else [[copy] for copy in copies]:
+            await call(view, part)
+        tensors = torch.stack(list(view.caches[0])).view(torch.int16)
+        moved.append(b"".join(hosts) if gather else tensors.numpy().tobytes())
+        await stager.aclose()
+    assert moved[0] == moved[1]
+
+
 # -- planning ------------------------------------------------------------------------------------
 
 
