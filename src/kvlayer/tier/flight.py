@@ -45,7 +45,7 @@ class Flight:
     @property
     def was_given_up(self) -> bool:
         """It ended because nobody wanted it any more; who joined it meanwhile starts anew."""
-        return self.was_left and isinstance(self.call.error, CancelledError)
+        return self.was_left and self.has_ended and isinstance(self.call.error, CancelledError)
 
     @property
     def is_stuck(self) -> bool:

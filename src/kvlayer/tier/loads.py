@@ -39,28 +39,30 @@ class _Trip:
     tier: LowerTier
     began: float
     nbytes: int = 0
-    flights: int = 0
+    arrived_nbytes: int = 0
     left: int = 0
+    """Flights that have not landed."""
     is_whole: bool = True
 
     def started(self, nbytes: int) -> None:
         self.nbytes += nbytes
-        self.flights += 1
         self.left += 1
 
-    def landed(self, now: float, *, ok: bool) -> None:
+    def landed(self, now: float, outcome: Outcome) -> None:
         self.left -= 1
-        self.is_whole = self.is_whole and ok
+        self.arrived_nbytes += outcome.nbytes
+        self.is_whole = self.is_whole and outcome.ok
         if not self.left and self.is_whole:
             self.tier.estimate.observe(self.nbytes, now - self.began, now)
 
     def abandoned(self, now: float) -> None:
-        """It took longer than it was worth: at least so long it takes, then."""
+        """It took longer than it was worth; the whole would have taken longer still."""
         if not self.left:
             return
         self.is_whole = False
-        self.tier.estimate.observe(self.nbytes, now - self.began, now)
-        if self.left == self.flights:  # not one arrived, and nobody stays to see a deadline missed
+        share = self.arrived_nbytes / self.nbytes or 0.5  # if nothing came: twice as long, at least
+        self.tier.estimate.observe(self.nbytes, (now - self.began) / share, now)
+        if not self.arrived_nbytes:  # and nobody stays to see a deadline missed
             self.tier.guard.failed(Lane.READS, "nothing arrived while it was waited for")
 
 
@@ -68,6 +70,7 @@ class _Trip:
 class _Request:
     """What one caller waits for, and until when by the clock."""
 
+    wanted: Wanted
     until: float | None = None
     flights: dict[ObjectKey, Flight] = field(default_factory=dict[ObjectKey, Flight])
     trips: dict[int, _Trip] = field(default_factory=dict[int, _Trip])
@@ -105,10 +108,10 @@ class Loads:
         clock reads ``until``, ends the sequence and leaves its failure in ``trouble``. Close the
         iterator: that lets go of what is still on its way.
         """
-        request = _Request(until)
+        request = _Request(wanted, until)
         flights = request.flights
         try:
-            failure, started = self._take_off(wanted, request)
+            failure, started = self._take_off(request)
             batch: list[tuple[Span, Sequence[ObjectRecord]]] = []
             for span, records in wanted[:started]:
                 absent = [r for r in records if r.host is not Host.READY]
@@ -132,9 +135,9 @@ class Loads:
             for flight in flights.values():
                 flight.leave()
 
-    def _take_off(self, wanted: Wanted, request: _Request) -> tuple[Failure | None, int]:
+    def _take_off(self, request: _Request) -> tuple[Failure | None, int]:
         """Start flights for all that is absent; on a refusal, how many spans are on their way."""
-        for at, (span, records) in enumerate(wanted):
+        for at, (span, records) in enumerate(request.wanted):
             for record in records:
                 if record.host is Host.READY:
                     continue
@@ -142,7 +145,7 @@ class Loads:
                 if isinstance(started, Failure):
                     return started, at
                 request.flights[record.key] = started
-        return None, len(wanted)
+        return None, len(request.wanted)
 
     def _fly(
         self,
@@ -216,7 +219,7 @@ class Loads:
         self._planner.fetched(slot, ok=outcome.ok)
         tier.transferred("load", outcome, call)
         if trip is not None:
-            trip.landed(self._clock(), ok=outcome.ok)
+            trip.landed(self._clock(), outcome)
 
     async def _bring(self, span: Span, record: ObjectRecord, request: _Request) -> Failure | None:
         """Wait until an object is in host memory, trying one tier after the other."""
@@ -251,6 +254,20 @@ class Loads:
             if isinstance(again, Failure):
                 return again
             request.flights[record.key] = again
+            if flight.was_given_up:
+                self._renew(request)
+
+    def _renew(self, request: _Request) -> None:
+        """Start anew, side by side, what others gave up when this request had just joined them."""
+        for span, records in request.wanted:
+            for record in records:
+                flight = request.flights.get(record.key)
+                if flight is None or not flight.was_given_up or record.host is Host.READY:
+                    continue
+                again = self._fly(span, record)
+                if isinstance(again, Flight):  # else its turn says what is wrong
+                    request.flights[record.key] = again
+                    flight.leave()
 
     async def _withdraw(self, tier: LowerTier, record: ObjectRecord, outcome: Outcome) -> None:
         """Stop offering what a tier could not deliver; take a damaged object out of sight."""

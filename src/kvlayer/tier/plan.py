@@ -19,6 +19,7 @@ __all__ = [
     "holds",
     "prefix",
     "rank_part",
+    "savings",
     "trailing_start",
     "worthwhile",
 ]
@@ -168,28 +169,35 @@ def prefix(
     return count
 
 
-def worthwhile(
+def savings(
     stops: Sequence[int],
     needs: Sequence[Mapping[int, int]],
     seconds: Callable[[int, int], float],
     tokens_per_second: float,
-) -> int:
-    """How many spans of a hit to take: the count that saves most over recomputing them.
+) -> list[float]:
+    """Seconds that taking a hit up to each of ``stops`` saves over recomputing it.
 
     ``needs[i]`` are the bytes span i needs from each tier, ``seconds(tier, nbytes)`` is what they
-    take; tiers load side by side. What lies in host memory needs nothing and is always taken,
-    unless so much before it would have to be loaded that all of it is not worth the time.
+    take; tiers load side by side. What lies in host memory needs nothing.
     """
-    best, most = 0, 0.0
+    saved: list[float] = []
     total: dict[int, int] = {}
     for i, stop in enumerate(stops):
         for tier, nbytes in needs[i].items():
             total[tier] = total.get(tier, 0) + nbytes
         load = max((seconds(tier, nbytes) for tier, nbytes in total.items()), default=0.0)
-        saved = stop / tokens_per_second - load
-        if saved > most:
-            best, most = i + 1, saved
-    return best
+        saved.append(stop / tokens_per_second - load)
+    return saved
+
+
+def worthwhile(saved: Sequence[float]) -> int:
+    """How many spans of a hit to take: the count that saves most, 0 if none saves anything.
+
+    What lies in host memory is always taken, unless so much before it would have to be loaded that
+    all of it is not worth the time.
+    """
+    most = max(saved, default=0.0)
+    return saved.index(most) + 1 if most > 0 else 0
 
 
 def _gap(

@@ -140,14 +140,21 @@ class Stack:
     def _worth_loading(self, match: Match, rate: float | None) -> Match:
         """``match`` cut where a tier is not asked for now, or where recomputing is faster."""
         dead = down(self.lower)
-        while match.spans and (dead or rate is not None):
+        if not dead and rate is None:
+            return match
+        best, most = self.planner.shortened(match, 0), 0.0
+        while match.spans:
             needs = self._needs(match, dead)
             stops = [span.stop for span in match.spans[: len(needs)]]
-            count = len(stops) if rate is None else plan.worthwhile(stops, needs, self._takes, rate)
+            saved = plan.savings(stops, needs, self._takes if rate else _no_time, rate or 1.0)
+            # A shorter hit may need other windows and save less than the longer one did.
+            if len(needs) == len(match.spans) and saved[-1] > most:
+                best, most = match, saved[-1]
+            count = plan.worthwhile(saved)
             if count == len(match.spans):
                 break
-            match = self.planner.shortened(match, count)  # which may need other windows
-        return match
+            match = self.planner.shortened(match, count)
+        return best
 
     def _needs(self, match: Match, dead: int) -> list[dict[int, int]]:
         """Bytes each span needs from each lower tier, up to the first that no tier can give."""
@@ -170,14 +177,17 @@ class Stack:
         return self.lower[tier - 1].estimate.seconds(nbytes, self._clock())
 
     def _budget(self, wanted: Wanted, deadline: float | None) -> float | None:
-        """When a load has cost as much as computing it anew, so that it never costs twice that."""
+        """When a load has cost as much as computing it anew, so that it never costs twice that.
+
+        Without the first span that is not in host memory all behind it is of no use.
+        """
         ends = [] if deadline is None else [self._clock() + deadline]
         rate = self.prefill.tokens_per_second
         if rate is not None:
-            absent = [
-                span for span, records in wanted if any(r.host is not Host.READY for r in records)
-            ]
-            ends.append(self._clock() + sum(span.tokens for span in absent) / rate)
+            absent = (s for s, found in wanted if any(r.host is not Host.READY for r in found))
+            first = next(absent, None)
+            tokens = 0 if first is None else wanted[-1][0].stop - first.start
+            ends.append(self._clock() + tokens / rate)
         return min(ends, default=None)
 
     # -- store -----------------------------------------------------------------------------------
@@ -359,6 +369,11 @@ class Stack:
         await self.recovered()
         for tier in self.lower:
             await tier.guard.aclose()
+
+
+def _no_time(_tier: int, _nbytes: int) -> float:
+    """What loading takes where nobody knows what computing takes."""
+    return 0.0
 
 
 def _wanted(match: Match) -> Wanted:

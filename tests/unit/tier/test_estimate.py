@@ -74,6 +74,10 @@ def test_the_prefill_rate_follows_what_the_engine_reports() -> None:
     assert rate.tokens_per_second == pytest.approx(2048, rel=0.01)
 
 
+def worthwhile(stops, needs, seconds, rate):  # type: ignore[no-untyped-def]
+    return plan.worthwhile(plan.savings(stops, needs, seconds, rate))
+
+
 def linear(bandwidth: dict[int, float], latency: float = 0.0):  # type: ignore[no-untyped-def]
     return lambda tier, nbytes: latency + nbytes / bandwidth[tier] if nbytes else 0.0
 
@@ -81,29 +85,29 @@ def linear(bandwidth: dict[int, float], latency: float = 0.0):  # type: ignore[n
 def test_a_hit_ends_where_loading_is_slower_than_recomputing() -> None:
     stops = [256, 512, 768, 1024]
     slow = [{}, {}, {1: 100}, {1: 100}]
-    assert plan.worthwhile(stops, slow, linear({1: 1.0}), 1000.0) == 2
-    assert plan.worthwhile(stops, slow, linear({1: 1e6}), 1000.0) == 4
+    assert worthwhile(stops, slow, linear({1: 1.0}), 1000.0) == 2
+    assert worthwhile(stops, slow, linear({1: 1e6}), 1000.0) == 4
 
 
 def test_host_memory_behind_a_slow_chunk_is_reached_when_it_is_worth_it() -> None:
     needs = [{1: 100}, {}, {}, {}]
     stops = [256, 512, 768, 1024]
     # loading takes 0.5 s; the chunk itself is worth 0.256 s, all four 1.024 s
-    assert plan.worthwhile(stops, needs, linear({1: 200.0}), 1000.0) == 4
-    assert plan.worthwhile(stops[:1], needs[:1], linear({1: 200.0}), 1000.0) == 0
+    assert worthwhile(stops, needs, linear({1: 200.0}), 1000.0) == 4
+    assert worthwhile(stops[:1], needs[:1], linear({1: 200.0}), 1000.0) == 0
 
 
 def test_latency_is_paid_once_and_needs_enough_tokens() -> None:
     one = linear({1: 1e9}, latency=0.5)
-    assert plan.worthwhile([256], [{1: 1}], one, 1000.0) == 0
-    assert plan.worthwhile([256, 512, 768], [{1: 1}] * 3, one, 1000.0) == 3
+    assert worthwhile([256], [{1: 1}], one, 1000.0) == 0
+    assert worthwhile([256, 512, 768], [{1: 1}] * 3, one, 1000.0) == 3
 
 
 def test_tiers_load_side_by_side() -> None:
     times = linear({1: 100.0, 2: 100.0})
     both = [{1: 40}, {2: 40}]
-    assert plan.worthwhile([256, 512], both, times, 1000.0) == 2
-    assert plan.worthwhile([256, 512], [{1: 40}, {1: 40}], times, 1000.0) == 0
+    assert worthwhile([256, 512], both, times, 1000.0) == 2
+    assert worthwhile([256, 512], [{1: 40}, {1: 40}], times, 1000.0) == 0
 
 
 def test_the_choice_is_the_best_of_all() -> None:
@@ -119,5 +123,5 @@ def test_the_choice_is_the_best_of_all() -> None:
             load = max((times(t, b) for t, b in total.items() if b), default=0.0)
             return (stops[n - 1] / 1000.0 if n else 0.0) - load
 
-        chosen = plan.worthwhile(stops, needs, times, 1000.0)
+        chosen = worthwhile(stops, needs, times, 1000.0)
         assert saved(chosen) == pytest.approx(max(saved(n) for n in range(count + 1)))

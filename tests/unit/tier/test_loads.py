@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from stacks import CHUNK, Rig, chain_of, check_accounts, framed, make_rig, pattern
+from virtual_time import in_virtual_time
 
 from kvlayer.errors import BackendError, BackendTimeoutError, BackendUnavailableError
 from kvlayer.events import ObjectQuarantined, TierChanged, TransferDone
@@ -17,7 +18,7 @@ from kvlayer.tier.directory import Host
 from kvlayer.tier.guard import Lane
 from kvlayer.tier.loads import Wanted
 
-SOON = 0.002
+SOON = 2.0
 
 
 def wanted(rig: Rig, chain: ChunkChain) -> Wanted:
@@ -192,8 +193,8 @@ async def test_a_backend_that_cancels_by_itself_is_asked_once() -> None:
     await rig.aclose()
 
 
-@pytest.mark.asyncio
 @pytest.mark.parametrize("is_stubborn", [True, False])
+@in_virtual_time
 async def test_a_deadline_is_a_miss_and_the_late_landing_harms_nobody(is_stubborn: bool) -> None:
     rig, chain = make_rig(deadline=SOON), chain_of(32)
     rig.tier.guard.deadline = 30.0
@@ -221,7 +222,7 @@ async def test_a_deadline_is_a_miss_and_the_late_landing_harms_nobody(is_stubbor
     await rig.aclose()
 
 
-@pytest.mark.asyncio
+@in_virtual_time
 async def test_past_the_bound_of_stuck_transfers_a_load_is_refused_at_once() -> None:
     rig = make_rig(max_inflight=1)
     first, second = chain_of(16), chain_of(16, seed=1)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 from stacks import CHUNK, Rig, chain_of, check_accounts, hybrid_layout, make_rig
+from virtual_time import in_virtual_time
 
 from kvlayer.errors import BackendError
 from kvlayer.keys import ChunkChain, Part
@@ -211,9 +212,9 @@ async def test_an_answer_of_a_shared_tier_is_a_sign_of_life() -> None:
     await rig.aclose()
 
 
-@pytest.mark.asyncio
+@in_virtual_time
 async def test_a_tier_that_does_not_answer_in_time_is_a_miss() -> None:
-    rig, chain = make_rig(shared=True, deadline=0.002), chain_of(CHUNK)
+    rig, chain = make_rig(shared=True, deadline=2.0), chain_of(CHUNK)
     rig.backend.gate = asyncio.Event()
     assert (await rig.stack.find(chain)).tokens == 0
     assert rig.tier.misses[Cause.DEADLINE] >= 1
