@@ -101,9 +101,7 @@ class Offload:
     def _take_ended(self, running: _Running) -> None:
         """Remove what has ended and raise the first error among it."""
         ended = [future for future in running if future.done()]
-        for done in ended:
-            del running[done]
-        done = None
+        calls = [running.pop(future) for future in ended]
         errors = [error for error in map(self._error, ended) if error is not None]
         _unheard(errors[1:])
         try:
@@ -111,7 +109,7 @@ class Offload:
                 raise errors[0]
         finally:
             # As in run: what is raised refers to this frame.
-            del ended, errors
+            del ended, calls, errors
 
     def _error(self, ended: asyncio.Future[object]) -> BaseException | None:
         if ended.cancelled():
