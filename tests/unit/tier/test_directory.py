@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from hashlib import sha256
 
 import pytest
@@ -218,3 +219,17 @@ class DirectoryMachine(RuleBasedStateMachine):
 
 DirectoryMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestDirectoryMachine = DirectoryMachine.TestCase
+
+
+def test_a_known_object_costs_about_a_kibibyte_wherever_its_bytes_are() -> None:
+    directory = Directory(NAMESPACE, [WHOLE])
+    tracemalloc.start()
+    try:
+        for number in range(5_000):
+            directory.note(key(number), 1)
+            directory.covers(span(number).hash)
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(directory) == 5_000
+    assert used / 5_000 < 1_600
