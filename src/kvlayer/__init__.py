@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvlayer.config import CacheConfig, ModelConfig, TierConfig
     from kvlayer.errors import KVLayerError
     from kvlayer.layout import AttentionKind, GroupLayout, HitRule, KVGroup, KVLayout, KVView
+    from kvlayer.lookup import Lookup, LookupState
     from kvlayer.namespace import Namespace
     from kvlayer.portal import Portal
     from kvlayer.results import Cause, Explanation, Health, RetrieveReport, Stats, StoreReport
@@ -35,6 +36,8 @@ __all__ = [
     "KVLayerError",
     "KVLayout",
     "KVView",
+    "Lookup",
+    "LookupState",
     "ModelConfig",
     "Namespace",
     "Portal",
@@ -52,6 +55,7 @@ _HOMES = {
     "config": ("CacheConfig", "ModelConfig", "TierConfig"),
     "errors": ("KVLayerError",),
     "layout": ("AttentionKind", "GroupLayout", "HitRule", "KVGroup", "KVLayout", "KVView"),
+    "lookup": ("Lookup", "LookupState"),
     "namespace": ("Namespace",),
     "portal": ("Portal",),
     "results": ("Cause", "Explanation", "Health", "RetrieveReport", "Stats", "StoreReport"),

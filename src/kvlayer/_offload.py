@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from threading import Lock
-from typing import Generic, ParamSpec, TypeVar, cast
+from traceback import clear_frames
+from typing import Generic, ParamSpec, TypeAlias, TypeVar, cast
 
 from kvlayer.errors import ClosedError
 
@@ -54,12 +56,8 @@ class Offload:
 
         Raises what the work raises, and ``ClosedError`` when the pool closes before it starts.
         """
-        if self._closed:
-            raise ClosedError(f"the thread pool {self._name!r} is closed")
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix=self._name)
         call: _Call[T] = _Call(lambda: work(*args, **kwargs))
-        future = asyncio.get_running_loop().run_in_executor(self._pool, call)
+        future = self._submit(call)
         try:
             return cast(T, await asyncio.shield(future))  # None only for work that was dropped
         except asyncio.CancelledError:
@@ -74,12 +72,75 @@ class Offload:
             # alone, the cycle would keep lent memory alive until the garbage collector comes by.
             del future, call
 
+    async def run_all(self, works: Iterable[Callable[[], object]], *, at_once: int) -> None:
+        """Run ``works`` in order, at most ``at_once`` of them handed to the threads at a time.
+
+        The first that raises ends it, and so does cancelling: nothing else starts, and whatever
+        runs has ended before this raises. Other errors than the first are dropped. Raises
+        ``ClosedError`` when the pool closes before everything has started.
+        """
+        todo = iter(works)
+        running: _Running = {}
+        try:
+            while True:
+                self._submit_some(todo, at_once - len(running), running)
+                if not running:
+                    return
+                await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                self._take_ended(running)
+        finally:
+            await _dropped(running)
+
+    def _submit_some(
+        self, works: Iterator[Callable[[], object]], count: int, running: _Running
+    ) -> None:
+        for work in islice(works, count):
+            call = _Call(work)
+            running[self._submit(call)] = call
+
+    def _take_ended(self, running: _Running) -> None:
+        """Remove what has ended and raise the first error among it."""
+        ended = [future for future in running if future.done()]
+        for future in ended:
+            del running[future]
+        errors = [error for error in map(self._error, ended) if error is not None]
+        _unheard(errors[1:])
+        try:
+            if errors:
+                raise errors[0]
+        finally:
+            # As in run: what is raised refers to this frame.
+            del ended, errors, future
+
+    def _error(self, ended: asyncio.Future[object]) -> BaseException | None:
+        if ended.cancelled():
+            return ClosedError(f"the thread pool {self._name!r} was closed")
+        return ended.exception()
+
+    def _submit(self, call: _Call[T]) -> asyncio.Future[T | None]:
+        if self._closed:
+            raise ClosedError(f"the thread pool {self._name!r} is closed")
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix=self._name)
+        return asyncio.get_running_loop().run_in_executor(self._pool, call)
+
     def close(self) -> None:
         """Drop waiting work, wait for running work and end the threads. Idempotent. Blocks."""
         self._closed = True
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+
+
+_Running: TypeAlias = dict[asyncio.Future[object], _Call[object]]
+
+
+async def _dropped(running: _Running) -> None:
+    """Let nothing more of ``running`` start, and wait for what has; leaves it empty."""
+    started = [future for future, call in running.items() if not call.drop()]
+    running.clear()
+    for future in started:
+        await _settled(future)
 
 
 async def _settled(future: asyncio.Future[T]) -> None:
@@ -89,5 +150,14 @@ async def _settled(future: asyncio.Future[T]) -> None:
             await asyncio.wait({future})
         except asyncio.CancelledError:
             continue
-    if not future.cancelled():
-        future.exception()  # retrieved: the caller was cancelled and no longer wants it
+    if not future.cancelled() and (error := future.exception()) is not None:
+        _unheard([error])
+
+
+def _unheard(errors: Iterable[BaseException]) -> None:
+    """Errors nobody gets: the caller was cancelled, or has another one.
+
+    Their frames let go of lent memory now, not when the thread lets go of the error.
+    """
+    for error in errors:
+        clear_frames(error.__traceback__)

@@ -6,11 +6,11 @@ strings take their shortest form, floats are always 64 bits wide. Unpacking is b
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import msgpack  # pyright: ignore[reportMissingTypeStubs]
 
-__all__ = ["as_list", "as_map", "pack", "unpack"]
+__all__ = ["as_list", "as_map", "is_count", "pack", "unpack"]
 
 _packb: Any = cast("Any", msgpack.packb)  # pyright: ignore[reportUnknownMemberType]
 _unpackb: Any = cast("Any", msgpack.unpackb)  # pyright: ignore[reportUnknownMemberType]
@@ -54,3 +54,8 @@ def as_list(value: object) -> list[object] | None:
 def as_map(value: object) -> dict[str, object] | None:
     """``value`` if it is a map, as ``unpack`` makes them (text keys), else None."""
     return cast("dict[str, object]", value) if isinstance(value, dict) else None
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether ``value`` is an integer of at least 0 (and no ``bool``)."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Generator, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,14 +13,17 @@ from kvlayer.abc.backend import Backend
 from kvlayer.config import CacheConfig
 from kvlayer.control import Control
 from kvlayer.errors import ClosedError, ForkedError, LayoutError
-from kvlayer.events import LookupDone, RetrieveDone, Sink, StoreDone
+from kvlayer.events import PrefetchDone, RetrieveDone, Sink, StoreDone
 from kvlayer.hit import PrefixHit
 from kvlayer.keys import ChunkChain, Scope, Tokens, token_bytes
 from kvlayer.layout import KVLayout, KVView
+from kvlayer.lookup import Lookup, Lookups
 from kvlayer.namespace import Namespace
 from kvlayer.registry import BACKENDS, Registry
 from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
 from kvlayer.tier.matcher import Match
+from kvlayer.tier.ranks import Ranks
+from kvlayer.tier.sources import Sources
 from kvlayer.tier.stack import Window
 
 __all__ = ["Cache", "Prefetch"]
@@ -40,6 +43,7 @@ class Cache:
         self._parts = parts
         self._stack = parts.stack
         self._planner = parts.stack.planner
+        self._lookups = Lookups(parts, self.chain)
         self._emit = parts.emit
         self._clock = parts.clock
         self._pid = os.getpid()
@@ -58,6 +62,7 @@ class Cache:
         *,
         sinks: Iterable[Sink] = (),
         backends: Registry[type[Backend]] = BACKENDS,
+        ranks: Ranks | None = None,
     ) -> AsyncGenerator[Cache]:
         """Open the tiers of ``config`` for an engine whose KV lies as ``layout`` says.
 
@@ -66,13 +71,16 @@ class Cache:
         operation. ``backends`` says where URL schemes are found: the installed ones by default;
         ``BACKENDS.extended({"mine": MyBackend})`` adds one that is not installed.
 
+        With ``ranks`` the tensors are in other processes: ``layout`` is that of all ranks together,
+        views are ``RemoteView``, and what a rank failed to move is in the reports.
+
         On a clean exit everything stored reaches the lower tiers first (at most
         ``config.close_seconds``); on an exception only what is being written ends.
 
         Raises ``ConfigError``, ``IdentityError``, ``CapacityError``, ``PluginError`` or
         ``BackendError`` when the cache cannot be built; then nothing stays open.
         """
-        parts = await opening.build(config, layout, namespace, sinks, backends)
+        parts = await opening.build(config, layout, namespace, sinks, backends, ranks=ranks)
         cache = cls(parts)
         clean = False
         try:
@@ -105,9 +113,9 @@ class Cache:
         leaves every object whole or absent. Raises ``LayoutError`` and ``TokensError``.
         """
         started = self._begin()
-        self._parts.stager.check(kv)
+        self._stack.mover.check(kv)
         window = self._window(kv, first_token)
-        packed = token_bytes(tokens).cast("I")
+        packed = memoryview(token_bytes(tokens)).cast("I")
         if window.stop > len(packed):
             raise LayoutError(
                 f"the view covers tokens {window.start}..{window.stop}, but there are only "
@@ -140,28 +148,34 @@ class Cache:
 
         Raises ``TokensError``.
         """
-        started = self._begin()
-        chain = self.chain(tokens, scope)
-        match = await self._stack.find(chain)
-        lease = self._planner.lease(match, owner=scope.owner, seconds=self.config.lease_seconds)
+        self._begin()
+        hit = await self._lookups.find(tokens, scope)
+        assert hit.lease is not None
         try:
-            self._parts.count_lookup(chain.num_tokens, match.tokens)
-            if self._emit:
-                self._emit(
-                    LookupDone(
-                        owner=scope.owner,
-                        asked_tokens=chain.num_tokens,
-                        hit_tokens=match.tokens,
-                        seconds=self._clock() - started,
-                    )
-                )
-            yield PrefixHit(
-                match.tokens, tuple(match.spans), self.by_tier(match), scope.owner, match, lease
-            )
+            yield hit
         finally:
-            self._planner.release(lease.number)
+            self._planner.release(hit.lease.number)
 
-    async def retrieve(self, hit: PrefixHit, kv: KVView, *, first_token: int = 0) -> RetrieveReport:
+    def begin_lookup(self, tokens: Tokens, *, scope: Scope = PUBLIC) -> Lookup:
+        """Start a lookup to poll, for a callback that must not await. See :class:`Lookup`.
+
+        Where the directory alone can answer it is answered when this returns. Raises
+        ``TokensError``.
+        """
+        self._begin()
+        return self._lookups.begin(tokens, scope, self._spawn, _call)
+
+    def _spawn(self, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+        return self._parts.spawn(work())
+
+    async def retrieve(
+        self,
+        hit: PrefixHit,
+        kv: KVView,
+        *,
+        first_token: int = 0,
+        deadline: float | None = None,
+    ) -> RetrieveReport:
         """Load a hit into the engine's memory, as far as ``kv`` covers it.
 
         Entry 0 of ``kv``'s slots is token ``first_token``; what lies before it the engine has.
@@ -170,33 +184,44 @@ class Cache:
         a window or state is not kept, gets what ends before that. Bytes are verified before they
         are scattered.
 
+        Loading is abandoned ``deadline`` seconds from now, when a tier missed its own deadline, or
+        when it has taken as long as recomputing would (see :meth:`report_prefill`): whichever
+        comes first.
+
         The view may be written beyond ``report.tokens``, never outside its slots. Cancelling
         returns once the view is untouched. Raises ``LayoutError``.
         """
         started = self._begin()
-        self._parts.stager.check(kv)
+        self._stack.mover.check(kv)
         if hit.match is None or hit.lease is None or not self._planner.granted(hit.lease):
             raise LayoutError(
                 "this hit did not come from a lookup of this cache",
                 hint="retrieve a hit from the cache whose lookup yielded it",
             )
         window = self._window(kv, first_token)
-        match = self._planner.current(hit.match, hit.lease)
-        report = await self._stack.retrieve(match, kv, window)
+        match = self._planner.claim(hit.match, hit.lease)
+        sources = Sources(match, self._planner.tiers) if self._emit else None
+        try:
+            report = await self._stack.retrieve(match, kv, window, deadline=deadline)
+        finally:
+            self._planner.unpin(match.path())
         asked = min(hit.tokens, window.stop)
         if match.tokens < asked and not report.failed:
             lost = next(span for span in hit.spans if span.stop > match.tokens)
             gone = Failure(lost, Cause.VANISHED, detail="gone since the lookup's lease ran out")
             report = RetrieveReport(report.tokens, (gone,))
-        if self._emit:
+        if sources is not None:
+            nbytes_by_tier = sources.nbytes(window.start, report.tokens)
             self._emit(
                 RetrieveDone(
                     owner=hit.owner,
                     asked_tokens=asked,
                     tokens=report.tokens,
                     failed=report.failed,
-                    nbytes=_moved_nbytes(match, window.start, report.tokens),
+                    nbytes=sum(nbytes_by_tier.values()),
                     seconds=self._clock() - started,
+                    by_tier=sources.tokens(window.start, report.tokens),
+                    nbytes_by_tier=nbytes_by_tier,
                 )
             )
         return report
@@ -209,14 +234,35 @@ class Cache:
         The prefix stays pinned for ``deadline`` seconds (default ``lease_seconds``), whether or
         not anyone asks for it. Raises ``TokensError``.
         """
-        self._begin()
+        started = self._begin()
         chain = self.chain(tokens, scope)
         seconds = self.config.lease_seconds if deadline is None else deadline
-        return Prefetch(self._parts.spawn(self._promote(chain, scope.owner, seconds)))
+        return Prefetch(self._parts.spawn(self._promote(chain, scope.owner, seconds, started)))
 
-    async def _promote(self, chain: ChunkChain, owner: str, seconds: float) -> RetrieveReport:
+    async def _promote(
+        self, chain: ChunkChain, owner: str, seconds: float, started: float
+    ) -> RetrieveReport:
         _, report = await self._stack.hold(chain, owner=owner, seconds=seconds)
+        if self._emit:
+            self._emit(
+                PrefetchDone(
+                    owner=owner,
+                    asked_tokens=chain.num_tokens,
+                    tokens=report.tokens,
+                    failed=report.failed,
+                    seconds=self._clock() - started,
+                )
+            )
         return report
+
+    def report_prefill(self, tokens: int, seconds: float) -> None:
+        """The engine has just computed the KV of ``tokens`` tokens in ``seconds``.
+
+        From then on hits end where loading the rest would take longer than computing it. Nothing
+        is assumed before the first report, unless ``prefill_tokens_per_second`` is configured.
+        """
+        self._begin()
+        self._stack.prefill.observe(tokens, seconds)
 
     async def flush(self) -> None:
         """Wait until everything stored so far has reached the lower tiers, or failed to.
@@ -236,7 +282,13 @@ class Cache:
         self._begin()
         await self._stack.recovered()
 
-    # -- shared with control ---------------------------------------------------------------------
+    # -- shared with control and Portal ----------------------------------------------------------
+
+    @property
+    def lookups(self) -> Lookups:
+        """How prompts are looked up; for ``Portal``, in any thread."""
+        self._begin()
+        return self._lookups
 
     @property
     def stack(self) -> opening.Stack:
@@ -261,15 +313,7 @@ class Cache:
 
     def by_tier(self, match: Match) -> dict[str, int]:
         """Tokens of a match by the name of the farthest tier each span needs."""
-        names = [self._stack.host.name, *(tier.name for tier in self._stack.lower)]
-        counts = dict.fromkeys(names, 0)
-        for span, covers in zip(match.spans, match.covers, strict=True):
-            farthest = 0
-            for cover in covers:
-                for found in cover:
-                    farthest = max(farthest, found.tier)
-            counts[names[farthest]] += span.tokens
-        return counts
+        return self._planner.by_tier(match)
 
     def _begin(self) -> float:
         if self._closed:
@@ -288,6 +332,10 @@ class Cache:
         return Window(first_token, first_token + kv.num_tokens)
 
 
+def _call(entry: Callable[[], None]) -> None:
+    entry()
+
+
 async def _to_the_end(parts: opening.Parts, *, flush: bool) -> None:
     """Close everything. Being cancelled only ends the wait for the lower tiers, then raises."""
     closing = asyncio.ensure_future(parts.aclose(flush=flush))
@@ -301,17 +349,6 @@ async def _to_the_end(parts: opening.Parts, *, flush: bool) -> None:
     if cancelled is not None and (closing.cancelled() or closing.exception() is None):
         raise cancelled
     closing.result()
-
-
-def _moved_nbytes(match: Match, start: int, stop: int) -> int:
-    """Bytes of the objects that served tokens ``[start, stop)``."""
-    return sum(
-        found.nbytes
-        for span, covers in zip(match.spans, match.covers, strict=True)
-        if span.start < stop and span.stop > start
-        for cover in covers
-        for found in cover
-    )
 
 
 class Prefetch:

@@ -89,14 +89,28 @@ class TierConfig:
     """Seconds a request waits for one operation of this tier before it counts as a miss."""
 
     max_inflight: int = 32
-    """Operations that run in this tier at once, cut-off ones included. Some more wait their turn;
-    past that they are refused."""
+    """Operations that run in this tier at once, cut-off ones included; an eighth is kept for
+    writes, which take a quarter at most. Some more wait their turn; past that they are refused."""
+
+    max_inflight_bytes: int = 0
+    """Bytes of host memory that objects hold while they wait to be written to this tier or are
+    being written; what is stored past that does not go there. 0: half of host memory."""
+
+    retries: int = 2
+    """How often an operation is tried again after an error that may pass, within its deadline."""
+
+    pause_seconds: float = 1.0
+    """Seconds a tier is left alone after a missed deadline or five errors in a row, before it is
+    tried again. Doubles with every further failure, up to a minute."""
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check_url(self.url)
         _check_positive(self, "deadline_seconds", "seconds")
         _check_at_least(self, "max_inflight", 1, "operations")
+        _check_at_least(self, "max_inflight_bytes", 0, "bytes")
+        _check_at_least(self, "retries", 0, "tries")
+        _check_positive(self, "pause_seconds", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +153,14 @@ class CacheConfig:
     lease_seconds: float = 30.0
     """Seconds after which a lookup that was never released stops pinning what it found."""
 
+    prefill_tokens_per_second: float = 0.0
+    """How fast the engine computes KV, until it reports better; hits are cut where loading would
+    take longer. 0: unknown, and everything found is loaded."""
+
+    staging_threads: int = 2
+    """Threads that copy between the engine's memory and host memory. All requests share them; one
+    alone does not come near the memory's speed."""
+
     close_seconds: float = 30.0
     """Seconds a clean close waits for what is still on its way to the lower tiers."""
 
@@ -147,8 +169,15 @@ class CacheConfig:
         _check_at_least(self, "tokens_per_chunk", 1, "tokens")
         _check_at_least(self, "tokens_per_tail", 0, "tokens")
         _check_at_least(self, "head_shards", 0, "shards")
+        _check_at_least(self, "staging_threads", 1, "threads")
         _check_positive(self, "lease_seconds", "seconds")
         _check_positive(self, "close_seconds", "seconds")
+        _check_number(
+            self,
+            "prefill_tokens_per_second",
+            "at least 0 and finite (tokens per second)",
+            lambda value: value >= 0 and math.isfinite(value),
+        )
         self._check_watermarks()
         if not self.policy:
             raise FieldError("policy must be a name, found ''", fields=("policy",), hint=_POLICY)

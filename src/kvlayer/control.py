@@ -12,7 +12,7 @@ from kvlayer.errors import ConfigError
 from kvlayer.explain import explain
 from kvlayer.keys import ObjectKey, Scope, Tokens
 from kvlayer.results import Cause, Explanation, Health, Stats
-from kvlayer.tier.guard import Busy
+from kvlayer.tier.guard import Refused
 from kvlayer.tier.tier import LowerTier
 from kvlayer.urls import nearest
 
@@ -33,7 +33,7 @@ class Pin:
 
 
 class Control:
-    """Operations on one cache. Belongs to the cache's loop."""
+    """Operations on one cache. Belongs to the cache's loop, but for ``stats`` and ``health``."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
@@ -104,14 +104,14 @@ class Control:
         return gone
 
     def stats(self) -> Stats:
-        """Counters since the cache was opened."""
+        """Counters since the cache was opened, and who leases what. From any thread.
+
+        Takes as long for an empty cache as for a full one.
+        """
         stack, parts = self._cache.stack, self._cache.parts
         planner = stack.planner
-        counts = dict.fromkeys((tier.index for tier in stack.lower), 0)
         with planner.lock:
-            for record in planner.directory.objects():
-                for index in counts:
-                    counts[index] += record.tiers >> index & 1
+            counts = {tier.index: planner.directory.held(tier.index) for tier in stack.lower}
             extents = planner.host.extents
             host = stack.host.stats(
                 len(planner.host), extents.used, extents.capacity, planner.host.pinned_nbytes
@@ -132,11 +132,12 @@ class Control:
             parts.hit_tokens,
             leases,
             stack.inflight,
+            stack.prefill.tokens_per_second,
             owners,
         )
 
     def health(self) -> Health:
-        """Whether each tier serves, by its last calls."""
+        """Whether each tier serves, by its last calls. From any thread."""
         stack = self._cache.stack
         return Health((stack.host.health(), *(tier.health() for tier in stack.lower)))
 
@@ -164,9 +165,9 @@ class Control:
         except StopAsyncIteration:
             pass
         except TimeoutError:
-            lower.fails(Cause.DEADLINE, f"not listed within {lower.guard.deadline} s")
+            lower.complains(Cause.DEADLINE, f"not listed within {lower.guard.deadline} s")
         except Exception as exc:  # noqa: BLE001  # foreign code: what is known still goes
-            lower.fails(Cause.TIER_DOWN, f"{type(exc).__name__}: {exc}")
+            lower.complains(Cause.TIER_DOWN, f"{type(exc).__name__}: {exc}")
         return keys
 
     async def _delete(self, lower: LowerTier, keys: list[ObjectKey]) -> int:
@@ -175,8 +176,8 @@ class Control:
             return 0
         try:
             call = lower.guard.start(partial(stack.mover.delete, lower.index, keys))
-        except Busy:
-            lower.refused(Cause.BUSY)
+        except Refused as no:
+            lower.refused(no.cause)
             return 0
         if not await lower.guard.wait(call):
             lower.fails(Cause.DEADLINE, f"not deleted within {lower.guard.deadline} s")

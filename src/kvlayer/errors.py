@@ -13,6 +13,8 @@ __all__ = [
     "IdentityError",
     "KVLayerError",
     "LayoutError",
+    "MessageError",
+    "PendingError",
     "PluginError",
     "TokensError",
     "UnknownSchemeError",
@@ -45,6 +47,10 @@ class LayoutError(KVLayerError, ValueError):
     """Tensors or slots do not match the declared KV layout (shape, dtype, device, count)."""
 
 
+class MessageError(KVLayerError, ValueError):
+    """What came from another process is no message of this version, or not meant for this one."""
+
+
 class TokensError(KVLayerError, TypeError):
     """Tokens are not integers in a shape kvlayer can name."""
 
@@ -65,12 +71,16 @@ class ClosedError(KVLayerError, RuntimeError):
     """The object was used after it was closed, or before it was opened."""
 
 
+class PendingError(KVLayerError, TimeoutError):
+    """What was waited for is not there yet. It goes on: wait again, poll, or cancel it."""
+
+
 class ForkedError(KVLayerError, RuntimeError):
     """The object was opened in another process and used in a forked child."""
 
 
 class UnsupportedError(KVLayerError):
-    """The backend, engine or model does not offer what this call needs."""
+    """The backend, engine, model or environment does not offer what this call needs."""
 
 
 class BackendError(KVLayerError):

@@ -7,8 +7,8 @@ is dropped with one log line; it never reaches the serving path. With no sinks n
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from kvlayer.keys import ObjectKey
@@ -20,6 +20,7 @@ __all__ = [
     "LookupDone",
     "ObjectQuarantined",
     "ObjectsEvicted",
+    "PrefetchDone",
     "RetrieveDone",
     "Sink",
     "StoreDone",
@@ -38,6 +39,8 @@ class LookupDone:
     asked_tokens: int
     hit_tokens: int
     seconds: float
+    by_tier: Mapping[str, int] = field(default_factory=dict[str, int], hash=False)
+    """Tokens of the hit by the farthest tier that each span needs, as in ``PrefixHit``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +65,22 @@ class RetrieveDone:
     tokens: int
     failed: tuple[Failure, ...]
     nbytes: int
+    seconds: float
+    by_tier: Mapping[str, int] = field(default_factory=dict[str, int], hash=False)
+    """Tokens that were loaded, by the farthest tier that each span needed; from ``first_token`` on,
+    so their sum is ``tokens - first_token``."""
+    nbytes_by_tier: Mapping[str, int] = field(default_factory=dict[str, int], hash=False)
+    """``nbytes`` by the nearest tier that had each object when the call began."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefetchDone:
+    """A prefetch ended with ``tokens`` of the prompt in host memory. Not sent for one cancelled."""
+
+    owner: str
+    asked_tokens: int
+    tokens: int
+    failed: tuple[Failure, ...]
     seconds: float
 
 
@@ -112,6 +131,7 @@ Event: TypeAlias = (
     LookupDone
     | StoreDone
     | RetrieveDone
+    | PrefetchDone
     | TransferDone
     | ObjectsEvicted
     | ObjectQuarantined

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from kvlayer.keys import ChunkChain, ObjectKey, Scope, Span, Tokens, token_bytes
 from kvlayer.namespace import Namespace
 from kvlayer.results import Cause, Explanation, MissedChunk
-from kvlayer.tier.directory import Host
-from kvlayer.tier.guard import Busy
+from kvlayer.tier.directory import Host, ObjectRecord
+from kvlayer.tier.guard import Refused
+from kvlayer.tier.loads import down
 from kvlayer.tier.tier import LowerTier
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ async def explain(cache: Cache, tokens: Tokens, scope: Scope) -> Explanation:
 
     Causes come from what this process remembers (a bounded journal) and from what the tiers say.
     """
-    packed = token_bytes(tokens).cast("I")
+    packed = memoryview(token_bytes(tokens)).cast("I")
     chain = cache.chain(packed, scope)
     match = await cache.stack.find(chain)
     others = await _other_namespaces(cache, chain, match.tokens)
@@ -72,7 +73,7 @@ def _missed(  # noqa: PLR0911  # one return per cause, most telling first
     with planner.lock:
         covers = planner.directory.covers(span.hash)
         if all(cover is not None for cover in covers):
-            return None
+            return _not_taken(cache, span, [found for cover in covers for found in cover or ()])
         record = planner.directory.chunk(span.hash)
         filling = record is not None and any(
             found.host is Host.FILLING for found in record.objects.values()
@@ -100,12 +101,32 @@ def _missed(  # noqa: PLR0911  # one return per cause, most telling first
     return MissedChunk(*at, Cause.NEVER_STORED, detail, divergent)
 
 
+def _not_taken(cache: Cache, span: Span, records: list[ObjectRecord]) -> MissedChunk | None:
+    """Why a span that is there would not be loaded now; None when only something before it is."""
+    dead = down(cache.stack.lower)
+    for tier in cache.stack.lower:
+        if any(
+            found.host is not Host.READY
+            and not found.tiers & ~dead
+            and found.tiers >> tier.index & 1
+            for found in records
+        ):
+            detail = f"{tier.name} is not asked for now: {tier.trouble}"
+            return MissedChunk(span.start, span.stop, Cause.TIER_DOWN, detail)
+    if any(found.host is not Host.READY for found in records):
+        rate = cache.stack.prefill.tokens_per_second
+        if rate is not None:
+            detail = f"computing it takes {span.tokens / rate:.3f} s, which loading would not beat"
+            return MissedChunk(span.start, span.stop, Cause.SLOW, detail)
+    return None
+
+
 async def _other_namespaces(cache: Cache, chain: ChunkChain, start: int) -> dict[bytes, str]:
     """Missing chunks that other namespaces of the lower tiers hold, and which fields differ."""
     spans = [chain.span(i) for i in range(start // chain.chunk_step, len(chain))]
     found: dict[bytes, str] = {}
     for tier in cache.stack.lower:
-        with suppress(Busy):
+        with suppress(Refused):
             call = tier.guard.start(partial(_held_elsewhere, cache, tier, chain, spans))
             if await tier.guard.wait(call) and call.error is None:
                 found.update(call.result())

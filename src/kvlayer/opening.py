@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from kvlayer._offload import Offload
 from kvlayer._version import version
@@ -18,19 +18,24 @@ from kvlayer.abc.stager import Stager
 from kvlayer.config import CacheConfig, TierConfig
 from kvlayer.errors import BackendTimeoutError, ConfigError, IdentityError
 from kvlayer.events import Emitter, Sink
-from kvlayer.keys import ObjectKey
+from kvlayer.keys import PUBLIC_ZONE, ObjectKey
 from kvlayer.layout import KVLayout
+from kvlayer.memory.slab import Slab
 from kvlayer.namespace import Namespace
 from kvlayer.registry import POLICIES, Registry, open_backend
-from kvlayer.results import Cause, RetrieveReport
+from kvlayer.results import Cause
+from kvlayer.tier.estimate import Rate
 from kvlayer.tier.guard import Guard
 from kvlayer.tier.mover import Mover
 from kvlayer.tier.planner import Planner
+from kvlayer.tier.ranks import RankMover, Ranks
 from kvlayer.tier.stack import Stack
 from kvlayer.tier.tier import LowerTier, Tier
 from kvlayer.weights import parse_weights, process_weights
 
 __all__ = ["Parts", "Stack", "build"]
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
@@ -40,9 +45,9 @@ class Parts:
     config: CacheConfig
     namespace: Namespace
     stack: Stack
-    stager: Stager
     emit: Emitter
     clock: Callable[[], float]
+    ranks: Ranks | None
     resources: AsyncExitStack
     lookups: int = 0
     asked_tokens: int = 0
@@ -52,12 +57,13 @@ class Parts:
     _is_hurried: bool = False
 
     def count_lookup(self, asked: int, hit: int) -> None:
-        """Keep the totals that ``Control.stats`` reports."""
-        self.lookups += 1
-        self.asked_tokens += asked
-        self.hit_tokens += hit
+        """Keep the totals that ``Control.stats`` reports. In any thread."""
+        with self.stack.planner.lock:
+            self.lookups += 1
+            self.asked_tokens += asked
+            self.hit_tokens += hit
 
-    def spawn(self, job: Coroutine[Any, Any, RetrieveReport]) -> asyncio.Task[RetrieveReport]:
+    def spawn(self, job: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Run a background job that ends with the cache at the latest."""
         task = asyncio.get_running_loop().create_task(job)
         self._jobs.add(task)
@@ -69,6 +75,7 @@ class Parts:
 
         Must not be cancelled: see :meth:`stop_flushing`.
         """
+        self.part_from_ranks()
         for job in tuple(self._jobs):
             job.cancel()
         if self._jobs:
@@ -84,6 +91,12 @@ class Parts:
         finally:
             await self.resources.aclose()
 
+    def part_from_ranks(self) -> None:
+        """Wait for no rank any more: the cache closes."""
+        if self.ranks is not None:
+            self.stack.planner.retire()  # a rank may be writing into what it was lent all the same
+            self.ranks.close()
+
     def stop_flushing(self) -> None:
         """Whoever closes has no time left: give up what is not written yet."""
         self._is_hurried = True
@@ -97,6 +110,8 @@ async def build(
     namespace: Namespace | None,
     sinks: Iterable[Sink],
     registry: Registry[type[Backend]],
+    *,
+    ranks: Ranks | None = None,
 ) -> Parts:
     """Open everything, or nothing: a failure closes what was opened before it."""
     loop = asyncio.get_running_loop()
@@ -114,12 +129,14 @@ async def build(
         _check_sharing(namespace, backends)
         names = _names(backends)
         emit = Emitter(sinks)
+        await resources.enter_async_context(host)
         lower = [
-            _lower_tier(index, names[index], emit, backend, tier)
+            _lower_tier(
+                Tier(index, names[index], emit), backend, tier, max_nbytes=host.slab.nbytes // 2
+            )
             for index, (backend, tier) in enumerate(zip(backends, config.tiers, strict=True))
             if index
         ]
-        await resources.enter_async_context(host)
         planner = Planner(
             namespace.digest,
             layout,
@@ -129,6 +146,7 @@ async def build(
             tokens_per_chunk=namespace.tokens_per_chunk,
             tokens_per_tail=namespace.tokens_per_tail,
             head_shards=config.head_shards,
+            ranks=() if ranks is None else ranks.layouts,
             clock=loop.time,
             wall_clock=time.time,
         )
@@ -139,16 +157,14 @@ async def build(
             tier.backend.on_evicted = partial(_evicted, planner, tier)
             described = partial(tier.backend.describe, namespace.digest, namespace.canonical())
             tier.guard.hint(described)  # for people and explain
-        stager = _make_stager(layout)
-        resources.push_async_callback(stager.aclose)
-        mover = Mover(
-            host.slab,
-            stager,
-            [None, *backends[1:]],
-            shape=planner.payload,
-            clock=loop.time,
-            wall_clock=time.time,
-            build=f"kvlayer-core {version()}",
+        mover = _make_mover(
+            config,
+            layout,
+            planner,
+            slab=host.slab,
+            lower=backends[1:],
+            ranks=ranks,
+            resources=resources,
         )
         resources.callback(mover.close)
         stack = Stack(
@@ -156,13 +172,17 @@ async def build(
             mover,
             Tier(0, names[0], emit),
             lower,
+            clock=loop.time,
+            prefill=Rate(config.prefill_tokens_per_second),
             high_watermark=config.high_watermark,
             low_watermark=config.low_watermark,
         )
+        nothing = ObjectKey.of(namespace.digest, PUBLIC_ZONE, bytes(32), planner.directory.needs[0])
         for tier in lower:
+            tier.guard.probe = partial(mover.probe, tier.index, nothing)
             if Capability.LIST in tier.backend.capabilities:
                 stack.recover(tier)
-        return Parts(config, namespace, stack, stager, emit, loop.time, resources.pop_all())
+        return Parts(config, namespace, stack, emit, loop.time, ranks, resources.pop_all())
 
 
 async def _identify(config: CacheConfig, layout: KVLayout, resources: AsyncExitStack) -> Namespace:
@@ -231,15 +251,18 @@ def _names(backends: list[Backend]) -> list[str]:
     return names
 
 
-def _lower_tier(
-    index: int, name: str, emit: Emitter, backend: Backend, tier: TierConfig
-) -> LowerTier:
+def _lower_tier(place: Tier, backend: Backend, tier: TierConfig, *, max_nbytes: int) -> LowerTier:
     return LowerTier(
-        index,
-        name,
-        emit,
+        place.index,
+        place.name,
+        place.emit,
         backend=backend,
-        guard=Guard(tier.deadline_seconds, tier.max_inflight),
+        guard=Guard(
+            tier.deadline_seconds,
+            tier.max_inflight,
+            max_write_nbytes=tier.max_inflight_bytes or max_nbytes,
+            pause=tier.pause_seconds,
+        ),
         write=tier.write,
         tails=tier.tails,
         is_shared=Capability.SHARED in backend.capabilities,
@@ -268,7 +291,7 @@ async def _close_tier(tier: LowerTier, seconds: float) -> None:
         async with asyncio.timeout(seconds):
             await tier.backend.aclose()
     except Exception as exc:  # noqa: BLE001  # foreign code: it must not stop the others' close
-        tier.fails(Cause.TIER_DOWN, f"not closed: {type(exc).__name__}: {exc}")
+        tier.complains(Cause.TIER_DOWN, f"not closed: {type(exc).__name__}: {exc}")
 
 
 def _evicted(
@@ -280,7 +303,49 @@ def _evicted(
     tier.lost(policy, keys, sum(nbytes for _, nbytes in gone))
 
 
-def _make_stager(layout: KVLayout) -> Stager:
+def _make_mover(
+    config: CacheConfig,
+    layout: KVLayout,
+    planner: Planner,
+    *,
+    slab: Slab,
+    lower: Sequence[Backend],
+    ranks: Ranks | None,
+    resources: AsyncExitStack,
+) -> Mover:
+    """The Mover of this process: with a device, or for ranks that have theirs elsewhere."""
+    backends = [None, *lower]
+    clock = asyncio.get_running_loop().time
+    build = f"kvlayer-core {version()}"
+    shape, wall = planner.payload, time.time
+    retries = [tier.retries for tier in config.tiers]
+    if ranks is not None:
+        return RankMover(
+            ranks,
+            slab,
+            backends,
+            shape=shape,
+            clock=clock,
+            wall_clock=wall,
+            build=build,
+            retries=retries,
+        )
+    stager = make_stager(layout, config.staging_threads)
+    resources.push_async_callback(stager.aclose)
+    return Mover(
+        slab,
+        stager,
+        backends,
+        shape=shape,
+        clock=clock,
+        wall_clock=wall,
+        build=build,
+        retries=retries,
+    )
+
+
+def make_stager(layout: KVLayout, threads: int = 2) -> Stager:
+    """The stager of an engine's device."""
     from kvlayer.staging.torch_stager import TorchStager  # imports torch: only when a cache opens
 
-    return TorchStager(layout)
+    return TorchStager(layout, threads=threads)

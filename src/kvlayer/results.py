@@ -42,9 +42,13 @@ class Cause(StrEnum):
     MISPLACED = "misplaced"
     FOREIGN_VERSION = "foreign-version"
     TIER_DOWN = "tier-down"
+    RANK_DOWN = "rank-down"
+    """A rank of the engine did not move its share between its tensors and host memory."""
     NO_ROOM = "no-room"
     BUSY = "busy"
     """Too much already in flight."""
+    SLOW = "slower-than-recomputing"
+    """It is there, but loading it would take longer than computing it anew."""
 
     @property
     def is_damage(self) -> bool:
@@ -138,16 +142,30 @@ class TierStats:
     evicted: int
     loaded_nbytes: int
     stored_nbytes: int
+    inflight: int = 0
+    """Calls running or waiting for their turn; ``inflight_nbytes`` is what they move."""
+    inflight_nbytes: int = 0
+    orphans: int = 0
+    """Calls that a deadline has passed over and that have not ended yet."""
+    reads: str = "closed"
+    """The breaker of reads: ``closed`` (asked), ``open`` (not asked for now), ``half-open``."""
+    writes: str = "closed"
+    """The breaker of writes."""
+    latency_seconds: float = 0.0
+    """What a load takes whatever its size, as learnt from loads."""
+    bytes_per_second: float | None = None
+    """What a load moves beyond that; None while nothing was loaded."""
     demoted: int = 0
     """Dropped from host memory before its room was needed; a lower tier has them."""
 
 
 @dataclass(frozen=True, slots=True)
 class OwnerStats:
-    """What one owner's leases hold in host memory."""
+    """What one owner leases. What is leased twice counts twice."""
 
     leases: int
-    pinned_nbytes: int
+    nbytes: int
+    """Bytes that were in host memory when they were leased; loads come on top."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +178,10 @@ class Stats:
     hit_tokens: int
     leases: int
     inflight: int
+    prefill_tokens_per_second: float | None = None
+    """What recomputing is taken to achieve; None while unknown."""
     owners: Mapping[str, OwnerStats] = field(default_factory=dict[str, OwnerStats])
-    """Who holds leases now, by the owner a scope or a pin names; what several hold counts for each.
-    Leases without an owner are under ``""``."""
+    """Who holds leases now, by the owner that a scope or a pin names; without one under ``""``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,11 +21,10 @@ _MAX_TOKEN = 2**32 - 1
 _RANGE_HINT = "a placeholder id (an image's, say) must be replaced before naming"
 
 
-def token_bytes(tokens: Tokens) -> memoryview:
-    """Tokens as packed little-endian u32, without a Python loop when they come as a buffer.
+def token_bytes(tokens: Tokens) -> bytes:
+    """Tokens as packed little-endian u32, copied once: the caller may reuse its buffer at once.
 
-    A contiguous int32 or uint32 buffer is borrowed (copy it if its owner may write to it while the
-    view lives), anything else is copied once. Raises ``TokensError`` for floats, bools, ids that
+    No Python loop when they come as a buffer. Raises ``TokensError`` for floats, bools, ids that
     are negative or above 2^32-1, bytes, and anything not 1-D.
     """
     if hasattr(tokens, "detach"):
@@ -48,21 +47,30 @@ def token_bytes(tokens: Tokens) -> memoryview:
     if sys.byteorder == "big":
         return _from_list(view.tolist())
     wide, signed = view.itemsize == 8, view.format in ("i", "l", "q")
-    if hasattr(tokens, "astype"):  # numpy's own loops: 50x faster than slicing a memoryview
+    if hasattr(tokens, "astype"):  # numpy's own loops: 20x faster than slices of bytes
         if view.nbytes and ((signed and tokens.min() < 0) or (wide and tokens.max() > _MAX_TOKEN)):
             raise _out_of_range()
-        if wide:
-            return memoryview(tokens.astype("<u4")).cast("B")
-        return view.cast("B") if view.c_contiguous else memoryview(view.tobytes())
+        return cast(bytes, (tokens.astype("<u4") if wide else tokens).tobytes())
     packed = view.tobytes()
     if wide:
-        words = memoryview(packed).cast("I")
-        if words[1::2].tobytes().strip(b"\0"):
-            raise _out_of_range()
-        return memoryview(words[::2].tobytes())
+        return _narrowed(packed)
     if signed and not packed[3::4].isascii():  # the byte that holds the sign
         raise _out_of_range()
-    return view.cast("B") if view.c_contiguous else memoryview(packed)
+    return packed
+
+
+def _narrowed(packed: bytes) -> bytes:
+    """Little-endian u64 as u32, a byte of every number at a time: slices of single bytes are fast.
+
+    Raises ``TokensError`` for a number that does not fit.
+    """
+    zeros = bytes(len(packed) // 8)
+    if any(packed[place::8] != zeros for place in range(4, 8)):
+        raise _out_of_range()
+    narrow = bytearray(len(packed) // 2)
+    for place in range(4):
+        narrow[place::4] = packed[place::8]
+    return bytes(narrow)
 
 
 def _out_of_range() -> TokensError:
@@ -71,7 +79,7 @@ def _out_of_range() -> TokensError:
     )
 
 
-def _from_list(tokens: list[int]) -> memoryview:
+def _from_list(tokens: list[int]) -> bytes:
     try:
         packed = array("I", tokens)
     except (TypeError, OverflowError) as exc:
@@ -79,12 +87,13 @@ def _from_list(tokens: list[int]) -> memoryview:
             f"tokens must be integers in 0..2^32-1: {exc}",
             hint="pass one prompt's token ids; for a batch call once per row",
         ) from None
-    # Looking at every type would double the cost. A mask passed by mistake is all 0 and 1.
-    if not packed.tobytes().strip(b"\0\1") and bool in map(type, tokens):
-        raise TokensError("tokens must be integers, found bools", hint="is this a mask?")
     if sys.byteorder == "big":
         packed.byteswap()
-    return memoryview(packed).cast("B")
+    words = packed.tobytes()
+    # Looking at every type would double the cost. A mask passed by mistake is all 0 and 1.
+    if not words.strip(b"\0\1") and bool in map(type, tokens):
+        raise TokensError("tokens must be integers, found bools", hint="is this a mask?")
+    return words
 
 
 def _from_tensor(tensor: Any) -> Any:

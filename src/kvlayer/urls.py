@@ -13,7 +13,7 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from kvlayer.errors import ConfigError
 
-__all__ = ["BackendURL", "nearest", "parse_bool", "parse_bytes"]
+__all__ = ["BackendURL", "format_bytes", "nearest", "parse_bool", "parse_bytes"]
 
 T = TypeVar("T")
 
@@ -36,6 +36,14 @@ def parse_bytes(text: str | int) -> int:
     if match is None or match[2] not in _UNITS:
         raise ConfigError(f"not a size: {text!r}", hint="try 512MiB, 8GiB or 1TiB")
     return int(Fraction(match[1]) * _UNITS[match[2]])
+
+
+def format_bytes(nbytes: int) -> str:
+    """8589934592 -> ``8 GiB``, to four digits: what a person reads where a size was written."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if nbytes >= 1024**power:
+            return f"{nbytes / 1024**power:.4g} {unit}"
+    return f"{nbytes} B"
 
 
 def parse_bool(text: str) -> bool:

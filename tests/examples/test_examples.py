@@ -14,6 +14,7 @@ SAYS = {
     "01_quickstart": "320 of 323 tokens need no prefill",
     "02_tiers": "found 896 tokens: {'cpu': 0, 'file': 896}",
     "03_custom_backend": "loaded from dict://, bit for bit",
+    "04_portal": "b: 256 tokens loaded, {'cpu': 0, 'file': 256}",
 }
 
 

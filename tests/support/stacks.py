@@ -435,7 +435,13 @@ def make_rig(
     ]
     low, high = watermarks
     stack = Stack(
-        planner, mover, Tier(0, "host", emit), lower, high_watermark=high, low_watermark=low
+        planner,
+        mover,
+        Tier(0, "host", emit),
+        lower,
+        clock=clock,
+        high_watermark=high,
+        low_watermark=low,
     )
     return Rig(clock, planner, slab, stager, backends, stack, events)
 

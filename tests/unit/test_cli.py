@@ -112,6 +112,7 @@ def test_info_names_every_plugin_and_who_ships_it(kvlayer):
         ("kvlayer.policies", "lru"),
         ("kvlayer.policies", "prefix-lru"),
         ("kvlayer.commands", "bench"),
+        ("kvlayer.commands", "doctor"),
         ("kvlayer.commands", "info"),
     }
     assert {row["version"] for row in rows if row["distribution"] == "kvlayer-core"} == {version()}

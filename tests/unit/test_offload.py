@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from traceback import clear_frames
 
 import pytest
 
@@ -161,4 +164,118 @@ async def test_no_more_threads_run_than_the_pool_has() -> None:
     for work in works:
         work.gate.set()
     assert await asyncio.gather(*tasks) == ["done"] * 4
+    offload.close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+async def test_many_works_run_each_once_and_no_more_than_so_many_are_handed_over(
+    at_once: int,
+) -> None:
+    offload = Offload(2, "test")
+    taken: list[int] = []
+    done: list[int] = []
+
+    def works() -> Iterator[Callable[[], None]]:
+        for number in range(6):
+            taken.append(number)
+            assert len(taken) - len(done) <= at_once
+            yield partial(done.append, number)
+
+    await offload.run_all(works(), at_once=at_once)
+    assert sorted(done) == taken == list(range(6))
+    await offload.run_all([], at_once=at_once)
+    offload.close()
+
+
+@pytest.mark.asyncio
+async def test_the_first_of_many_that_fails_starts_no_other_and_waits_for_those_that_run() -> None:
+    offload, running, waiting = Offload(2, "test"), Work(), [Work(), Work()]
+
+    def fail() -> None:
+        running.began.wait(30)
+        raise ZeroDivisionError("here")
+
+    async with asyncio.timeout(30):
+        blocker = Work()  # takes the thread that failed, so that what waits cannot begin
+        task = asyncio.create_task(offload.run_all([running, fail, *waiting], at_once=2))
+        await running.has_begun()
+        blocking = asyncio.create_task(offload.run(blocker))
+        await blocker.has_begun()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not task.done()
+        running.gate.set()
+        with pytest.raises(ZeroDivisionError, match="here"):
+            await task
+        assert running.has_ended
+        assert not any(work.began.is_set() for work in waiting)
+        blocker.gate.set()
+        await blocking
+    offload.close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("times", [1, 3])
+async def test_many_works_that_are_cancelled_end_what_runs_and_drop_what_waits(times: int) -> None:
+    offload, running, waiting = Offload(1, "test"), Work(), [Work(), Work()]
+    task = asyncio.create_task(offload.run_all([running, *waiting], at_once=2))
+    await running.has_begun()
+    for _ in range(times):
+        task.cancel()
+        await asyncio.sleep(0)
+    assert not task.done()
+    running.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert running.has_ended
+    assert await offload.run(lambda: "next") == "next"
+    assert not any(work.began.is_set() for work in waiting)
+    offload.close()
+
+
+@pytest.mark.asyncio
+async def test_many_works_whose_pool_closes_say_so_and_end_what_runs() -> None:
+    offload, running, waiting = Offload(1, "test"), Work(), Work()
+    task = asyncio.create_task(offload.run_all([running, waiting], at_once=2))
+    await running.has_begun()
+    behind = asyncio.create_task(offload.run(Work()))
+    await asyncio.sleep(0)
+    closing = asyncio.get_running_loop().run_in_executor(None, offload.close)
+    with pytest.raises(ClosedError):
+        await behind  # so the pool has dropped what waited
+    assert not task.done()
+    running.gate.set()
+    with pytest.raises(ClosedError):
+        await task
+    await closing
+    assert running.has_ended
+    assert not waiting.began.is_set()
+    with pytest.raises(ClosedError):
+        await offload.run_all([waiting], at_once=2)
+
+
+@pytest.mark.asyncio
+async def test_no_error_of_many_works_keeps_what_its_work_was_lent() -> None:
+    """Without the garbage collector: lent memory is unmapped right after."""
+    offload, gate = Offload(2, "test"), threading.Barrier(2)
+    lent = [bytearray(8), bytearray(8)]
+
+    def fail(memory: bytearray) -> None:
+        with memoryview(memory)[2:] as view:
+            gate.wait(30)
+            raise ZeroDivisionError(len(view))
+
+    def leak(memory: bytearray) -> None:
+        view = memoryview(memory)[2:]
+        gate.wait(30)
+        raise ZeroDivisionError(len(view))
+
+    works = [partial(fail, lent[0]), partial(leak, lent[1])]
+    with pytest.raises(ZeroDivisionError) as caught:
+        await offload.run_all(works, at_once=2)
+    if caught.value.__traceback__ is not None:
+        clear_frames(caught.value.__traceback__)  # what a caller does with the error it gets
+    for memory in lent:
+        memory.append(0)  # BufferError while a view is out
     offload.close()

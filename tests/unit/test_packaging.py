@@ -57,7 +57,7 @@ def test_a_bare_install_adds_less_than_20_mb(bare):
 
 
 def test_a_bare_install_pulls_its_four_dependencies_and_no_tensor_library(bare):
-    assert bare.added == {"kvlayer-core", "aiofiles", "click", "msgpack", "xxhash"}
+    assert bare.added == {"kvlayer-core", "aiofiles", "click", "msgpack", "tenacity", "xxhash"}
 
 
 def test_a_bare_install_has_its_types_and_its_program(bare):
@@ -83,3 +83,17 @@ def test_every_built_in_plugin_loads_without_any_tensor_library(bare):
         "    for name in registry.names(): registry.load(name)\n"
     )
     run(bare.bin / "python", "-W", "error", "-c", code)
+
+
+def test_doctor_of_a_bare_install_misses_the_engines_torch_and_nothing_else(bare):
+    done = subprocess.run(
+        [bare.bin / "kvlayer", "doctor", "--json", "--size", "0"],
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd="/",
+    )
+    bad = [each for each in json.loads(done.stdout)["findings"] if each["status"] == "bad"]
+    assert (done.returncode, [each["check"] for each in bad]) == (1, ["torch"])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvlayer.errors import ConfigError
-from kvlayer.urls import BackendURL, nearest, parse_bool, parse_bytes
+from kvlayer.urls import BackendURL, format_bytes, nearest, parse_bool, parse_bytes
 
 
 def refusal(make: Any) -> ConfigError:
@@ -228,6 +228,19 @@ def test_a_missing_option_without_a_default_is_named() -> None:
 )  # fmt: skip
 def test_sizes_are_exact(text: str | int, nbytes: int) -> None:
     assert parse_bytes(text) == nbytes
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (1536, "1.5 KiB"), (2**29, "512 MiB"),
+        (8 * 2**30, "8 GiB"), (2**40, "1 TiB"), (2**30 + 2**20, "1.001 GiB"),
+        (2**20 - 1, "1024 KiB"),
+    ],
+)  # fmt: skip
+def test_a_size_is_shown_as_a_person_would_write_it(nbytes: int, text: str) -> None:
+    assert format_bytes(nbytes) == text
+    assert parse_bytes(text) == pytest.approx(nbytes, rel=1e-3)  # and can be written back
 
 
 @pytest.mark.parametrize(

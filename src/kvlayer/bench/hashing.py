@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from array import array
 from collections.abc import Sequence
-from hashlib import sha256
 
 from kvlayer.bench.measure import Row, alternate, seconds_of
+from kvlayer.bench.prompts import bare_chain, prompt
 from kvlayer.keys import ChunkChain, Scope
 
 __all__ = ["hash_rows"]
@@ -21,23 +20,14 @@ def _name(tokens: Sequence[int]) -> None:
     ChunkChain(tokens, _PUBLIC, tokens_per_chunk=_CHUNK, tokens_per_tail=_CHUNK // 8)
 
 
-def _bare_chain(packed: bytes) -> None:
-    parent = b""
-    for start in range(0, len(packed), 4 * _CHUNK):
-        state = sha256(parent)
-        state.update(packed[start : start + 4 * _CHUNK])
-        parent = state.digest()
-
-
 async def hash_rows(rounds: int) -> list[Row]:
-    """``hash.int32``, ``hash.int64``, ``hash.list`` in tokens/s."""
-    rng = random.Random(0)  # noqa: S311  # tokens, not keys
-    ids = [rng.randrange(128_000) for _ in range(_TOKENS)]
-    packed = array("I", ids).tobytes()
+    """``hash.int32``, ``hash.int64``, ``hash.list``: seconds to name 32,768 tokens."""
+    ids = prompt(_TOKENS, seed=0)
+    packed = ids.tobytes()
     kinds: dict[str, Sequence[int]] = {
-        "hash.int32": array("i", ids),
+        "hash.int32": ids,
         "hash.int64": array("q", ids),
-        "hash.list": ids,
+        "hash.list": ids.tolist(),
     }
     rows: list[Row] = []
     for name, tokens in kinds.items():
@@ -46,7 +36,10 @@ async def hash_rows(rounds: int) -> list[Row]:
             return seconds_of(lambda: _name(tokens))
 
         own, top = await alternate(
-            subject, lambda: seconds_of(lambda: _bare_chain(packed)), rounds=10 * rounds, warm=3
+            subject,
+            lambda: seconds_of(lambda: bare_chain(packed, 4 * _CHUNK)),
+            rounds=20 * rounds,
+            warm=6,
         )
-        rows.append(Row(name, _TOKENS / own, "tokens/s", _TOKENS / top))
+        rows.append(Row(name, own, "s", top))
     return rows

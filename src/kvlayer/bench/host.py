@@ -12,33 +12,34 @@ from kvlayer.config import CacheConfig, TierConfig
 from kvlayer.layout import NHD, AttentionKind, KVGroup, KVLayout, KVView
 from kvlayer.staging.sample import Memcpy, paged_view
 
-__all__ = ["host_rows", "lookup_rows"]
+__all__ = ["BLOCK", "LLAMA", "NBYTES_PER_TOKEN", "host_rows", "prompt_of"]
 
 # Llama-3-8B: 128 KiB of KV a token in bf16.
-_LLAMA = KVGroup(AttentionKind.MHA, tuple(range(32)), "bfloat16", 8, 128)
-_BLOCK = 16
-_NBYTES_PER_TOKEN = 32 * 2 * 8 * 128 * 2
+LLAMA = KVGroup(AttentionKind.MHA, tuple(range(32)), "bfloat16", 8, 128)
+BLOCK = 16
+NBYTES_PER_TOKEN = 32 * 2 * 8 * 128 * 2
 
 
-def _prompt(count: int, seed: int) -> array[int]:
+def prompt_of(count: int, seed: int) -> array[int]:
+    """Random tokens, the same for a seed every time."""
     rng = random.Random(seed)  # noqa: S311  # tokens, not keys
     return array("i", (rng.randrange(128_000) for _ in range(count)))
 
 
 async def host_rows(nbytes: int, rounds: int) -> list[Row]:
     """``host.store.*`` and ``host.retrieve.*`` in bytes/s; ``nbytes`` are moved at a time."""
-    tokens = max(nbytes // _NBYTES_PER_TOKEN // 256, 1) * 256
-    moved = tokens * _NBYTES_PER_TOKEN
+    tokens = max(nbytes // NBYTES_PER_TOKEN // 256, 1) * 256
+    moved = tokens * NBYTES_PER_TOKEN
     rows: list[Row] = []
     copy = Memcpy(moved)
     for form in ("native", "canonical"):
         layout = KVLayout.single(
-            _LLAMA,
+            LLAMA,
             NHD,
-            tokens_per_block=_BLOCK,
+            tokens_per_block=BLOCK,
             form="native:nhd-b16" if form == "native" else "canonical",
         )
-        view = paged_view(layout, tokens // _BLOCK, seed=1)
+        view = paged_view(layout, tokens // BLOCK, seed=1)
         # Room for two prompts, so that every page of the slab is touched before anything counts.
         config = CacheConfig(tiers=(TierConfig(url=f"cpu://?capacity={2 * moved}"),))
         async with Cache.open(config, layout) as cache:
@@ -53,13 +54,13 @@ async def _one_form(
     """Verb, its seconds and the copy's seconds, for the cache's own form."""
 
     async def store(number: int) -> float:
-        prompt = _prompt(tokens, number)
+        prompt = prompt_of(tokens, number)
         started = time.perf_counter()
         await cache.store(prompt, view)
         return time.perf_counter() - started
 
     async def retrieve(_: int) -> float:
-        async with cache.lookup(_prompt(tokens, rounds + 1)) as hit:
+        async with cache.lookup(prompt_of(tokens, rounds + 1)) as hit:
             started = time.perf_counter()
             await cache.retrieve(hit, view)
             return time.perf_counter() - started
@@ -68,24 +69,3 @@ async def _one_form(
         ("store", *await alternate(store, copy, rounds=rounds, warm=2)),
         ("retrieve", *await alternate(retrieve, copy, rounds=rounds, warm=2)),
     ]
-
-
-async def lookup_rows(rounds: int) -> list[Row]:
-    """``lookup.32k.1k``: name, find, lease and release 32,768 tokens, in seconds."""
-    group = KVGroup(AttentionKind.MHA, (0,), "bfloat16", 1, 1)
-    layout = KVLayout.single(group, NHD, tokens_per_block=256)
-    view = paged_view(layout, 128, seed=1)
-    prompts = [_prompt(32_768, seed) for seed in range(8)]
-    config = CacheConfig(tiers=(TierConfig(url="cpu://?capacity=8MiB"),))
-    async with Cache.open(config, layout) as cache:
-        for prompt in prompts:
-            await cache.store(prompt, view)
-
-        async def lookup(number: int) -> float:
-            started = time.perf_counter()
-            async with cache.lookup(prompts[number % len(prompts)]):
-                pass
-            return time.perf_counter() - started
-
-        own, _ = await alternate(lookup, lambda: 0.0, rounds=20 * rounds, warm=8)
-    return [Row("lookup.32k.1k", own, "s")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -18,8 +19,10 @@ import click
 from kvlayer._version import version
 from kvlayer.cli.main import EXIT_USAGE
 from kvlayer.config_source import load_config
+from kvlayer.doctor.machine import Machine
 from kvlayer.errors import ConfigError
 from kvlayer.registry import ADAPTERS, BACKENDS, COMMANDS, POLICIES
+from kvlayer.urls import format_bytes
 
 __all__ = ["info"]
 
@@ -94,44 +97,22 @@ def _configuration(path: Path | None) -> dict[str, Any]:
 
 
 def _host() -> dict[str, Any]:
-    """What the host tier depends on. None where the system does not say."""
-    facts: dict[str, Any] = {
+    """What the host tier depends on. None where the system does not say, or sets no limit."""
+    machine = Machine()
+    memory, shm = machine.meminfo(), machine.space("/dev/shm")  # noqa: S108  # only asked about
+    memlock = machine.soft_limit("Max locked memory")
+    return {
         "cpus": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "memfd": hasattr(os, "memfd_create"),
         "page_nbytes": os.sysconf("SC_PAGE_SIZE"),
-        **_memory(),
-        "shm_nbytes": None,
-        "shm_free_nbytes": None,
-        "memlock_nbytes": _memlock(),
+        "memory_nbytes": memory.get("MemTotal"),
+        "available_nbytes": memory.get("MemAvailable"),
+        "shm_nbytes": None if shm is None else shm.total_nbytes,
+        "shm_free_nbytes": None if shm is None else shm.free_nbytes,
+        "memlock_nbytes": None if memlock is None or math.isinf(memlock) else int(memlock),
     }
-    shm = Path("/dev/shm")  # noqa: S108  # asked about, not written to
-    if shm.is_dir():
-        space = os.statvfs(shm)
-        facts["shm_nbytes"] = space.f_blocks * space.f_frsize
-        facts["shm_free_nbytes"] = space.f_bavail * space.f_frsize
-    return facts
-
-
-def _memory() -> dict[str, int | None]:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:  # no /proc: not Linux
-        lines = []
-    kib = {name: int(rest.split()[0]) for name, _, rest in (row.partition(":") for row in lines)}
-    wanted = {"memory_nbytes": "MemTotal", "available_nbytes": "MemAvailable"}
-    return {key: kib[name] * 1024 if name in kib else None for key, name in wanted.items()}
-
-
-def _memlock() -> int | None:
-    """How much memory this process may pin, in bytes; None: without limit, or unknown."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def _text(report: Mapping[str, Any]) -> Iterator[str]:
@@ -164,10 +145,7 @@ def _text(report: Mapping[str, Any]) -> Iterator[str]:
 def _sized(key: str, value: object) -> str:
     if not key.endswith("_nbytes") or not isinstance(value, int):
         return _shown(value)
-    for unit, nbytes in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= nbytes:
-            return f"{value / nbytes:.4g} {unit}"
-    return f"{value} B"
+    return format_bytes(value)
 
 
 def _shown(value: object) -> str:

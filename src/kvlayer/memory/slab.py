@@ -1,16 +1,19 @@
 """One page-aligned piece of host memory that every process of a host can map.
 
-The slab is a memfd where the system has one (Linux), so that its descriptor can be passed to
-another process; elsewhere it is anonymous memory of this process alone. Pages are committed when
-first touched.
+The slab is a memfd where the system has one (Linux), so that another process can map the same
+memory by its descriptor; elsewhere it is anonymous memory of this process alone. Pages are
+committed when first touched.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+from pathlib import Path
+from typing import Self
 
-from kvlayer.errors import CapacityError, ClosedError
+from kvlayer.errors import CapacityError, ClosedError, UnsupportedError
+from kvlayer.memory.handle import SlabHandle
 from kvlayer.payload import ALIGNMENT
 
 __all__ = ["Slab"]
@@ -27,11 +30,12 @@ class Slab:
             )
         self.nbytes = nbytes // ALIGNMENT * ALIGNMENT
         self.fd = -1
-        if hasattr(os, "memfd_create"):
-            self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        """The memfd; -1 where there is none, in an attached slab and once closed."""
         try:
-            if self.fd >= 0:
+            if hasattr(os, "memfd_create"):
+                self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
                 os.ftruncate(self.fd, self.nbytes)
+                _seal(self.fd)
             self._map = mmap.mmap(self.fd, self.nbytes)  # fd -1: anonymous, shared with no one
         except (OSError, OverflowError, ValueError) as exc:
             self._close_fd()
@@ -40,6 +44,68 @@ class Slab:
                 hint="lower the capacity of the cpu:// tier",
             ) from exc
         self._whole: memoryview | None = memoryview(self._map)
+
+    @classmethod
+    def attach(cls, fd: int) -> Self:
+        """Map the slab of another process, given a descriptor of it (``SCM_RIGHTS``, pass_fds).
+
+        The descriptor stays the caller's, who may close it at once. The memory lives until the
+        last process that maps it is done; who hands out its bytes is for the processes to agree.
+        Raises ``UnsupportedError`` for a descriptor that is no slab.
+        """
+        try:
+            found = os.fstat(fd)
+            if not _is_sealed(fd) or found.st_size < ALIGNMENT:
+                raise ValueError("its size is not fixed")
+            attached = cls.__new__(cls)
+            attached.fd = -1
+            attached.nbytes = found.st_size
+            attached._map = mmap.mmap(fd, found.st_size)
+        except (OSError, ValueError) as exc:
+            raise UnsupportedError(
+                f"descriptor {fd} is no slab: {exc}",
+                hint="pass the descriptor of a slab that kvlayer made (slab.fd)",
+            ) from exc
+        attached._whole = memoryview(attached._map)
+        return attached
+
+    @classmethod
+    def attach_to(cls, handle: SlabHandle) -> Self:
+        """Map the slab of another process of this host, by what its ``handle`` says.
+
+        Raises ``UnsupportedError`` when that process has ended or cannot be looked into.
+        """
+        path = Path("/proc", str(handle.pid), "fd", str(handle.fd))
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as exc:
+            raise UnsupportedError(
+                f"cannot open the slab of process {handle.pid}: {exc}",
+                hint="it must run, on this host, as this user and in this container; "
+                "else pass its descriptor and use Slab.attach",
+            ) from exc
+        try:
+            if os.fstat(fd).st_ino != handle.inode:
+                raise UnsupportedError(
+                    f"process {handle.pid} no longer has the slab that the handle names",
+                    hint="ask the planner's process for a new handle",
+                )
+            return cls.attach(fd)
+        finally:
+            os.close(fd)
+
+    @property
+    def handle(self) -> SlabHandle:
+        """What another process needs to map this slab, while this one has it open.
+
+        Raises ``UnsupportedError`` where there is no descriptor.
+        """
+        if self.fd < 0:
+            raise UnsupportedError(
+                "this slab has no descriptor, so no other process can map it",
+                hint="memfd is Linux's; an attached slab is handed on by the process that made it",
+            )
+        return SlabHandle(os.getpid(), self.fd, os.fstat(self.fd).st_ino, self.nbytes)
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Borrow ``nbytes`` bytes at ``offset``, writable. Valid until the slab is closed."""
@@ -65,3 +131,16 @@ class Slab:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def _seal(fd: int) -> None:
+    """Fix the size for good: memory that shrinks under a mapping kills the process that maps it."""
+    import fcntl  # not everywhere; where memfd is, it is
+
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+
+
+def _is_sealed(fd: int) -> bool:
+    import fcntl
+
+    return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)

@@ -17,27 +17,32 @@ if TYPE_CHECKING:
     from numpy import int64
     from numpy.typing import NDArray
 
-__all__ = ["BlockRun", "IntArray", "LooseRows", "SlotRuns", "block_runs", "slot_runs", "state_runs"]
+__all__ = [
+    "BlockRun",
+    "IntArray",
+    "LooseRows",
+    "SlotRuns",
+    "SlotTable",
+    "block_runs",
+    "slot_runs",
+    "state_runs",
+]
 
 IntArray: TypeAlias = "NDArray[int64]"
 
 
 class BlockRun(NamedTuple):
-    """Whole blocks ``ids``, whose rows follow each other in the payload from row ``row`` on.
-
-    ``stretches`` are the same blocks as (position in the run, first block, count) of neighbours.
-    """
+    """Whole blocks ``ids``, whose rows follow each other in the payload from row ``row`` on."""
 
     row: int
     ids: IntArray
-    stretches: tuple[tuple[int, int, int], ...]
 
-    @classmethod
-    def of(cls, row: int, ids: IntArray) -> BlockRun:
-        cuts: list[int] = (np.flatnonzero(np.diff(ids) != 1) + 1).tolist()
-        bounds = [0, *cuts, len(ids)]
-        stretches = tuple((a, int(ids[a]), z - a) for a, z in pairwise(bounds))
-        return cls(row, ids, stretches)
+    @property
+    def stretches(self) -> tuple[tuple[int, int, int], ...]:
+        """The same blocks as (position in the run, first block, count) of neighbours."""
+        cuts: list[int] = (np.flatnonzero(np.diff(self.ids) != 1) + 1).tolist()
+        bounds = [0, *cuts, len(self.ids)]
+        return tuple((a, int(self.ids[a]), z - a) for a, z in pairwise(bounds))
 
 
 class LooseRows(NamedTuple):
@@ -56,6 +61,44 @@ class SlotRuns(NamedTuple):
     loose: LooseRows | None
 
 
+class SlotTable:
+    """The slots of one group, for the tokens from ``first`` on that a call moves.
+
+    An engine's view is mostly whole blocks, token after token. That is found out for the whole
+    call at once, so that each of its copies need not be looked at alone.
+    """
+
+    def __init__(self, slots: IntArray, first: int) -> None:
+        self._slots = slots
+        self._first = first
+        self._blocks: dict[int, tuple[IntArray, int] | None] = {}
+        """By block size: the ids and the largest of them."""
+
+    def slots(self, first: int, tokens: int) -> IntArray:
+        """The slots of ``tokens`` tokens from token ``first`` on."""
+        return self._slots[first - self._first :][:tokens]
+
+    def blocks(self, first: int, tokens: int, geometry: CacheGeometry) -> IntArray | None:
+        """The ids of these tokens' blocks; None where they must be looked at alone.
+
+        None says nothing about the slots; ids are whole blocks, inside the tensors.
+        """
+        size = geometry.tokens_per_block
+        at = first - self._first
+        if at % size or tokens % size:
+            return None
+        if size not in self._blocks:
+            self._blocks[size] = self._whole_blocks(size)
+        found = self._blocks[size]
+        if found is None or found[1] >= geometry.blocks:
+            return None
+        return found[0][at // size :][: tokens // size]
+
+    def _whole_blocks(self, size: int) -> tuple[IntArray, int] | None:
+        ids = _whole_blocks(self._slots[: len(self._slots) // size * size], size)
+        return None if ids is None or not len(ids) else (ids, int(ids.max()))
+
+
 def slot_runs(slots: IntArray, first_row: int, geometry: CacheGeometry) -> SlotRuns:
     """Split token slots of a canonical copy; entry i is payload row ``first_row + i``.
 
@@ -66,7 +109,7 @@ def slot_runs(slots: IntArray, first_row: int, geometry: CacheGeometry) -> SlotR
     _check_range(slots, geometry)
     whole = _whole_blocks(slots, size)
     if whole is not None:
-        single = (BlockRun.of(first_row, whole),) if len(whole) else ()
+        single = (BlockRun(first_row, whole),) if len(whole) else ()
         return SlotRuns(geometry, single, None)
     flat = geometry.by_token()
     if flat is not None:
@@ -109,7 +152,7 @@ def state_runs(slots: IntArray, geometry: CacheGeometry) -> SlotRuns:
     last = slots[-1:]
     _check_range(last, geometry)
     held = last[last >= 0] // geometry.tokens_per_block
-    return SlotRuns(geometry, (BlockRun.of(0, held),) if len(held) else (), None)
+    return SlotRuns(geometry, (BlockRun(0, held),) if len(held) else (), None)
 
 
 def _whole_blocks(slots: IntArray, size: int) -> IntArray | None:
@@ -131,7 +174,7 @@ def _runs(at: IntArray, ids: IntArray, rows: int, first_row: int) -> tuple[Block
         return ()
     cuts: list[int] = (np.flatnonzero(np.diff(at) != rows) + 1).tolist()
     bounds = [0, *cuts, len(at)]
-    return tuple(BlockRun.of(int(at[a]) + first_row, ids[a:z]) for a, z in pairwise(bounds))
+    return tuple(BlockRun(int(at[a]) + first_row, ids[a:z]) for a, z in pairwise(bounds))
 
 
 def _check_range(slots: IntArray, geometry: CacheGeometry) -> None:

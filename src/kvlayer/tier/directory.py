@@ -7,6 +7,7 @@ it is known to be there or not.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from enum import Enum
 
@@ -27,13 +28,17 @@ class Host(Enum):
 class ObjectRecord:
     """One object: where it lies and who holds it. ``pins`` > 0 keeps it in host memory."""
 
-    __slots__ = ("chunk", "held", "host", "key", "nbytes", "offset", "part", "pins", "tiers",
-                 "writing")  # fmt: skip
+    __slots__ = ("chunk", "held", "host", "is_whole", "key", "nbytes", "offset", "part", "pins",
+                 "tiers", "writing")  # fmt: skip
 
-    def __init__(self, key: ObjectKey, part: Part, chunk: ChunkRecord) -> None:
+    def __init__(
+        self, key: ObjectKey, part: Part, chunk: ChunkRecord, *, is_whole: bool = False
+    ) -> None:
         self.key = key
         self.part = part
         self.chunk = chunk
+        self.is_whole = is_whole
+        """Whether it alone is all that this rank needs of its group."""
         self.host = Host.ABSENT
         self.offset = -1
         self.nbytes = 0
@@ -81,10 +86,15 @@ class Directory:
         self.namespace = namespace
         self.needs = tuple(needs)
         self._chunks: dict[bytes, ChunkRecord] = {}
+        self._held: Counter[int] = Counter()
 
     def __len__(self) -> int:
         """Chunks with at least one object."""
         return len(self._chunks)
+
+    def held(self, tier: int) -> int:
+        """Objects that a lower tier holds, as far as is known. Constant time: a scrape asks."""
+        return self._held[tier]
 
     def chunk(self, chunk_hash: bytes) -> ChunkRecord | None:
         return self._chunks.get(chunk_hash)
@@ -100,9 +110,13 @@ class Directory:
 
     @staticmethod
     def _cover(record: ChunkRecord, need: Part) -> tuple[ObjectRecord, ...] | None:
-        whole = record.objects.get(need)
-        if whole is not None and whole.host is Host.READY:
-            return (whole,)
+        # Almost always there is one object and it is all that is needed: lookups live on this path.
+        is_alone = len(record.objects) == 1
+        for found in record.objects.values():
+            if found.is_whole and found.part.group == need.group:
+                if found.host is Host.READY or (is_alone and found.tiers):
+                    return (found,)
+                break
         ready = sorted((o for o in record.objects.values() if o.is_ready), key=lambda o: o.tier)
         by_part = {o.part: o for o in ready}
         chosen = plan.cover(need, by_part)
@@ -132,7 +146,8 @@ class Directory:
         found = record.objects.get(part)
         if found is None:
             key = key or ObjectKey.of(self.namespace, zone, chunk_hash, part)
-            found = record.objects[part] = ObjectRecord(key, part, record)
+            found = ObjectRecord(key, part, record, is_whole=part in self.needs)
+            record.objects[part] = found
         return found
 
     # -- state changes ---------------------------------------------------------------------------
@@ -146,7 +161,8 @@ class Directory:
         """filling -> ready: the bytes are there and verified."""
         assert found.host is Host.FILLING, found.key
         found.host = Host.READY
-        found.chunk.covers = None
+        is_all = found.is_whole and len(self.needs) == 1
+        found.chunk.covers = [(found,)] if is_all else None  # or the first lookup would find out
 
     def drop_host(self, found: ObjectRecord) -> int:
         """filling or ready -> absent. Returns the slab offset that became free."""
@@ -157,11 +173,15 @@ class Directory:
 
     def add_tier(self, found: ObjectRecord, tier: int) -> None:
         """A lower tier holds the object."""
+        if not found.tiers >> tier & 1:
+            self._held[tier] += 1
         found.tiers |= 1 << tier
         found.chunk.covers = None
 
     def drop_tier(self, found: ObjectRecord, tier: int) -> None:
         """A lower tier no longer holds the object."""
+        if found.tiers >> tier & 1:
+            self._held[tier] -= 1
         found.tiers &= ~(1 << tier)
         self._changed(found)
 

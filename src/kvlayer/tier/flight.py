@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kvlayer.keys import ObjectKey
 from kvlayer.results import Cause
-from kvlayer.tier.guard import Call, Guard
+from kvlayer.tier.guard import Call, Guard, Refused
 from kvlayer.tier.messages import Outcome
 
 __all__ = ["Flight", "Flights", "outcome_of"]
@@ -20,6 +20,8 @@ def outcome_of(call: Call[Outcome], key: ObjectKey) -> Outcome:
         return call.result()
     if isinstance(error, CancelledError):
         return Outcome(key, Cause.DEADLINE, "given up")
+    if isinstance(error, Refused):
+        return Outcome(key, error.cause, error.detail)
     # A backend broke its contract: contained here, as a failing tier.
     return Outcome(key, Cause.TIER_DOWN, f"{type(error).__name__}: {error}")
 
@@ -45,9 +47,10 @@ class Flight:
         """It ended because nobody wanted it any more; who joined it meanwhile starts anew."""
         return self.was_left and isinstance(self.call.error, CancelledError)
 
-    async def wait(self) -> Outcome | None:
-        """The outcome, or None when the deadline passed first."""
-        return outcome_of(self.call, self.key) if await self.guard.wait(self.call) else None
+    async def wait(self, seconds: float | None = None) -> Outcome | None:
+        """The outcome, or None when the deadline (or ``seconds``) passed first."""
+        ended = await self.guard.wait(self.call, seconds)
+        return outcome_of(self.call, self.key) if ended else None
 
     def leave(self) -> None:
         """Stop waiting. When nobody waits any more the transfer is cancelled."""

@@ -1,101 +1,73 @@
-"""What stands between a request and a tier: a deadline and a bound on what is in flight.
+"""What stands between a request and a tier: deadlines, turns, bounds and a breaker.
 
 A deadline frees the waiter, never the memory: the call goes on until the backend has really let go
-of its buffers, and counts as an orphan meanwhile. When too much waits, or abandoned calls hold
-every slot, work is refused at once instead of queued without limit.
+of its buffers, and counts as an orphan meanwhile. Reads go before writes, and neither can take
+every turn. When too much waits, too many bytes are held for writing, abandoned calls hold every
+slot, or the breaker is open, work is refused at once instead of queued.
 """
 
 from __future__ import annotations
 
 import asyncio
+from asyncio import CancelledError
 from collections.abc import Callable, Coroutine, Iterable
-from typing import Any, Generic, TypeVar
+from math import inf
+from random import Random
+from sys import maxsize
+from typing import Any, TypeVar
 
-__all__ = ["Busy", "Call", "Guard"]
+from kvlayer.results import Cause
+from kvlayer.tier.breaker import Breaker
+from kvlayer.tier.call import Call, Lane, Refused
+from kvlayer.tier.turns import Turns
+
+__all__ = ["Call", "Guard", "Lane", "Refused"]
 
 T = TypeVar("T")
 
 
-class Busy(Exception):  # noqa: N818  # a refusal, not an error: callers turn it into a cause
-    """The tier has as much in flight as it may."""
-
-
-class Call(Generic[T]):
-    """One call to a tier. It has *ended* once its outcome was booked, not merely computed."""
-
-    __slots__ = ("_ended", "_task")
-
-    def __init__(self, task: asyncio.Task[T], booked: Callable[[Call[T]], None] | None) -> None:
-        self._task = task
-        self._ended: asyncio.Future[None] = task.get_loop().create_future()
-
-        def book(_: asyncio.Task[T]) -> None:
-            if not task.cancelled():
-                task.exception()  # seen: whoever waits asks for it, a hint may fail unheard
-            try:
-                if booked is not None:
-                    booked(self)
-            finally:
-                self._ended.set_result(None)
-
-        task.add_done_callback(book)
-
-    @property
-    def has_ended(self) -> bool:
-        return self._ended.done()
-
-    def cancel(self) -> None:
-        """Ask it to stop. It ends when the backend has let go of what it was lent."""
-        self._task.cancel()
-
-    @property
-    def error(self) -> BaseException | None:
-        """What it raised, ``CancelledError`` included; None when there is a result."""
-        if self._task.cancelled():
-            return asyncio.CancelledError()
-        return self._task.exception()
-
-    @property
-    def was_cancelled(self) -> bool:
-        """Whether it ended by being cancelled."""
-        return self._task.cancelled()
-
-    def result(self) -> T:
-        """Its result. Raises what it raised."""
-        return self._task.result()
-
-    @staticmethod
-    async def any_ended(calls: Iterable[Call[Any]], seconds: float) -> bool:
-        """Wait until one of ``calls`` has ended, at most ``seconds``."""
-        done, _ = await asyncio.wait(
-            {call._ended for call in calls}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
-        )
-        return bool(done)
-
-    async def ended(self, seconds: float | None = None) -> bool:
-        """Wait until it has ended, at most ``seconds``. Cancelling the waiter leaves it alone."""
-        done, _ = await asyncio.wait({self._ended}, timeout=seconds)
-        return bool(done)
-
-
 class Guard:
-    """Bounds one tier. ``deadline`` in seconds, ``max_inflight`` running calls.
+    """Bounds one tier. ``deadline`` in seconds, ``max_inflight`` running calls of both lanes.
 
-    At most ``max_queued`` more wait for their turn.
+    In each lane at most ``max_queued`` more wait for their turn, and writes hold at most
+    ``max_write_nbytes`` bytes, running or waiting. While the breaker of the reads is open,
+    ``probe`` (set by the owner) is called for no one, first after ``pause`` seconds; that of the
+    writes lets one write try.
     """
 
-    def __init__(self, deadline: float, max_inflight: int, *, max_queued: int = 1024) -> None:
+    def __init__(
+        self,
+        deadline: float,
+        max_inflight: int,
+        *,
+        max_queued: int = 1024,
+        max_write_nbytes: int = maxsize,
+        pause: float = 1.0,
+    ) -> None:
         self.deadline = deadline
+        self.max_write_nbytes = max_write_nbytes
+        jitter = Random().random  # noqa: S311  # not a secret
+        kept = max(max_inflight // 8, 1)  # for writes; nothing can be kept of a single turn
+        self._lanes = {
+            Lane.READS: Turns(max(max_inflight - kept, 1), Breaker(pause=pause, jitter=jitter)),
+            Lane.WRITES: Turns(max(max_inflight // 4, 1), Breaker(pause=pause, jitter=jitter)),
+        }
+        self._max_inflight = max_inflight
+        self._max_queued = max_queued
         self._orphans: set[Call[Any]] = set()
-        self._is_closing = False
-        self._turns = asyncio.Semaphore(max_inflight)
-        self._max_orphans = max_inflight
-        self._max_calls = max_inflight + max_queued
         self._calls: set[Call[Any]] = set()
+        self._is_closing = False
+        self._timers: dict[Lane, asyncio.TimerHandle] = {}
+        self._probing: asyncio.Task[None] | None = None
+        self.probe: Callable[[], Coroutine[Any, Any, object]] | None = None
+        self.on_opened: Callable[[Lane, str], None] | None = None
+        """Told when a breaker has opened, and why."""
+        self.on_probed: Callable[[], None] | None = None
+        """Told when a probe found the tier serving again."""
 
     @property
     def orphans(self) -> int:
-        """Calls that someone waited for until the deadline and that have not ended yet."""
+        """Calls that a deadline has passed over and that have not ended yet."""
         return len(self._orphans)
 
     @property
@@ -103,76 +75,305 @@ class Guard:
         """Calls running or waiting for their turn."""
         return len(self._calls)
 
+    @property
+    def inflight_nbytes(self) -> int:
+        """Payload bytes of the calls running or waiting for their turn."""
+        return sum(turns.nbytes for turns in self._lanes.values())
+
+    def breaker(self, lane: Lane) -> Breaker:
+        return self._lanes[lane].breaker
+
+    @property
+    def serves(self) -> bool:
+        """Whether a read would be admitted, as far as the breaker goes."""
+        return self._lanes[Lane.READS].breaker.is_closed
+
+    # -- calls -----------------------------------------------------------------------------------
+
     def start(
         self,
         call: Callable[[], Coroutine[Any, Any, T]],
         booked: Callable[[Call[T]], None] | None = None,
+        *,
+        lane: Lane = Lane.READS,
+        nbytes: int = 0,
     ) -> Call[T]:
-        """Run ``call()`` when it is its turn.
+        """Run ``call()`` when it is its turn. ``nbytes`` are what it moves.
 
-        Raises :class:`Busy` when too much waits, and once :meth:`aclose` was called.
+        Raises :class:`Refused` when too much waits, while the breaker is open, and once
+        :meth:`aclose` was called. A call that still waits when the breaker opens ends with
+        :class:`Refused` as its error.
 
         ``booked`` is called once when the call is over, in whatever way, before anyone who waits
         for it goes on: the place to give memory back.
         """
-        is_full = len(self._calls) >= self._max_calls or self.orphans >= self._max_orphans
-        if is_full or self._is_closing:
-            raise Busy
+        loop, turns = asyncio.get_running_loop(), self._lanes[lane]
+        is_trial = self._admit(lane, turns, nbytes, loop.time())
+        began = inf
+
+        async def run() -> T:
+            nonlocal began
+            await self._turn(turns)
+            began = loop.time()
+            try:
+                return await call()
+            finally:
+                self._end_turn(turns)
 
         def book(ended: Call[T]) -> None:
-            self._calls.discard(ended)
-            self._orphans.discard(ended)
-            if booked is not None:
-                booked(ended)
+            self._forget(ended, turns)
+            if loop.time() - began > self.deadline:
+                ended.was_late = True  # whether or not somebody waited for so long
+            try:
+                if booked is not None:
+                    booked(ended)
+            finally:
+                if turns.trial is ended:
+                    self._conclude(ended, turns)
 
-        started = Call(asyncio.get_running_loop().create_task(self._run(call)), book)
+        started = Call(
+            loop.create_task(run()),
+            book,
+            self._passed_over,
+            lane=lane,
+            nbytes=nbytes,
+            patience=self.deadline,
+        )
         self._calls.add(started)
+        turns.calls += 1
+        turns.nbytes += nbytes
+        if is_trial:
+            turns.trial = started
         return started
+
+    def _admit(self, lane: Lane, turns: Turns, nbytes: int, now: float) -> bool:
+        """Whether the call is the one that tries a tier out. Raises :class:`Refused`."""
+        if self._is_closing:
+            raise Refused(Cause.BUSY, "the tier is being closed")
+        breaker = turns.breaker
+        # Where nothing probes, a user's call is the trial. Writes are rarely waited for.
+        may_try = lane is Lane.WRITES or self.probe is None
+        if not breaker.is_closed and not (may_try and breaker.is_due(now)):
+            raise Refused(Cause.TIER_DOWN, f"not asked for now: {breaker.reason}")
+        is_stuck = turns.late >= turns.limit or len(self._orphans) >= self._max_inflight
+        if is_stuck or turns.calls >= turns.limit + self._max_queued:
+            detail = f"{turns.calls} {lane.value} in flight, {turns.late} of them late"
+            raise Refused(Cause.BUSY, detail)
+        if lane is Lane.WRITES and 0 < turns.nbytes > self.max_write_nbytes - nbytes:
+            raise Refused(Cause.BUSY, f"{turns.nbytes} bytes are waiting to be written")
+        return breaker.try_now(now)  # last: what is refused is no trial
+
+    def _forget(self, ended: Call[Any], turns: Turns) -> None:
+        self._calls.discard(ended)
+        turns.calls -= 1
+        turns.nbytes -= ended.nbytes
+        if ended in self._orphans:
+            self._orphans.discard(ended)
+            turns.late -= 1
+
+    def _conclude(self, trial: Call[Any], turns: Turns) -> None:
+        """A trial is over: whoever booked it may have had nothing to say about the tier.
+
+        Without a verdict the breaker would stay half-open, and nothing would try again.
+        """
+        turns.trial = None
+        if not turns.breaker.is_half_open:
+            return
+        error = trial.error
+        if trial.was_late:
+            self.missed(trial.lane, "the call that tried it ended late")
+        elif error is None:
+            turns.breaker.passed()
+        elif isinstance(error, CancelledError) and trial.was_told_to_stop:
+            turns.breaker.untried()
+        else:
+            self.failed(trial.lane, f"{type(error).__name__}: {error}")
+
+    async def _turn(self, turns: Turns) -> None:
+        """Wait until the call may run."""
+        turn = turns.queue()
+        self._take_turns()
+        try:
+            await turn
+        except CancelledError:
+            if turns.leave(turn):
+                self._end_turn(turns)  # it was cancelled just as its turn came
+            raise
+
+    def _take_turns(self) -> None:
+        reads, writes = self._lanes[Lane.READS], self._lanes[Lane.WRITES]
+        while reads.running + writes.running < self._max_inflight:
+            turns, turn = reads, reads.next()  # somebody waits for a read
+            if turn is None:
+                turns, turn = writes, writes.next()
+            if turn is None:
+                return
+            turns.running += 1
+            turns.progress_at = asyncio.get_running_loop().time()
+            turn.set_result(None)
+            if turns is writes:
+                self._watch_writes()
+
+    def _end_turn(self, turns: Turns) -> None:
+        turns.running -= 1
+        turns.progress_at = asyncio.get_running_loop().time()
+        self._take_turns()
 
     def hint(self, call: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """Run ``call()`` for no one: not at all when busy, cancelled at the deadline."""
-
-        def book(_: Call[object]) -> None:
-            expiry.cancel()
-
         try:
-            started = self.start(call, book)
-        except Busy:
+            self.start(call).left_alone(cancel=True)
+        except Refused:
             return
-        expiry = asyncio.get_running_loop().call_later(self.deadline, started.cancel)
 
-    async def settle(self, calls: Iterable[Call[Any]]) -> set[Call[Any]]:
-        """Wait for calls while one of them ends within each deadline.
+    # -- waiting ---------------------------------------------------------------------------------
+
+    async def wait(self, call: Call[Any], seconds: float | None = None) -> bool:
+        """Wait for a call until the deadline. False: it goes on, counted as an orphan.
+
+        ``seconds`` shortens the wait; when it is less than half the deadline, a call that is left
+        then is not late: it was hardly given the time. Cancelling the waiter leaves it alone.
+        """
+        patience = self.deadline if seconds is None else min(max(seconds, 0), self.deadline)
+        if await call.ended(patience):
+            return True
+        if patience >= self.deadline / 2:
+            self._orphan(call)
+        return False
+
+    async def settle(self, calls: Iterable[Call[Any]]) -> list[Call[Any]]:
+        """Wait for calls while their lane makes progress within each deadline.
 
         Returns those that were given up: they go on, counted as orphans.
         """
-        left = {call for call in calls if not call.has_ended}
-        while left:
-            if not await Call.any_ended(left, self.deadline):
-                self._orphans |= left
-                break
-            left = {call for call in left if not call.has_ended}
-        return left
+        left = [call for call in calls if not call.has_ended]
+        for call in left:
+            turns = self._lanes[call.lane]
+            while not call.has_ended:
+                seen = turns.progress_at
+                if not await call.ended(self.deadline) and turns.progress_at == seen:
+                    late = [each for each in left if not each.has_ended]
+                    for each in late:
+                        self._orphan(each)
+                    return late
+        return []
 
-    async def _run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        async with self._turns:
-            return await call()
+    def _orphan(self, call: Call[Any]) -> None:
+        call.was_late = True
+        if call not in self._orphans:
+            self._orphans.add(call)
+            self._lanes[call.lane].late += 1
 
-    async def wait(self, call: Call[Any]) -> bool:
-        """Wait for a call until the deadline. False: it goes on, counted as an orphan.
+    def _passed_over(self, call: Call[Any]) -> None:
+        """Nobody waits for it and it has not ended within a deadline."""
+        self._orphan(call)
+        if self._lanes[call.lane].trial is call:
+            self.missed(call.lane, f"the call that tried it did not end within {self.deadline} s")
 
-        Cancelling the waiter leaves the call alone.
-        """
-        if await call.ended(self.deadline):
-            return True
-        self._orphans.add(call)
-        return False
+    # -- the breaker -----------------------------------------------------------------------------
+
+    def missed(self, lane: Lane, reason: str) -> None:
+        """A deadline was missed: ask no more for now, and refuse what waits in the lane."""
+        if self._lanes[lane].breaker.missed(asyncio.get_running_loop().time(), reason):
+            self._opened(lane)
+
+    def failed(self, lane: Lane, reason: str) -> None:
+        """The tier itself answered with an error."""
+        if self._lanes[lane].breaker.failed(asyncio.get_running_loop().time(), reason):
+            self._opened(lane)
+
+    def succeeded(self, lane: Lane) -> None:
+        """A call succeeded within its deadline."""
+        self._lanes[lane].breaker.succeeded()
+
+    def _opened(self, lane: Lane) -> None:
+        turns = self._lanes[lane]
+        turns.refuse_waiting(f"not asked for now: {turns.breaker.reason}")
+        if lane is Lane.READS:
+            self._probe_later()
+        if self.on_opened is not None:
+            self.on_opened(lane, turns.breaker.reason)
+
+    def _probe_later(self) -> None:
+        if not self._is_closing and self.probe is not None:
+            at = self._lanes[Lane.READS].breaker.trial_at
+            self._set_timer(Lane.READS, at, self._start_probe)
+
+    def _start_probe(self) -> None:
+        if self._probing is None:  # else it says itself when the next one is due
+            self._probing = asyncio.get_running_loop().create_task(self._probe())
+
+    async def _probe(self) -> None:
+        """Ask the tier something small. One that never lets go is never asked a second time."""
+        breaker, loop = self._lanes[Lane.READS].breaker, asyncio.get_running_loop()
+        try:
+            if breaker.try_now(loop.time()):
+                trouble = await self._trouble()
+                if trouble is not None:
+                    breaker.failed(loop.time(), trouble)
+                elif breaker.passed() and self.on_probed is not None:
+                    self.on_probed()
+        finally:
+            self._probing = None
+            if not breaker.is_closed:
+                self._probe_later()
+
+    async def _trouble(self) -> str | None:
+        """What is wrong with the tier, by a probe."""
+        assert self.probe is not None
+        task = asyncio.current_task()
+        try:
+            async with asyncio.timeout(self.deadline) as expiry:
+                await self.probe()
+        except CancelledError:
+            if task is None or task.cancelling():
+                raise
+            return "a probe was cancelled by the tier"
+        except Exception as exc:  # noqa: BLE001  # foreign code: whatever it raises, it is not well
+            if not expiry.expired():
+                return f"{type(exc).__name__}: {exc}"
+        # A thread cannot be stopped, so an answer may come after the deadline, too.
+        return f"no answer to a probe within {self.deadline} s" if expiry.expired() else None
+
+    def _watch_writes(self) -> None:
+        if Lane.WRITES not in self._timers and not self._is_closing:
+            at = self._lanes[Lane.WRITES].progress_at + self.deadline
+            self._set_timer(Lane.WRITES, at, self._check_writes)
+
+    def _check_writes(self) -> None:
+        """Nobody waits for written-back objects, so their lane is watched for progress."""
+        writes = self._lanes[Lane.WRITES]
+        if not writes.running:
+            return
+        if asyncio.get_running_loop().time() < writes.progress_at + self.deadline:
+            self._watch_writes()
+            return
+        for call in self._calls:
+            if call.lane is Lane.WRITES:
+                self._orphan(call)
+        self.missed(Lane.WRITES, f"no write ended within {self.deadline} s")
+
+    def _set_timer(self, lane: Lane, at: float, what: Callable[[], None]) -> None:
+        def ring() -> None:
+            self._timers.pop(lane, None)
+            what()
+
+        earlier = self._timers.get(lane)
+        if earlier is not None:
+            earlier.cancel()
+        self._timers[lane] = asyncio.get_running_loop().call_at(at, ring)
 
     async def aclose(self) -> None:
         """Admit nothing more, cancel everything in flight, wait until all lent memory is back."""
         self._is_closing = True
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
         while self._calls:
             call = next(iter(self._calls))
             for each in self._calls:
                 each.cancel()
             await call.ended()
+        while self._probing is not None:
+            self._probing.cancel()
+            await asyncio.wait({self._probing})

@@ -2,49 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 
 from kvlayer.events import ObjectQuarantined
 from kvlayer.keys import ObjectKey, Span
 from kvlayer.results import Cause, Failure
 from kvlayer.tier.directory import Host, ObjectRecord
 from kvlayer.tier.flight import Flight, Flights, outcome_of
-from kvlayer.tier.guard import Busy, Call
+from kvlayer.tier.guard import Call, Lane, Refused
 from kvlayer.tier.messages import Outcome
 from kvlayer.tier.mover import Mover
 from kvlayer.tier.planner import Planner, Reservation
 from kvlayer.tier.tier import LowerTier, Tier
 
-__all__ = ["Loads", "Wanted"]
+__all__ = ["Loads", "Wanted", "down"]
 
 Wanted = Sequence[tuple[Span, Sequence[ObjectRecord]]]
 """Spans in prompt order and the objects each needs. The caller keeps the objects pinned."""
+
+
+def down(lower: Iterable[LowerTier]) -> int:
+    """Bit t: tier t is not asked for now."""
+    return sum(1 << tier.index for tier in lower if not tier.guard.serves)
+
+
+@dataclass(slots=True, eq=False)
+class _Trip:
+    """What one request loads from one tier, to learn from how long it took."""
+
+    tier: LowerTier
+    began: float
+    nbytes: int = 0
+    flights: int = 0
+    left: int = 0
+    is_whole: bool = True
+
+    def started(self, nbytes: int) -> None:
+        self.nbytes += nbytes
+        self.flights += 1
+        self.left += 1
+
+    def landed(self, now: float, *, ok: bool) -> None:
+        self.left -= 1
+        self.is_whole = self.is_whole and ok
+        if not self.left and self.is_whole:
+            self.tier.estimate.observe(self.nbytes, now - self.began, now)
+
+    def abandoned(self, now: float) -> None:
+        """It took longer than it was worth: at least so long it takes, then."""
+        if not self.left:
+            return
+        self.is_whole = False
+        self.tier.estimate.observe(self.nbytes, now - self.began, now)
+        if self.left == self.flights:  # not one arrived, and nobody stays to see a deadline missed
+            self.tier.guard.failed(Lane.READS, "nothing arrived while it was waited for")
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """What one caller waits for, and until when by the clock."""
+
+    until: float | None = None
+    flights: dict[ObjectKey, Flight] = field(default_factory=dict[ObjectKey, Flight])
+    trips: dict[int, _Trip] = field(default_factory=dict[int, _Trip])
 
 
 class Loads:
     """Runs flights from the lower tiers into the host."""
 
     def __init__(
-        self, planner: Planner, mover: Mover, host: Tier, lower: Sequence[LowerTier]
+        self,
+        planner: Planner,
+        mover: Mover,
+        host: Tier,
+        lower: Sequence[LowerTier],
+        clock: Callable[[], float],
     ) -> None:
         self._planner = planner
         self._mover = mover
         self._host = host
         self._lower = {tier.index: tier for tier in lower}
         self._flights = Flights()
+        self._clock = clock
 
-    async def arrive(self, wanted: Wanted, trouble: list[Failure]) -> AsyncGenerator[Wanted]:
+    async def arrive(
+        self, wanted: Wanted, trouble: list[Failure], until: float | None = None
+    ) -> AsyncGenerator[Wanted]:
         """Yield ``wanted`` in order, in batches, each as soon as all of it is in host memory.
 
-        Everything is started at once. The first span that cannot be brought up ends the sequence
-        and leaves its failure in ``trouble``. Close the iterator: that lets go of what is still
-        on its way.
+        Everything is started at once. The first span that cannot be brought up, or not before the
+        clock reads ``until``, ends the sequence and leaves its failure in ``trouble``. Close the
+        iterator: that lets go of what is still on its way.
         """
-        flights: dict[ObjectKey, Flight] = {}
+        request = _Request(until)
+        flights = request.flights
         try:
-            failure, started = self._take_off(wanted, flights)
+            failure, started = self._take_off(wanted, request)
             batch: list[tuple[Span, Sequence[ObjectRecord]]] = []
             for span, records in wanted[:started]:
                 absent = [r for r in records if r.host is not Host.READY]
@@ -52,7 +109,7 @@ class Loads:
                     yield batch
                     batch = []
                 for record in absent:
-                    missed = await self._bring(span, record, flights)
+                    missed = await self._bring(span, record, request)
                     if missed is not None:
                         failure = missed
                         break
@@ -68,31 +125,34 @@ class Loads:
             for flight in flights.values():
                 flight.leave()
 
-    def _take_off(
-        self, wanted: Wanted, flights: dict[ObjectKey, Flight]
-    ) -> tuple[Failure | None, int]:
+    def _take_off(self, wanted: Wanted, request: _Request) -> tuple[Failure | None, int]:
         """Start flights for all that is absent; on a refusal, how many spans are on their way."""
         for at, (span, records) in enumerate(wanted):
             for record in records:
                 if record.host is Host.READY:
                     continue
-                started = self._fly(span, record)
+                started = self._fly(span, record, trips=request.trips)
                 if isinstance(started, Failure):
                     return started, at
-                flights[record.key] = started
+                request.flights[record.key] = started
         return None, len(wanted)
 
-    def _fly(self, span: Span, record: ObjectRecord, after: int = 0) -> Flight | Failure:
-        """Join the object's flight or start one, from the nearest tier below ``after``."""
+    def _fly(
+        self,
+        span: Span,
+        record: ObjectRecord,
+        after: int = 0,
+        trips: dict[int, _Trip] | None = None,
+    ) -> Flight | Failure:
+        """Join the object's flight or start one, from the nearest serving tier below ``after``."""
         joined = self._flights.join(record.key)
         if joined is not None:
             return joined
         if record.host is Host.FILLING:
             return Failure(span, Cause.IN_FLIGHT, self._host.name, "being stored right now")
-        below = record.tiers >> (after + 1) << (after + 1)
-        if not below:
-            return Failure(span, Cause.VANISHED, self._host.name, "gone since the lookup")
-        tier = self._lower[(below & -below).bit_length() - 1]
+        tier = self._source(span, record, after)
+        if isinstance(tier, Failure):
+            return tier
         evicted: list[ObjectRecord] = []
         slot = self._planner.plan_fetch(span, record, evicted)
         self._host.lost(
@@ -103,41 +163,69 @@ class Loads:
         if slot is None:
             self._host.refused(Cause.NO_ROOM)
             return Failure(span, Cause.NO_ROOM, self._host.name, "host memory is all in use")
+        trip: _Trip | None = None
+        if trips is not None:
+            trip = trips.setdefault(tier.index, _Trip(tier, self._clock()))
         try:
             call = tier.guard.start(
                 partial(self._mover.fetch, tier.index, slot.piece),
-                partial(self._landed, tier, slot),
+                partial(self._landed, tier, slot, trip),
+                nbytes=slot.piece.nbytes,
             )
-        except Busy:
+        except Refused as refused:
             self._planner.fetched(slot, ok=False)
-            tier.refused(Cause.BUSY)
-            return Failure(span, Cause.BUSY, tier.name, "too much in flight")
+            tier.refused(refused.cause)
+            return Failure(span, refused.cause, tier.name, refused.detail)
+        if trip is not None:
+            trip.started(slot.piece.nbytes)
         flight = Flight(record.key, tier.index, call, tier.guard)
         self._flights.add(flight)
         return flight
 
-    def _landed(self, tier: LowerTier, slot: Reservation, call: Call[Outcome]) -> None:
+    def _source(self, span: Span, record: ObjectRecord, after: int) -> LowerTier | Failure:
+        """The nearest tier below ``after`` that has the object and is asked at all."""
+        below = record.tiers >> (after + 1) << (after + 1)
+        if not below:
+            return Failure(span, Cause.VANISHED, self._host.name, "gone since the lookup")
+        serving = below & ~down(self._lower.values())
+        nearest = serving or below
+        tier = self._lower[(nearest & -nearest).bit_length() - 1]
+        if serving:
+            return tier
+        tier.refused(Cause.TIER_DOWN)
+        return Failure(span, Cause.TIER_DOWN, tier.name, tier.trouble or "not asked for now")
+
+    def _landed(
+        self, tier: LowerTier, slot: Reservation, trip: _Trip | None, call: Call[Outcome]
+    ) -> None:
         self._flights.land(slot.record.key)
         outcome = outcome_of(call, slot.record.key)
         self._planner.fetched(slot, ok=outcome.ok)
-        tier.transferred("load", outcome, was_cancelled=call.was_cancelled)
+        tier.transferred("load", outcome, call)
+        if trip is not None:
+            trip.landed(self._clock(), ok=outcome.ok)
 
-    async def _bring(
-        self, span: Span, record: ObjectRecord, flights: dict[ObjectKey, Flight]
-    ) -> Failure | None:
+    async def _bring(self, span: Span, record: ObjectRecord, request: _Request) -> Failure | None:
         """Wait until an object is in host memory, trying one tier after the other."""
         while True:
-            flight = flights[record.key]
+            flight = request.flights[record.key]
             tier = self._lower[flight.tier]
-            outcome = await flight.wait()
+            left = inf if request.until is None else request.until - self._clock()
+            outcome = await flight.wait(left)
             if record.host is Host.READY:
                 return None
+            if outcome is None and left < tier.guard.deadline:
+                for trip in request.trips.values():
+                    trip.abandoned(self._clock())
+            if outcome is None and not flight.call.was_late:
+                tier.refused(Cause.DEADLINE)
+                return Failure(span, Cause.DEADLINE, tier.name, "took longer than it was worth")
             if outcome is None:
                 detail = f"not loaded within {tier.guard.deadline} s"
                 tier.fails(Cause.DEADLINE, detail)
                 return Failure(span, Cause.DEADLINE, tier.name, detail)
             await self._withdraw(tier, record, outcome)
-            flights.pop(record.key).leave()
+            request.flights.pop(record.key).leave()
             if record.tier == 0:
                 return None  # stored anew while the damaged copy was taken away
             # A tier that failed but may still hold the object is not asked again by this request.
@@ -149,7 +237,7 @@ class Loads:
             again = self._fly(span, record, after)
             if isinstance(again, Failure):
                 return again
-            flights[record.key] = again
+            request.flights[record.key] = again
 
     async def _withdraw(self, tier: LowerTier, record: ObjectRecord, outcome: Outcome) -> None:
         """Stop offering what a tier could not deliver; take a damaged object out of sight."""
@@ -167,7 +255,7 @@ class Loads:
                     tier=tier.name, key=record.key, cause=cause, detail=outcome.detail
                 )
             )
-        with suppress(Busy):  # found again, and quarantined then, at the next load
+        with suppress(Refused):  # found again, and quarantined then, at the next load
             call = tier.guard.start(partial(self._mover.quarantine, tier.index, record.key))
             if not await tier.guard.wait(call):
                 tier.fails(Cause.DEADLINE, "quarantine did not end in time")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from kvlayer.keys import ChunkChain, ObjectKey, Part, Span
 from kvlayer.layout import HitRule, KVGroup
@@ -22,7 +22,10 @@ _MAX_PARTS = 1024  # bounds what is remembered about parts that others name
 
 @dataclass(slots=True)
 class Match:
-    """The longest usable prefix of a prompt. ``covers[i][g]``: what serves span i for group g."""
+    """The longest usable prefix of a prompt. ``covers[i][g]``: what serves span i for group g.
+
+    Whoever reads it changes nothing: the directory shares what it remembers.
+    """
 
     chain: ChunkChain
     spans: list[Span]
@@ -47,18 +50,15 @@ class Matcher:
         self._groups = groups
         self._cuts = cuts
         self._every = [i for i, g in enumerate(groups) if g.hit_rule is HitRule.EVERY_CHUNK]
+        self.is_plain = len(self._every) == len(groups)
+        """Whether every group needs every chunk, so that a hit may end anywhere."""
         self._parts: dict[str, bool] = {}
         """Parts named in keys from outside, and whether the model has them."""
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether every group needs every chunk, so that a hit may end anywhere."""
-        return len(self._every) == len(self._groups)
 
     def match(self, chain: ChunkChain, stop: int) -> Match:
         """The longest usable prefix of at most ``stop`` tokens."""
         found = self._chunks(chain)[: stop // chain.chunk_step]
-        spans = [chain.span(i) for i in range(len(found))]
+        spans = chain.spans(len(found))
         for tail in chain.tails(len(found)):
             groups = self._directory.covers(tail.hash)
             if tail.stop > stop or any(groups[g] is None for g in self._every):
@@ -79,11 +79,11 @@ class Matcher:
 
     def _chunks(self, chain: ChunkChain) -> list[Covers]:
         """Covers of the full chunks at the start that all every-chunk groups have."""
-        covers, every = self._directory.covers, self._every
+        covers, every, is_plain = self._directory.covers, self._every, self.is_plain
         found: list[Covers] = []
         for chunk_hash in chain.hashes:
             groups = covers(chunk_hash)
-            if any(groups[g] is None for g in every):
+            if None in groups and (is_plain or any(groups[g] is None for g in every)):
                 break
             found.append(groups)
         return found
@@ -92,6 +92,8 @@ class Matcher:
         self, spans: list[Span], found: list[Covers]
     ) -> list[list[tuple[ObjectRecord, ...]]]:
         """Covers of the hit, empty where a trailing group needs nothing of a span."""
+        if self.is_plain:  # every group of every span
+            return cast("list[list[tuple[ObjectRecord, ...]]]", found[: len(spans)])
         if not spans:
             return []
         first = [
@@ -116,15 +118,18 @@ class Matcher:
         return keys
 
     def tail_probes(self, chain: ChunkChain) -> list[ObjectKey]:
-        """Objects of the tails that may stand at the first missing chunk, longest first."""
-        count = len(self._chunks(chain))
-        return [
-            key
-            for tail in chain.tails(count)
-            for g, cover in enumerate(self._directory.covers(tail.hash))
-            if cover is None
-            for key in self._keys(chain, tail, g)
-        ]
+        """Objects of the tails that may stand at the first missing chunk, longest first.
+
+        None below a tail that is there: a shorter one adds nothing to it.
+        """
+        keys: list[ObjectKey] = []
+        for tail in chain.tails(len(self._chunks(chain))):
+            missing = [g for g, c in enumerate(self._directory.covers(tail.hash)) if c is None]
+            if not missing:
+                break
+            for g in missing:
+                keys += self._keys(chain, tail, g)
+        return keys
 
     def _keys(self, chain: ChunkChain, span: Span, group: int) -> list[ObjectKey]:
         zone, space = chain.zone(span), self._directory.namespace

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from kvlayer._offload import Offload
 from kvlayer.abc.backend import Backend, Hit, Miss, Read, Write
@@ -21,12 +22,17 @@ from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload
 from kvlayer.results import Cause
 from kvlayer.tier.messages import Outcome, Piece
+from kvlayer.tier.retry import Retry
 
 __all__ = ["Mover"]
 
 
 class Mover:
-    """Moves pieces for one device. ``backends[0]`` is None: tier 0 is the slab itself."""
+    """Moves pieces for one device. ``backends[0]`` is None: tier 0 is the slab itself.
+
+    ``retries[t]`` says how often tier t is tried again after a transient error; not at all by
+    default.
+    """
 
     def __init__(
         self,
@@ -39,6 +45,7 @@ class Mover:
         wall_clock: Callable[[], float],
         build: str,
         threads: int = 2,
+        retries: Sequence[int] = (),
     ) -> None:
         self._slab = slab
         self._stager = stager
@@ -47,8 +54,14 @@ class Mover:
         self._clock = clock
         self._wall_clock = wall_clock
         self._build = build
+        self._retries = [Retry(n) for n in retries or [0] * len(self._backends)]
         self._checks = Offload(threads, "kvlayer-check")
         self._headers = _HeaderPages()
+
+    @property
+    def slab(self) -> Slab:
+        """The host memory it moves to and from. The planner says who may touch what of it."""
+        return self._slab
 
     def close(self) -> None:
         """Wait for running checks and end their threads. Backends and stager are the caller's."""
@@ -60,14 +73,24 @@ class Mover:
         """Raise ``LayoutError`` unless the view is what the layout promises."""
         self._device.check(view)
 
-    async def gather(self, view: KVView, pieces: Sequence[Piece], view_start: int) -> None:
-        """Copy objects out of the engine; entry 0 of the view is token ``view_start``."""
+    async def gather(
+        self, view: KVView, pieces: Sequence[Piece], view_start: int
+    ) -> Sequence[Outcome]:
+        """Copy objects out of the engine; entry 0 of the view is token ``view_start``.
+
+        Returns the outcomes of what was missed: nothing, where the device is this process's own
+        and failing raises.
+        """
         await self._device.gather(view, [self._copy(p, view_start, 0) for p in pieces])
+        return ()
 
     async def scatter(
         self, view: KVView, pieces: Sequence[Piece], view_start: int, view_stop: int
-    ) -> None:
-        """Copy objects into the engine, as far as the view covers their tokens."""
+    ) -> Sequence[Outcome]:
+        """Copy objects into the engine, as far as the view covers their tokens.
+
+        Returns the outcomes of what was missed, as :meth:`gather` does.
+        """
         copies: list[HostCopy] = []
         for piece in pieces:
             skip = max(view_start - piece.first_token, 0)
@@ -77,6 +100,7 @@ class Mover:
                 copies.append(self._copy(piece, view_start, skip, tokens))
         if copies:
             await self._device.scatter(view, copies)
+        return ()
 
     @property
     def _device(self) -> Stager:
@@ -94,7 +118,7 @@ class Mover:
 
     async def contains(self, tier: int, keys: Sequence[ObjectKey]) -> list[ObjectKey]:
         """Those of ``keys`` a tier holds. Raises ``BackendError``."""
-        sizes = await self._backend(tier).contains(keys)
+        sizes = await self._retries[tier].call(partial(self._backend(tier).contains, keys))
         return [key for key, size in zip(keys, sizes, strict=True) if size is not None]
 
     async def spill(self, tier: int, piece: Piece) -> Outcome:
@@ -114,7 +138,8 @@ class Mover:
                 created=self._wall_clock(),
                 build=self._build,
             )
-            (error,) = await self._backend(tier).put([Write(piece.key, (header, view))])
+            put = self._backend(tier).put
+            (error,) = await self._retries[tier].batch(put, [Write(piece.key, (header, view))])
         except BackendError as exc:
             error = exc
         finally:
@@ -134,7 +159,8 @@ class Mover:
         cause: Cause | None = None
         detail = ""
         try:
-            (result,) = await self._backend(tier).get([Read(piece.key, (header, view))])
+            get = self._backend(tier).get
+            (result,) = await self._retries[tier].batch(get, [Read(piece.key, (header, view))])
             if isinstance(result, Hit):
                 await self._checks.run(
                     check_frame,
@@ -163,6 +189,17 @@ class Mover:
     async def quarantine(self, tier: int, key: ObjectKey) -> None:
         """Take a damaged object out of sight. Raises ``BackendError``."""
         await self._backend(tier).quarantine([key])
+
+    async def probe(self, tier: int, key: ObjectKey) -> None:
+        """Ask a tier for one object's header, there or not. Raises ``BackendError``."""
+        header = self._headers.take()
+        try:
+            await self._backend(tier).contains([key])
+            (answer,) = await self._backend(tier).get([Read(key, (header,))])
+        finally:
+            self._headers.give(header)
+        if isinstance(answer, BackendError):
+            raise answer
 
     async def delete(self, tier: int, keys: Sequence[ObjectKey]) -> None:
         """Remove objects from a tier. Raises ``BackendError``."""

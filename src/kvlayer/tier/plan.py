@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from kvlayer.errors import LayoutError
 from kvlayer.keys import Part
-from kvlayer.layout import AttentionKind, GroupLayout, HitRule, KVGroup
+from kvlayer.layout import AttentionKind, GroupLayout, HitRule, KVGroup, KVLayout
 
-__all__ = ["accepts", "cover", "cut", "prefix", "rank_part", "trailing_start"]
+__all__ = [
+    "accepts",
+    "cover",
+    "cut",
+    "cuts",
+    "described",
+    "holds",
+    "prefix",
+    "rank_part",
+    "trailing_start",
+    "worthwhile",
+]
 
 
 def rank_part(index: int, layout: GroupLayout) -> Part:
@@ -39,6 +50,50 @@ def cut(index: int, layout: GroupLayout, head_shards: int) -> list[Part]:
             "and divide the number of KV heads",
         )
     return [Part(index, whole.layers, (h, h + step)) for h in range(lo, hi, step)]
+
+
+def cuts(layout: KVLayout, ranks: Sequence[KVLayout], head_shards: int) -> list[list[Part]]:
+    """Per group, the parts that are written of one chunk by all ``ranks`` together.
+
+    Raises ``LayoutError`` unless they hold what ``layout`` says the planner plans for: the same
+    groups, and every layer and head of them.
+    """
+    groups = [held.group for held in layout.groups]
+    found: list[list[Part]] = []
+    for i, planned in enumerate(layout.groups):
+        parts: dict[Part, None] = {}
+        for number, rank in enumerate(ranks):
+            if [held.group for held in rank.groups] != groups:
+                raise LayoutError(
+                    f"rank {number} and the planner describe different KV groups",
+                    hint="build every layout from the same KVGroup values, in the same order",
+                )
+            parts |= dict.fromkeys(cut(i, rank.groups[i], head_shards))
+        need = rank_part(i, planned)
+        inside = [part for part in parts if accepts(need, part) and holds(need, part)]
+        if len(inside) < len(parts) or cover(need, inside) is None:
+            raise LayoutError(
+                f"the ranks hold {', '.join(map(str, parts))} of what is planned as {need}",
+                hint="plan for the layers and heads of all ranks together; with several ranks "
+                "the form must be 'canonical'",
+            )
+        found.append([*parts])
+    return found
+
+
+def described(layout: KVLayout) -> tuple[str, ...]:
+    """What a rank holds of each group, in words that two processes can compare."""
+    return tuple(f"{rank_part(i, g)} of {g.group}" for i, g in enumerate(layout.groups))
+
+
+def holds(whole: Part, part: Part) -> bool:
+    """Whether all of ``part`` lies within ``whole``."""
+    return (
+        (part.group, part.form) == (whole.group, whole.form)
+        and (part.heads is None) == (whole.heads is None)
+        and _inside(part.layers, whole.layers)
+        and _heads_inside(part, whole)
+    )
 
 
 def accepts(need: Part, part: Part) -> bool:
@@ -111,6 +166,30 @@ def prefix(
             break
         count = gap  # every hit that ends after the gap has it inside its window too
     return count
+
+
+def worthwhile(
+    stops: Sequence[int],
+    needs: Sequence[Mapping[int, int]],
+    seconds: Callable[[int, int], float],
+    tokens_per_second: float,
+) -> int:
+    """How many spans of a hit to take: the count that saves most over recomputing them.
+
+    ``needs[i]`` are the bytes span i needs from each tier, ``seconds(tier, nbytes)`` is what they
+    take; tiers load side by side. What lies in host memory needs nothing and is always taken,
+    unless so much before it would have to be loaded that all of it is not worth the time.
+    """
+    best, most = 0, 0.0
+    total: dict[int, int] = {}
+    for i, stop in enumerate(stops):
+        for tier, nbytes in needs[i].items():
+            total[tier] = total.get(tier, 0) + nbytes
+        load = max((seconds(tier, nbytes) for tier, nbytes in total.items()), default=0.0)
+        saved = stop / tokens_per_second - load
+        if saved > most:
+            best, most = i + 1, saved
+    return best
 
 
 def _gap(

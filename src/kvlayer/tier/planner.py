@@ -16,14 +16,14 @@ from kvlayer.errors import CapacityError
 from kvlayer.keys import ChunkChain, ObjectKey, Part, Span
 from kvlayer.layout import HitRule, KVLayout
 from kvlayer.payload import Payload
-from kvlayer.results import Cause
+from kvlayer.results import Cause, Failure
 from kvlayer.tier import plan
 from kvlayer.tier.directory import Directory, Host, ObjectRecord
 from kvlayer.tier.host import HostTier
 from kvlayer.tier.journal import Journal, Loss
 from kvlayer.tier.lease import Lease, LeaseTable
 from kvlayer.tier.matcher import Match, Matcher
-from kvlayer.tier.messages import Piece
+from kvlayer.tier.messages import Outcome, Piece
 
 __all__ = ["Planner", "Reservation", "StorePlan"]
 
@@ -49,7 +49,10 @@ class StorePlan:
 
 
 class Planner:
-    """Decides for one rank of one namespace. ``tiers`` are names, that of the host first."""
+    """Decides for one rank of one namespace, or for several ``ranks`` that ``layout`` unites.
+
+    ``tiers`` are names, that of the host first.
+    """
 
     def __init__(
         self,
@@ -62,6 +65,7 @@ class Planner:
         tokens_per_chunk: int,
         tokens_per_tail: int,
         head_shards: int = 0,
+        ranks: Sequence[KVLayout] = (),
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
     ) -> None:
@@ -74,7 +78,7 @@ class Planner:
         self._wall_clock = wall_clock
         self._groups = [g.group for g in layout.groups]
         needs = [plan.rank_part(i, g) for i, g in enumerate(layout.groups)]
-        self._cuts = [plan.cut(i, g, head_shards) for i, g in enumerate(layout.groups)]
+        self._cuts = plan.cuts(layout, ranks or (layout,), head_shards)
         self._withdrawn: dict[int, set[ObjectKey]] = {}
         self._payloads: dict[tuple[Part, int], Payload] = {}
         self.directory = Directory(namespace, needs)
@@ -82,6 +86,7 @@ class Planner:
         self.host = HostTier(capacity, policy, self.directory)
         self.leases = LeaseTable(self.host)
         self.journal = Journal()
+        self._is_retired = False
         chunk = sum(
             self.payload(part, tokens_per_chunk).nbytes for cut in self._cuts for part in cut
         )
@@ -116,6 +121,30 @@ class Planner:
         with self.lock:
             return self._matcher.tail_probes(chain)
 
+    def is_final(self, match: Match) -> bool:
+        """Whether nothing that a lower tier could still say would make a match longer."""
+        with self.lock:
+            chain = match.chain
+            if match.tokens == chain.named_tokens:
+                return True
+            return not (self._matcher.probes(chain) or self._matcher.tail_probes(chain))
+
+    def by_tier(self, match: Match) -> dict[str, int]:
+        """Tokens of a match by the name of the farthest tier each span needs."""
+        counts = [0] * len(self.tiers)
+        with self.lock:
+            needed = (found for groups in match.covers for cover in groups for found in cover)
+            if all(found.host is Host.READY for found in needed):  # nearly always: keep it quick
+                return dict(zip(self.tiers, [match.tokens, *counts[1:]], strict=True))
+            for span, covers in zip(match.spans, match.covers, strict=True):
+                farthest = 0
+                for cover in covers:
+                    for found in cover:
+                        if found.host is not Host.READY:
+                            farthest = max(farthest, found.tier)
+                counts[farthest] += span.stop - span.start
+        return dict(zip(self.tiers, counts, strict=True))
+
     def note(self, keys: Iterable[ObjectKey], tier: int) -> None:
         """A lower tier said it holds these objects; what this model cannot have is passed over."""
         with self.lock:
@@ -143,13 +172,17 @@ class Planner:
         """Whether a lease is, or was, one of this planner's."""
         return lease.table is self.leases
 
-    def current(self, match: Match, lease: Lease) -> Match:
-        """``match`` while its lease holds; after that whatever is still usable of it."""
+    def claim(self, match: Match, lease: Lease) -> Match:
+        """``match`` while its lease holds; after that whatever is still usable of it.
+
+        Pinned, whoever releases the lease meanwhile: the caller unpins its path.
+        """
         with self.lock:
             self.leases.expire(self._clock())
-            if self.leases.holds(lease.number):
-                return match
-            return self._matcher.match(match.chain, match.tokens)
+            if not self.leases.holds(lease.number):
+                match = self._matcher.match(match.chain, match.tokens)
+            self.host.pin(match.path())
+            return match
 
     def bounded(self, match: Match, stop: int) -> Match:
         """``match`` for a reader that takes at most ``stop`` tokens.
@@ -161,6 +194,14 @@ class Planner:
             return match
         with self.lock:
             return self._matcher.match(match.chain, stop)
+
+    def shortened(self, match: Match, count: int) -> Match:
+        """The longest usable prefix within the first ``count`` spans of ``match``."""
+        spans = match.spans[:count]
+        if self._matcher.is_plain or not spans:
+            return Match(match.chain, spans, match.covers[:count])
+        with self.lock:
+            return self._matcher.match(match.chain, spans[-1].stop)
 
     def release(self, number: int) -> bool:
         """Give a lease back; False when it had expired."""
@@ -257,6 +298,8 @@ class Planner:
     def _reserve(
         self, span: Span, record: ObjectRecord, evicted: list[ObjectRecord]
     ) -> Reservation | None:
+        if self._is_retired:
+            return None
         nbytes = self.payload(record.part, span.tokens).nbytes
         record.chunk.span = span
         before = len(evicted)
@@ -267,6 +310,11 @@ class Planner:
             return None
         piece = Piece(record.key, span.start, span.tokens, record.offset, nbytes)
         return Reservation(span, record, piece)
+
+    def retire(self) -> None:
+        """Hand out no slot any more: memory that is given back now may still be written to."""
+        with self.lock:
+            self._is_retired = True
 
     def _note_eviction(self, gone: ObjectRecord) -> None:
         if gone.tiers:
@@ -290,6 +338,31 @@ class Planner:
             else:
                 for slot in slots:
                     self._abandon(slot)
+
+    def gathered(self, todo: StorePlan, missed: Sequence[Outcome] | None) -> list[Failure]:
+        """The gather of a plan ended; ``missed`` is what was not moved, None: it raised.
+
+        A span that was missed ends what is stored: the plan keeps what comes before it, and the
+        memory of the rest is given back.
+        """
+        failed = {outcome.key: outcome for outcome in missed or ()}
+        first = next((slot for slot in todo.gathers if slot.record.key in failed), None)
+        kept = todo.gathers
+        if missed is None:
+            kept = []
+        elif first is not None:
+            kept = [slot for slot in todo.gathers if slot.span.start < first.span.start]
+        with self.lock:
+            self.stored(todo.gathers[len(kept) :], ok=False)
+            self.stored(kept, ok=True)
+        todo.gathers = kept
+        if first is None:
+            return []
+        lost = [span for span in todo.spans if span.start >= first.span.start]
+        del todo.spans[len(todo.spans) - len(lost) :]
+        _, cause, detail, *_ = failed[first.record.key]
+        assert cause is not None
+        return [Failure(span, cause, self.tiers[0], detail) for span in lost]
 
     def _abandon(self, slot: Reservation) -> None:
         self.host.drop(slot.record)

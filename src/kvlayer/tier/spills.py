@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 from kvlayer.keys import ObjectKey, Span
 from kvlayer.results import Cause, Failure
 from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.flight import outcome_of
-from kvlayer.tier.guard import Busy, Call
+from kvlayer.tier.guard import Call, Lane, Refused
 from kvlayer.tier.messages import Outcome
 from kvlayer.tier.mover import Mover
 from kvlayer.tier.planner import Planner
@@ -47,8 +49,8 @@ class Spills:
 
         What another store is writing there already is among them.
 
-        What a tier refuses because too much is in flight is dropped there and listed in
-        ``refused``.
+        What a tier refuses, because too much is in flight or it is down, is dropped there and
+        listed in ``refused``.
         """
         through: list[Write] = []
         for tier in self._lower:
@@ -59,29 +61,23 @@ class Spills:
                     continue
                 try:
                     call = self._spill(tier, span, record)
-                except Busy:
-                    tier.refused(Cause.BUSY)
-                    refused.append(Failure(span, Cause.BUSY, tier.name, "too much in flight"))
+                except Refused as no:
+                    tier.refused(no.cause)
+                    refused.append(Failure(span, no.cause, tier.name, no.detail))
                     continue
                 if call is not None and tier.write == "through":
                     through.append(Write(span, record.key, tier, call))
         return through
 
-    def demote(self, tier: LowerTier, record: ObjectRecord, started: list[Write]) -> bool:
+    def demote(self, tier: LowerTier, record: ObjectRecord) -> Write | None:
         """Start writing one object of host memory to a tier, or join the write that runs already.
 
-        What there is to wait for is added to ``started``. False when the tier refuses.
+        None when the tier has it. Raises :class:`Refused`, which is the caller's to count.
         """
         span = record.chunk.span
         assert span is not None, record.key  # its bytes are in host memory
-        try:
-            call = self._spill(tier, span, record)
-        except Busy:
-            tier.refused(Cause.BUSY)
-            return False
-        if call is not None:
-            started.append(Write(span, record.key, tier, call))
-        return True
+        call = self._spill(tier, span, record)
+        return None if call is None else Write(span, record.key, tier, call)
 
     def _spill(self, tier: LowerTier, span: Span, record: ObjectRecord) -> Call[Outcome] | None:
         piece = self._planner.plan_spill(span, record, tier.index)
@@ -89,9 +85,12 @@ class Spills:
             return self._running.get((tier.index, record.key))
         try:
             call = tier.guard.start(
-                partial(self._mover.spill, tier.index, piece), partial(self._ended, tier, record)
+                partial(self._mover.spill, tier.index, piece),
+                partial(self._ended, tier, record),
+                lane=Lane.WRITES,
+                nbytes=piece.nbytes,
             )
-        except Busy:
+        except Refused:
             self._planner.spilled(record, tier.index, ok=False)
             raise
         self._running[tier.index, record.key] = call
@@ -101,21 +100,28 @@ class Spills:
         self._running.pop((tier.index, record.key), None)
         outcome = outcome_of(call, record.key)
         self._planner.spilled(record, tier.index, ok=outcome.ok)
-        tier.transferred("store", outcome, was_cancelled=call.was_cancelled)
+        tier.transferred("store", outcome, call)
 
     async def committed(self, through: Sequence[Write]) -> list[Failure]:
-        """Wait for "through" writes; a tier's deadline is paid once, not per object."""
+        """Wait for "through" writes; a deadline is paid once, not per object or tier."""
+        writes = [[w for w in through if w.tier is tier] for tier in self._lower]
+        failed = await asyncio.gather(*(self._committed(some) for some in writes if some))
+        return list(chain.from_iterable(failed))
+
+    async def _committed(self, writes: Sequence[Write]) -> list[Failure]:
+        """Wait for writes to one tier."""
         failed: list[Failure] = []
-        late: set[str] = set()
-        for write in through:
-            tier, call = write.tier, write.call
-            if call.has_ended or (tier.name not in late and await tier.guard.wait(call)):
-                outcome = outcome_of(call, write.key)
+        is_late = False
+        for span, key, tier, call in writes:
+            if call.has_ended or (not is_late and await tier.guard.wait(call)):
+                outcome = outcome_of(call, key)
                 if outcome.cause is not None:
-                    failed.append(Failure(write.span, outcome.cause, tier.name, outcome.detail))
-            else:
-                late.add(tier.name)
-                failed.append(Failure(write.span, Cause.DEADLINE, tier.name, "not written yet"))
+                    failed.append(Failure(span, outcome.cause, tier.name, outcome.detail))
+                continue
+            if not is_late:
+                tier.fails(Cause.DEADLINE, "not written in time", Lane.WRITES)
+            is_late = True
+            failed.append(Failure(span, Cause.DEADLINE, tier.name, "not written yet"))
         return failed
 
     async def flush(self) -> None:
@@ -124,7 +130,10 @@ class Spills:
         A tier that ends no write for as long as its deadline has failed; its writes go on.
         """
         running = list(self._running.items())
-        for tier in self._lower:
-            late = await tier.guard.settle(c for (at, _), c in running if at == tier.index)
-            for _ in late:
-                tier.fails(Cause.DEADLINE, f"not written within {tier.guard.deadline} s")
+        mine = [[call for (at, _), call in running if at == tier.index] for tier in self._lower]
+        await asyncio.gather(*map(_settle, self._lower, mine))
+
+
+async def _settle(tier: LowerTier, writes: Sequence[Call[Outcome]]) -> None:
+    if await tier.guard.settle(writes):
+        tier.fails(Cause.DEADLINE, f"not written within {tier.guard.deadline} s", Lane.WRITES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +14,13 @@ from kvlayer.layout import HitRule, KVView
 from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
 from kvlayer.tier import plan
 from kvlayer.tier.demotion import Demotion
-from kvlayer.tier.directory import ObjectRecord
-from kvlayer.tier.guard import Busy
+from kvlayer.tier.directory import Host, ObjectRecord
+from kvlayer.tier.estimate import Rate
+from kvlayer.tier.guard import Call, Refused
 from kvlayer.tier.lease import Lease
-from kvlayer.tier.loads import Loads, Wanted
+from kvlayer.tier.loads import Loads, Wanted, down
 from kvlayer.tier.matcher import Match
-from kvlayer.tier.messages import Piece
+from kvlayer.tier.messages import Outcome, Piece
 from kvlayer.tier.mover import Mover
 from kvlayer.tier.planner import Planner, StorePlan
 from kvlayer.tier.spills import Spills
@@ -48,6 +49,8 @@ class Stack:
         host: Tier,
         lower: Sequence[LowerTier],
         *,
+        clock: Callable[[], float],
+        prefill: Rate | None = None,
         high_watermark: float = 1.0,
         low_watermark: float = 1.0,
     ) -> None:
@@ -55,7 +58,10 @@ class Stack:
         self.mover = mover
         self.host = host
         self.lower = tuple(lower)
-        self.loads = Loads(planner, mover, host, lower)
+        self.prefill = prefill or Rate()
+        """How fast the engine recomputes what is not loaded."""
+        self._clock = clock
+        self.loads = Loads(planner, mover, host, lower, clock)
         self.spills = Spills(planner, mover, lower)
         self.demotion = Demotion(
             planner, self.spills, host, lower, high=high_watermark, low=low_watermark
@@ -72,35 +78,107 @@ class Stack:
 
     # -- lookup ----------------------------------------------------------------------------------
 
-    async def find(self, chain: ChunkChain) -> Match:
-        """The longest usable prefix. Asks lower tiers only for what the directory does not know."""
-        asked = [tier for tier in self.lower if tier.must_ask]
-        for probes in (self.planner.probes, self.planner.tail_probes):
-            for tier in tuple(asked):
-                if (keys := probes(chain)) and not await self._ask(tier, keys):
-                    asked.remove(tier)  # a tier's deadline is paid once per lookup
-        return self.planner.match(chain)
+    async def find(self, chain: ChunkChain, *, at_any_price: bool = False) -> Match:
+        """The longest prefix worth loading. Asks lower tiers what the directory does not know.
 
-    async def _ask(self, tier: LowerTier, keys: Sequence[ObjectKey]) -> bool:
-        """Note what a tier holds of ``keys``; whether it answered."""
+        Tiers are asked side by side, so a lookup pays one deadline at most, the longest.
+        ``at_any_price``: nobody waits for the loading, so that it is worth any time.
+        """
+        asked = [tier for tier in self.lower if tier.must_ask]
+        until = self._clock() + max((tier.guard.deadline for tier in asked), default=0.0)
+        for probes in (self.planner.probes, self.planner.tail_probes):
+            if asked and (keys := probes(chain)):
+                asked = await self._ask(asked, keys, until)
+        rate = None if at_any_price else self.prefill.tokens_per_second
+        return self._worth_loading(self.planner.match(chain), rate)
+
+    def find_at_once(self, chain: ChunkChain) -> Match | None:
+        """What :meth:`find` would answer, or None when a tier must be asked first.
+
+        In any thread, with the planner's lock held until the match is leased.
+        """
+        match = self.planner.match(chain)
+        must_ask = any(tier.must_ask and tier.guard.serves for tier in self.lower)
+        if must_ask and not self.planner.is_final(match):
+            return None
+        return self._worth_loading(match, self.prefill.tokens_per_second)
+
+    async def _ask(
+        self, tiers: Sequence[LowerTier], keys: Sequence[ObjectKey], until: float
+    ) -> list[LowerTier]:
+        """Note what tiers hold of ``keys``; those that answered."""
+        calls: list[tuple[LowerTier, Call[list[ObjectKey]]]] = []
+        answered: list[LowerTier] = []
         try:
-            call = tier.guard.start(partial(self.mover.contains, tier.index, keys))
-        except Busy:
-            tier.refused(Cause.BUSY)
-            return False
-        try:
-            answered = await tier.guard.wait(call)
+            for tier in tiers:
+                try:
+                    ask = partial(self.mover.contains, tier.index, keys)
+                    calls.append((tier, tier.guard.start(ask)))
+                except Refused as no:
+                    tier.refused(no.cause)
+            patience = until - self._clock()
+            ended = await asyncio.gather(*(t.guard.wait(call, patience) for t, call in calls))
+            for (tier, call), in_time in zip(calls, ended, strict=True):
+                if not in_time:
+                    if call.was_late:
+                        tier.fails(Cause.DEADLINE, f"no answer within {tier.guard.deadline} s")
+                    else:
+                        tier.refused(Cause.DEADLINE)  # the first question took most of the time
+                elif isinstance(call.error, Refused):
+                    tier.refused(call.error.cause)
+                elif call.error is not None:
+                    tier.fails(Cause.TIER_DOWN, f"{type(call.error).__name__}: {call.error}")
+                else:
+                    tier.works()
+                    self.planner.note(call.result(), tier.index)
+                    answered.append(tier)
         finally:
-            call.cancel()
-        if not answered:
-            tier.fails(Cause.DEADLINE, f"no answer within {tier.guard.deadline} s")
-        elif call.error is not None:
-            tier.fails(Cause.TIER_DOWN, f"{type(call.error).__name__}: {call.error}")
-        else:
-            tier.works()
-            self.planner.note(call.result(), tier.index)
-            return True
-        return False
+            for _, call in calls:
+                call.cancel()
+        return answered
+
+    def _worth_loading(self, match: Match, rate: float | None) -> Match:
+        """``match`` cut where a tier is not asked for now, or where recomputing is faster."""
+        dead = down(self.lower)
+        while match.spans and (dead or rate is not None):
+            needs = self._needs(match, dead)
+            stops = [span.stop for span in match.spans[: len(needs)]]
+            count = len(stops) if rate is None else plan.worthwhile(stops, needs, self._takes, rate)
+            if count == len(match.spans):
+                break
+            match = self.planner.shortened(match, count)  # which may need other windows
+        return match
+
+    def _needs(self, match: Match, dead: int) -> list[dict[int, int]]:
+        """Bytes each span needs from each lower tier, up to the first that no tier can give."""
+        needs: list[dict[int, int]] = []
+        for span, records in _wanted(match):
+            need: dict[int, int] = {}
+            for record in records:
+                if record.host is Host.READY:
+                    continue
+                live = record.tiers & ~dead
+                if not live:
+                    return needs
+                tier = (live & -live).bit_length() - 1
+                nbytes = self.planner.payload(record.part, span.tokens).nbytes
+                need[tier] = need.get(tier, 0) + nbytes
+            needs.append(need)
+        return needs
+
+    def _takes(self, tier: int, nbytes: int) -> float:
+        return self.lower[tier - 1].estimate.seconds(nbytes, self._clock())
+
+    def _budget(self, wanted: Wanted, deadline: float | None) -> float | None:
+        """When a load has cost as much as computing it anew, so that it never costs twice that."""
+        ends = [] if deadline is None else [self._clock() + deadline]
+        rate = self.prefill.tokens_per_second
+        if rate is not None:
+            absent = [
+                span for span, records in wanted if any(r.host is not Host.READY for r in records)
+            ]
+            ends.append(self._clock() + sum(span.tokens for span in absent) / rate)
+        return min(ends, default=None)
 
     # -- store -----------------------------------------------------------------------------------
 
@@ -116,18 +194,17 @@ class Stack:
             [gone.key for gone in todo.evicted],
             sum(gone.nbytes for gone in todo.evicted),
         )
-        gathered = False
+        missed: Sequence[Outcome] | None = None
         try:
-            if todo.gathers:
-                await self.mover.gather(view, [slot.piece for slot in todo.gathers], window.start)
-            gathered = True
+            pieces = [slot.piece for slot in todo.gathers]
+            missed = await self.mover.gather(view, pieces, window.start) if pieces else ()
         finally:
-            self.planner.stored(todo.gathers, ok=gathered)
+            failed = self.planner.gathered(todo, missed)
         self.host.stored += len(todo.gathers)
         self.host.stored_nbytes += sum(slot.piece.nbytes for slot in todo.gathers)
         if todo.dropped:
             self.host.misses[Cause.NO_ROOM] += len(todo.dropped)
-        failed = await self._send_down(chain, todo)
+        failed += await self._send_down(chain, todo)
         report = StoreReport(len(todo.spans), len(todo.skipped), len(todo.dropped), tuple(failed))
         return report, todo
 
@@ -144,7 +221,9 @@ class Stack:
 
     # -- retrieve --------------------------------------------------------------------------------
 
-    async def retrieve(self, match: Match, view: KVView, window: Window) -> RetrieveReport:
+    async def retrieve(
+        self, match: Match, view: KVView, window: Window, *, deadline: float | None = None
+    ) -> RetrieveReport:
         """Bring a match up and scatter it, in prompt order. See ``Cache.retrieve``."""
         match = self.planner.bounded(match, window.stop)
         stop = min(match.tokens, window.stop)
@@ -158,14 +237,18 @@ class Stack:
         done = 0
         path = [record for _, records in wanted for record in records]
         self.planner.pin(path)
+        until = self._budget(wanted, deadline)
         try:
-            async with aclosing(self.loads.arrive(wanted, trouble)) as arrivals:
+            async with aclosing(self.loads.arrive(wanted, trouble, until)) as arrivals:
                 async for batch in arrivals:
                     pieces = [_piece(span, r) for span, records in batch for r in records]
-                    await self.mover.scatter(view, pieces, bound.start, bound.stop)
-                    done += len(batch)
+                    missed = await self.mover.scatter(view, pieces, bound.start, bound.stop)
+                    whole = _before(batch, missed, self.host.name, trouble)
+                    done += whole
                     self.host.hits += len(pieces)
                     self.host.loaded_nbytes += sum(piece.nbytes for piece in pieces)
+                    if whole < len(batch):
+                        break
         finally:
             self.planner.unpin(path)
             self.demotion.grown()
@@ -192,7 +275,7 @@ class Stack:
 
         Nothing stays leased when this raises or is cancelled.
         """
-        match = await self.find(chain)
+        match = await self.find(chain, at_any_price=True)
         lease = self.planner.lease(match, owner=owner, seconds=seconds)
         held = False
         try:
@@ -289,10 +372,22 @@ def _piece(span: Span, record: ObjectRecord) -> Piece:
     return Piece(record.key, span.start, span.tokens, record.offset, record.nbytes)
 
 
+def _before(batch: Wanted, missed: Sequence[Outcome], tier: str, trouble: list[Failure]) -> int:
+    """How many spans of a batch come before the first that was not scattered whole."""
+    causes = {outcome.key: outcome for outcome in missed}
+    for count, (span, records) in enumerate(batch):
+        for record in records:
+            _, cause, detail, *_ = causes.get(record.key, (None, None, ""))
+            if cause is not None:
+                trouble.append(Failure(span, cause, tier, detail))
+                return count
+    return len(batch)
+
+
 def _recovery_ended(tier: LowerTier, task: asyncio.Task[None]) -> None:
     """A listing that failed costs nothing but questions: lookups go on asking the tier."""
     if not task.cancelled() and (error := task.exception()) is not None:
-        tier.fails(Cause.TIER_DOWN, f"{type(error).__name__}: {error}")
+        tier.complains(Cause.TIER_DOWN, f"{type(error).__name__}: {error}")
 
 
 def _holds(view: KVView, view_start: int, group: int, span: Span) -> bool:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvlayer.abc.backend import Backend
 from kvlayer.events import Emitter, ObjectsEvicted, TierChanged, TransferDone
 from kvlayer.keys import ObjectKey
 from kvlayer.results import Cause, TierHealth, TierStats
 from kvlayer.tier.directory import ObjectRecord
-from kvlayer.tier.guard import Guard
+from kvlayer.tier.estimate import Estimate
+from kvlayer.tier.guard import Call, Guard, Lane, Refused
 from kvlayer.tier.messages import Outcome
 
 __all__ = ["LowerTier", "Tier"]
@@ -32,11 +33,9 @@ class Tier:
     """Dropped in the background; a lower tier had them."""
     loaded_nbytes: int = 0
     stored_nbytes: int = 0
-    trouble: str = ""
-    """What went wrong last; empty while the tier serves."""
 
     def health(self) -> TierHealth:
-        return TierHealth(self.name, not self.trouble, self.trouble)
+        return TierHealth(self.name, ok=True)
 
     def stats(self, objects: int, used: int, capacity: int | None, pinned: int = 0) -> TierStats:
         """A snapshot of the counters, with what the tier holds now in objects and bytes."""
@@ -75,39 +74,87 @@ class Tier:
         """Something was not done because there was no room or too much in flight."""
         self.misses[cause] += 1
 
-    def works(self) -> None:
-        """A call succeeded."""
-        if self.trouble:
-            self.trouble = ""
-            if self.emit:
-                self.emit(TierChanged(tier=self.name, ok=True, detail="a call succeeded"))
 
-    def fails(self, cause: Cause, detail: str) -> None:
+@dataclass(slots=True, eq=False, kw_only=True)
+class LowerTier(Tier):
+    """A tier below the host: a backend behind a guard."""
+
+    backend: Backend
+    guard: Guard
+    write: str
+    tails: bool
+    is_shared: bool
+    is_recovered: bool = True
+    """Whether the directory knows all that the tier held when it was opened."""
+    estimate: Estimate = field(default_factory=Estimate)
+    """How long loads take."""
+    _troubles: dict[Lane, str] = field(default_factory=dict[Lane, str])
+
+    def __post_init__(self) -> None:
+        self.guard.on_opened = self._opened
+        self.guard.on_probed = self._serves_again
+
+    @property
+    def trouble(self) -> str:
+        """What went wrong last; empty while the tier serves."""
+        return "; ".join(self._troubles.values())
+
+    def health(self) -> TierHealth:
+        return TierHealth(self.name, not self._troubles, self.trouble)
+
+    def stats(self, objects: int, used: int, capacity: int | None, pinned: int = 0) -> TierStats:
+        """See :meth:`Tier.stats`; with what is in flight and how the tier has been answering."""
+        return replace(
+            Tier.stats(self, objects, used, capacity, pinned),
+            inflight=self.guard.inflight,
+            inflight_nbytes=self.guard.inflight_nbytes,
+            orphans=self.guard.orphans,
+            reads=self.guard.breaker(Lane.READS).state,
+            writes=self.guard.breaker(Lane.WRITES).state,
+            latency_seconds=self.estimate.latency,
+            bytes_per_second=self.estimate.bandwidth,
+        )
+
+    def works(self, lane: Lane = Lane.READS) -> None:
+        """A call succeeded in time."""
+        self.guard.succeeded(lane)
+        self._cleared(lane, "a call succeeded")
+
+    def fails(self, cause: Cause, detail: str, lane: Lane = Lane.READS) -> None:
         """The tier itself failed: an error or a missed deadline."""
-        self.misses[cause] += 1
-        if not self.trouble and self.emit:
-            self.emit(TierChanged(tier=self.name, ok=False, detail=detail))
-        self.trouble = detail or cause
+        self.complains(cause, detail, lane)
+        if cause is Cause.DEADLINE:
+            self.guard.missed(lane, detail)
+        else:
+            self.guard.failed(lane, detail)
 
-    def transferred(self, direction: str, outcome: Outcome, *, was_cancelled: bool = False) -> None:
+    def complains(self, cause: Cause, detail: str, lane: Lane = Lane.READS) -> None:
+        """Something failed that no request waits for: reported, but the tier is asked on."""
+        self.misses[cause] += 1
+        self._troubled(lane, detail or cause)
+
+    def transferred(self, direction: str, outcome: Outcome, call: Call[Outcome]) -> None:
         """An object moved between this tier and the host, or failed to.
 
         A cancelled transfer says nothing about the tier: whoever waited in vain has counted it.
         """
-        if was_cancelled:
+        if call.was_cancelled:
             pass
-        elif outcome.cause is Cause.TIER_DOWN or outcome.cause is Cause.DEADLINE:
-            self.fails(outcome.cause, outcome.detail)
-        elif outcome.cause is not None:
-            self.misses[outcome.cause] += 1
-        else:
-            self.works()
+        elif outcome.cause is None:
+            if not call.was_late:
+                self.works(call.lane)
             if direction == "load":
                 self.hits += 1
                 self.loaded_nbytes += outcome.nbytes
             else:
                 self.stored += 1
                 self.stored_nbytes += outcome.nbytes
+        elif isinstance(call.error, Refused):
+            self.refused(outcome.cause)
+        elif outcome.cause is Cause.TIER_DOWN or outcome.cause is Cause.DEADLINE:
+            self.fails(outcome.cause, outcome.detail, call.lane)
+        else:
+            self.misses[outcome.cause] += 1
         if self.emit:
             self.emit(
                 TransferDone(
@@ -121,18 +168,20 @@ class Tier:
                 )
             )
 
+    def _opened(self, lane: Lane, detail: str) -> None:
+        self._troubled(lane, detail)
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class LowerTier(Tier):
-    """A tier below the host: a backend behind a guard."""
+    def _serves_again(self) -> None:
+        self._cleared(Lane.READS, "it answers again")
 
-    backend: Backend
-    guard: Guard
-    write: str
-    tails: bool
-    is_shared: bool
-    is_recovered: bool = True
-    """Whether the directory knows all that the tier held when it was opened."""
+    def _troubled(self, lane: Lane, detail: str) -> None:
+        if not self._troubles and self.emit:
+            self.emit(TierChanged(tier=self.name, ok=False, detail=detail))
+        self._troubles[lane] = detail
+
+    def _cleared(self, lane: Lane, detail: str) -> None:
+        if self._troubles.pop(lane, None) and not self._troubles and self.emit:
+            self.emit(TierChanged(tier=self.name, ok=True, detail=detail))
 
     @property
     def must_ask(self) -> bool:

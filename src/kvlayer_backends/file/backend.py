@@ -137,7 +137,10 @@ class FileBackend(Backend):
                 return [readonly("put", self.root) for _ in writes]
             stamps = self._uses.stamps(len(writes))
             keys = [write.key for write in writes]
-            present = await site.meta.run(site.files.present, keys)
+            present: list[tuple[int, int] | None] = [None] * len(writes)
+            if not janitor.has_room(sum(write.nbytes for write in writes)):
+                # Only what is not there yet may push others out: look before room is made.
+                present = await site.meta.run(site.files.present, keys)
             for key, found in zip(keys, present, strict=True):
                 if found is not None:
                     janitor.found(key, *found)
@@ -170,6 +173,8 @@ class FileBackend(Backend):
         finally:
             if granted is not None:
                 janitor.settle(granted, write.key, write.nbytes, used_ns, outcome)
+        if outcome.found is not None and write.key in site.quarantine.hidden:
+            return stuck(write.key, self.root)
         return outcome.error
 
     async def delete(self, keys: Sequence[ObjectKey], /) -> None:

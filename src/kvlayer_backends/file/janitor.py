@@ -171,6 +171,13 @@ class Janitor:
 
     # -- room ------------------------------------------------------------------------------------
 
+    def has_room(self, nbytes: int) -> bool:
+        """Whether ``grant`` would neither wait nor evict, as far as is known now."""
+        if not self._options.capacity:
+            return True
+        is_counted = self._recovered.is_set()
+        return is_counted and (self._ledger is None or self._ledger.excess(nbytes) <= 0)
+
     async def grant(self, nbytes: int) -> Ledger | BackendError | None:
         """Make room for a write of ``nbytes`` and count them; give the answer to ``settle``.
 
@@ -205,6 +212,8 @@ class Janitor:
         ledger.granted_nbytes -= nbytes
         if outcome.created:
             ledger.create(key, nbytes, used_ns)
+        elif outcome.found is not None:
+            ledger.add(key, *outcome.found)
         self._given_back.set()
 
     async def _make_room(self, ledger: Ledger, nbytes: int) -> BackendError | None:

@@ -34,6 +34,8 @@ class Outcome:
     """What a write did. The thread fills it, so that a cancelled wait loses nothing."""
 
     created: bool = False
+    found: tuple[int, int] | None = None
+    """Size and last use (ns) of the object that was there already: nothing was written."""
     error: BackendError | None = None
 
 
@@ -83,6 +85,9 @@ class ObjectFiles:
             path = self._paths.object(ObjectKey.parse(write.key))
         except ValueError as exc:
             outcome.error = BackendError(f"file://: {exc}", hint="build keys with ObjectKey.of")
+            return
+        (outcome.found,) = self.present([write.key])
+        if outcome.found is not None:
             return
         try:
             try:

@@ -99,6 +99,8 @@ def open_session() -> Iterator[OpenSession]:
             overrides: Mapping[str, Any] | None = None,
             **options: Any,
         ) -> Session:
+            # Tiny models compute faster than any disk loads: reuse would depend on the clock.
+            options.setdefault("report_prefill", False)
             tiers = [TierConfig(url="cpu://?capacity=16MiB")]
             if directory is not None:
                 url = f"file://{directory}"

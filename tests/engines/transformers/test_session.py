@@ -236,6 +236,23 @@ def test_a_portal_of_the_callers_stays_open(
     assert owner.generate(prompt(100), **NEW).loaded == 96
 
 
+def test_the_cache_hears_how_fast_prompts_are_computed(
+    llama: Any, open_session: OpenSession, prompt: Prompt
+) -> None:
+    def rate(session: Session) -> float | None:
+        return session.portal.cache.control.stats().prefill_tokens_per_second
+
+    silent, telling = open_session(llama), open_session(llama, report_prefill=True)
+    silent.generate(prompt(150), **NEW)
+    assert rate(silent) is None
+    telling.generate(prompt(20), **NEW)  # all of it is one pass, which answers, too
+    telling.load(prompt(1))  # waits until the report has been heard
+    assert rate(telling) is None
+    telling.generate(prompt(150), **NEW)
+    telling.load(prompt(1))
+    assert (rate(telling) or 0) > 0
+
+
 def test_a_closed_session_says_so(llama: Any, open_session: OpenSession, prompt: Prompt) -> None:
     session = open_session(llama)
     session.close()

@@ -250,6 +250,23 @@ async def test_storing_again_is_a_use_that_comes_before_making_room(tmp_path: Pa
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("capacity", [0, 2 * PAGE, PAGE])
+async def test_storing_what_another_process_stored_writes_nothing_and_counts_it(
+    tmp_path: Path, capacity: int
+) -> None:
+    async with (
+        opened(tmp_path, capacity=capacity) as mine,
+        opened(tmp_path, capacity=capacity) as other,
+    ):
+        await put(other, 3)
+        before = os.stat(Paths(str(tmp_path)).object(KEYS[3])).st_ino
+        assert mine.is_janitor and mine.objects == 0
+        assert await put(mine, 3) == [None]
+        assert os.stat(Paths(str(tmp_path)).object(KEYS[3])).st_ino == before
+        assert (mine.objects, mine.used_nbytes) == (1, PAGE)
+
+
+@pytest.mark.asyncio
 @pytest.mark.parametrize("wait", [False, True])
 async def test_reading_a_touched_path_root_first_keeps_its_root_longest(
     tmp_path: Path, wait: bool

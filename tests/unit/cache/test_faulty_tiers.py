@@ -129,6 +129,8 @@ async def _open(
                 write=write,
                 deadline_seconds=deadline,
                 max_inflight=max_inflight,
+                pause_seconds=0.001,
+                retries=0,
             ),
         ),
         tokens_per_chunk=16,
@@ -178,6 +180,8 @@ async def test_a_load_from_a_faulty_tier_is_a_miss_with_its_cause(
         assert cache.control.health().ok is (LOADS[fault] is Cause.CORRUPT)
 
         shelf.fault = ""  # it recovers without a restart
+        while not cache.stack.lower[0].guard.serves:  # noqa: ASYNC110  # a probe finds out
+            await asyncio.sleep(0)
         await cache.store(prompt, engine.view(slots))
         async with cache.lookup(prompt) as hit:
             assert (await cache.retrieve(hit, other.view(slots))).tokens == 64
@@ -238,7 +242,8 @@ async def test_a_tier_that_hangs_is_not_given_more_than_its_bound(shelf: type[Sh
             await cache.store(tokens(64, seed), engine.view(engine.slots(64, seed=seed)))
         assert shelf.calls <= 4  # max_inflight
         report = await cache.store(tokens(64, 9), engine.view(engine.slots(64)))
-        assert {failure.cause for failure in report.failed} == {Cause.BUSY}
+        assert {failure.cause for failure in report.failed} <= {Cause.BUSY, Cause.TIER_DOWN}
+        assert len(report.failed) == 4
         async with cache.lookup(tokens(64, 9)) as hit:
             assert hit.tokens == 64
     assert shelf.objects == {}
@@ -252,7 +257,8 @@ async def test_flush_does_not_wait_for_a_tier_that_hangs(shelf: type[Shelf]) -> 
         await cache.store(tokens(64), engine.view(engine.slots(64)))
         async with asyncio.timeout(30):
             await cache.flush()
-        assert cache.control.stats().tiers[1].misses[Cause.DEADLINE] == 4
+        # One was being written, three waited for their turn.
+        assert cache.control.stats().tiers[1].misses == {Cause.DEADLINE: 1, Cause.TIER_DOWN: 3}
         assert not cache.control.health().ok
 
 
@@ -286,8 +292,8 @@ async def test_a_hint_that_hangs_does_not_keep_the_tiers_only_turn(
             for hint in tuple(cache.stack.lower[0].guard._calls):
                 await hint.ended()  # the hint's deadline passes
         shelf.fault = ""
-        await cache.store(prompt, engine.view(slots))
-        assert len(shelf.objects) == 4
+        while len(shelf.objects) < 4:  # one write tries first, if the pause has passed
+            await cache.store(prompt, engine.view(slots))
 
 
 @pytest.mark.parametrize("fault", ["hangs", "fails", "breaks its contract"])

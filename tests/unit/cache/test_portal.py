@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
@@ -117,7 +119,7 @@ def test_an_interrupt_while_opening_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = set(threading.enumerate())
-    monkeypatch.setattr("kvlayer.portal.Future", _Interrupted)
+    monkeypatch.setattr("kvlayer.loop_thread.Future", _Interrupted)
     with pytest.raises(KeyboardInterrupt), Portal.open(config(tmp_path), layout()):
         pass
     for thread in threading.enumerate():
@@ -130,15 +132,57 @@ def test_work_that_exits_ends_the_portal_and_is_raised_where_it_was_opened() -> 
     async def leave(cache: Cache) -> None:
         raise SystemExit(3)
 
+    said: list[bool] = []
+
     def use() -> None:
         with Portal.open(config(), layout()) as portal:
-            with pytest.raises(SystemExit):
-                portal.submit(leave).result(10)
-            for thread in threading.enumerate():
-                if thread.name == "kvlayer-portal":
-                    thread.join(10)
-            with pytest.raises(ClosedError):
+            said.append(isinstance(portal.submit(leave).exception(10), SystemExit))
+            portal._thread.join(10)
+            try:
                 portal.call(Cache.flush)
+            except ClosedError:
+                said.append(True)
 
     with pytest.raises(SystemExit):
         use()
+    assert said == [True, True]
+
+
+def test_a_portal_lives_without_a_block_for_engines_that_start_and_stop(tmp_path: Path) -> None:
+    engine = Engine(layout(), 32)
+    view = engine.view(engine.slots(48))
+    portal = Portal.open(config(tmp_path, write="back"), layout())
+    portal.call(Cache.store, tokens(48), view)
+    portal.close()
+    portal.close()
+    again = Portal.open(config(tmp_path), layout())
+    assert again.call(_load, tokens(48), view) == 48
+    again.close(abandon=True)
+
+
+def test_an_interpreter_that_exits_with_a_portal_open_ends_cleanly(tmp_path: Path) -> None:
+    """Its pools of threads are gone by then, the tier below is being written to."""
+    code = f"""
+import sys, threading
+sys.path[:0] = {sys.path!r}
+from pathlib import Path
+from caches import config, layout, tokens
+from engine import Engine
+from kvlayer import Cache, Portal
+
+portal = Portal.open(config(Path({str(tmp_path)!r}), write="back"), layout())
+engine = Engine(layout(), 256)
+for seed in range(8):
+    portal.call(Cache.store, tokens(480, seed), engine.view(engine.slots(480, seed=seed)))
+portal.lookup([*tokens(480), 1, 2, 3])
+portal.submit(Cache.flush)
+print("leaves")
+"""
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "leaves\n", "")

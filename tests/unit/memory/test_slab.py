@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from kvlayer.errors import CapacityError, ClosedError
+from kvlayer.errors import CapacityError, ClosedError, UnsupportedError
+from kvlayer.memory.handle import SlabHandle
 from kvlayer.memory.slab import Slab
 
 PAGE = 4096
@@ -108,3 +110,119 @@ def test_without_memfd_the_memory_is_anonymous(monkeypatch: pytest.MonkeyPatch) 
     slab.view(0, 1)[0] = 7
     assert slab.view(0, 1)[0] == 7
     slab.close()
+
+
+# -- other processes ------------------------------------------------------------------------------
+
+
+def descriptors() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))
+
+
+@linux
+def test_an_attached_slab_is_the_same_memory_and_asks_for_no_descriptor_of_its_own() -> None:
+    slab = Slab(3 * PAGE)
+    before = descriptors()
+    copy = os.dup(slab.fd)
+    other = Slab.attach(copy)
+    os.close(copy)  # the caller's own, at once
+    assert (other.nbytes, other.fd) == (slab.nbytes, -1)
+    slab.view(PAGE, 2)[:] = b"kv"
+    other.view(PAGE + 2, 2)[:] = b"kv"
+    assert slab.view(PAGE, 4) == other.view(PAGE, 4) == b"kvkv"
+    other.close()
+    other.close()
+    assert descriptors() == before
+    with pytest.raises(ClosedError):
+        other.view(0, 1)
+    assert bytes(slab.view(PAGE, 4)) == b"kvkv"
+    slab.close()
+
+
+@linux
+def test_a_handle_finds_the_slab_from_another_process() -> None:
+    slab = Slab(2 * PAGE)
+    code = """
+import sys
+from kvlayer.memory.handle import SlabHandle
+from kvlayer.memory.slab import Slab
+slab = Slab.attach_to(SlabHandle(*map(int, sys.argv[1:])))
+assert bytes(slab.view(0, 4)) == b"from"
+slab.view(4096, 4)[:] = b"back"
+"""
+    slab.view(0, 4)[:] = b"from"
+    numbers = map(str, slab.handle.to_wire())
+    subprocess.run([sys.executable, "-c", code, *numbers], check=True)
+    assert bytes(slab.view(PAGE, 4)) == b"back"
+    slab.close()
+
+
+@linux
+def test_memory_lives_until_its_last_process_lets_go() -> None:
+    slab = Slab(PAGE)
+    other = Slab.attach_to(slab.handle)
+    slab.view(0, 1)[0] = 9
+    slab.close()
+    assert other.view(0, 1)[0] == 9
+    other.close()
+
+
+@linux
+def test_a_handle_of_what_is_gone_is_refused_and_leaves_nothing_open() -> None:
+    slab = Slab(PAGE)
+    handle = slab.handle
+    before = descriptors()
+    for wrong in (
+        handle._replace(pid=1 << 22),  # more than Linux counts to
+        handle._replace(fd=1 << 19),
+        handle._replace(inode=handle.inode + 1),
+    ):
+        with pytest.raises(UnsupportedError) as caught:
+            Slab.attach_to(wrong)
+        assert caught.value.hint
+    assert descriptors() == before
+    slab.close()
+    with pytest.raises(UnsupportedError):
+        _ = slab.handle
+    with pytest.raises(UnsupportedError):
+        Slab.attach_to(handle)
+
+
+@linux
+def test_only_memory_whose_size_is_fixed_is_mapped(tmp_path: Path) -> None:
+    """Another process could shrink it: touching what is gone ends this process."""
+    slab = Slab(PAGE)
+    with pytest.raises(PermissionError):
+        os.ftruncate(slab.fd, 0)
+    with pytest.raises(PermissionError):
+        os.ftruncate(slab.fd, 2 * PAGE)
+    slab.close()
+    path = tmp_path / "file"
+    path.write_bytes(bytes(PAGE))
+    loose = os.memfd_create("loose", os.MFD_ALLOW_SEALING)
+    os.ftruncate(loose, PAGE)
+    plain = os.open(path, os.O_RDWR)
+    for fd in (loose, plain, -1):
+        with pytest.raises(UnsupportedError) as caught:
+            Slab.attach(fd)
+        assert caught.value.hint
+    os.close(loose)
+    os.close(plain)
+
+
+def test_without_a_descriptor_there_is_no_handle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    slab = Slab(PAGE)
+    with pytest.raises(UnsupportedError) as caught:
+        _ = slab.handle
+    assert caught.value.hint
+    slab.close()
+
+
+@linux
+def test_a_handle_survives_the_wire_and_nothing_else_is_one() -> None:
+    handle = SlabHandle(1, 2, 3, 4096)
+    assert SlabHandle.from_wire(handle.to_wire()) == handle
+    for wire in (None, [], [1, 2, 3], [1, 2, 3, -4], [1, 2, 3, "4"], [1, 2, 3, True], [1] * 5):
+        with pytest.raises(ValueError, match="not a slab's handle"):
+            SlabHandle.from_wire(wire)

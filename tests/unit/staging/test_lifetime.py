@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import mmap
 import os
 import subprocess
@@ -12,6 +13,7 @@ import threading
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,6 +30,7 @@ from kvlayer.staging.torch_stager import TorchStager
 GROUP = KVGroup(AttentionKind.MHA, (0, 1), "bfloat16", 2, 8)
 LAYOUT = KVLayout.single(GROUP, NHD, tokens_per_block=4)
 PAYLOAD = Payload.of(GROUP, Part(0, (0, 2), (0, 2)), 8)
+OFFSETS = [PAYLOAD.layer_offset(layer) for layer in range(2)]
 
 
 class DevicePathStager(TorchStager):
@@ -187,40 +190,141 @@ async def test_a_closed_stager_with_its_own_thread_refuses_work() -> None:
         await stager.gather(view(), [])
 
 
+class Gated(TorchStager):
+    """Each batch waits for its turn: ``go[i]`` lets the i-th one move, or fail."""
+
+    def __init__(self, *args: Any, fails: tuple[int, ...] = (), **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.began = [threading.Event() for _ in range(8)]
+        self.go = [threading.Event() for _ in range(8)]
+        self.ended: list[int] = []
+        self._fails = fails
+        self._counter = itertools.count()
+
+    def _copy(self, lent: KVView, moves: Any, opened: Any, gather: bool) -> None:
+        number = next(self._counter)
+        self.began[number].set()
+        assert self.go[number].wait(30)
+        try:
+            if number in self._fails:
+                own = np.frombuffer(moves[0].host, np.uint8)  # a view in the frame that fails
+                raise RuntimeError(f"batch {number} broke at {len(own)} bytes")
+            super()._copy(lent, moves, opened, gather)
+        finally:
+            self.ended.append(number)
+
+    async def has_begun(self, *numbers: int) -> None:
+        loop = asyncio.get_running_loop()
+        for number in numbers:
+            assert await loop.run_in_executor(None, self.began[number].wait, 30)
+
+
+@pytest.fixture
+def a_batch_per_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_stager, "_BATCH_NBYTES", 1)
+    monkeypatch.setattr(torch_stager, "_LEAST_NBYTES", 1)
+
+
 @pytest.mark.asyncio
-async def test_a_cancelled_call_ends_its_batch_and_starts_no_other(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch_stager, "_BATCH_NBYTES", 1)  # one batch per copy
-    started, go = threading.Event(), threading.Event()
-    copied: list[int] = []
-
-    class Slow(TorchStager):
-        def _copy(self, lent: KVView, moves: Any, gather: bool) -> None:
-            started.set()
-            assert go.wait(10)
-            super()._copy(lent, moves, gather)
-            copied.append(len(moves))
-
+@pytest.mark.usefixtures("a_batch_per_layer")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+async def test_a_cancelled_call_ends_its_running_batches_and_starts_no_other(threads: int) -> None:
     memory = slab(3)
     host = memoryview(memory)
     parts = [host[i * PAYLOAD.nbytes : (i + 1) * PAYLOAD.nbytes] for i in range(3)]
-    stager = Slow(LAYOUT)
+    stager = Gated(LAYOUT, threads=threads)
     call = asyncio.create_task(
         stager.gather(view(), [HostCopy(PAYLOAD, part, 0, 8) for part in parts])
     )
-    await asyncio.get_running_loop().run_in_executor(None, started.wait, 10)
+    await stager.has_begun(*range(threads))
     call.cancel()
     await asyncio.sleep(0)
-    assert not call.done()  # the lent memory is still being written
-    go.set()
+    for number in range(threads):
+        assert not call.done()  # lent memory is still being written
+        stager.go[number].set()
     with pytest.raises(asyncio.CancelledError):
         await call
-    assert copied == [1]
-    assert any(parts[0])
-    assert not any(parts[1])
-    for part in parts:
-        part.release()
-    host.release()
+    assert sorted(stager.ended) == list(range(threads))
+    layers = [part[at : at + PAYLOAD.layer_nbytes] for part in parts for at in OFFSETS]
+    assert [any(layer) for layer in layers] == [i < threads for i in range(6)]
+    for lent in (*layers, *parts, host):
+        lent.release()
     memory.close()
     await stager.aclose()
+
+
+@pytest.mark.asyncio
+@pytest.mark.usefixtures("a_batch_per_layer")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+async def test_a_batch_that_fails_ends_the_call_once_the_others_have_ended(threads: int) -> None:
+    memory = slab(3)
+    host = memoryview(memory)
+    parts = [host[i * PAYLOAD.nbytes : (i + 1) * PAYLOAD.nbytes] for i in range(3)]
+    stager = Gated(LAYOUT, threads=threads, fails=(0, 1))
+    gc.disable()
+    try:
+        call = asyncio.create_task(
+            stager.gather(view(), [HostCopy(PAYLOAD, part, 0, 8) for part in parts])
+        )
+        await stager.has_begun(*range(threads))
+        # The thread that failed may find the next batch waiting before the loop hears of it.
+        for gate in stager.go[:1] + stager.go[threads:]:
+            gate.set()
+        for number in range(1, threads):
+            await turns()
+            assert not call.done()  # a copy is still running
+            stager.go[number].set()
+        with pytest.raises(RuntimeError, match=r"batch \d broke") as caught:
+            await call
+        assert len(stager.ended) <= threads + 1
+        assert {*range(threads)} <= {*stager.ended}
+        assert caught.value.__traceback__ is not None
+        for part in (*parts, host):
+            part.release()
+        memory.close()  # while the error is still held
+    finally:
+        gc.enable()
+    await stager.aclose()
+
+
+async def turns(count: int = 20) -> None:
+    """Let the loop do everything it has to do."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.asyncio
+@pytest.mark.usefixtures("a_batch_per_layer")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+async def test_as_many_batches_run_at_once_as_there_are_threads(threads: int) -> None:
+    stager = Gated(LAYOUT, threads=threads)
+    copies = [HostCopy(PAYLOAD, memoryview(bytearray(PAYLOAD.nbytes)), 0, 8) for _ in range(3)]
+    call = asyncio.create_task(stager.gather(view(), copies))
+    await stager.has_begun(*range(threads))
+    await turns()
+    assert [began.is_set() for began in stager.began] == [i < threads for i in range(8)]
+    for gate in stager.go:
+        gate.set()
+    await call
+    assert sorted(stager.ended) == list(range(6))
+    await stager.aclose()
+
+
+@pytest.mark.asyncio
+async def test_calls_side_by_side_share_the_threads_and_do_not_mix() -> None:
+    stager = TorchStager(LAYOUT, threads=2)
+    lent = [view() for _ in range(8)]
+    hosts = [memoryview(bytearray(PAYLOAD.nbytes)) for _ in lent]
+    copies = [[HostCopy(PAYLOAD, host, 0, 8)] for host in hosts]
+    await asyncio.gather(*(stager.gather(v, c) for v, c in zip(lent, copies, strict=True)))
+    for v, host in zip(lent, hosts, strict=True):
+        for tensor, at in zip(v.caches[0], OFFSETS, strict=True):
+            rows = tensor.view(torch.int16).permute(0, 3, 1, 2, 4)[:, :, :2].contiguous()
+            assert host[at : at + PAYLOAD.layer_nbytes] == rows.numpy().tobytes()
+    await stager.aclose()
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_a_stager_without_threads_is_refused(threads: int) -> None:
+    with pytest.raises(ValueError, match="at least one thread"):
+        TorchStager(LAYOUT, threads=threads)

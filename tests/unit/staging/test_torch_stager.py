@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -25,7 +27,7 @@ from kvlayer.layout import (
     KVView,
 )
 from kvlayer.payload import Payload
-from kvlayer.staging import host_cache
+from kvlayer.staging import steps, torch_stager
 from kvlayer.staging.device_cache import DeviceCache
 from kvlayer.staging.torch_stager import TorchStager
 
@@ -55,6 +57,7 @@ class DevicePathStager(TorchStager):
 
 
 STAGERS = st.sampled_from([TorchStager, DevicePathStager])
+THREADS = st.integers(1, 3)
 
 
 @dataclass
@@ -211,11 +214,20 @@ def parts(draw: st.DrawFn, group: KVGroup, within: GroupLayout | None = None) ->
     return Part(0, draw(ranges(l1, l0)), draw(ranges(h1, h0)) if mha else None)
 
 
-def any_path(data: st.DataObject) -> Any:
-    """Small test blocks take the paths of large ones, too: a copy per block, or one for all."""
-    sizes = st.sampled_from([0, 1 << 30])
-    names = ("_READ_NBYTES", "_WRITE_NBYTES", "_LONG_ROW")
-    return patch.multiple(host_cache, **{name: data.draw(sizes) for name in names})
+@contextmanager
+def any_path(data: st.DataObject) -> Generator[None]:
+    """Small test blocks take the paths of large ones, too, and small calls are split."""
+    sizes = {
+        "_STRETCH_NBYTES": st.sampled_from([0, 1 << 30]),
+        "_TEMPORARY_NBYTES": st.sampled_from([1, 100, 1 << 20]),
+        "_GRAIN_NBYTES": st.sampled_from([1, 4, 512]),
+    }
+    batch = data.draw(st.sampled_from([1, 100, 1 << 20]))
+    with (
+        patch.multiple(steps, **{name: data.draw(size) for name, size in sizes.items()}),
+        patch.multiple(torch_stager, _BATCH_NBYTES=batch, _LEAST_NBYTES=1),
+    ):
+        yield
 
 
 def payload_of(data: st.DataObject, group: KVGroup, part: Part, tokens: int) -> Payload:
@@ -283,7 +295,7 @@ async def test_gather_equals_copying_token_by_token(
     payload = payload_of(data, group, data.draw(parts(group, engine.layout)), tokens)
     host = random_host(payload, np.random.default_rng(0))
     before = bytes(host)
-    stager = stager_type(KVLayout((engine.layout,)))
+    stager = stager_type(KVLayout((engine.layout,)), threads=data.draw(THREADS))
     view = engine.view(as_buffer(slots, buffer))
     with any_path(data):
         await stager.gather(view, [HostCopy(payload, host, first, tokens)])
@@ -323,7 +335,7 @@ async def test_scatter_writes_what_the_rank_holds_and_nothing_else(
     host = random_host(payload, np.random.default_rng(1))
     copy = HostCopy(payload, host.toreadonly(), first, tokens, skip)
     expected = scatter_oracle(engine, copy, slots)
-    stager = stager_type(KVLayout((engine.layout,)))
+    stager = stager_type(KVLayout((engine.layout,)), threads=data.draw(THREADS))
     with any_path(data):
         await stager.scatter(engine.view(as_buffer(slots, buffer)), [copy])
     await stager.aclose()
@@ -359,8 +371,9 @@ async def test_what_one_layout_stores_any_other_layout_loads_bit_for_bit(
         host = memoryview(bytearray(payload.nbytes))
         copies.append(HostCopy(payload, host, start, held))
     for engine, order, copy in ((source, slots[0], "gather"), (target, slots[1], "scatter")):
-        stager = TorchStager(KVLayout((engine.layout,)))
-        await getattr(stager, copy)(engine.view(torch.tensor(order)), copies)
+        stager = TorchStager(KVLayout((engine.layout,)), threads=data.draw(THREADS))
+        with any_path(data):
+            await getattr(stager, copy)(engine.view(torch.tensor(order)), copies)
         await stager.aclose()
     for stored, loaded in zip(source.state(), target.state(), strict=True):
         for a, b in zip(stored, loaded, strict=True):

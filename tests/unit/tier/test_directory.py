@@ -196,6 +196,11 @@ class DirectoryMachine(RuleBasedStateMachine):
         assert len(self.directory) == len({n for n, _ in expected})
 
     @invariant()
+    def what_each_tier_holds_is_counted(self) -> None:
+        for tier in range(1, 4):
+            assert self.directory.held(tier) == sum(tier in t for t in self.tiers.values())
+
+    @invariant()
     def covers_are_fresh(self) -> None:
         for number in range(3):
             ready = {

@@ -238,25 +238,27 @@ def _crowd(policy: type[EvictionPolicy], count: int) -> tuple[EvictionPolicy, li
     return tested, keys[2 * count :]
 
 
+def _costs(policy: type[EvictionPolicy], count: int) -> dict[str, tuple[int, int]]:
+    """What each call costs among ``count`` objects of every kind."""
+    tested, free = _crowd(policy, count)
+    return {
+        "touch": _cost(lambda: tested.touch(free[:1])),
+        "admit": _cost(lambda: tested.admit(free[:1])),
+        "pin": _cost(lambda: tested.pin(free[0])),
+        "unpin": _cost(lambda: tested.unpin(free[:1])),
+        "demote": _cost(lambda: tested.demote(free[1])),
+        "victim, demoted": _cost(tested.victim),
+        "remove": _cost(lambda: tested.remove(free[1])),
+        "victim": _cost(tested.victim),
+        "arrival": _cost(lambda: tested.admit(free[1:2])),
+    }
+
+
 @pytest.mark.parametrize("policy", ALL)
 def test_every_call_costs_the_same_with_ten_or_five_thousand_objects(
     policy: type[EvictionPolicy],
 ) -> None:
-    costs: list[dict[str, tuple[int, int]]] = []
-    for count in (10, 5_000):
-        tested, free = _crowd(policy, count)
-        cost: dict[str, tuple[int, int]] = {}
-        cost["touch"] = _cost(lambda: tested.touch(free[:1]))
-        cost["admit"] = _cost(lambda: tested.admit(free[:1]))
-        cost["pin"] = _cost(lambda: tested.pin(free[0]))
-        cost["unpin"] = _cost(lambda: tested.unpin(free[:1]))
-        cost["demote"] = _cost(lambda: tested.demote(free[1]))
-        cost["victim, demoted"] = _cost(tested.victim)
-        cost["remove"] = _cost(lambda: tested.remove(free[1]))
-        cost["victim"] = _cost(tested.victim)
-        cost["arrival"] = _cost(lambda: tested.admit(free[1:2]))
-        costs.append(cost)
-    few, many = costs
+    few, many = _costs(policy, 10), _costs(policy, 5_000)
     for call in few:
         # A branch more is a few instructions; a walk over objects or pins would take thousands.
         assert many[call][0] <= few[call][0] + 60, call

@@ -14,6 +14,7 @@ from kvlayer.events import ObjectQuarantined, TierChanged, TransferDone
 from kvlayer.keys import ChunkChain
 from kvlayer.results import Cause, Failure
 from kvlayer.tier.directory import Host
+from kvlayer.tier.guard import Lane
 from kvlayer.tier.loads import Wanted
 
 SOON = 0.002
@@ -214,6 +215,7 @@ async def test_a_deadline_is_a_miss_and_the_late_landing_harms_nobody(is_stubbor
     await rig.settled()
     idle(rig)
     rig.tier.guard.deadline = 30.0
+    rig.tier.works()  # as a probe would find
     assert await load(rig, chain) == (2, [])
     assert rig.tier.health().ok
     await rig.aclose()
@@ -229,6 +231,9 @@ async def test_past_the_bound_of_stuck_transfers_a_load_is_refused_at_once() -> 
     rig.backend.gate, rig.backend.is_stubborn = asyncio.Event(), True
     assert (await load(rig, first))[1][0].cause is Cause.DEADLINE
     rig.tier.guard.deadline = 30.0
+    done, (failure,) = await load(rig, second)
+    assert (done, failure.cause) == (0, Cause.TIER_DOWN)
+    rig.tier.works()  # as a probe would find: the transfer is stuck all the same
     done, (failure,) = await load(rig, second)
     assert (done, failure.cause) == (0, Cause.BUSY)
     assert rig.tier.misses[Cause.BUSY] == 1
@@ -364,6 +369,7 @@ async def test_a_failing_tier_is_a_miss_and_is_reported_until_it_serves_again(
     assert rig.planner.match(chain).tokens == 32  # the objects may well be there
     idle(rig)
     rig.backend.raises = rig.backend.fails = rig.backend.results = None
+    rig.tier.guard.breaker(Lane.READS).succeeded()  # a deadline opens it at once
     assert await load(rig, chain) == (2, [])
     assert rig.tier.health().ok
     changes = [e.ok for e in rig.events if isinstance(e, TierChanged)]

@@ -10,9 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlayer._pack import pack, unpack
+from kvlayer.errors import MessageError
 from kvlayer.keys import ObjectKey, Part
+from kvlayer.memory.handle import SlabHandle
 from kvlayer.results import Cause
-from kvlayer.tier.messages import Outcome, Piece
+from kvlayer.tier.messages import (
+    MAX_PIECES,
+    VERSION,
+    Completion,
+    Greeting,
+    Order,
+    Outcome,
+    Piece,
+    Verb,
+)
 
 KEY = ObjectKey.of("ab" * 32, "0", bytes(32), Part(0, (0, 4), (0, 2)))
 NUMBERS = st.integers(0, (1 << 63) - 1)
@@ -116,3 +127,90 @@ def test_what_is_no_list_of_a_piece_is_refused(wire: Any) -> None:
         Piece.from_wire(wire)
     with pytest.raises(ValueError):  # noqa: PT011
         Outcome.from_wire(wire)
+
+
+# -- whole messages -------------------------------------------------------------------------------
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+PIECES = st.lists(st.builds(Piece, KEYS, NUMBERS, NUMBERS, NUMBERS, NUMBERS), max_size=4)
+OUTCOMES = st.lists(
+    st.builds(Outcome, KEYS, st.none() | st.sampled_from(Cause), TEXT, NUMBERS, st.floats(0, 1e9)),
+    max_size=4,
+)
+ORDERS = st.builds(
+    Order,
+    NUMBERS,
+    NUMBERS,
+    st.sampled_from(Verb),
+    TEXT,
+    NUMBERS,
+    NUMBERS,
+    PIECES.map(tuple),
+)
+COMPLETIONS = st.builds(Completion, NUMBERS, NUMBERS, OUTCOMES.map(tuple))
+HANDLES = st.builds(SlabHandle, NUMBERS, NUMBERS, NUMBERS, NUMBERS)
+GREETINGS = st.builds(
+    Greeting, HANDLES, st.lists(st.lists(TEXT, max_size=3).map(tuple), min_size=1).map(tuple)
+)
+MESSAGES = ORDERS | COMPLETIONS | GREETINGS
+KINDS = (Order, Completion, Greeting)
+
+
+@given(message=MESSAGES)
+def test_a_message_survives_the_wire_and_is_taken_for_nothing_else(
+    message: Order | Completion | Greeting,
+) -> None:
+    packed = message.to_bytes()
+    for kind in KINDS:
+        if kind is type(message):
+            again = kind.from_bytes(packed)
+            assert again == message
+            assert type(again) is type(message)
+        else:
+            with pytest.raises(MessageError, match="expected a") as caught:
+                kind.from_bytes(packed)
+            assert caught.value.hint
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(packed=st.binary(max_size=40) | JUNK.map(pack))
+def test_bytes_that_are_no_message_are_refused(
+    kind: type[Order] | type[Completion] | type[Greeting], packed: bytes
+) -> None:
+    with pytest.raises(MessageError):
+        kind.from_bytes(packed)
+
+
+@given(message=MESSAGES, at=st.integers(2, 9), value=JUNK)
+def test_one_wrong_field_never_makes_another_message(
+    message: Order | Completion | Greeting, at: int, value: Any
+) -> None:
+    wire: Any = unpack(message.to_bytes())
+    changed = [*wire[:at], value, *wire[at + 1 :]]
+    try:
+        again = type(message).from_bytes(pack(changed))
+    except MessageError:
+        return
+    assert unpack(again.to_bytes()) == unpack(pack(changed))
+
+
+@given(message=MESSAGES, cut=st.integers(1, 40))
+def test_a_truncated_message_is_refused(message: Order | Completion | Greeting, cut: int) -> None:
+    with pytest.raises(MessageError):
+        type(message).from_bytes(message.to_bytes()[:-cut])
+
+
+@given(message=MESSAGES)
+def test_another_version_is_named(message: Order | Completion | Greeting) -> None:
+    wire: Any = unpack(message.to_bytes())
+    for version in (VERSION + 1, None, "1"):
+        with pytest.raises(MessageError, match="found version") as caught:
+            type(message).from_bytes(pack([wire[0], version, *wire[2:]]))
+        assert "same kvlayer-core" in str(caught.value.hint)
+
+
+def test_the_longest_order_fits_into_what_is_read() -> None:
+    order = Order(1, 0, Verb.GATHER, "r", 0, 9, (Piece(KEY, 0, 1, 0, 1),) * MAX_PIECES)
+    assert Order.from_bytes(order.to_bytes()) == order
+    outcomes = (Outcome(KEY),) * MAX_PIECES
+    assert len(Completion.from_bytes(Completion(1, 0, outcomes).to_bytes()).outcomes) == MAX_PIECES

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from stacks import (
     NAMESPACE,
+    TAIL,
     Clock,
     chain_of,
     check_accounts,
@@ -141,6 +142,28 @@ def test_tail_probes_are_longest_first_at_the_first_missing_chunk() -> None:
     assert len(keys) == 3
 
 
+def test_nothing_is_asked_below_a_tail_that_is_there() -> None:
+    planner, chain = make_planner(), chain_of(30)  # one chunk, then tails of 12, 8 and 4
+    store(planner, chain_of(16))
+    longest, middle, _ = chain.tails(1)
+    planner.note([ObjectKey.of(NAMESPACE, "0", middle.hash, FULL)], 1)
+    assert [k.chunk for k in planner.tail_probes(chain)] == [longest.hash]
+    assert not planner.is_final(planner.match(chain))
+    planner.note([ObjectKey.of(NAMESPACE, "0", longest.hash, FULL)], 1)
+    assert planner.tail_probes(chain) == []
+    assert planner.is_final(planner.match(chain))
+
+
+@pytest.mark.parametrize("count", [0, 3, 4, 15, 16, 18, 30, 32])
+def test_a_match_of_all_that_has_a_name_is_final(count: int) -> None:
+    planner, chain = make_planner(), chain_of(count)
+    assert planner.is_final(planner.match(chain)) == (count < TAIL)
+    store(planner, chain, tail=True)
+    match = planner.match(chain)
+    assert match.tokens == chain.named_tokens == count // TAIL * TAIL
+    assert planner.is_final(match)
+
+
 def test_shards_of_other_ranks_are_probed_as_this_rank_cuts() -> None:
     planner, chain = make_planner(head_shards=2), chain_of(16)
     keys = planner.probes(chain)
@@ -176,18 +199,39 @@ def test_an_object_of_another_namespace_is_not_believed() -> None:
     assert planner.match(chain).tokens == 0
 
 
+def claimed(planner: Planner, match: Match, lease: Lease) -> Match:
+    """What a retrieve would load, let go of again."""
+    now = planner.claim(match, lease)
+    assert all(found.pins for found in now.path())
+    planner.unpin(now.path())
+    return now
+
+
+def test_a_claimed_match_stays_whoever_releases_its_lease() -> None:
+    planner, chain = make_planner(), chain_of(64)
+    store(planner, chain)
+    match = planner.match(chain)
+    lease = planner.lease(match, owner="", seconds=5.0)
+    claim = planner.claim(match, lease)
+    assert planner.release(lease.number)
+    assert planner.evict(claim.path(), Cause.CLEARED, "") == []
+    planner.unpin(claim.path())
+    assert len(planner.evict(claim.path(), Cause.CLEARED, "")) == 4
+    check_accounts(planner, idle=True)
+
+
 def test_an_expired_lease_leaves_what_is_still_usable() -> None:
     clock = Clock()
     planner, chain = make_planner(clock=clock), chain_of(64)
     store(planner, chain)
     match = planner.match(chain)
     lease = planner.lease(match, owner="", seconds=5.0)
-    assert planner.current(match, lease) is match
+    assert claimed(planner, match, lease) is match
     clock.now += 5.0
     planner.evict(records(planner, chain, 1), Cause.CLEARED, "")
-    assert planner.current(match, lease) == match  # nothing expires by itself; this call did it
+    assert claimed(planner, match, lease) == match  # nothing expires by itself; this call did it
     planner.evict(records(planner, chain, 1), Cause.CLEARED, "")
-    assert stops(planner.current(match, lease)) == [16]
+    assert stops(claimed(planner, match, lease)) == [16]
     check_accounts(planner, idle=True)
 
 
@@ -201,7 +245,7 @@ def test_an_expired_hybrid_match_never_skips_what_its_end_needs() -> None:
     lease = planner.lease(match, owner="", seconds=5.0)
     store(planner, chain, first_token=48)
     clock.now += 5.0
-    again = planner.current(match, lease)
+    again = claimed(planner, match, lease)
     assert again.tokens == 48
     parts = [[r.part for cover in covers for r in cover] for covers in again.covers]
     assert parts == [[FULL], [FULL, WINDOW], [FULL, WINDOW, STATE]]
@@ -668,7 +712,7 @@ class PlannerMachine(RuleBasedStateMachine):
     def use_lease(self, choice: random.Random) -> None:
         if self.leases:
             match, lease = choice.choice(self.leases)
-            now = self.planner.current(match, lease)
+            now = claimed(self.planner, match, lease)
             assert now.tokens <= match.tokens
             self.is_sound(now)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 from stacks import CHUNK, Rig, chain_of, check_accounts, hybrid_layout, make_rig
@@ -12,6 +13,7 @@ from kvlayer.keys import ChunkChain, Part
 from kvlayer.layout import KVView
 from kvlayer.results import Cause
 from kvlayer.tier.directory import Host
+from kvlayer.tier.messages import Outcome, Piece
 from kvlayer.tier.stack import Window
 
 FULL, WINDOW, STATE = Part(0, (0, 2), (0, 2)), Part(1, (0, 1), (0, 2)), Part(2, (0, 1), None)
@@ -145,6 +147,33 @@ async def test_a_scatter_that_fails_lets_go_of_every_transfer() -> None:
     match = rig.planner.match(chain)
     with pytest.raises(RuntimeError, match="device lost"):
         await rig.stack.retrieve(match, view(64), Window(0, 64))
+    await rig.settled()
+    check_accounts(rig.planner, idle=True)
+    await rig.aclose()
+
+
+@pytest.mark.asyncio
+async def test_what_a_scatter_misses_ends_the_prefix_and_the_load(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig, chain = make_rig(), chain_of(64)
+    await rig.send_down(chain)
+    await rig.stack.promote(rig.planner.match(chain_of(32)))  # the rest is a batch of its own
+    rig.backend.gate = asyncio.Event()
+    calls: list[list[int]] = []
+
+    async def scatter(_: KVView, pieces: Sequence[Piece], start: int, stop: int) -> list[Outcome]:
+        calls.append([piece.first_token for piece in pieces])
+        return [Outcome(pieces[1].key, Cause.RANK_DOWN, "rank 1: no luck")]
+
+    monkeypatch.setattr(rig.stack.mover, "scatter", scatter)
+    report = await rig.stack.retrieve(rig.planner.match(chain), view(64), Window(0, 64))
+    assert calls == [[0, 16]]
+    assert report.tokens == 16
+    assert [(f.span.start, f.cause, f.detail) for f in report.failed] == [
+        (16, Cause.RANK_DOWN, "rank 1: no luck")
+    ]
+    rig.backend.gate.set()
     await rig.settled()
     check_accounts(rig.planner, idle=True)
     await rig.aclose()

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
-from kvlayer import KVView, Portal, Scope, StoreReport
+from kvlayer import Cache, KVView, Portal, Scope, StoreReport
 from kvlayer.errors import (
     ClosedError,
     ForkedError,
@@ -70,6 +70,14 @@ class Carrier:
         arrival = self._ask(Arrival(), load_rows, rows, prompts.columns, step, lend)
         past = as_cache(lent[0] if arrival.columns else [], arrival.columns)
         return Loading(past, arrival.columns, arrival.failed)
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        """Tell the cache how fast the model computes prompts. Waits for nothing."""
+
+        async def report(cache: Cache) -> None:
+            cache.report_prefill(tokens, seconds)
+
+        self.portal.submit(report)
 
     def save(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from types import TracebackType
@@ -54,17 +55,21 @@ class Session:
         pass_tokens: int | None = None,
         exact: bool = True,
         keep_answers: bool = True,
+        report_prefill: bool = True,
         geometry: Geometry | None = None,
     ) -> None:
         """``portal`` stays the caller's and was opened with this model's ``Geometry.of(model)``.
 
-        ``pass_tokens`` is a multiple of the cache's chunk, by default two chunks. Raises
-        ``UnsupportedError`` for a model whose past kvlayer cannot carry.
+        ``pass_tokens`` is a multiple of the cache's chunk, by default two chunks. With
+        ``report_prefill`` the cache hears how fast the model computes prompts, and leaves on slow
+        tiers what is computed faster than it is loaded. Raises ``UnsupportedError`` for a model
+        whose past kvlayer cannot carry.
         """
         self.model = model
         self.geometry = geometry or Geometry.of(model)
         self.exact = exact
         self.keep_answers = keep_answers
+        self.report_prefill = report_prefill
         if portal.cache.namespace.groups != self.geometry.groups:
             raise LayoutError(
                 "the portal was opened for other KV groups than this model's",
@@ -93,6 +98,7 @@ class Session:
         pass_tokens: int | None = None,
         exact: bool = True,
         keep_answers: bool = True,
+        report_prefill: bool = True,
         geometry: Geometry | None = None,
         sinks: Iterable[Sink] = (),
     ) -> Self:
@@ -116,6 +122,7 @@ class Session:
                 pass_tokens=width,
                 exact=exact,
                 keep_answers=keep_answers,
+                report_prefill=report_prefill,
                 geometry=geometry,
             )
             session._owned = opened.pop_all()
@@ -248,6 +255,7 @@ class Session:
     def _compute(self, prompts: Prompts, past: Past, start: int, on_pass: OnPass | None) -> None:
         """All passes over the prompts but the last, which is ``model.generate``'s."""
         device, width = self.model.device, self.pass_tokens
+        began, computed = time.perf_counter(), 0
         with torch.no_grad():
             for begin, end in passes(start, (prompts.columns - 1) // width * width, width):
                 self.model(
@@ -257,8 +265,13 @@ class Session:
                     **prompts.padding(begin, end, device),
                     **self._last_only,
                 )
+                computed += (end - begin) * prompts.rows
                 if on_pass is not None:
                     on_pass(end, prompts.columns)
+        if computed and self.report_prefill:
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)  # what is queued is not computed yet
+            self._carrier.computed(computed, time.perf_counter() - began)
 
     def _save(
         self, answers: Prompts, ends: list[int], past: Past, scope: Scopes, *, loaded: int

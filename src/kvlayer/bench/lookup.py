@@ -1,0 +1,95 @@
+"""What a request pays before anything moves: name a prompt, find it, lease it, let it go."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from array import array
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from statistics import median
+
+from kvlayer.bench.measure import Row, seconds_of
+from kvlayer.bench.prompts import bare_chain, prompt
+from kvlayer.cache import Cache
+from kvlayer.config import CacheConfig, TierConfig
+from kvlayer.errors import CapacityError
+from kvlayer.keys import Scope
+from kvlayer.layout import NHD, AttentionKind, KVGroup, KVLayout
+from kvlayer.payload import ALIGNMENT
+
+__all__ = ["lookup_rows"]
+
+_TOKENS = 32_768
+_CHUNK = 256
+_CHUNKS = _TOKENS // _CHUNK
+_PUBLIC = Scope()
+# The least KV there is, one page a chunk: lookups never touch it, so it is not even committed.
+_GROUP = KVGroup(AttentionKind.MHA, (0,), "bfloat16", 1, 1)
+_LAYOUT = KVLayout.single(_GROUP, NHD, tokens_per_block=_CHUNK)
+
+
+@dataclass(slots=True)
+class _Filled:
+    """A cache and the prompts that are resident in it."""
+
+    cache: Cache
+    prompts: list[array[int]]
+
+    async def lookup(self, number: int) -> float:
+        """Seconds of one lookup; a prompt's turn comes again when all others have had theirs."""
+        # A copy, because a request's tokens have just been made: they are in the processor's cache.
+        tokens = self.prompts[number % len(self.prompts)][:]
+        started = time.perf_counter()
+        async with self.cache.lookup(tokens) as hit:
+            pass
+        seconds = time.perf_counter() - started
+        if hit.tokens != _TOKENS:
+            raise CapacityError(f"{hit.tokens} of {_TOKENS} tokens were found")
+        return seconds
+
+
+async def lookup_rows(rounds: int, *, few: int = 8, many: int = 782) -> list[Row]:
+    """``lookup.32k.1k`` and ``lookup.32k.100k``: seconds for one lookup of 32,768 tokens.
+
+    ``few`` and ``many`` are the prompts resident in two caches that take turns. The ceiling of the
+    first is naming the prompt with a bare sha256 chain; that of the second is the first.
+    """
+    async with _filled(few) as small, _filled(many) as large:
+        samples: list[tuple[float, float, float]] = []
+        for number in range(20 * rounds):
+            packed = small.prompts[number % few].tobytes()
+            bare = seconds_of(lambda: bare_chain(packed, 4 * _CHUNK))  # noqa: B023  # called here
+            samples.append((bare, await small.lookup(number), await large.lookup(number)))
+    bare, in_small, in_large = (median(column) for column in zip(*samples[few:], strict=True))
+    return [
+        Row("lookup.32k.1k", in_small, "s", bare),
+        Row("lookup.32k.100k", in_large, "s", in_small),
+    ]
+
+
+@asynccontextmanager
+async def _filled(prompts: int) -> AsyncGenerator[_Filled]:
+    """A cache in which ``prompts`` prompts of 128 chunks are resident, looked up in any order."""
+    capacity = (prompts * _CHUNKS + _CHUNKS) * ALIGNMENT
+    config = CacheConfig(tiers=(TierConfig(url=f"cpu://?capacity={capacity}"),))
+    async with Cache.open(config, _LAYOUT) as cache:
+        resident = [prompt(_TOKENS, seed) for seed in range(prompts)]
+        for tokens in resident:
+            _put(cache, tokens)
+            await asyncio.sleep(0)  # seconds in all: let an interrupt in
+        random.Random(prompts).shuffle(resident)  # noqa: S311  # an order, not a secret
+        yield _Filled(cache, resident)
+
+
+def _put(cache: Cache, tokens: array[int]) -> None:
+    """Store a prompt as far as lookups can tell: everything but the copy of its KV."""
+    planner = cache.stack.planner
+    chain = cache.chain(tokens, _PUBLIC)
+    todo = planner.plan_store(chain, 0, tail=False, holds=lambda group, span: True)
+    planner.stored(todo.gathers, ok=not todo.dropped)
+    if todo.dropped:
+        raise CapacityError(f"{len(todo.dropped)} chunks found no room")
+    planner.settle(chain, todo.gathers)

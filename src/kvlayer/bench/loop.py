@@ -1,0 +1,261 @@
+"""What bulk copies do to the event loop they run beside: how long it works, how late it gets."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from functools import partial
+from threading import Event, Thread
+from typing import Any, TypeAlias
+
+from kvlayer.bench.host import BLOCK, LLAMA, NBYTES_PER_TOKEN, prompt_of
+from kvlayer.bench.measure import Row
+from kvlayer.cache import Cache
+from kvlayer.config import CacheConfig, ModelConfig, TierConfig
+from kvlayer.layout import NHD, KVLayout, KVView
+from kvlayer.staging.sample import Memcpy, paged_view
+
+__all__ = ["Heartbeat", "LongestCallback", "loop_rows"]
+
+_BEAT = 0.001  # seconds
+_TURN = 500  # beats, then the other's turn
+_ROUNDS = 3
+_FILE_THREADS = 8
+_CHUNK = 256  # tokens, and an object
+_WEIGHTS = "sha256:" + 64 * "0"  # what leaves the process must name its model
+
+Watch: TypeAlias = Callable[[], AbstractContextManager[None]]
+"""What is measured runs inside of it."""
+_Traffic: TypeAlias = Callable[[Watch], Coroutine[Any, Any, None]]
+_Bare: TypeAlias = Sequence[Callable[[], object]]
+
+
+class Heartbeat:
+    """How late a loop's timers are, in seconds.
+
+    A beat is due a millisecond after the last one ran. One that is late by whole beats counts for
+    each of those it kept from running, too: a loop that stands still for 5 ms was 5, 4, 3, 2 and
+    1 ms late. Otherwise the longer a loop stands still, the less it would count.
+    """
+
+    def __init__(self) -> None:
+        self.late: list[float] = []
+        self._due = 0.0
+        self._next: asyncio.TimerHandle | None = None
+        self._goal = 0
+        self._reached = asyncio.Event()
+
+    async def taken(self, count: int) -> None:
+        """Wait until ``count`` beats have been taken in all, while it beats."""
+        self._goal = count
+        self._reached.clear()
+        await self._reached.wait()
+
+    @contextmanager
+    def watching(self) -> Generator[None]:
+        """Beat on the running loop."""
+        loop = asyncio.get_running_loop()
+        self._arm(loop)
+        try:
+            yield
+        finally:
+            if self._next is not None:
+                self._next.cancel()
+
+    def _arm(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._due = loop.time() + _BEAT
+        self._next = loop.call_at(self._due, self._beat, loop)
+
+    def _beat(self, loop: asyncio.AbstractEventLoop) -> None:
+        late = loop.time() - self._due
+        self._arm(loop)
+        self.late.append(late)
+        while (late := late - _BEAT) > 0:
+            self.late.append(late)
+        if len(self.late) >= self._goal:
+            self._reached.set()
+
+    def percentile(self, percent: float) -> float:
+        """The lateness below which ``percent`` of the beats stay."""
+        return sorted(self.late)[int(len(self.late) * percent / 100)]
+
+
+class LongestCallback:
+    """CPU seconds that a loop's thread spent in its longest callback: a task's step, a timer."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def watching(self) -> Generator[None]:
+        """Time the callbacks of every loop in this process."""
+        handles: Any = asyncio.Handle  # a loop that runs already offers no other place to look
+        run = handles._run
+
+        def timed(handle: asyncio.Handle) -> None:
+            started = time.thread_time()
+            run(handle)
+            self.seconds = max(self.seconds, time.thread_time() - started)
+
+        handles._run = timed
+        try:
+            yield
+        finally:
+            handles._run = run
+
+
+async def loop_rows(
+    nbytes: int, *, samples: int = 10_000, directory: str | None = None
+) -> list[Row]:
+    """``loop.callback.*`` and ``loop.wall.*`` beside host memory and a file tier, in seconds.
+
+    About ``nbytes`` are moved over and over, by store and retrieve, or by flush and prefetch.
+    ``loop.callback``: the longest callback's CPU seconds; it has no ceiling, 2 ms are the aim.
+    ``loop.wall``: the 99th percentile of ``samples`` beats' lateness, and of as many on a loop
+    with nothing to do, while plain threads (as many) copy as much memory, or write and read files
+    of as many bytes past the page cache. ``directory`` is where files go, by default the system's
+    place for temporary ones.
+    """
+    tokens = max(nbytes // NBYTES_PER_TOKEN // _CHUNK, 1) * _CHUNK
+    layout = KVLayout.single(LLAMA, NHD, tokens_per_block=BLOCK)
+    view = paged_view(layout, tokens // BLOCK, seed=1)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="kvlayer-bench-", dir=directory) as folder:
+        for name, opened in (
+            ("host", _host(layout, view, tokens)),
+            ("file", _file(layout, view, tokens, folder)),
+        ):
+            async with opened as (traffic, bare):
+                rows += await _measure(name, traffic, bare, samples)
+    return rows
+
+
+async def _measure(name: str, traffic: _Traffic, bare: _Bare, samples: int) -> list[Row]:
+    longest, ours, theirs = LongestCallback(), Heartbeat(), Heartbeat()
+    await traffic(_nothing)
+    for _ in range(_ROUNDS):
+        await traffic(longest.watching)
+    while len(theirs.late) < samples:
+        turn = min(len(ours.late) + _TURN, samples)
+        while len(ours.late) < turn:
+            await traffic(ours.watching)
+        with _beside(bare), theirs.watching():
+            await theirs.taken(len(ours.late))
+    return [
+        Row(f"loop.callback.{name}", longest.seconds, "s"),
+        Row(f"loop.wall.{name}", ours.percentile(99), "s", theirs.percentile(99)),
+    ]
+
+
+@asynccontextmanager
+async def _host(
+    layout: KVLayout, view: KVView, tokens: int
+) -> AsyncGenerator[tuple[_Traffic, _Bare]]:
+    """Store and retrieve through ``cpu://``, beside which: a memcpy in each staging thread."""
+    moved = tokens * NBYTES_PER_TOKEN
+    # Prompts take turns, and there is room for two: a store must always evict and copy.
+    prompts = [prompt_of(tokens, seed) for seed in range(4)]
+    config = CacheConfig(tiers=(TierConfig(url=f"cpu://?capacity={2 * moved}"),))
+    async with Cache.open(config, layout) as cache:
+
+        async def traffic(watch: Watch) -> None:
+            prompts.append(prompts.pop(0))
+            with watch():
+                stored = await cache.store(prompts[0], view)
+                async with cache.lookup(prompts[0]) as hit:
+                    retrieved = await cache.retrieve(hit, view)
+            _check_moved(tokens, stored.stored * _CHUNK, retrieved.tokens)
+
+        threads = config.staging_threads
+        yield traffic, [Memcpy(moved // threads) for _ in range(threads)]
+
+
+@asynccontextmanager
+async def _file(
+    layout: KVLayout, view: KVView, tokens: int, folder: str
+) -> AsyncGenerator[tuple[_Traffic, _Bare]]:
+    """Flush and prefetch through ``file://``, beside which: direct I/O in as many threads."""
+    moved = tokens * NBYTES_PER_TOKEN
+    prompt = prompt_of(tokens, 0)
+    url = f"file://{folder}?threads={_FILE_THREADS}"
+    config = CacheConfig(
+        model=ModelConfig(weights=_WEIGHTS),
+        tiers=(
+            TierConfig(url=f"cpu://?capacity={2 * moved}"),
+            TierConfig(url=url, deadline_seconds=60.0),
+        ),
+    )
+    async with Cache.open(config, layout) as cache:
+
+        async def traffic(watch: Watch) -> None:
+            await cache.store(prompt, view)
+            with watch():
+                await cache.flush()
+            await cache.control.evict(prompt, tier="cpu")
+            with watch():
+                loaded = await cache.prefetch(prompt, deadline=_BEAT)
+            _check_moved(tokens, loaded.tokens)
+            await cache.control.evict(prompt)
+
+        per_thread = max(tokens // _CHUNK // _FILE_THREADS, 1)
+        yield (
+            traffic,
+            [
+                partial(_write_and_read, f"{folder}/bare-{number}", per_thread)
+                for number in range(min(_FILE_THREADS, tokens // _CHUNK))
+            ],
+        )
+
+
+def _check_moved(tokens: int, *moved: int) -> None:
+    if any(count != tokens for count in moved):
+        raise RuntimeError(f"moved {moved} tokens instead of {tokens}: nothing was measured")
+
+
+def _write_and_read(path: str, count: int) -> None:
+    """What one thread of a file tier does at best: ``count`` objects past the page cache."""
+    direct = getattr(os, "O_DIRECT", 0)
+    with mmap.mmap(-1, _CHUNK * NBYTES_PER_TOKEN) as memory:
+        for number in range(count):
+            fd = os.open(f"{path}-{number}", os.O_RDWR | os.O_CREAT | os.O_TRUNC | direct)
+            try:
+                os.pwritev(fd, [memory], 0)
+            finally:
+                os.close(fd)
+        for number in range(count):
+            fd = os.open(f"{path}-{number}", os.O_RDONLY | direct)
+            try:
+                os.preadv(fd, [memory], 0)
+            finally:
+                os.close(fd)
+            os.unlink(f"{path}-{number}")  # noqa: PTH108  # as it was opened
+
+
+@contextmanager
+def _beside(bare: _Bare) -> Generator[None]:
+    """Call each of ``bare`` again and again, on a thread of its own."""
+    ended = Event()
+
+    def repeat(work: Callable[[], object]) -> None:
+        while not ended.is_set():
+            work()
+
+    threads = [Thread(target=repeat, args=(work,)) for work in bare]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
+@contextmanager
+def _nothing() -> Generator[None]:
+    yield

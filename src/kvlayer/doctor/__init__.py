@@ -1,0 +1,1 @@
+"""What this machine and installation let kvlayer do: checks behind ``kvlayer doctor``."""

@@ -1,0 +1,218 @@
+"""A call's copies, checked against view and layout: what moves in which layers, in which batches.
+
+Everything is checked here before a byte moves. It runs on a thread, but holds the interpreter's
+lock all the while, so what copies have in common is worked out once for a call, not per copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from kvlayer.abc.stager import HostCopy
+from kvlayer.errors import LayoutError
+from kvlayer.layout import AttentionKind, KVLayout, KVView
+from kvlayer.payload import Payload
+from kvlayer.staging.address import Overlap, Strip, overlap, strips
+from kvlayer.staging.geometry import CacheGeometry
+from kvlayer.staging.lazy import np
+from kvlayer.staging.slots import (
+    BlockRun,
+    IntArray,
+    SlotRuns,
+    SlotTable,
+    block_runs,
+    slot_runs,
+    state_runs,
+)
+from kvlayer.staging.steps import Step, gather_steps, scatter_steps
+from kvlayer.staging.torch_view import slot_array
+
+__all__ = ["Move", "Transfer", "batches", "plan_moves"]
+
+
+class Transfer:
+    """What moves in every layer of one geometry, and how on the CPU: worked out once, when asked.
+
+    Threads may ask at once; then both work out the same.
+    """
+
+    __slots__ = ("_gathers", "_scatters", "runs", "strips")
+
+    def __init__(self, strips: tuple[Strip, ...], runs: SlotRuns) -> None:
+        self.strips = strips
+        self.runs = runs
+        self._gathers: dict[int, list[Step]] = {}
+        self._scatters: dict[int, list[Step]] = {}
+
+    def gathers(self, strip: int) -> list[Step]:
+        """The steps that gather the strip of this number."""
+        if strip not in self._gathers:
+            self._gathers[strip] = gather_steps(self.strips[strip], self.runs)
+        return self._gathers[strip]
+
+    def scatters(self, strip: int) -> list[Step]:
+        """The steps that scatter the strip of this number."""
+        if strip not in self._scatters:
+            self._scatters[strip] = scatter_steps(self.strips[strip], self.runs)
+        return self._scatters[strip]
+
+
+class Move(NamedTuple):
+    """One checked copy, or some layers of one.
+
+    ``layers`` are (index of the local cache, byte offset in the payload, what moves).
+    """
+
+    host: memoryview
+    payload: Payload
+    group: int
+    layers: list[tuple[int, int, Transfer]]
+
+
+def plan_moves(
+    layout: KVLayout,
+    view: KVView,
+    geometries: Sequence[Sequence[CacheGeometry]],
+    copies: Sequence[HostCopy],
+    *,
+    gather: bool,
+) -> Iterator[Move]:
+    """Check ``copies`` one after the other; those that move nothing are left out.
+
+    Raises ``LayoutError`` for one that does not fit. Waits for slots that lie on a device.
+    """
+    tables: dict[int, SlotTable] = {}
+    shares: dict[int, Overlap] = {}  # by identity: payloads of one shape are mostly one object
+    placed: dict[tuple[int, CacheGeometry], tuple[Strip, ...]] = {}
+    for copy in copies:
+        payload = copy.payload
+        group = _check_copy(layout, view, copy, gather)
+        shared = shares.get(id(payload))
+        if shared is None:
+            shared = shares[id(payload)] = overlap(layout.groups[group], payload)
+        if gather:
+            _check_share(copy, shared)
+        if not shared.heads or not shared.layers or not copy.tokens:
+            continue
+        table = tables.get(group)
+        if table is None:
+            table = tables[group] = _slot_table(view, group, copies)
+        planned: dict[int, Transfer] = {}
+        layers: list[tuple[int, int, Transfer]] = []
+        for local, at in shared.layers:
+            geometry = geometries[group][local]  # one object per shape, so identity will do
+            transfer = planned.get(id(geometry))
+            if transfer is None:
+                runs = _slot_runs(copy, table, geometry, gather=gather)
+                key = id(payload), runs.geometry
+                if key not in placed:
+                    placed[key] = strips(runs.geometry, payload, shared)
+                transfer = planned[id(geometry)] = Transfer(placed[key], runs)
+            layers.append((local, at, transfer))
+        yield Move(copy.host, payload, group, layers)
+
+
+def batches(moves: Sequence[Move], nbytes: int) -> list[list[Move]]:
+    """Moves in groups of about ``nbytes``, cut between layers; at least one group."""
+    found: list[list[Move]] = [[]]
+    room = nbytes
+    for move in moves:
+        layers, each = move.layers, move.payload.layer_nbytes
+        while layers:
+            if room <= 0:
+                found.append([])
+                room = nbytes
+            count = -(-room // each)
+            found[-1].append(move._replace(layers=layers[:count]))
+            room -= len(layers[:count]) * each
+            layers = layers[count:]
+    return found
+
+
+def _slot_table(view: KVView, group: int, copies: Sequence[HostCopy]) -> SlotTable:
+    """The slots of all tokens that the group's copies move."""
+    mine = [copy for copy in copies if copy.part.group == group and copy.tokens > 0]
+    first = max(min(copy.first for copy in mine), 0)
+    stop = max(copy.first + copy.tokens for copy in mine)
+    return SlotTable(slot_array(view.slots[group], first, stop), first)
+
+
+def _check_copy(layout: KVLayout, view: KVView, copy: HostCopy, gather: bool) -> int:
+    """Group of a copy whose numbers make sense."""
+    payload, group = copy.payload, copy.part.group
+    if not 0 <= group < len(layout.groups):
+        raise LayoutError(f"part {copy.part}: the layout has {len(layout.groups)} KV group(s)")
+    if min(copy.first, copy.tokens, copy.skip) < 0:
+        raise LayoutError(f"a copy cannot be negative: {copy}")
+    if copy.first + copy.tokens > view.num_tokens:
+        raise LayoutError(
+            f"part {copy.part}: tokens {copy.first}..{copy.first + copy.tokens} of a view that "
+            f"covers {view.num_tokens}"
+        )
+    if copy.skip + copy.tokens > payload.tokens or (gather and copy.tokens != payload.tokens):
+        raise LayoutError(
+            f"part {copy.part}: {copy.tokens} tokens after {copy.skip} skipped, of a payload "
+            f"of {payload.tokens}",
+            hint="a gather fills its payload; a scatter takes at most all of it",
+        )
+    if copy.host.nbytes < payload.nbytes or not copy.host.c_contiguous:
+        raise LayoutError(
+            f"part {copy.part}: needs {payload.nbytes} contiguous bytes of host memory, "
+            f"found {copy.host.nbytes}"
+        )
+    if gather and copy.host.readonly:
+        raise LayoutError(f"part {copy.part}: cannot gather into read-only host memory")
+    return group
+
+
+def _check_share(copy: HostCopy, shared: Overlap) -> None:
+    payload = copy.payload
+    canonical = payload.part.form == "canonical"
+    if len(shared.layers) != payload.num_layers or (
+        canonical and shared.heads != payload.num_heads
+    ):
+        raise LayoutError(
+            f"part {copy.part} is not within the rank's layers and heads",
+            hint="a rank stores only what it holds",
+        )
+
+
+def _check_held(copy: HostCopy, slots: IntArray) -> None:
+    missing = np.count_nonzero(slots == -1)
+    if missing:
+        raise LayoutError(
+            f"part {copy.part}: {missing} of {copy.tokens} tokens to gather have no slot",
+            hint="store only chunks the engine still holds",
+        )
+
+
+def _slot_runs(
+    copy: HostCopy, table: SlotTable, geometry: CacheGeometry, *, gather: bool
+) -> SlotRuns:
+    payload, size = copy.payload, geometry.tokens_per_block
+    canonical = payload.part.form == "canonical"
+    if payload.group.kind is not AttentionKind.STATE and (canonical or copy.skip % size == 0):
+        ids = table.blocks(copy.first, copy.tokens, geometry)
+        if ids is not None and (canonical or payload.tokens % size == 0):
+            row = copy.skip * geometry.rows_per_block // size
+            return SlotRuns(geometry, (BlockRun(row, ids),), None)
+    slots = table.slots(copy.first, copy.tokens)
+    if gather:
+        _check_held(copy, slots)
+    if payload.group.kind is AttentionKind.STATE:
+        if copy.skip + copy.tokens != payload.tokens:
+            raise LayoutError(
+                f"part {copy.part}: a state belongs to the payload's last token, the copy ends "
+                f"before it"
+            )
+        return state_runs(slots, geometry)
+    if canonical:
+        return slot_runs(slots, copy.skip, geometry)
+    if payload.tokens % size or copy.skip % size:
+        raise LayoutError(
+            f"part {copy.part}: {payload.tokens} tokens, {copy.skip} skipped, are not whole blocks "
+            f"of {size}",
+            hint="chunks and tails of a native form are multiples of tokens_per_block",
+        )
+    return block_runs(slots, copy.skip // size, geometry)
