@@ -126,7 +126,10 @@ class Control:
         return gone
 
     def stats(self) -> Stats:
-        """Counters since the cache was opened. Constant time, and from any thread."""
+        """Counters since the cache was opened, and who leases what. From any thread.
+
+        Takes as long for an empty cache as for a full one.
+        """
         stack, parts = self._cache.stack, self._cache.parts
         planner = stack.planner
         with planner.lock:

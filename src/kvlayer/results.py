@@ -161,10 +161,11 @@ class TierStats:
 
 @dataclass(frozen=True, slots=True)
 class OwnerStats:
-    """What one owner's leases hold in host memory."""
+    """What one owner leases. What is leased twice counts twice."""
 
     leases: int
-    pinned_nbytes: int
+    nbytes: int
+    """Bytes that were in host memory when they were leased; loads come on top."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +181,7 @@ class Stats:
     prefill_tokens_per_second: float | None = None
     """What recomputing is taken to achieve; None while unknown."""
     owners: Mapping[str, OwnerStats] = field(default_factory=dict[str, OwnerStats])
-    """Who holds leases now, by the owner a scope or a pin names; what several hold counts for each.
-    Leases without an owner are under ``""``."""
+    """Who holds leases now, by the owner that a scope or a pin names; without one under ``""``."""
 
 
 @dataclass(frozen=True, slots=True)

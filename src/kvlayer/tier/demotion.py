@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from kvlayer.tier.directory import Host
+from kvlayer.tier.directory import Host, ObjectRecord
+from kvlayer.tier.guard import Refused
 from kvlayer.tier.leaving import Outlets, Way, end_leaving, plan_leaving
 from kvlayer.tier.planner import Planner
 from kvlayer.tier.spills import Spills, Write
@@ -74,14 +76,16 @@ class Demotion:
         For the end of the process, root before leaf; nothing is dropped. A tier that refuses or
         fails gets no more.
         """
-        outlets = replace(self._outlets, others=0)
+        await self.settled()  # or a tier could seem full because of it
+        outlets, given_up = replace(self._outlets, others=0), 0
         with self._planner.lock:
             ready = [r for r in self._planner.directory.objects() if r.host is Host.READY]
-        waiting = [r for r in ready if outlets.wanted(r)]
-        for at in range(0, len(waiting), _AT_ONCE):
-            batch = waiting[at : at + _AT_ONCE]
-            failed = await self._send([(record, outlets.wanted(record)) for record in batch])
-            outlets = replace(outlets, demote=outlets.demote & ~failed)
+        waiting = deque((record, wanted) for record in ready if (wanted := outlets.wanted(record)))
+        while waiting:
+            batch = [waiting.popleft() for _ in range(min(_AT_ONCE, len(waiting)))]
+            failed, untried = await self._send([(r, wanted & ~given_up) for r, wanted in batch])
+            given_up |= failed
+            waiting.extendleft(reversed(untried))
 
     async def aclose(self) -> None:
         """Stop the round. What it was writing stays held until each write has really ended."""
@@ -97,7 +101,7 @@ class Demotion:
                 step = plan_leaving(self._planner.host, self._low, self._outlets, _AT_ONCE)
             self._host.demotes(step.dropped)
             try:
-                failed = await self._send(step.writes)
+                failed, _ = await self._send(step.writes)
             finally:
                 with self._planner.lock:
                     gone = end_leaving(self._planner.host, step.writes)
@@ -111,17 +115,32 @@ class Demotion:
             # A policy of somebody else's may raise: room is then made by the stores that need it.
             _log.error("demotion from host memory failed", exc_info=error)
 
-    async def _send(self, ways: Sequence[Way]) -> int:
-        """Write objects to the tiers they lack. The tiers that refused or failed, as bits."""
+    async def _send(self, ways: Sequence[Way]) -> tuple[int, list[Way]]:
+        """Write objects to the tiers they lack, as many as these admit at once.
+
+        The tiers that failed, or admit none, as bits; and what was not tried for want of room.
+        """
         failed = 0
         started: list[Write] = []
-        for record, wanted in ways:
-            for tier in self._lower.values():
-                bit = 1 << tier.index
-                if wanted & ~failed & bit and not self._spills.demote(tier, record, started):
-                    failed |= bit
-        names = {write.tier for write in await self._spills.committed(started)}
-        return failed | _bits(tier for tier in self._lower.values() if tier.name in names)
+        untried: dict[ObjectRecord, int] = {}
+        for tier in self._lower.values():
+            bit = 1 << tier.index
+            mine = [record for record, wanted in ways if wanted & bit]
+            for at, record in enumerate(mine):
+                try:
+                    write = self._spills.demote(tier, record)
+                except Refused as no:
+                    if not at:
+                        tier.refused(no.cause)
+                        failed |= bit
+                    else:
+                        untried |= {rest: untried.get(rest, 0) | bit for rest in mine[at:]}
+                    break
+                if write is not None:
+                    started.append(write)
+        late = {failure.tier for failure in await self._spills.committed(started)}
+        failed |= _bits(tier for tier in self._lower.values() if tier.name in late)
+        return failed, list(untried.items())
 
 
 def _bits(tiers: Iterable[LowerTier]) -> int:

@@ -7,14 +7,12 @@ miss. Granting and releasing cost O(1) per object, whatever the number of object
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from math import isfinite
 
 from kvlayer.errors import ConfigError
-from kvlayer.keys import ObjectKey
 from kvlayer.results import OwnerStats
 from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.host import HostTier
@@ -32,6 +30,8 @@ class Lease:
     owner: str
     deadline: float
     path: Sequence[ObjectRecord]
+    nbytes: int
+    """What of it was in host memory when it was granted."""
     table: LeaseTable
     """Who granted it: another table's numbers, records and offsets mean nothing here."""
 
@@ -43,6 +43,8 @@ class LeaseTable:
         self._host = host
         self._leases: dict[int, Lease] = {}
         self._deadlines: list[tuple[float, int]] = []
+        self._owners: dict[str, tuple[int, int]] = {}
+        """Leases and bytes, of owners that have any."""
         self._next = 1
 
     def __len__(self) -> int:
@@ -58,9 +60,12 @@ class LeaseTable:
                 f"a lease needs a deadline, found {deadline} s",
                 hint="hold objects for a finite number of seconds, and again when those are over",
             )
-        lease = Lease(self._next, owner, deadline, path, self)
+        nbytes = sum([found.nbytes for found in path if found.offset >= 0])
+        lease = Lease(self._next, owner, deadline, path, nbytes, self)
         self._next += 1
         self._host.pin(path)
+        leases, held = self._owners.get(owner, (0, 0))
+        self._owners[owner] = (leases + 1, held + nbytes)
         self._leases[lease.number] = lease
         heappush(self._deadlines, (deadline, lease.number))
         return lease
@@ -75,6 +80,9 @@ class LeaseTable:
         if lease is None:
             return False
         self._host.unpin(lease.path)
+        leases, held = self._owners.pop(lease.owner)
+        if leases > 1:
+            self._owners[lease.owner] = (leases - 1, held - lease.nbytes)
         if len(self._deadlines) > 2 * len(self._leases) + _SLACK:
             # Most were released long before their deadline: do not keep those until then.
             self._deadlines = [(each.deadline, each.number) for each in self._leases.values()]
@@ -93,18 +101,11 @@ class LeaseTable:
         return gone
 
     def owners(self) -> dict[str, OwnerStats]:
-        """Leases and the bytes they hold in host memory, by owner; looks at every lease.
+        """Leases, and the bytes they found in host memory, by owner.
 
-        What two owners hold counts for both, what one owner holds twice counts once.
+        What is leased twice counts twice.
         """
-        leases: Counter[str] = Counter()
-        held: defaultdict[str, dict[ObjectKey, int]] = defaultdict(dict)
-        for lease in self._leases.values():
-            leases[lease.owner] += 1
-            held[lease.owner] |= {r.key: r.nbytes for r in lease.path if r.offset >= 0}
-        return {
-            owner: OwnerStats(count, sum(held[owner].values())) for owner, count in leases.items()
-        }
+        return {owner: OwnerStats(*held) for owner, held in self._owners.items()}
 
     def clear(self) -> None:
         """Release every lease."""

@@ -69,21 +69,15 @@ class Spills:
                     through.append(Write(span, record.key, tier, call))
         return through
 
-    def demote(self, tier: LowerTier, record: ObjectRecord, started: list[Write]) -> bool:
+    def demote(self, tier: LowerTier, record: ObjectRecord) -> Write | None:
         """Start writing one object of host memory to a tier, or join the write that runs already.
 
-        What there is to wait for is added to ``started``. False when the tier refuses.
+        None when the tier has it. Raises :class:`Refused`, which is the caller's to count.
         """
         span = record.chunk.span
         assert span is not None, record.key  # its bytes are in host memory
-        try:
-            call = self._spill(tier, span, record)
-        except Refused as no:
-            tier.refused(no.cause)
-            return False
-        if call is not None:
-            started.append(Write(span, record.key, tier, call))
-        return True
+        call = self._spill(tier, span, record)
+        return None if call is None else Write(span, record.key, tier, call)
 
     def _spill(self, tier: LowerTier, span: Span, record: ObjectRecord) -> Call[Outcome] | None:
         piece = self._planner.plan_spill(span, record, tier.index)

@@ -239,7 +239,7 @@ def _crowd(policy: type[EvictionPolicy], count: int) -> tuple[EvictionPolicy, li
 
 
 def _costs(policy: type[EvictionPolicy], count: int) -> dict[str, tuple[int, int]]:
-    """What each call costs with ``count`` of each kind of object."""
+    """What each call costs among ``count`` objects of every kind."""
     tested, free = _crowd(policy, count)
     return {
         "touch": _cost(lambda: tested.touch(free[:1])),
