@@ -71,7 +71,6 @@ ROWS = {
     },
 }
 NO_CEILING = {"loop.callback.host", "loop.callback.file"}
-NO_CEILING = {"lookup.32k.1k", "loop.callback.host", "loop.callback.file"}
 
 
 @pytest.fixture(autouse=True)

@@ -109,6 +109,7 @@ def test_info_names_every_plugin_and_who_ships_it(kvlayer):
     assert ours == {
         ("kvlayer.backends", "cpu"),
         ("kvlayer.backends", "file"),
+        ("kvlayer.policies", "arc"),
         ("kvlayer.policies", "lru"),
         ("kvlayer.policies", "prefix-lru"),
         ("kvlayer.commands", "bench"),

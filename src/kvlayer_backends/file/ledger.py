@@ -133,7 +133,7 @@ class Ledger:
                 left.remove(victim.key)
                 self.policy.admit((victim.key,))
         left.difference_update(victim.key for victim, _ in eviction.spared)
-        for victim in reversed(victims):
+        for victim in victims:  # demoted keys go in the order in which they were
             if victim.key in left:
                 self.policy.admit((victim.key,))
                 self.policy.demote(victim.key)
