@@ -201,7 +201,7 @@ class Control:
         except Refused as no:
             lower.refused(no.cause)
             return 0
-        if not await lower.guard.wait(call):
+        if not await lower.guard.wait_alone(call):
             lower.fails(Cause.DEADLINE, f"not deleted within {lower.guard.deadline} s")
             return 0
         if call.error is not None:

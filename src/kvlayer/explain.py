@@ -131,7 +131,7 @@ async def _other_namespaces(cache: Cache, chain: ChunkChain, start: int) -> dict
     for tier in cache.stack.lower:
         with suppress(Refused):
             call = tier.guard.start(partial(_held_elsewhere, cache, tier, chain, spans))
-            if await tier.guard.wait(call) and call.error is None:
+            if await tier.guard.wait_alone(call) and call.error is None:
                 found.update(call.result())
             call.cancel()  # an explanation that cannot be had is not worth failing for
     return found

@@ -100,6 +100,13 @@ class Patient(SickTier):
             await asyncio.sleep(self.latency + (nbytes / self.bandwidth if self.bandwidth else 0))
             return [self._fill(read) for read in reads]
 
+    async def delete(self, keys: Sequence[ObjectKey], /) -> None:
+        with self._call("delete") as is_concerned:
+            if is_concerned:
+                await self.answer()
+            for key in keys:
+                self.objects.pop(key, None)
+
     async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
         with self._call("put") as is_concerned:
             if is_concerned:

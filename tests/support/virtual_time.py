@@ -83,8 +83,12 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         at = self._now + seconds
         while self._rings and self._rings[0] < at - _SAME:
             heappop(self._rings)
+        # The sum is rounded: a timer finds exactly its own time. Close ones ring together, none
+        # before its time: it would be set again for the same one, for ever.
         if self._rings and self._rings[0] < at + _SAME:
-            at = self._rings[0]  # the sum is rounded; the timer must find its own time
+            at = self._rings[0]
+        while self._rings and self._rings[0] < at + _SAME:
+            at = max(at, heappop(self._rings))
         self._now = max(at, self._now)
         return True
 

@@ -1,9 +1,10 @@
 """What stands between a request and a tier: deadlines, turns, bounds and a breaker.
 
 A deadline frees the waiter, never the memory: the call goes on until the backend has really let go
-of its buffers, and counts as an orphan meanwhile. Reads go before writes, and neither can take
-every turn. When too much waits, too many bytes are held for writing, abandoned calls hold every
-slot, or the breaker is open, work is refused at once instead of queued.
+of its buffers, and counts as an orphan meanwhile; a deadline later it is told to stop. Reads go
+before writes, and neither can take every turn. When too much waits, too many bytes are held for
+writing, abandoned calls hold every slot, or the breaker is open, work is refused at once instead of
+queued.
 """
 
 from __future__ import annotations
@@ -241,6 +242,17 @@ class Guard:
             self._orphan(call)
         return False
 
+    async def wait_alone(self, call: Call[Any]) -> bool:
+        """As :meth:`wait`, for a call that nobody else waits for.
+
+        When the waiter is cancelled the call goes on, but no longer than another deadline.
+        """
+        try:
+            return await self.wait(call)
+        except CancelledError:
+            call.left_alone(cancel=True)
+            raise
+
     async def settle(self, calls: Iterable[Call[Any]]) -> list[Call[Any]]:
         """Wait for calls while their lane makes progress within each deadline.
 
@@ -263,6 +275,7 @@ class Guard:
         if call not in self._orphans:
             self._orphans.add(call)
             self._lanes[call.lane].late += 1
+            call.left_alone(cancel=True)  # an answer that is lost must not hold its turn for ever
 
     def _passed_over(self, call: Call[Any]) -> None:
         """Nobody waits for it and it has not ended within a deadline."""

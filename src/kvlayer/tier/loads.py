@@ -287,7 +287,7 @@ class Loads:
             )
         with suppress(Refused):  # found again, and quarantined then, at the next load
             call = tier.guard.start(partial(self._mover.quarantine, tier.index, record.key))
-            if not await tier.guard.wait(call):
+            if not await tier.guard.wait_alone(call):
                 tier.fails(Cause.DEADLINE, "quarantine did not end in time")
             elif call.error is not None:
                 tier.fails(Cause.TIER_DOWN, f"{type(call.error).__name__}: {call.error}")

@@ -165,14 +165,16 @@ async def test_a_tier_that_hangs_blocks_neither_stores_nor_the_close() -> None:
     engine, backend = Engine(layout(), 64, 1), MemoryBackend()
     backend.gate = asyncio.Event()
     slots = engine.slots(16)
+    held: list[int] = []
     async with _open(backend, deadline=0.01, close_seconds=0.05) as cache:
         for seed in range(60):
             report = await cache.store(tokens(16, seed), engine.view(slots))
             assert (report.stored, report.dropped) == (1, 0)
+            held.append(cache.control.stats().tiers[0].pinned_nbytes)
             await asyncio.sleep(0)
+        assert 0 < max(held) <= 10 * PAGE  # lent until the tier lets go
         await cache.flush()
-        host = cache.control.stats().tiers[0]
-        assert 0 < host.pinned_nbytes <= 10 * PAGE  # lent until the tier lets go
+        assert cache.control.stats().tiers[0].pinned_nbytes <= 10 * PAGE
     assert backend.objects == {}
 
 

@@ -45,6 +45,17 @@ async def test_timers_ring_in_order_and_cancelled_ones_do_not_stop_the_clock() -
 
 
 @in_virtual_time
+async def test_timers_that_are_close_ring_together_and_none_before_its_time() -> None:
+    """Who rings early would be set again, for the same time, for ever."""
+    loop, early = asyncio.get_running_loop(), list[float]()
+    for number in range(50):
+        when = 1.0 + number * 4e-10
+        loop.call_at(when, lambda when=when: early.append(max(when - loop.time(), 0)))
+    await asyncio.sleep(2)
+    assert early == [0.0] * 50
+
+
+@in_virtual_time
 async def test_time_stands_still_while_a_thread_works() -> None:
     loop, gate = asyncio.get_running_loop(), threading.Event()
     with ThreadPoolExecutor(1) as pool:

@@ -451,6 +451,28 @@ async def test_a_hint_is_cancelled_at_the_deadline_and_an_orphan_while_it_hangs_
     await guard.aclose()
 
 
+@pytest.mark.parametrize("lane", Lane)
+@in_virtual_time
+async def test_a_call_whose_answer_is_lost_is_called_off_a_deadline_after_it_was_given_up(
+    lane: Lane,
+) -> None:
+    """A network forgets requests. Else as many of them as turns would end the lane for ever."""
+    guard, lost = Guard(SOON, 8), Work()
+    calls = [guard.start(lost, lane=lane, nbytes=10) for _ in range(2)]
+    if lane is Lane.READS:
+        assert await asyncio.gather(*(guard.wait(call) for call in calls)) == [False, False]
+    else:
+        await asyncio.sleep(SOON + 0.01)  # nobody waits, but somebody watches
+    assert (guard.orphans, guard.inflight_nbytes) == (2, 20)
+    await asyncio.sleep(SOON - 0.1)
+    assert guard.orphans == 2  # late is not lost yet
+    await asyncio.sleep(0.2)
+    assert (guard.orphans, guard.inflight, guard.inflight_nbytes) == (0, 0, 0)
+    assert [call.was_late for call in calls] == [True, True]
+    await guard.aclose()
+    assert pending_timers() == []
+
+
 @in_virtual_time
 async def test_orphans_of_one_lane_do_not_refuse_the_other_until_they_hold_every_turn() -> None:
     guard = Guard(SOON, 8)
