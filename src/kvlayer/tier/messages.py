@@ -115,10 +115,13 @@ class Greeting(NamedTuple):
             found = SlabHandle.from_wire(slab)
         except ValueError as exc:
             raise MessageError(f"not a greeting: {exc}") from None
-        ranks = [as_list(rank) for rank in as_list(held) or ()]
-        words = [tuple(word for word in rank or () if isinstance(word, str)) for rank in ranks]
-        if not ranks or [len(rank or ()) for rank in ranks] != [len(each) for each in words]:
-            raise MessageError("a greeting's fields are not of the kinds they should be")
+        words: list[tuple[str, ...]] = []
+        for rank in as_list(held) or (None,):
+            listed = as_list(rank)
+            text = tuple(word for word in listed or () if isinstance(word, str))
+            if listed is None or len(text) != len(listed):
+                raise MessageError("a greeting's fields are not of the kinds they should be")
+            words.append(text)
         return cls(found, tuple(words))
 
 

@@ -172,6 +172,17 @@ def test_a_message_survives_the_wire_and_is_taken_for_nothing_else(
             assert caught.value.hint
 
 
+def test_a_greeting_with_nothing_where_a_list_should_be_is_refused() -> None:
+    slab = [0, 0, 0, 0]
+    for held in (None, [], [None], [["a"], None], [[None]], "a"):
+        with pytest.raises(MessageError):
+            Greeting.from_bytes(pack(["a greeting", VERSION, slab, held]))
+    assert Greeting.from_bytes(pack(["a greeting", VERSION, slab, [[], ["a"]]])).held == (
+        (),
+        ("a",),
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @given(packed=st.binary(max_size=40) | JUNK.map(pack))
 def test_bytes_that_are_no_message_are_refused(
