@@ -7,8 +7,11 @@ so and why: ``@pytest.mark.may_skip("needs a GPU")``.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Generator
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 import pytest
 from hypothesis import settings
@@ -18,6 +21,72 @@ settings.register_profile("kvlayer", deadline=None)
 # In CI the same examples every time: a red run must be red again when it is looked at.
 settings.register_profile("ci", settings.get_profile("kvlayer"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "kvlayer")
+
+N = TypeVar("N", int, float)
+
+
+class Dose(Protocol):
+    """How much of something a test does."""
+
+    def __call__(self, short: N, full: N) -> N:
+        """``full`` in a campaign, else ``short``: seeds, kills, seconds."""
+        ...
+
+
+class Figures(Protocol):
+    """Where a test writes what it counted."""
+
+    def __call__(self, name: str, **values: float | str | bool) -> None:
+        """Add a row to the campaign's report; ``name`` is ``part.what``."""
+        ...
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--campaign", action="store_true", help="full doses in place of short ones")
+    parser.addoption("--figures", type=Path, help="write the rows of figures to this JSON file")
+
+
+_ROWS = pytest.StashKey[list[dict[str, float | str | bool]]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_ROWS] = []
+
+
+@pytest.fixture
+def dose(pytestconfig: pytest.Config) -> Dose:
+    """How much to do: see :class:`Dose`."""
+    full_wanted = bool(pytestconfig.getoption("--campaign"))
+
+    def choose(short: N, full: N) -> N:
+        return full if full_wanted else short
+
+    return choose
+
+
+@pytest.fixture
+def figures(pytestconfig: pytest.Config) -> Figures:
+    """Where to write what was counted: see :class:`Figures`."""
+
+    def add(name: str, **values: float | str | bool) -> None:
+        pytestconfig.stash[_ROWS].append({"name": name, **values})
+
+    return add
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Show the figures, and write them where ``--figures`` says."""
+    rows = config.stash[_ROWS]
+    if rows and config.getoption("--campaign"):
+        terminalreporter.section("figures")
+        for row in rows:
+            values = ", ".join(f"{key} {value}" for key, value in row.items() if key != "name")
+            terminalreporter.line(f"{row['name']}: {values}")
+    path: Path | None = config.getoption("--figures")
+    if path is not None:
+        path.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
 
 
 def _condemn(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -6,6 +6,7 @@ today's code. What follows ``--`` goes to the tool: ``nox -s tests -- -k registr
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import nox
@@ -18,6 +19,10 @@ nox.options.sessions = ["lint", "typecheck", "tests"]
 nox.options.error_on_missing_interpreters = True
 
 ROOT = Path(__file__).parent
+# What a campaign is made of: where its tests are. Each asks for its ``dose`` (conftest.py).
+CAMPAIGN = {
+    "operations": ["tests/unit/cache/test_many_operations.py"],
+}
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 PLUGIN = "plugins/kvlayer-transformers"
 
@@ -66,6 +71,20 @@ def tests(session: nox.Session) -> None:
     install(session, *group("test"))
     install_product(session)
     session.run("pytest", *session.posargs)
+
+
+@nox.session
+def campaign(session: nox.Session) -> None:
+    """The full counts: ``-- --json PATH [--part NAME]...``; other arguments go to pytest."""
+    parser = argparse.ArgumentParser(prog="nox -s campaign --", allow_abbrev=False)
+    parser.add_argument("--json", help="write every figure to this file")
+    parser.add_argument("--part", action="append", choices=sorted(CAMPAIGN), help="only this part")
+    wanted, rest = parser.parse_known_args(session.posargs)
+    install(session, *group("test"))
+    install_product(session)
+    paths = [path for part in wanted.part or CAMPAIGN for path in CAMPAIGN[part]]
+    figures = [f"--figures={wanted.json}"] if wanted.json else []
+    session.run("pytest", "--campaign", *figures, *paths, *rest)
 
 
 @nox.session
