@@ -1,5 +1,4 @@
-"""How late a loop hears of what happens outside: a process of its own tells it, a thousand times a
-second, what time it is."""
+"""How late a loop hears of what happens outside: another process tells it the time, every ms."""
 
 from __future__ import annotations
 
@@ -71,7 +70,8 @@ class Heartbeat:
     @contextmanager
     def watching(self) -> Generator[None]:
         """Take beats on the running loop; those sent before are passed over."""
-        assert self._process is not None and self._process.stdout is not None
+        assert self._process is not None
+        assert self._process.stdout is not None
         loop, beats = asyncio.get_running_loop(), self._process.stdout.fileno()
         self._since = loop.time()
         loop.add_reader(beats, self._take, loop, beats)

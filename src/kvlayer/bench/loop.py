@@ -10,8 +10,10 @@ import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from functools import partial
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import Any, TypeAlias
+
+from xxhash import xxh3_64_intdigest
 
 from kvlayer.bench.heartbeat import Heartbeat
 from kvlayer.bench.host import BLOCK, LLAMA, NBYTES_PER_TOKEN, prompt_of
@@ -68,9 +70,9 @@ async def loop_rows(
     About ``nbytes`` are moved over and over, by store and retrieve, or by flush and prefetch.
     ``loop.callback``: the longest callback's CPU seconds; it has no ceiling, 2 ms are the aim.
     ``loop.wall``: the 99th percentile of the time until the loop hears ``samples`` beats of another
-    process, and of as many on a loop with nothing to do, while plain threads (as many) copy as much memory, or write and read files
-    of as many bytes past the page cache. ``directory`` is where files go, by default the system's
-    place for temporary ones.
+    process, and of as many on a loop with nothing to do, while plain threads (as many) copy as
+    much memory, or write, read and checksum files of as many bytes past the page cache.
+    ``directory`` is where files go, by default the system's place for temporary ones.
     """
     tokens = max(nbytes // NBYTES_PER_TOKEN // _CHUNK, 1) * _CHUNK
     layout = KVLayout.single(LLAMA, NHD, tokens_per_block=BLOCK)
@@ -158,11 +160,12 @@ async def _file(
             _check_moved(tokens, loaded.tokens)
             await cache.control.evict(prompt)
 
+        checking = Lock()
         per_thread = max(tokens // _CHUNK // _FILE_THREADS, 1)
         yield (
             traffic,
             [
-                partial(_write_and_read, f"{folder}/bare-{number}", per_thread)
+                partial(_write_and_read, checking, f"{folder}/bare-{number}", per_thread)
                 for number in range(min(_FILE_THREADS, tokens // _CHUNK))
             ],
         )
@@ -173,11 +176,16 @@ def _check_moved(tokens: int, *moved: int) -> None:
         raise RuntimeError(f"moved {moved} tokens instead of {tokens}: nothing was measured")
 
 
-def _write_and_read(path: str, count: int) -> None:
-    """What one thread of a file tier does at best: ``count`` objects past the page cache."""
+def _write_and_read(checking: Lock, path: str, count: int) -> None:
+    """What one thread of a file tier does at best: ``count`` objects past the page cache.
+
+    Each is checksummed before it is written and after it was read, one at a time of all threads.
+    """
     direct = getattr(os, "O_DIRECT", 0)
     with mmap.mmap(-1, _CHUNK * NBYTES_PER_TOKEN) as memory:
         for number in range(count):
+            with checking:
+                xxh3_64_intdigest(memory)
             fd = os.open(f"{path}-{number}", os.O_RDWR | os.O_CREAT | os.O_TRUNC | direct)
             try:
                 os.pwritev(fd, [memory], 0)
@@ -189,6 +197,8 @@ def _write_and_read(path: str, count: int) -> None:
                 os.preadv(fd, [memory], 0)
             finally:
                 os.close(fd)
+            with checking:
+                xxh3_64_intdigest(memory)
             os.unlink(f"{path}-{number}")  # noqa: PTH108  # as it was opened
 
 
