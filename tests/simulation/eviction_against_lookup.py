@@ -22,9 +22,10 @@ async def play(world: World) -> None:
         {"write": chance.choice(["through", "back", "demote"]), "max_inflight": 4},
     )
     high = chance.choice([1.0, 0.8, 0.6])
-    marks = {"high_watermark": high, "low_watermark": high / 2}
     policy = chance.choice(["prefix-lru", "lru", "arc"])
-    async with world.process(below, pages=chance.randrange(4, 12), policy=policy, **marks) as cache:
+    async with world.process(
+        below, pages=chance.randrange(4, 12), policy=policy, high=high
+    ) as cache:
 
         async def work() -> None:
             client = Client(cache)

@@ -8,6 +8,7 @@ own, and checks every answer. The invariants are in ``kvlayer.testing.invariants
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import shutil
 from array import array
@@ -17,19 +18,31 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 
-from kvlayer import AttentionKind, Cache, CacheConfig, KVGroup, KVLayout, ModelConfig, TierConfig
+from kvlayer import (
+    AttentionKind,
+    Cache,
+    CacheConfig,
+    KVGroup,
+    KVLayout,
+    ModelConfig,
+    TierConfig,
+    registry,
+)
 from kvlayer.abc.backend import Backend
 from kvlayer.events import Event, ObjectQuarantined, ObjectsEvicted
 from kvlayer.keys import ObjectKey, Scope
 from kvlayer.layout import NHD, KVView
 from kvlayer.registry import BACKENDS
-from kvlayer.results import RetrieveReport, StoreReport
+from kvlayer.results import Cause, RetrieveReport, StoreReport
 from kvlayer.testing import invariants
-from kvlayer.testing.faults import Injected, Wrapper, given
+from kvlayer.testing.faults import Injected, Wrapper, given, tally
 from kvlayer.testing.sim import run
+from kvlayer.tier.directory import Host
+from kvlayer.tier.guard import Lane
 
 T = TypeVar("T")
 
@@ -72,6 +85,7 @@ class World:
         self.counts: Counter[str] = Counter()
         self.right: dict[bytes, bytes] = {}
         """What the objects of a chunk begin with, by its hash."""
+        self.processes: list[Process] = []
         self.prompts: list[Prompt] = []
         rows: dict[bytes, int] = {}
         stem = [self.chance.randrange(50_000) for _ in range(LONGEST)]
@@ -113,9 +127,12 @@ class World:
 
     @asynccontextmanager
     async def process(
-        self, *below: Below, pages: int = 12, name: str = "", **config: Any
+        self, *below: Below, pages: int = 12, name: str = "", high: float = 1.0, **config: Any
     ) -> AsyncGenerator[Process]:
-        """A cache in a process of its own, until the block ends."""
+        """A cache in a process of its own, until the block ends.
+
+        Host memory has ``pages``; above ``high``, a share of them, it is emptied to half of that.
+        """
         tiers = [TierConfig(url=f"cpu://?capacity={pages * PAGE}")]
         schemes: dict[str, type[Backend]] = {}
         for number, tier in enumerate(below):
@@ -128,9 +145,14 @@ class World:
             tiers=tuple(tiers),
             tokens_per_chunk=CHUNK,
             tokens_per_tail=TAIL,
-            **{"lease_seconds": LEASE, "close_seconds": 20.0, **config},
+            high_watermark=high,
+            low_watermark=high / 2,
+            lease_seconds=LEASE,
+            close_seconds=20.0,
+            **config,
         )
         process = Process(self, name, [tier.backend for tier in below])
+        self.processes.append(process)
         async with Cache.open(
             settings,
             LAYOUT,
@@ -171,11 +193,24 @@ class Process:
             keys = (event.key,)
         else:
             return
-        for key in keys:
-            self._given_up[key.chunk] = self.now()
+        chunks = [key.chunk for key in keys]
+        if isinstance(event, ObjectsEvicted) and event.tier == self.cache.stack.host.name:
+            self.gives_up(*(each for each in chunks if not self.holds(each)))
+        else:  # what left a shared tier left it for all
+            for process in self.world.processes:
+                process.gives_up(*chunks)
+
+    def holds(self, chunk_hash: bytes, *, in_host: bool = False) -> bool:
+        """Whether the cache believes that it can serve all of a chunk."""
+        chunk = self.cache.stack.planner.directory.chunk(chunk_hash)
+        objects = () if chunk is None else tuple(chunk.objects.values())
+        ready = [o.host is Host.READY or (o.is_ready and not in_host) for o in objects]
+        return bool(ready) and all(ready)
 
     def commits(self, hashes: list[bytes], since: int) -> None:
-        self._committed |= dict.fromkeys(hashes, since)
+        """What was stored. What is only believed to lie on a shared tier is a hint."""
+        mine = [each for each in hashes if self.holds(each, in_host=True)]
+        self._committed |= dict.fromkeys(mine, since)
 
     def gives_up(self, *hashes: bytes) -> None:
         """Somebody else took these away, and may: they are not missed."""
@@ -202,7 +237,10 @@ class Process:
             heal(backend)
         cache = self.cache
         await self.timed("flush", cache.flush(), 10 * self.patience)
-        await asyncio.sleep(LEASE + 2 * MAX_PAUSE)
+        await asyncio.sleep(LEASE + self.patience)
+        lanes = [tier.guard.breaker(lane) for tier in cache.stack.lower for lane in Lane]
+        if not all(breaker.is_closed for breaker in lanes):
+            await asyncio.sleep(2 * MAX_PAUSE)
         async with cache.lookup(array("i", [1])):
             pass  # leases that have run out are dropped at the next call
         invariants.nothing_left(cache)
@@ -214,7 +252,12 @@ class Process:
                 raise invariants.Broken(f"{tier.name} is well again, and is not asked any more")
         reader = Client(self)
         for prompt in self.world.prompts:
-            await reader.load(prompt, LONGEST)
+            report = await reader.load(prompt, LONGEST)
+            if report.failed:  # now it has been found out, what was only believed to be there
+                report = await reader.load(prompt, LONGEST)
+            causes = {failure.cause for failure in report.failed}
+            if causes - {Cause.NO_ROOM}:
+                raise invariants.Broken(f"what failed is offered again: {report.failed}")
         await cache.flush()
         await asyncio.sleep(LEASE + self.patience)
         async with cache.lookup(array("i", [1])):
@@ -243,6 +286,7 @@ class Client:
 
     def __init__(self, process: Process) -> None:
         self.process, self.cache, self.world = process, process.cache, process.world
+        self.scope = PUBLIC
         self.memory = torch.zeros(2, LONGEST // BLOCK, BLOCK, 1, DIM)
         self._flat = self.memory.view(2, LONGEST, DIM)
         self._slots = torch.arange(LONGEST)
@@ -271,7 +315,9 @@ class Client:
         try:
             report = await self.process.timed(
                 "store",
-                self.cache.store(prompt.tokens[:length], self._view(length, first), first_token=first),
+                self.cache.store(
+                    prompt.tokens[:length], self._view(length, first), first_token=first
+                ),
                 written * self.process.patience,
             )
         finally:
@@ -323,9 +369,19 @@ class Client:
         self.world.counts["short"] += bool(report.failed)
         return report
 
+    async def drop(self, prompt: Prompt, length: int = LONGEST, tier: str | None = "cpu") -> None:
+        """Evict a prompt on request: from host memory, or (``None``) from everywhere."""
+        hashes = self.world.learn(self.cache, prompt, length)
+        try:
+            within = 4 * self.process.patience
+            work = self.cache.control.evict(prompt.tokens[:length], tier=tier)
+            await self.process.timed("evict", work, within)
+        finally:
+            gone = [each for each in hashes if not self.process.holds(each)]
+            for process in self.world.processes if tier is None else [self.process]:
+                process.gives_up(*(hashes if tier is None else gone))
+
     async def prefetch(self, prompt: Prompt, length: int = LONGEST, *, seconds: float) -> None:
-        tokens = self.cache.lookups  # raises once the cache is closed, as the call would
-        del tokens
         job = self.cache.prefetch(prompt.tokens[:length], deadline=seconds)
         within = 2 * LONGEST // CHUNK * len(self.cache.stack.lower) * self.process.patience
         await self.process.timed("prefetch", _ended(job), within + SLACK)
@@ -338,6 +394,7 @@ async def _ended(job: Any) -> None:
         job.cancel()
 
 
+_entry_points = functools.cache(registry.entry_points)
 Scenario = Callable[[World], Coroutine[Any, Any, None]]
 
 
@@ -355,7 +412,12 @@ def play(scenario: Scenario, seed: int, directory: Path, trace: list[str] | None
             raise invariants.Broken(f"tasks are left: {left}")
 
     try:
-        run(whole(), seed=seed, trace=trace)
+        # Metadata is read once for all seeds: it would be half of what they cost.
+        with mock.patch.object(registry, "entry_points", _entry_points):
+            run(whole(), seed=seed, trace=trace)
+    except BaseException as exc:
+        exc.add_note(f"injected: {tally(world.log)}")
+        raise
     finally:
         shutil.rmtree(world.directory, ignore_errors=True)
     return world

@@ -144,4 +144,7 @@ def nothing_left(cache: Cache) -> None:
     for tier in stats.tiers[1:]:
         _hold(tier.orphans == 0, f"{tier.name}: {tier.orphans} orphans are left")
         _hold(tier.inflight_nbytes == 0, f"{tier.name}: {tier.inflight_nbytes} bytes are left")
+    for tier in cache.stack.lower:
+        running = tier.guard.running
+        _hold(running == 0, f"{tier.name}: {running} turns are taken, and nothing runs")
     accounts(cache.stack.planner, idle=True)
