@@ -137,8 +137,7 @@ class World:
         schemes: dict[str, type[Backend]] = {}
         for number, tier in enumerate(below):
             scheme = f"tier{number}"
-            schemes[scheme] = given(tier.backend)
-            schemes[scheme].scheme = scheme
+            schemes[scheme] = given(tier.backend, scheme)
             tiers.append(TierConfig(url=f"{scheme}://", **tier.settings))
         settings = CacheConfig(
             model=ModelConfig(weights="sha256:" + "ab" * 32),

@@ -59,17 +59,18 @@ def tally(log: Iterable[Injected]) -> dict[str, int]:
     return dict(Counter(f"{each.fault} in {each.call}" for each in log).most_common())
 
 
-def given(backend: Backend) -> type[Backend]:
-    """A class whose ``from_url`` hands out ``backend``, for ``BACKENDS.extended({...})``.
+def given(backend: Backend, scheme: str = "sick") -> type[Backend]:
+    """A class whose ``from_url`` hands out ``backend``, for ``BACKENDS.extended({scheme: ...})``.
 
-    Whatever the URL says; use it for one cache.
+    Whatever the URL says; use it for one cache. ``scheme`` is what reports call the tier.
     """
+    setattr(backend, "scheme", scheme)  # noqa: B010  # of this one, not of its class
 
     def from_url(cls: type[Backend], url: BackendURL, /) -> Backend:
         return backend
 
     name = f"Given{type(backend).__name__}"
-    return type(name, (type(backend),), {"from_url": classmethod(from_url)})
+    return type(name, (type(backend),), {"from_url": classmethod(from_url), "scheme": scheme})
 
 
 class Wrapper(Backend):
