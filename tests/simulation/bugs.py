@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvlayer.cache import Cache
+from kvlayer.lookup import Lookups
 from kvlayer.tier.guard import Guard
 from kvlayer.tier.host import HostTier
 from kvlayer.tier.lease import LeaseTable
 from kvlayer.tier.planner import Planner
 from kvlayer_backends.file.ledger import Ledger
 
-__all__ = ["BUGS", "Bug"]
+__all__ = ["BUGS", "RACES", "Bug"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,10 @@ class Bug:
         patched = source.replace(self.takes, self.gives)
         flags = __future__.annotations.compiler_flag
         names: dict[str, Any] = dict(function.__globals__)
-        code = compile(patched, f"<{self.what}>", "exec", flags, dont_inherit=True)
+        # Where it stands in its file: tracebacks and watchers of that file know it.
+        patched = "\n" * (function.__code__.co_firstlineno - 1) + patched
+        file = function.__code__.co_filename
+        code = compile(patched, file, "exec", flags, dont_inherit=True)
         exec(code, names)  # noqa: S102  # the product's own source, but for one patch
         healthy = function.__code__
         function.__code__ = inspect.unwrap(names[function.__name__]).__code__
@@ -104,3 +108,19 @@ BUGS = {
     ),
 }
 """By the scenario that is meant to find it."""
+
+RACES = {
+    "found, then leased": Bug(
+        "something goes between being found and being leased",
+        Lookups._at_once,
+        "with self._planner.lock:",
+        "if True:",
+    ),
+    "claimed without the lock": Bug(
+        "what a lease holds is pinned a moment after it was looked at",
+        Planner.claim,
+        "with self.lock:",
+        "if True:",
+    ),
+}
+"""Races of threads, for the schedule to find."""

@@ -252,8 +252,9 @@ class Process:
         reader = Client(self)
         for prompt in self.world.prompts:
             report = await reader.load(prompt, LONGEST)
-            if report.failed:  # now it has been found out, what was only believed to be there
-                report = await reader.load(prompt, LONGEST)
+            for _ in range(LONGEST // CHUNK):  # each finds out one that is not where it seemed
+                if report.failed:
+                    report = await reader.load(prompt, LONGEST)
             causes = {failure.cause for failure in report.failed}
             if causes - {Cause.NO_ROOM}:
                 raise invariants.Broken(f"what failed is offered again: {report.failed}")
@@ -397,6 +398,13 @@ _entry_points = functools.cache(registry.entry_points)
 Scenario = Callable[[World], Coroutine[Any, Any, None]]
 
 
+def simulate(main: Coroutine[Any, Any, None], seed: int, trace: list[str] | None = None) -> None:
+    """Run ``main`` under the simulator."""
+    # Metadata is read once for all seeds: it would be half of what they cost.
+    with mock.patch.object(registry, "entry_points", _entry_points):
+        run(main, seed=seed, trace=trace)
+
+
 def play(scenario: Scenario, seed: int, directory: Path, trace: list[str] | None = None) -> World:
     """Play one seed of a scenario. Raises what its invariants raise."""
     world = World(seed, directory)
@@ -411,9 +419,7 @@ def play(scenario: Scenario, seed: int, directory: Path, trace: list[str] | None
             raise invariants.Broken(f"tasks are left: {left}")
 
     try:
-        # Metadata is read once for all seeds: it would be half of what they cost.
-        with mock.patch.object(registry, "entry_points", _entry_points):
-            run(whole(), seed=seed, trace=trace)
+        simulate(whole(), seed, trace)
     except BaseException as exc:
         exc.add_note(f"injected: {tally(world.log)}")
         raise

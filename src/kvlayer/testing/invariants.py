@@ -41,7 +41,7 @@ class Broken(AssertionError):  # noqa: N818  # what the promise is
     """An invariant does not hold."""
 
 
-def _hold(is_so: bool, what: str) -> None:  # noqa: FBT001
+def _hold(is_so: bool, what: str) -> None:
     if not is_so:
         raise Broken(what)
 
