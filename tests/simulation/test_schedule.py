@@ -18,7 +18,7 @@ BUDGET = 2000  # seeds; what a campaign plays
 def test_what_is_leased_stays_whoever_plans(
     seeds: Callable[[int, int], Sequence[int]], figures: Any
 ) -> None:
-    played, turns = seeds(40, 2000), 0
+    played, turns = seeds(20, 2000), 0
     for seed in played:
         try:
             turns += len(play_threads(seed))

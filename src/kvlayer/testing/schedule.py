@@ -58,7 +58,7 @@ class Schedule:
         self, seed: int, *, watched: Iterable[ModuleType] = (), share: float | None = None
     ) -> None:
         self._chance = Random(seed)  # noqa: S311  # a schedule, not a secret
-        self._share = self._chance.choice((0.003, 0.02, 0.1)) if share is None else share
+        self._share = self._chance.choice((0.002, 0.008, 0.03)) if share is None else share
         self._files = {module.__file__ for module in watched}
         self._runners: list[_Runner] = []
         self._running: _Runner | None = None
