@@ -43,6 +43,7 @@ from kvlayer.testing.faults import Injected, Wrapper, given, tally
 from kvlayer.testing.sim import run
 from kvlayer.tier.directory import Host
 from kvlayer.tier.guard import Lane
+from kvlayer_backends.cpu import CpuBackend
 
 T = TypeVar("T")
 
@@ -134,7 +135,7 @@ class World:
         Host memory has ``pages``; above ``high``, a share of them, it is emptied to half of that.
         """
         tiers = [TierConfig(url=f"cpu://?capacity={pages * PAGE}")]
-        schemes: dict[str, type[Backend]] = {}
+        schemes: dict[str, type[Backend]] = {"cpu": CpuBackend}
         for number, tier in enumerate(below):
             scheme = f"tier{number}"
             schemes[scheme] = given(tier.backend, scheme)
@@ -395,13 +396,17 @@ async def _ended(job: Any) -> None:
 
 
 _entry_points = functools.cache(registry.entry_points)
+_version = functools.cache(version)
 Scenario = Callable[[World], Coroutine[Any, Any, None]]
 
 
 def simulate(main: Coroutine[Any, Any, None], seed: int, trace: list[str] | None = None) -> None:
     """Run ``main`` under the simulator."""
     # Metadata is read once for all seeds: it would be half of what they cost.
-    with mock.patch.object(registry, "entry_points", _entry_points):
+    with (
+        mock.patch.object(registry, "entry_points", _entry_points),
+        mock.patch.object(opening, "version", _version),
+    ):
         run(main, seed=seed, trace=trace)
 
 

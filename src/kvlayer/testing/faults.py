@@ -110,7 +110,7 @@ class Wrapper(Backend):
 
     # ``on_evicted`` is a variable of the interface: whoever sets it means the backend that evicts.
     @property
-    def on_evicted(self) -> Callable[[list[tuple[ObjectKey, int]], str], None] | None:  # type: ignore[override]  # pyright: ignore[reportIncompatibleVariableOverride]
+    def on_evicted(self) -> Callable[[list[tuple[ObjectKey, int]], str], None] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.inner.on_evicted
 
     @on_evicted.setter
@@ -226,7 +226,7 @@ class Flaky(Wrapper):
         if not self.strikes(self.share):
             return result
         errors = [e for e in self.errors if isinstance(e, type) and issubclass(e, BackendError)]
-        error = self.chance.choice(errors or [BackendUnavailableError])
+        error: type[BackendError] = self.chance.choice(errors or [BackendUnavailableError])
         self.note(call, f"answered {error.__name__}", key)
         return error("injected: the item failed")
 

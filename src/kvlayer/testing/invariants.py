@@ -141,9 +141,10 @@ def nothing_left(cache: Cache) -> None:
     stats = cache.control.stats()
     _hold(stats.leases == 0, f"{stats.leases} leases are left, of {sorted(stats.owners)}")
     _hold(stats.inflight == 0, f"{stats.inflight} transfers are left")
-    for tier in stats.tiers[1:]:
-        _hold(tier.orphans == 0, f"{tier.name}: {tier.orphans} orphans are left")
-        _hold(tier.inflight_nbytes == 0, f"{tier.name}: {tier.inflight_nbytes} bytes are left")
+    for counts in stats.tiers[1:]:
+        _hold(counts.orphans == 0, f"{counts.name}: {counts.orphans} orphans are left")
+        held = counts.inflight_nbytes
+        _hold(held == 0, f"{counts.name}: {held} bytes are left in flight")
     for tier in cache.stack.lower:
         running = tier.guard.running
         _hold(running == 0, f"{tier.name}: {running} turns are taken, and nothing runs")

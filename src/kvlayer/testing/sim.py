@@ -65,7 +65,9 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._now
 
-    def call_at(self, when: float, *args: Any, **kwargs: Any) -> asyncio.TimerHandle:
+    def call_at(  # type: ignore[override]  # passed on as it comes
+        self, when: float, *args: Any, **kwargs: Any
+    ) -> asyncio.TimerHandle:
         heappush(self._rings, when)
         return super().call_at(when, *args, **kwargs)
 
@@ -222,13 +224,13 @@ class _Ready(deque[asyncio.Handle]):
 
 
 def _args(handle: asyncio.Handle) -> tuple[Any, ...]:
-    args: tuple[Any, ...] = handle._args or ()  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType, reportAttributeAccessIssue]
+    args: Any = getattr(handle, "_args", None) or ()
     return args if args and isinstance(args[0], asyncio.Future) else ()
 
 
 def _name(handle: asyncio.Handle) -> str:
     """What a handle runs; of a task also the line it is at."""
-    callback: Any = handle._callback  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType, reportAttributeAccessIssue]
+    callback: Any = getattr(handle, "_callback", None)
     while isinstance(callback, functools.partial):
         callback = cast("Any", callback).func
     task = getattr(callback, "__self__", None)
