@@ -30,8 +30,10 @@ from kvlayer import (
     KVLayout,
     ModelConfig,
     TierConfig,
+    opening,
     registry,
 )
+from kvlayer._version import version
 from kvlayer.abc.backend import Backend
 from kvlayer.events import Event, ObjectQuarantined, ObjectsEvicted
 from kvlayer.keys import ObjectKey, Scope
