@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mappin
 from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeAlias, TypeVar
 
 from kvlayer.abc.backend import Backend, Hit, Listed, Miss, Read, ReadResult, Write, WriteResult
 from kvlayer.errors import BackendError, BackendUnavailableError, UnsupportedError
@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+_Told: TypeAlias = Callable[[list[tuple[ObjectKey, int]], str], None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +111,11 @@ class Wrapper(Backend):
 
     # ``on_evicted`` is a variable of the interface: whoever sets it means the backend that evicts.
     @property
-    def on_evicted(self) -> Callable[[list[tuple[ObjectKey, int]], str], None] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def on_evicted(self) -> _Told:
         return self.inner.on_evicted
 
     @on_evicted.setter
-    def on_evicted(self, told: Callable[[list[tuple[ObjectKey, int]], str], None] | None) -> None:
+    def on_evicted(self, told: _Told) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.inner.on_evicted = told
 
     async def open(self) -> None:

@@ -56,7 +56,7 @@ def no_wrong_bytes(cache: Cache, right: Callable[[ObjectKey], bytes | None]) -> 
         for record in cache.stack.planner.directory.objects():
             if record.host is not Host.READY or (expected := right(record.key)) is None:
                 continue
-            found = slab.view(record.offset, len(expected))
+            found = slab.view(record.offset, len(expected)).tobytes()
             _hold(found == expected, f"host memory offers wrong bytes of {record.key}")
 
 

@@ -24,7 +24,7 @@ import gc
 import random
 import selectors
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from heapq import heappop, heappush
@@ -296,7 +296,7 @@ def run(
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _seeded(seed: int) -> Generator[None]:
     before, collects = random.getstate(), gc.isenabled()
     random.seed(seed)
     gc.disable()
