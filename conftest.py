@@ -43,6 +43,7 @@ class Figures(Protocol):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--campaign", action="store_true", help="full doses in place of short ones")
+    parser.addoption("--seed", type=int, help="play only this seed of each simulation")
     parser.addoption("--figures", type=Path, help="write the rows of figures to this JSON file")
 
 

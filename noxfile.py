@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent
 # What a campaign is made of: where its tests are. Each asks for its ``dose`` (conftest.py).
 CAMPAIGN = {
     "operations": ["tests/unit/cache/test_many_operations.py"],
+    "simulation": ["tests/simulation"],
 }
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 PLUGIN = "plugins/kvlayer-transformers"

@@ -1,0 +1,1 @@
+"""What proves a cache or a backend: simulation, faults, invariants. Needs no test framework."""
