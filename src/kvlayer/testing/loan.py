@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import mmap
-from collections.abc import Iterable
+import weakref
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from random import Random
 
 from kvlayer.payload import ALIGNMENT
 from kvlayer.testing.promise import broken, same_bytes
 
-__all__ = ["PAGE", "Loan", "noise"]
+__all__ = ["PAGE", "Loan", "noise", "only_young"]
 
 PAGE = ALIGNMENT
 _GUARD = 0xA5
@@ -20,6 +22,22 @@ _POISON = 0x5A
 def noise(seed: int, nbytes: int) -> bytes:
     """Bytes that no other seed has, the same every time."""
     return Random(seed).randbytes(nbytes)  # noqa: S311  # not a secret
+
+
+@contextmanager
+def only_young() -> Generator[None]:
+    """Keep garbage young, so that a quick collection finds all of it.
+
+    A cycle of an exception and its frames is nobody's intent and no use of memory. A full
+    collection would take so long that a thread which does use it ends meanwhile, unseen.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Loan:
@@ -35,7 +53,8 @@ class Loan:
         whole = memoryview(self._memory)
         whole[:PAGE] = whole[-PAGE:] = bytes([_GUARD]) * PAGE
         self._view = whole[PAGE:-PAGE]
-        self._views = [whole, self._view]
+        self._own = (whole, self._view)
+        self._lent: list[weakref.ref[memoryview]] = []
         if content is not None:
             self._view[:] = content
 
@@ -48,7 +67,7 @@ class Loan:
             at += count * PAGE
         if at < self.nbytes:
             regions.append(self._view[at:])
-        self._views += regions
+        self._lent += map(weakref.ref, regions)
         return tuple(regions)
 
     def content(self, nbytes: int | None = None) -> bytes:
@@ -74,12 +93,12 @@ class Loan:
             same_bytes(guard, bytes([_GUARD]) * PAGE, "memory beside what was lent")
 
     def take_back(self) -> None:
-        """Release every region. Raises ``Broken`` when anybody still holds a view of the memory.
+        """End the loan. Raises ``Broken`` when a region is still referred to, or a view of it.
 
-        It stays mapped, so that native code with a bare address is seen and not a crash.
+        The memory stays mapped, so that native code with a bare address is seen and not a crash.
         """
         if not self._is_free():
-            gc.collect()  # a cycle of an exception and its frames is nobody's intent
+            gc.collect(1)  # see only_young
             if not self._is_free():
                 broken(
                     "nobody to hold lent memory once the call has returned",
@@ -87,8 +106,10 @@ class Loan:
                 )
 
     def _is_free(self) -> bool:
+        if any(region() is not None for region in self._lent):
+            return False
         try:
-            for view in reversed(self._views):
+            for view in reversed(self._own):
                 view.release()
             self._memory.resize(len(self._memory))  # refused while a view is exported
         except BufferError:

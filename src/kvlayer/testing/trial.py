@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from hashlib import sha256
-from typing import Any
+from typing import Any, TypeVar
 
 from kvlayer._pack import pack
 from kvlayer.abc.backend import Backend, Capability, Hit, Miss, Read, ReadResult, Write, WriteResult
@@ -15,7 +16,9 @@ from kvlayer.keys import PUBLIC_ZONE, ObjectKey, Part
 from kvlayer.testing.loan import Loan, noise
 from kvlayer.testing.promise import broken, expect
 
-__all__ = ["PART", "Trial"]
+__all__ = ["PART", "Trial", "side_by_side"]
+
+T = TypeVar("T")
 
 PART = Part(0, (0, 4), (0, 2))
 
@@ -31,6 +34,7 @@ class Trial:
         self._build = build
         self._open = AsyncExitStack()
         self.backend: Backend = build()
+        self._closed: list[Backend] = []
         self.canonical = pack({"made by": "kvlayer.testing", "for one trial": os.urandom(16).hex()})
         self.namespace = sha256(self.canonical).hexdigest()
         self.keys: set[ObjectKey] = set()
@@ -57,10 +61,17 @@ class Trial:
             expect(len(left), 0, "what is left behind")
 
     async def start(self, backend: Backend) -> Backend:
-        """Open an instance that is closed when the trial ends."""
+        """Open an instance that is closed when the trial ends, unless :meth:`close` did."""
         await backend.open()
-        self._open.push_async_callback(backend.aclose)
+        self._open.push_async_callback(self.close, backend)
         return backend
+
+    async def close(self, backend: Backend | None = None) -> None:
+        """Close an instance, once."""
+        backend = backend or self.backend
+        if backend not in self._closed:
+            self._closed.append(backend)
+            await backend.aclose()
 
     async def another(self) -> Backend:
         """A second instance of the same place, open beside the first."""
@@ -68,7 +79,7 @@ class Trial:
 
     async def reopen(self) -> None:
         """Close the backend and go on with a new instance, as a new process would."""
-        await self.backend.aclose()
+        await self.close()
         self.backend = await self.another()
 
     # -- names and bytes -------------------------------------------------------------------------
@@ -97,6 +108,12 @@ class Trial:
         content = noise(number, nbytes)
         expect(await self.put(self.key(number), content, on=on), None, f"the result of put({number})")
         return content
+
+    async def store_all(self, numbers: Iterable[int], nbytes: int) -> None:
+        """Store noise under many numbered keys, in one batch."""
+        writes = [Write(self.key(n), Loan(nbytes, noise(n, nbytes)).regions()) for n in numbers]
+        results = await self._put(self.backend, writes)
+        expect(results, [None] * len(writes), f"the results of put() of {len(writes)} objects")
 
     async def get(
         self,
@@ -156,6 +173,16 @@ class Trial:
 
     async def _get(self, backend: Backend, reads: Sequence[Read]) -> list[ReadResult]:
         return _aligned(await backend.get(reads), len(reads), "get", (Hit, Miss, BackendError))
+
+
+async def side_by_side(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run coroutines at once and answer with their results, or with the first error alone."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work) for work in works]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 def _aligned(results: Any, count: int, call: str, kinds: tuple[type, ...]) -> list[Any]:

@@ -11,11 +11,10 @@ from kvlayer.keys import ObjectKey
 from kvlayer.testing.loan import PAGE, Loan, noise
 from kvlayer.testing.promise import Need, broken, expect, promise, same_bytes
 from kvlayer.testing.suites.place import BackendPlace
-from kvlayer.testing.trial import Trial
+from kvlayer.testing.trial import Trial, side_by_side
 
 __all__ = ["BatchPromises"]
 
-_MANY = 4096  # what one lookup of a long prompt may ask
 _TASKS = 48
 
 
@@ -70,16 +69,17 @@ class BatchPromises(BackendPlace):
 
     @promise("Batches in, aligned results out.")
     async def test_a_batch_of_thousands_is_answered(self, trial: Trial) -> None:
-        keys = trial.numbered(range(_MANY))
-        await trial.store(_MANY - 1, PAGE)
+        many = self.many_keys
+        keys = trial.numbered(range(many))
+        await trial.store(many - 1, PAGE)
         sizes = await trial.backend.contains(keys)
-        expect(sizes, [None] * (_MANY - 1) + [PAGE], f"contains() of {_MANY} keys")
+        expect(sizes, [None] * (many - 1) + [PAGE], f"contains() of {many} keys")
         loan = Loan(PAGE)
         results = await trial.backend.get([Read(key, loan.regions()) for key in keys])
-        expect(results, [Miss()] * (_MANY - 1) + [Hit(PAGE)], f"get() of {_MANY} keys")
+        expect(results, [Miss()] * (many - 1) + [Hit(PAGE)], f"get() of {many} keys")
         await trial.backend.touch(keys)
         await trial.backend.delete(keys)
-        expect(await trial.backend.contains(keys[-1:]), [None], f"an object among {_MANY} deleted")
+        expect(await trial.backend.contains(keys[-1:]), [None], f"an object among {many} deleted")
 
     @promise("A batch never raises for one bad item.")
     async def test_a_bad_item_does_not_spoil_its_batch(self, trial: Trial) -> None:
@@ -139,16 +139,13 @@ class BatchPromises(BackendPlace):
                 await trial.backend.delete([key])
                 expect(await trial.backend.contains([key]), [None], f"{number} after delete()")
 
-        async with asyncio.TaskGroup() as group:
-            for number in range(_TASKS):
-                group.create_task(one(number))
+        await side_by_side(one(number) for number in range(_TASKS))
 
     @promise("Two writers of one key write the same bytes and the first wins.")
     async def test_of_many_writers_of_one_key_one_wins_whole(self, trial: Trial) -> None:
         contents = [noise(n, 16 * PAGE) for n in range(8)]
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(trial.put(trial.key(1), each)) for each in contents]
-        expect([task.result() for task in tasks], [None] * 8, "the results of 8 writers of one key")
+        results = await side_by_side(trial.put(trial.key(1), each) for each in contents)
+        expect(results, [None] * 8, "the results of 8 writers of one key")
         found = await trial.load(trial.key(1), 16 * PAGE)
         if found not in contents:
             broken("the object that one of 8 writers wrote, whole", "a mixture, or nothing")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from hashlib import sha256
 from time import time
 
@@ -83,13 +82,14 @@ class KeepingPromises(BackendPlace):
 
     @promise("Every object whose key starts with prefix.", Need.LIST)
     async def test_a_listing_shows_every_object_once_with_its_size(self, trial: Trial) -> None:
-        expected = {trial.key(n): PAGE * (1 + n % 3) for n in range(300)}
-        async with asyncio.TaskGroup() as group:
-            for number in range(300):
-                group.create_task(trial.store(number, PAGE * (1 + number % 3)))
+        count = self.many_objects
+        for first in range(0, count, 100):
+            await trial.store_all(range(first, min(first + 100, count)), PAGE)
+        await trial.store(count, 3 * PAGE)
+        expected = {trial.key(n): PAGE for n in range(count)} | {trial.key(count): 3 * PAGE}
         found = await trial.listed()
         missing = expected.keys() - found.keys()
-        expect(len(missing), 0, "the number of objects missing from a list() of 300")
+        expect(len(missing), 0, f"the number of objects missing from a list() of {len(expected)}")
         expect(found, expected, "key -> bytes in list()")
         if not all(isinstance(key, ObjectKey) for key in found):
             broken("every listed key to be an ObjectKey", {type(key).__name__ for key in found})
@@ -129,8 +129,7 @@ class KeepingPromises(BackendPlace):
     @promise("Every object whose key starts with prefix.", Need.LIST)
     async def test_what_stays_is_listed_whatever_comes_and_goes(self, trial: Trial) -> None:
         stays, goes = trial.numbered(range(40)), trial.numbered(range(100, 140))
-        for number in (*range(40), *range(100, 140)):
-            await trial.store(number, PAGE)
+        await trial.store_all((*range(40), *range(100, 140)), PAGE)
         found: list[ObjectKey] = []
         async for listed in trial.backend.list(trial.namespace):
             found.append(listed.key)

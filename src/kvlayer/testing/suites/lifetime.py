@@ -12,7 +12,7 @@ from kvlayer.keys import ObjectKey
 from kvlayer.testing.loan import PAGE, noise
 from kvlayer.testing.promise import Need, broken, expect, promise, same_bytes
 from kvlayer.testing.suites.place import BackendPlace
-from kvlayer.testing.trial import Trial
+from kvlayer.testing.trial import Trial, side_by_side
 
 __all__ = ["LifetimePromises"]
 
@@ -23,8 +23,8 @@ class LifetimePromises(BackendPlace):
     @promise("Release everything once running calls have ended. Idempotent.")
     async def test_closing_twice_is_closing_once(self, trial: Trial) -> None:
         await trial.store(1, PAGE)
-        for _ in range(2):
-            await trial.backend.aclose()
+        await trial.close()
+        await trial.backend.aclose()
         await self.build().aclose()  # nor does it mind never having been open
 
     @promise("Release everything once running calls have ended.")
@@ -37,7 +37,7 @@ class LifetimePromises(BackendPlace):
         ]
         for _ in range(3):
             await asyncio.sleep(0)
-        await trial.backend.aclose()
+        await trial.close()
         for _ in range(10):  # what has ended inside may need a turn to say so
             await asyncio.sleep(0)
         running = sum(not call.done() for call in calls)
@@ -56,7 +56,7 @@ class LifetimePromises(BackendPlace):
     @promise("The object was used after it was closed.")
     async def test_a_closed_backend_says_so(self, trial: Trial) -> None:
         await trial.store(1, PAGE)
-        await trial.backend.aclose()
+        await trial.close()
         calls: dict[str, Coroutine[Any, Any, Any]] = {
             "get": trial.load(trial.key(1), PAGE),
             "put": trial.put(trial.key(2), bytes(PAGE)),
@@ -121,7 +121,7 @@ class LifetimePromises(BackendPlace):
     async def test_closing_one_instance_leaves_the_other_open(self, trial: Trial) -> None:
         other = await trial.another()
         content = await trial.store(1, PAGE)
-        await trial.backend.aclose()
+        await trial.close()
         same_bytes(await trial.load(trial.key(1), PAGE, on=other) or b"", content, "the object")
         await trial.store(2, PAGE, on=other)
         expect(await other.contains([trial.key(2)]), [PAGE], "contains() of the one left open")
@@ -132,14 +132,14 @@ class LifetimePromises(BackendPlace):
     async def test_a_full_tier_stays_within_its_capacity(self, trial: Trial) -> None:
         capacity = self.small_capacity_nbytes
         nbytes = capacity // 16 // PAGE * PAGE
-        for number in range(40):
+        for number in range(28):
             result = await trial.put(trial.key(number), noise(number, nbytes))
             if not isinstance(result, BackendError | None):
                 broken("None or BackendError from put() to a full tier", result)
             await self._fits(trial, capacity, range(number + 1))
-        batch = [trial.put(trial.key(n), noise(n, nbytes)) for n in range(100, 140)]
-        await asyncio.gather(*batch)
-        await self._fits(trial, capacity, range(140))
+        batch = [trial.put(trial.key(n), noise(n, nbytes)) for n in range(100, 128)]
+        await side_by_side(batch)
+        await self._fits(trial, capacity, range(128))
 
     async def _fits(self, trial: Trial, capacity: int, numbers: range) -> None:
         sizes = await trial.backend.contains(trial.numbered(numbers))
@@ -161,7 +161,7 @@ class LifetimePromises(BackendPlace):
         trial.backend.on_evicted = hear
         nbytes = self.small_capacity_nbytes // 16 // PAGE * PAGE
         stored: list[ObjectKey] = []
-        for number in range(40):
+        for number in range(28):
             if await trial.put(trial.key(number), noise(number, nbytes)) is None:
                 stored.append(trial.key(number))
         sizes = await trial.backend.contains(stored)
@@ -177,13 +177,13 @@ class LifetimePromises(BackendPlace):
         async def one(number: int) -> None:
             content = noise(number, nbytes)
             await trial.put(trial.key(number), content)
-            for other in (number, (number * 7) % 40):
+            for other in (number, (number * 7) % 32):
                 found = await trial.load(trial.key(other), nbytes)
                 if found is not None:
                     same_bytes(found, noise(other, nbytes), f"object {other} of a full tier")
 
-        for first in range(0, 40, 8):
-            await asyncio.gather(*(one(first + n) for n in range(8)))
+        for first in range(0, 32, 8):
+            await side_by_side(one(first + n) for n in range(8))
         last = await trial.put(trial.key(99), noise(99, nbytes))
         expect(last, None, "the result of put() to a full tier where nothing else runs")
         found = await trial.load(trial.key(99), nbytes)

@@ -12,7 +12,7 @@ from typing import ClassVar
 from kvlayer.abc.backend import Backend, Capability
 from kvlayer.errors import ConfigError
 from kvlayer.keys import ObjectKey
-from kvlayer.registry import open_backend
+from kvlayer.registry import BACKENDS, Registry, open_backend
 from kvlayer.testing.promise import Need, Promise
 from kvlayer.testing.suite import Suite
 from kvlayer.testing.trial import Trial
@@ -29,10 +29,18 @@ class BackendPlace(Suite):
     """
 
     url: ClassVar[str] = ""
+    backends: ClassVar[Registry[type[Backend]]] = BACKENDS
+    """Who answers to URLs: the installed ones, or ``BACKENDS.extended(...)``."""
     small_url: ClassVar[str] = ""
     """A tier whose ``capacity`` a test can exceed, at least 256 KiB: it is filled several times."""
     large_nbytes: ClassVar[int] = 16 << 20
     """The largest object that is tried; a multiple of 4 KiB."""
+    many_objects: ClassVar[int] = 1200
+    """How many a listing must show: more than stores answer with at a time."""
+    many_keys: ClassVar[int] = 4096
+    """How many one call may name, as the lookup of a long prompt does."""
+    many_regions: ClassVar[int] = 1100
+    """How many regions one object may have: more than a system call takes."""
     is_disposable: ClassVar[bool] = True
     """Whether what cannot be undone (filling, quarantine, descriptions) may be done."""
 
@@ -60,7 +68,7 @@ class BackendPlace(Suite):
                 f"{type(self).__name__} has no backend to look at",
                 hint="set url or override build(); with pytest, --kvlayer-backend URL does, too",
             )
-        return open_backend(self.placed(url))
+        return open_backend(self.placed(url), backends=self.backends)
 
     def placed(self, url: str) -> str:
         """The URL with this promise's folder in it."""
