@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from functools import cached_property, partial
 from pathlib import Path
 from typing import ClassVar
@@ -44,6 +45,8 @@ class BackendPlace(Suite):
     is_disposable: ClassVar[bool] = True
     """Whether what cannot be undone (filling, quarantine, descriptions) may be done."""
 
+    stored: AbstractSet[ObjectKey] = frozenset()
+    """What the last promise may have stored. Gone, unless clearing up hung with it."""
     directory: Path = Path(tempfile.gettempdir(), "kvlayer-not-there")
     """The fresh folder, while a promise runs."""
 
@@ -106,6 +109,7 @@ class BackendPlace(Suite):
         with tempfile.TemporaryDirectory(prefix="kvlayer-", ignore_cleanup_errors=True) as folder:
             self.directory = Path(folder)
             async with Trial.opened(build, clears=not self.has_folder) as trial:
+                self.stored = trial.keys
                 await promise.check(self, trial)
 
     def built_elsewhere(self) -> tuple[Callable[[], Backend], Callable[[], list[str]]]:
