@@ -190,7 +190,9 @@ def trusts_the_first_segment(
             raise
 
 
-def believes_lengths(header: memoryview, payload_bytes: memoryview, filled: int, **what: Any) -> None:
+def believes_lengths(
+    header: memoryview, payload_bytes: memoryview, filled: int, **what: Any
+) -> None:
     length = int.from_bytes(header[12:16], "little")
     if filled == HEADER_NBYTES + payload_bytes.nbytes and length > HEADER_NBYTES:
         raise MemoryError(length)

@@ -10,14 +10,13 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import pytest
-
 from honest import HonestBackend, Options, Place
-from kvlayer.abc.backend import Capability, Hit, Listed, Miss, Read, ReadResult, Write, WriteResult
+
+from kvlayer.abc.backend import Capability, Hit, Listed, Read, ReadResult, Write, WriteResult
 from kvlayer.errors import BackendError
 from kvlayer.keys import ObjectKey
 from kvlayer.registry import BACKENDS
 from kvlayer.testing.bounded import Patience
-from kvlayer.testing.promise import Need
 from kvlayer.testing.suite import Outcome
 from kvlayer.testing.suites.backend import BackendSuite
 from kvlayer.urls import BackendURL
@@ -133,7 +132,9 @@ class StartsAtWholeSectors(HonestBackend):
     def fill(self, stored: bytes, read: Read) -> int:
         if len(stored) != 6 * PAGE:
             return super().fill(stored, read)
-        return super().fill(stored, Read(read.key, read.regions, read.offset // (2 * PAGE) * 2 * PAGE))
+        return super().fill(
+            stored, Read(read.key, read.regions, read.offset // (2 * PAGE) * 2 * PAGE)
+        )
 
 
 @breaks("a read ends with the object")
@@ -180,7 +181,11 @@ class CutsLongNames(HonestBackend):
     def find(self, key: ObjectKey) -> bytes | None:
         short = str(key).split(".native:a")[0]
         return next(
-            (v for k, v in self.place.objects.items() if k == key or k.startswith(f"{short}.native")),
+            (
+                v
+                for k, v in self.place.objects.items()
+                if k == key or k.startswith(f"{short}.native")
+            ),
             None,
         )
 
@@ -637,7 +642,9 @@ class RemembersHits(HonestBackend):
 class ClosesForEverybody(HonestBackend):
     async def open(self) -> None:
         await super().open()
-        self.place.described["instances"] = b"x" * (len(self.place.described.get("instances", b"")) + 1)
+        self.place.described["instances"] = b"x" * (
+            len(self.place.described.get("instances", b"")) + 1
+        )
 
     async def aclose(self) -> None:
         if self.is_open and self.place.described.get("instances") == b"xx":
@@ -682,7 +689,9 @@ class ReusesASlotTooEarly(HonestBackend):
 
 def test_the_honest_backend_keeps_every_promise() -> None:
     verdicts = list(HonestSuite().run())
-    assert [(v.promise.name, v.outcome, v.found) for v in verdicts if v.outcome is not Outcome.KEPT] == []
+    assert [
+        (v.promise.name, v.outcome, v.found) for v in verdicts if v.outcome is not Outcome.KEPT
+    ] == []
 
 
 @pytest.mark.parametrize("liar", LIARS, ids=lambda liar: liar.__name__)

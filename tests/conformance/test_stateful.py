@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from honest import HonestBackend, Options
 from hypothesis import HealthCheck, given, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from honest import HonestBackend, Options
 from kvlayer.abc.backend import Backend, Read, ReadResult, Write, WriteResult
 from kvlayer.keys import ChunkChain, ObjectKey
 from kvlayer.registry import open_backend

@@ -1,4 +1,4 @@
-"""Any backend against a dictionary: a machine of Hypothesis that looks for the shortest wrong answer.
+"""Any backend against a dictionary: a Hypothesis machine that looks for a short wrong answer.
 
 ::
 
@@ -75,7 +75,9 @@ class BackendMachine(RuleBasedStateMachine):
 
     def _content(self, number: int, drawn: bytes) -> bytes:
         """Other bytes each time, unless a writer cannot know whether it is the first."""
-        return bytes([number]) * PAGE * (1 + number) if self.evicts else bytes([number]) * PAGE + drawn
+        return (
+            bytes([number]) * PAGE * (1 + number) if self.evicts else bytes([number]) * PAGE + drawn
+        )
 
     # -- rules -----------------------------------------------------------------------------------
 
@@ -102,7 +104,10 @@ class BackendMachine(RuleBasedStateMachine):
         """A batch of reads, from any page on, into any regions."""
         keys = [self._keys[n] for n in numbers]
         loans = [Loan(sum(pages) * PAGE) for _ in keys]
-        reads = [Read(k, l.regions(pages), offset * PAGE) for k, l in zip(keys, loans, strict=True)]
+        reads = [
+            Read(key, loan.regions(pages), offset * PAGE)
+            for key, loan in zip(keys, loans, strict=True)
+        ]
         results = self._run(self._side(side).get(reads))
         expect(len(results), len(keys), "the number of results")
         for key, loan, result in zip(keys, loans, results, strict=True):

@@ -1,4 +1,4 @@
-"""A suite: the promises of one kind of plugin, run one by one by any runner of tests, or by none."""
+"""A suite: the promises of one kind of plugin, run by any runner of tests, or by none."""
 
 from __future__ import annotations
 

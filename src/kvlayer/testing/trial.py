@@ -96,7 +96,12 @@ class Trial:
     # -- one object ------------------------------------------------------------------------------
 
     async def put(
-        self, key: ObjectKey, content: bytes, *, pages: Iterable[int] = (), on: Backend | None = None
+        self,
+        key: ObjectKey,
+        content: bytes,
+        *,
+        pages: Iterable[int] = (),
+        on: Backend | None = None,
     ) -> WriteResult:
         """Store bytes from regions of so many pages."""
         loan = Loan(len(content), content)
@@ -106,7 +111,9 @@ class Trial:
     async def store(self, number: int, nbytes: int, *, on: Backend | None = None) -> bytes:
         """Store noise under a numbered key and return it. Raises ``Broken`` when that fails."""
         content = noise(number, nbytes)
-        expect(await self.put(self.key(number), content, on=on), None, f"the result of put({number})")
+        expect(
+            await self.put(self.key(number), content, on=on), None, f"the result of put({number})"
+        )
         return content
 
     async def store_all(self, numbers: Iterable[int], nbytes: int) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import tracemalloc
-from collections.abc import Callable
 from hashlib import sha256
-from types import FrameType
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,8 +13,8 @@ from hypothesis import strategies as st
 from kvlayer.abc.policy import EvictionPolicy
 from kvlayer.keys import ObjectKey, Part
 from kvlayer.registry import POLICIES
-from kvlayer.tier.arc import ARC
 from kvlayer.testing.suites.policy import KnownObjects
+from kvlayer.tier.arc import ARC
 from kvlayer.tier.evict import LRU, PrefixLRU
 
 NAMESPACE = "ab" * 32

@@ -7,8 +7,17 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from time import time
 from typing import ClassVar, Self, TypeVar
 
-from kvlayer.abc.backend import Backend, Capability, Hit, Listed, Miss
-from kvlayer.abc.backend import Read, ReadResult, Write, WriteResult
+from kvlayer.abc.backend import (
+    Backend,
+    Capability,
+    Hit,
+    Listed,
+    Miss,
+    Read,
+    ReadResult,
+    Write,
+    WriteResult,
+)
 from kvlayer.abc.offload import Offload
 from kvlayer.errors import BackendError, ClosedError, ConfigError
 from kvlayer.keys import ObjectKey
@@ -99,7 +108,9 @@ class SQLiteBackend(Backend):
     def _use(self, db: sqlite3.Connection, keys: Sequence[ObjectKey]) -> None:
         db.executemany("UPDATE objects SET used = ? WHERE key = ?", [(time(), key) for key in keys])
 
-    def _rows(self, db: sqlite3.Connection, between: tuple[str, str]) -> list[tuple[str, int, float]]:
+    def _rows(
+        self, db: sqlite3.Connection, between: tuple[str, str]
+    ) -> list[tuple[str, int, float]]:
         return db.execute(_FROM, between).fetchmany(_ROWS)
 
     # -- the interface -----------------------------------------------------------------------------

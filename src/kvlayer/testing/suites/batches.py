@@ -29,9 +29,7 @@ class BatchPromises(BackendPlace):
         asked = [n if n % 3 else n + 1000 for n in numbers] + [1, 2, 1]
         Random(7).shuffle(asked)  # noqa: S311  # the same order every time
         loans = [Loan(3 * PAGE) for _ in asked]
-        reads = [
-            Read(trial.key(n), loan.regions()) for n, loan in zip(asked, loans, strict=True)
-        ]
+        reads = [Read(trial.key(n), loan.regions()) for n, loan in zip(asked, loans, strict=True)]
         results = await trial.backend.get(reads)
         expected = [Hit(PAGE * (1 + n % 3)) if n < 1000 else Miss() for n in asked]
         expect(results, expected, "the results of a shuffled get() with misses and repetitions")
@@ -89,10 +87,7 @@ class BatchPromises(BackendPlace):
         keys = [good[0], bad, good[1]]
         trial.keys.add(bad)
         first, _, last = await trial.backend.put(
-            [
-                Write(key, loans[at].regions())
-                for key, at in zip(keys, (0, 2, 1), strict=True)
-            ]
+            [Write(key, loans[at].regions()) for key, at in zip(keys, (0, 2, 1), strict=True)]
         )
         expect([first, last], [None, None], "the results of put() beside a bad item")
         into = [Loan(PAGE) for _ in keys]
@@ -107,9 +102,7 @@ class BatchPromises(BackendPlace):
         await trial.is_absent(good, PAGE, "what was deleted beside a bad item")
 
     @promise("Results align with inputs and carry the error.", Need.SMALL, Need.DISPOSABLE)
-    async def test_an_object_larger_than_the_tier_is_refused_as_a_value(
-        self, trial: Trial
-    ) -> None:
+    async def test_an_object_larger_than_the_tier_is_refused_as_a_value(self, trial: Trial) -> None:
         content = noise(1, PAGE)
         giant = Loan(self.small_capacity_nbytes + PAGE)
         results = await trial.backend.put(

@@ -155,7 +155,9 @@ class CancelPromises(BackendPlace):
             for call in calls:
                 if not call.cancelled():
                     call.result()
-        same_bytes(await trial.load(trial.key(1), 2 * PAGE) or b"", content, "an object, afterwards")
+        same_bytes(
+            await trial.load(trial.key(1), 2 * PAGE) or b"", content, "an object, afterwards"
+        )
         expect(await trial.put(trial.key(1000), content), None, "the result of put(), afterwards")
 
 
@@ -189,7 +191,9 @@ async def _cancelled(
             yield
 
 
-def _moments(took: float) -> Iterator[Callable[[asyncio.Future[object]], Coroutine[Any, Any, None]]]:
+def _moments(
+    took: float,
+) -> Iterator[Callable[[asyncio.Future[object]], Coroutine[Any, Any, None]]]:
     def turns(count: int) -> Callable[[asyncio.Future[object]], Coroutine[Any, Any, None]]:
         async def wait(task: asyncio.Future[object]) -> None:
             for _ in range(count):

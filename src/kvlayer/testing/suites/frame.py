@@ -68,9 +68,7 @@ class WrittenFrame:
         wanted = {"key": self.key, "payload": self.payload, "first_token": _FIRST, **other}
         count = self.nbytes if filled is None else filled
         try:
-            self._suite.check_frame(
-                memoryview(self.header), memoryview(self.body), count, **wanted
-            )
+            self._suite.check_frame(memoryview(self.header), memoryview(self.body), count, **wanted)
         except FrameError as exc:
             return exc.cause
         return None
@@ -163,8 +161,9 @@ class FrameSuite(Suite):
 
     @promise("Header and slab are written and read by direct I/O without a copy.")
     async def test_it_keeps_no_view_of_what_it_was_given(self, frame: WrittenFrame) -> None:
-        header, body = Loan(HEADER_NBYTES, bytes(frame.header)), Loan(
-            frame.payload.nbytes, bytes(frame.body)
+        header, body = (
+            Loan(HEADER_NBYTES, bytes(frame.header)),
+            Loan(frame.payload.nbytes, bytes(frame.body)),
         )
         self.check_frame(
             header.regions()[0],

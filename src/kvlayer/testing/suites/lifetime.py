@@ -67,9 +67,9 @@ class LifetimePromises(BackendPlace):
                 answer = await call
             except (ClosedError, BackendError):
                 continue
-            if isinstance(answer, ClosedError | BackendError) or answer in (None, [None]):
-                if name != "put" or answer is not None:
-                    continue
+            is_refused = isinstance(answer, ClosedError | BackendError)
+            if is_refused or (name != "put" and answer in (None, [None])):
+                continue
             broken(f"ClosedError from {name}() of a closed backend", answer)
 
     @promise("Objects survive the process.", Need.PERSISTENT)
@@ -160,10 +160,11 @@ class LifetimePromises(BackendPlace):
 
         trial.backend.on_evicted = hear
         nbytes = self.small_capacity_nbytes // 16 // PAGE * PAGE
-        stored: list[ObjectKey] = []
-        for number in range(28):
-            if await trial.put(trial.key(number), noise(number, nbytes)) is None:
-                stored.append(trial.key(number))
+        stored = [
+            trial.key(number)
+            for number in range(28)
+            if await trial.put(trial.key(number), noise(number, nbytes)) is None
+        ]
         sizes = await trial.backend.contains(stored)
         gone = [key for key, size in zip(stored, sizes, strict=True) if size is None]
         untold = [key for key in gone if told.get(key) != nbytes]

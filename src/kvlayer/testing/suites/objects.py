@@ -178,5 +178,3 @@ class ObjectPromises(BackendPlace):
         build, listing = self.built_elsewhere()
         build()
         expect(listing(), [], "what building left in its directory")
-
-

@@ -81,8 +81,8 @@ class KnownObjects:
 class PolicySuite(Suite):
     """Set ``policy``. Which of several objects goes first is the policy's own affair::
 
-        class TestFIFO(PolicySuite):
-            policy = FIFO
+    class TestFIFO(PolicySuite):
+        policy = FIFO
     """
 
     policy: ClassVar[type[EvictionPolicy]]
@@ -161,8 +161,10 @@ class PolicySuite(Suite):
         policy.remove(keys[0])
         expect(policy.victim(), None, "victim() when what is left never arrived")
 
-    @promise("Prefer this object over all others for eviction, in the order of these calls. "
-             "A later use takes that back. A pinned object comes first once it is unpinned.")  # fmt: skip
+    @promise(
+        "Prefer this object over all others for eviction, in the order of these calls. "
+        "A later use takes that back. A pinned object comes first once it is unpinned."
+    )
     async def test_what_was_demoted_goes_first_in_its_order(self, policy: EvictionPolicy) -> None:
         keys = [policy_key(n) for n in range(6)]
         policy.admit(keys)
@@ -230,7 +232,9 @@ class PolicySuite(Suite):
         few, many = _costs(type(policy), 10), _costs(type(policy), 3000)
         for call, cost in many.items():
             if cost > few[call] + 80:  # a branch more is a few; a walk would be thousands
-                broken(f"{call} to take some {few[call]} steps among 30 objects and among 9000", cost)
+                broken(
+                    f"{call} to take some {few[call]} steps among 30 objects and among 9000", cost
+                )
 
     @promise("Pure: no clock, no I/O.")
     async def test_it_looks_at_no_clock_and_opens_nothing(self, policy: EvictionPolicy) -> None:
