@@ -85,7 +85,7 @@ class _Running(Generic[T]):
     def where(self, thread: threading.Thread) -> str:
         """The stack of the thread, and of every task of its loop."""
         lines: list[str] = []
-        frame = sys._current_frames().get(thread.ident or 0)
+        frame = sys._current_frames().get(thread.ident or 0)  # pyright: ignore[reportPrivateUsage]  # there is no other
         if frame is not None:
             lines += traceback.format_stack(frame)[-3:]
         if self._loop is not None:

@@ -76,7 +76,7 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     """With ``-v``: which promises were left out, and why."""
-    reasons = config.stash.get(_LEFT_OUT, [])
+    reasons = config.stash.get(_LEFT_OUT, None)
     if reasons and config.get_verbosity() > 0:
         terminalreporter.section("promises that do not apply")
         for nodeid, why in reasons:

@@ -102,7 +102,7 @@ def expect(found: T, expected: T, what: str) -> None:
         raise Broken(f"{what} to be {_short(expected)}", _short(found))
 
 
-def same_bytes(found: bytes | memoryview, expected: bytes, what: str) -> None:
+def same_bytes(found: bytes | bytearray | memoryview, expected: bytes, what: str) -> None:
     """Raise :class:`Broken` unless the bytes are equal, naming the first that is not."""
     found = bytes(found)  # compared by memcmp; a memoryview would be, element by element
     if found == expected:

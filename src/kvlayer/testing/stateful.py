@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -19,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvlayer.abc.backend import Backend, Capability, Hit, Miss, Read, Write
 from kvlayer.keys import ObjectKey
 from kvlayer.testing.loan import PAGE, Loan
-from kvlayer.testing.promise import broken, expect, same_bytes
+from kvlayer.testing.promise import Hung, broken, expect, same_bytes
 from kvlayer.testing.strategies import contents, cuts
 from kvlayer.testing.trial import Trial
 
@@ -29,6 +30,7 @@ T = TypeVar("T")
 
 Build: TypeAlias = Callable[[Path], Backend]
 
+_DEADLINE_SECONDS = 60.0
 _KEYS = 5
 _MAX_PAGES = 4
 _NUMBERS = st.integers(0, _KEYS - 1)
@@ -56,6 +58,7 @@ class BackendMachine(RuleBasedStateMachine):
         super().__init__()
         self._folder = tempfile.TemporaryDirectory(prefix="kvlayer-", ignore_cleanup_errors=True)
         self._runner = asyncio.Runner()
+        self._thread = ThreadPoolExecutor(1, "kvlayer-machine")  # this one may run a loop already
         self._trial = Trial(lambda: self.build(Path(self._folder.name)))
         self._keys = [self._trial.key(n) for n in range(_KEYS)]
         self.model: dict[ObjectKey, bytes] = {}
@@ -65,7 +68,10 @@ class BackendMachine(RuleBasedStateMachine):
             self._sides.append(self._run(self._trial.another()))
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return self._runner.run(work)
+        try:
+            return self._thread.submit(self._runner.run, work).result(_DEADLINE_SECONDS)
+        except TimeoutError:
+            raise Hung(f"{work.__qualname__}()") from None
 
     def _has(self, capability: Capability) -> bool:
         return capability in self._trial.backend.capabilities
@@ -194,5 +200,6 @@ class BackendMachine(RuleBasedStateMachine):
             for backend in self._sides:
                 self._run(self._trial.close(backend))
         finally:
-            self._runner.close()
+            self._thread.submit(self._runner.close).result(_DEADLINE_SECONDS)
+            self._thread.shutdown()
             self._folder.cleanup()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from hashlib import sha256
 from typing import Any, TypeVar
@@ -43,7 +43,7 @@ class Trial:
     @asynccontextmanager
     async def opened(
         cls, build: Callable[[], Backend], *, clears: bool = False
-    ) -> AsyncIterator[Trial]:
+    ) -> AsyncGenerator[Trial]:
         """A trial whose instances are closed at the end; ``clears`` deletes its objects, too."""
         trial = cls(build)
         try:

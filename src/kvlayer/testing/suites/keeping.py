@@ -91,8 +91,8 @@ class KeepingPromises(BackendPlace):
         missing = expected.keys() - found.keys()
         expect(len(missing), 0, f"the number of objects missing from a list() of {len(expected)}")
         expect(found, expected, "key -> bytes in list()")
-        if not all(isinstance(key, ObjectKey) for key in found):
-            broken("every listed key to be an ObjectKey", {type(key).__name__ for key in found})
+        kinds = {type(key).__name__ for key in found}
+        expect(kinds, {"ObjectKey"}, "the types of listed keys")
 
     @promise("Every object whose key starts with prefix.", Need.LIST)
     async def test_a_listing_keeps_to_its_prefix(self, trial: Trial) -> None:

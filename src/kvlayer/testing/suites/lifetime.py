@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from kvlayer.abc.backend import Hit, Miss
@@ -57,14 +57,14 @@ class LifetimePromises(BackendPlace):
     async def test_a_closed_backend_says_so(self, trial: Trial) -> None:
         await trial.store(1, PAGE)
         await trial.close()
-        calls: dict[str, Coroutine[Any, Any, Any]] = {
-            "get": trial.load(trial.key(1), PAGE),
-            "put": trial.put(trial.key(2), bytes(PAGE)),
-            "contains": trial.backend.contains([trial.key(1)]),
+        calls: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
+            "get": lambda: trial.load(trial.key(1), PAGE),
+            "put": lambda: trial.put(trial.key(2), bytes(PAGE)),
+            "contains": lambda: trial.backend.contains([trial.key(1)]),
         }
         for name, call in calls.items():
             try:
-                answer = await call
+                answer = await call()
             except (ClosedError, BackendError):
                 continue
             is_refused = isinstance(answer, ClosedError | BackendError)
@@ -113,8 +113,8 @@ class LifetimePromises(BackendPlace):
         result, _ = await trial.get(trial.key(1), PAGE, on=other)
         expect(result, Miss(), "get() of what another instance deleted")
         expect(await other.contains([trial.key(1)]), [None], "contains() of the same")
-        result = await trial.put(trial.key(1), content, on=other)
-        expect(result, None, "the result of put() of what another instance deleted")
+        stored = await trial.put(trial.key(1), content, on=other)
+        expect(stored, None, "the result of put() of what another instance deleted")
         same_bytes(await trial.load(trial.key(1), PAGE) or b"", content, "the object, put again")
 
     @promise("Release everything once running calls have ended.", Need.SHARED)
@@ -133,9 +133,7 @@ class LifetimePromises(BackendPlace):
         capacity = self.small_capacity_nbytes
         nbytes = capacity // 16 // PAGE * PAGE
         for number in range(28):
-            result = await trial.put(trial.key(number), noise(number, nbytes))
-            if not isinstance(result, BackendError | None):
-                broken("None or BackendError from put() to a full tier", result)
+            await trial.put(trial.key(number), noise(number, nbytes))
             await self._fits(trial, capacity, range(number + 1))
         batch = [trial.put(trial.key(n), noise(n, nbytes)) for n in range(100, 128)]
         await side_by_side(batch)

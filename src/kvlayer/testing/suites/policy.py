@@ -6,7 +6,7 @@ import asyncio
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from random import Random
@@ -95,9 +95,7 @@ class PolicySuite(Suite):
 
     @promise("Built without arguments; name is the configuration's policy.")
     async def test_it_has_a_name(self, policy: EvictionPolicy) -> None:
-        if not isinstance(policy, EvictionPolicy):
-            broken("a subclass of kvlayer.abc.policy.EvictionPolicy", type(policy).__name__)
-        if not isinstance(getattr(policy, "name", None), str) or not policy.name:
+        if not getattr(policy, "name", None):
             broken("a name, as the configuration spells it", getattr(policy, "name", None))
 
     @promise("The object to give up next, or None when nothing is evictable.")
@@ -111,7 +109,7 @@ class PolicySuite(Suite):
         left = set(keys)
         while left:
             victim = policy.victim()
-            if victim not in left:
+            if victim is None or victim not in left:
                 broken(f"one of {len(left)} objects that are left", victim)
             left.remove(victim)
             policy.remove(victim)
@@ -323,7 +321,7 @@ def _cost(work: Callable[[], object]) -> int:
 
 
 @contextmanager
-def _forbidden() -> Iterator[list[str]]:
+def _forbidden() -> Generator[list[str]]:
     """Notes calls of clocks, and what the interpreter audits: files, sockets, subprocesses."""
     import builtins
 
