@@ -71,7 +71,7 @@ class BackendMachine(RuleBasedStateMachine):
         try:
             return self._thread.submit(self._runner.run, work).result(_DEADLINE_SECONDS)
         except TimeoutError:
-            raise Hung(f"{work.__qualname__}()") from None
+            raise Hung(repr(work)) from None
 
     def _has(self, capability: Capability) -> bool:
         return capability in self._trial.backend.capabilities
