@@ -19,12 +19,25 @@ T = TypeVar("T")
 Patience: TypeAlias = Callable[[threading.Event], bool]
 """Waits for the event and says whether it came; False: the work is given up."""
 
+_SLICE_SECONDS = 0.25
 _GRACE_SECONDS = 2.0  # what is given up is cancelled, and may clear up behind itself
 
 
 def seconds(limit: float) -> Patience:
-    """The patience of a clock."""
-    return lambda done: done.wait(limit)
+    """The patience of a clock that stands still while the whole process does.
+
+    Counted in short waits: a machine that was paused for a minute has not waited for an answer.
+    """
+
+    def wait(done: threading.Event) -> bool:
+        left = limit
+        while left > 0:
+            if done.wait(min(left, _SLICE_SECONDS)):
+                return True
+            left -= _SLICE_SECONDS
+        return done.is_set()
+
+    return wait
 
 
 def run_bounded(work: Callable[[], Coroutine[Any, Any, T]], patience: Patience) -> T:
