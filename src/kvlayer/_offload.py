@@ -88,8 +88,7 @@ class Offload:
         except asyncio.CancelledError:
             if not call.drop():
                 await _settled(future)
-            task = asyncio.current_task()
-            if future.cancelled() and task is not None and not task.cancelling():
+            if future.cancelled() and not _is_cancelled():
                 raise ClosedError(f"the thread pool {self._name!r} was closed") from None
             raise
         finally:
@@ -190,6 +189,12 @@ async def _settled(future: asyncio.Future[T]) -> None:
             continue
     if not future.cancelled() and (error := future.exception()) is not None:
         _unheard([error])
+
+
+def _is_cancelled() -> bool:
+    """Whether this task was cancelled. A frame that held the task would be a cycle: see run."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
 
 
 def _unheard(errors: Iterable[BaseException]) -> None:
