@@ -149,7 +149,9 @@ def test_a_kill_while_room_is_made_leaves_the_capacity_exact(
         assert 0 < found["used_nbytes"] <= capacity
         # What is on disk is served, unless what comes before it in its prompt is gone.
         assert 0 < sum(found["tokens"].values()) <= found["files"] * 16
-    figures("faults.kill_while_evicting", seed=SEED, kills_in_stores=kills, wrong=0, leaked_nbytes=0)
+    figures(
+        "faults.kill_while_evicting", seed=SEED, kills_in_stores=kills, wrong=0, leaked_nbytes=0
+    )
 
 
 def test_a_process_goes_on_beside_one_that_is_killed(

@@ -85,11 +85,11 @@ class Ordeal:
         return (await self.load(seed, from_disk=False)).tokens == COUNT
 
     async def until(self, attempt: Callable[[], Awaitable[bool]]) -> float:
-        """Try again until it succeeds: the seconds that took. Between tries real time passes."""
+        """Try again until it succeeds: the seconds that took. The pauses of a tier are real."""
         began = time.monotonic()
         async with asyncio.timeout(_SECONDS):
-            while not await attempt():
-                await asyncio.sleep(PAUSE)  # the tier's own pauses are of the wall clock, too
+            while not await attempt():  # noqa: ASYNC110  # a disk comes back without a word
+                await asyncio.sleep(PAUSE)
         return time.monotonic() - began
 
     async def stores(self, seed: int) -> bool:

@@ -12,9 +12,10 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any
 
+import pytest
 from caches import WEIGHTS, group, stored_files, tokens
 from engine import Engine, same
 from stacks import check_accounts
@@ -101,6 +102,7 @@ def strike(number: int, sign: int, names: Sequence[str] = _CALLS) -> None:
 
 async def store(
     directory: str,
+    *,
     first: int,
     count: int,
     options: str = "",
@@ -172,6 +174,18 @@ async def recover(directory: str, seeds: Sequence[int], options: str = "") -> No
         )
 
 
+def hoarded(least: int = 64 << 10) -> list[bytearray]:
+    """All the memory that can still be had in blocks of ``least`` bytes and more."""
+    hoard: list[bytearray] = []
+    nbytes = 16 << 20
+    while nbytes >= least:
+        try:
+            hoard.append(bytearray(nbytes))
+        except MemoryError:
+            nbytes //= 2
+    return hoard
+
+
 async def starve(directory: str) -> None:
     """Be allowed to map nothing more for a while, and say what requests got meanwhile."""
     import resource
@@ -182,14 +196,18 @@ async def starve(directory: str) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * _PAGE, hard))
+        hoard = hoarded()
         try:
             kv.is_starving = True
+            with pytest.raises(RuntimeError, match="thread"):
+                Thread(target=int).start()
             for seed in range(1, 4):
                 await kv.load(seed)
             for seed in range(10, 16):
                 await kv.store(seed)
             in_host = await kv.in_host(0)
         finally:
+            hoard.clear()
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
             kv.is_starving = False
         kv.compare()
