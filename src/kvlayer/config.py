@@ -316,7 +316,8 @@ def _hints(cls: type[Any]) -> Mapping[str, Any]:
 
 
 def _check_types(config: ModelConfig | TierConfig | CacheConfig) -> None:
-    hints = _hints(type(config))
+    kind: Any = type(config)  # mypy takes no class for hashable whose instances may not be
+    hints = _hints(kind)
     for spec in fields(config):
         value: object = getattr(config, spec.name)
         if not _conforms(value, hints[spec.name]):

@@ -23,6 +23,7 @@ __all__ = ["Part", "main", "report", "table"]
 FORMAT = 1
 """Of the report; a field less or other is a new one."""
 _NOT_RUN = -1
+_SECONDS = 4 * 3600
 
 
 @dataclass(slots=True)
@@ -81,6 +82,7 @@ def run(part: Part, arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder, "figures.json")
         command = [sys.executable, "-m", "pytest", "--campaign", f"--figures={figures}"]
+        command += ["-o", f"faulthandler_timeout={_SECONDS}"]  # of a test, whose dose is full
         began = time.monotonic()
         part.exit_code = subprocess.run([*command, *part.paths, *arguments], check=False).returncode
         part.seconds = round(time.monotonic() - began, 1)
