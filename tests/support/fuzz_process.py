@@ -27,7 +27,8 @@ def main() -> None:
         if counted["inputs"] % 1000 == 0:  # libFuzzer ends the process without a word to Python
             sys.stderr.write(f"accepted {counted['accepted']} of {counted['inputs']}\n")
 
-    limits = [f"-max_len={target.max_len}", "-timeout=20", "-rss_limit_mb=1024"]
+    # Hangs are measured in CPU seconds, by ``examine``; a busy machine may stop us for a minute.
+    limits = [f"-max_len={target.max_len}", "-timeout=300", "-rss_limit_mb=1024"]
     atheris.Setup([sys.argv[0], *limits, *arguments], one)
     atheris.Fuzz()
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
-from kvlayer._pack import unpack
+from kvlayer._pack import pack, unpack
 from kvlayer.codec.frame import (
     HEADER_NBYTES,
     MAGIC,
@@ -170,7 +170,16 @@ def frame(given: bytes) -> bool:
     return True
 
 
+def _packed(given: bytes) -> bytes:
+    """Bytes as they are, or JSON packed: what is flipped in text is still msgpack afterwards."""
+    if given[:1] in (b"[", b"{"):
+        with suppress(ValueError, TypeError, OverflowError, RecursionError):
+            return pack(json.loads(given))
+    return given
+
+
 def namespace(given: bytes) -> bool:
+    given = _packed(given)
     try:
         found = Namespace.from_canonical(given)
     except IdentityError:
@@ -183,6 +192,7 @@ def namespace(given: bytes) -> bool:
 
 
 def messages(given: bytes) -> bool:
+    given = _packed(given)
     accepted = False
     for kind in (Greeting, Order, Completion):
         try:
@@ -359,15 +369,15 @@ def doctor(given: bytes) -> bool:
 
 
 # A list's header of three bytes makes msgpack allocate 8 KiB, and 1,024 of them may be nested.
-_PACKED = 16 * _MIB
+_NESTED = 16 * _MIB
 
 TARGETS: Mapping[str, Target] = {
     "config": Target(config),
     "doctor": Target(doctor),
-    "frame": Target(frame, nbytes=_PACKED, max_len=2 * HEADER_NBYTES),
-    "messages": Target(messages, nbytes=_PACKED),
+    "frame": Target(frame, nbytes=_NESTED, max_len=2 * HEADER_NBYTES),
+    "messages": Target(messages, nbytes=_NESTED),
     "names": Target(names, max_len=512),
-    "namespace": Target(namespace, nbytes=_PACKED),
+    "namespace": Target(namespace, nbytes=_NESTED),
     "urls": Target(urls, max_len=1024),
     "weights_cache": Target(weights_cache),
 }
