@@ -127,6 +127,8 @@ async def test_a_disk_that_hangs_costs_one_deadline_and_nothing_after_and_is_use
                 assert (await kv.store(seed)).stored == OBJECTS
             assert all([await kv.in_host(seed) for seed in (0, *range(10, 15))])
             quick, kv.worst = kv.worst, slowest
+            assert kv.cache.control.stats().tiers[1].writes == "open"
+            assert kv.says("not asked for now")
         seconds = await kv.until(lambda: kv.stores(20))
         assert await kv.loads(1)
         await kv.check_accounts()

@@ -17,17 +17,9 @@ SEED = int(os.environ.get("KVLAYER_SEED", "1"))
 CALLS = 200
 
 
-def stopped(pid: int) -> bool:
-    """Wait until a process is stopped, or has ended; whether it is stopped."""
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            return False
-        if state in "TZ":
-            return state == "T"
-    raise AssertionError(f"process {pid} is neither stopped nor ended")
+def is_stopped(victim: Victim) -> bool:
+    state = Path(f"/proc/{victim.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return state == "T"
 
 
 def stored(victim: Victim) -> list[int]:
@@ -60,7 +52,7 @@ def test_a_janitor_stopped_anywhere_in_a_store_holds_nobody_up_and_goes_on_after
             **shared,
         )
         assert janitor.line() == "open"
-        if not stopped(janitor.pid):
+        if not janitor.stops():
             stored(janitor)
             assert janitor.end() == 0
             continue
@@ -71,7 +63,7 @@ def test_a_janitor_stopped_anywhere_in_a_store_holds_nobody_up_and_goes_on_after
         assert stored(other) == list(range(8))
         assert other.end() == 0
         worst = max(worst, time.monotonic() - began)
-        assert stopped(janitor.pid)
+        assert is_stopped(janitor)
         janitor.signal(signal.SIGCONT)
         stored(janitor)  # it may have stored some before it was stopped, all the same
         assert janitor.end() == 0
@@ -110,7 +102,7 @@ def test_the_unfinished_file_of_a_stopped_process_is_left_to_it(
         **shared,
     )
     assert writer.line() == "open"
-    assert stopped(writer.pid)
+    assert writer.stops()
     before = unfinished(tmp_path)
     assert sum(before.values()) > 0
     other = zygote.start("store", first=0, count=2, **shared)

@@ -33,6 +33,7 @@ class Victim:
         self._said = os.fdopen(said, "rb", buffering=0)
         self._hears = os.fdopen(hears, "wb", buffering=0)
         self._rest = b""
+        self._code: int | None = None
 
     def line(self, seconds: float = _SECONDS) -> str | None:
         """The next line; "" when there is none for ``seconds``, None when there will be none."""
@@ -58,11 +59,17 @@ class Victim:
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def stops(self) -> bool:
+        """Wait until it is stopped, or has ended; whether it is stopped."""
+        self._code = self._zygote.wait(self, stopped=True)
+        return self._code is None
+
     def end(self) -> int:
         """Wait for its end: the exit code, negative for a signal."""
         self._hears.close()
-        code = self._zygote.wait(self)
+        code = self._zygote.wait(self) if self._code is None else self._code
         self._said.close()
+        assert code is not None
         return code
 
 
@@ -100,11 +107,16 @@ class Zygote:
         assert code == 0, f"{role} ended with {code} after {answer}"
         return answer
 
-    def wait(self, victim: Victim) -> int:
-        self._alive.discard(victim)
-        self._socket.send(json.dumps({"wait": victim.pid}).encode())
+    def wait(self, victim: Victim, *, stopped: bool = False) -> int | None:
+        """Its exit code, or None when it was stopped and that may end the wait."""
+        options = os.WUNTRACED if stopped else 0
+        self._socket.send(json.dumps({"wait": victim.pid, "options": options}).encode())
         self._socket.settimeout(_SECONDS)
-        return int(self._socket.recv(_MOST))
+        status = int(self._socket.recv(_MOST))
+        if os.WIFSTOPPED(status):
+            return None
+        self._alive.discard(victim)
+        return os.waitstatus_to_exitcode(status)
 
     def close(self) -> None:
         for victim in tuple(self._alive):  # of tests that failed: some of them are stopped
@@ -123,8 +135,8 @@ def _serve(orders: socket.socket) -> None:
             return
         order = json.loads(packet)
         if "wait" in order:
-            _, status = os.waitpid(order["wait"], 0)
-            orders.send(str(os.waitstatus_to_exitcode(status)).encode())
+            _, status = os.waitpid(order["wait"], order["options"])
+            orders.send(str(status).encode())
             continue
         pid = os.fork()
         if pid == 0:
