@@ -28,7 +28,12 @@ def main() -> None:
             sys.stderr.write(f"accepted {counted['accepted']} of {counted['inputs']}\n")
 
     # Hangs are measured in CPU seconds, by ``examine``; a busy machine may stop us for a minute.
-    limits = [f"-max_len={target.max_len}", "-timeout=300", "-rss_limit_mb=1024"]
+    limits = [
+        f"-max_len={target.max_len}",
+        "-timeout=300",
+        "-report_slow_units=300",
+        "-rss_limit_mb=1024",
+    ]
     atheris.Setup([sys.argv[0], *limits, *arguments], one)
     atheris.Fuzz()
 
