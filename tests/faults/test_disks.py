@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from caches import tokens
 from disks import Disk, disk
-from ordeal import ordeal
+from ordeal import SHORT, ordeal
 from victims import COUNT, OBJECTS, file_tier
 
 from kvlayer.results import Cause
@@ -116,7 +116,7 @@ async def test_a_disk_that_dies_costs_a_miss_and_a_new_one_in_its_place_is_used(
 async def test_a_disk_that_hangs_costs_one_deadline_and_nothing_after_and_is_used_again(
     small: Disk, figures: Any
 ) -> None:
-    async with ordeal(small.point / "kv", pause_seconds=1.0) as kv:
+    async with ordeal(small.point / "kv", deadline_seconds=SHORT, pause_seconds=1.0) as kv:
         with small.frozen():
             report = await kv.store(10)
             assert (report.stored, len(report.failed)) == (OBJECTS, OBJECTS)
@@ -144,7 +144,7 @@ async def test_a_disk_that_hangs_costs_one_deadline_and_nothing_after_and_is_use
 async def test_a_disk_that_crawls_costs_a_deadline_and_is_used_again(
     small: Disk, figures: Any
 ) -> None:
-    async with ordeal(small.point / "kv") as kv:
+    async with ordeal(small.point / "kv", deadline_seconds=SHORT) as kv:
         with small.throttled(OBJECT):  # four chunks in as many seconds
             report = await kv.load(1)
             assert report.tokens < COUNT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +14,11 @@ from typing import Any
 
 import pytest
 from caches import stored_files
-from ordeal import ordeal
-from victims import COUNT, OBJECTS, file_tier
+from ordeal import Ordeal, ordeal
+from victims import COUNT, OBJECTS, file_tier, held, settings
 from zygote import Zygote
 
+from kvlayer import Cache
 from kvlayer.results import Cause
 from kvlayer_backends.file import uses
 
@@ -60,6 +62,24 @@ def test_without_memory_nothing_is_wrong_and_with_it_all_is_served(
     found = zygote.ask("starve", directory=str(tmp_path))
     assert found["in_host"] and found["recovered"]
     figures("faults.no_memory", **found["row"])
+
+
+@pytest.mark.asyncio
+async def test_a_cache_that_is_open_needs_no_thread_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``ulimit -u`` or a container's pids limit is reached after opening and before a request."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async with Cache.open(settings(str(tmp_path)), held()) as cache:
+        await cache.recovered()
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        kv = Ordeal(cache, tmp_path)
+        assert await kv.stores(0)
+        await kv.check_accounts()
+        assert not kv.failures
 
 
 @pytest.mark.may_skip("needs a memory control group of version 1")

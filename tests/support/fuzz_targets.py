@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from xxhash import xxh3_64_intdigest
 
@@ -201,10 +202,25 @@ def messages(given: bytes) -> bool:
             continue
         assert not accepted, "a message is of one kind"
         accepted = True
+        _check_counts(found)
         again = kind.from_bytes(found.to_bytes())
         assert again == found
         assert unpack(again.to_bytes()) == unpack(found.to_bytes())
     return accepted
+
+
+def _check_counts(found: Greeting | Order | Completion) -> None:
+    """Numbers are counts: they are compared with sizes and used as offsets afterwards."""
+    numbers: list[object] = []
+    match found:
+        case Greeting():
+            numbers += found.slab
+        case Order():
+            numbers += [found.number, found.rank, found.start, found.stop]
+            numbers += [number for piece in found.pieces for number in piece[1:]]
+        case Completion():
+            numbers += [found.number, found.rank, *(each.nbytes for each in found.outcomes)]
+    assert all(type(number) is int and number >= 0 for number in numbers)
 
 
 # -- names ---------------------------------------------------------------------------------------
@@ -258,7 +274,7 @@ def urls(given: bytes) -> bool:
     assert str(url) == text
     again = BackendURL.parse(str(url))
     assert (again, again.options) == (url, url.options)
-    assert "@" not in url.host and "\0" not in url.path
+    assert not {"@", "#"} & {*url.host} and "#" not in text and "\0" not in url.path
     for options in (CpuOptions, FileOptions):
         with suppress(ConfigError):
             url.into(options)
@@ -323,6 +339,9 @@ def _comes_back(found: CacheConfig, values: Mapping[str, object]) -> None:
 def weights_cache(given: bytes) -> bool:
     (_FOLDER / "weights.sha256").write_bytes(given)
     found = DigestCache(_FOLDER)._load()
+    rows = (line.rpartition(" ") for line in given.decode("ascii", "replace").splitlines())
+    whole = [body for body, _, check in rows if check == f"{crc32(body.encode()):08x}"]
+    assert {*found.values()} <= {body[-64:] for body in whole}
     (_FOLDER / "weights.sha256").write_text("".join(_line(*entry) for entry in found.items()))
     assert DigestCache(_FOLDER)._load() == found
     return bool(found)

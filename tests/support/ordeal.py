@@ -6,26 +6,29 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from caches import stored_files, tokens
 from engine import same
 from stacks import check_accounts
-from victims import COUNT, OBJECTS, debris, engine, file_tier, held, scrub, settings
+from victims import COUNT, debris, engine, file_tier, held, scrub, settings
 
 from kvlayer import Cache
 from kvlayer.errors import BackendError
 from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
 
-__all__ = ["DEADLINE", "Ordeal", "ordeal"]
+__all__ = ["SHORT", "Ordeal", "ordeal"]
 
 T = TypeVar("T")
 
-DEADLINE = 0.5
-"""Seconds that a request waits for the tier."""
+DEADLINE = 30.0
+"""Seconds that a request waits for the tier, where it answers: a busy machine decides no test."""
+SHORT = 0.5
+"""The same where it does not answer."""
 PAUSE = 0.05
-_SECONDS = 60.0
+_SECONDS = 300.0
 
 
 class Ordeal:
@@ -132,7 +135,7 @@ class Ordeal:
         """The figures of a fault."""
         return {
             "causes": " ".join(sorted(self.causes())),
-            "deadline_seconds": DEADLINE,
+            "deadline_seconds": self.cache.config.tiers[1].deadline_seconds,
             "worst_seconds": round(self.worst, 3),
             "wrong": 0,
             **more,
@@ -148,10 +151,10 @@ async def ordeal(directory: Path, *, options: str = "", **tier: Any) -> AsyncIte
         await cache.recovered()
         suffering = Ordeal(cache, directory)
         for seed in range(4):
-            report = await suffering.store(seed)
-            assert (report.stored + report.skipped, report.failed) == (OBJECTS, ())
-        assert await suffering.loads(0)
+            await suffering.until(partial(suffering.stores, seed))
+        await suffering.until(partial(suffering.loads, 0))
         for seed in range(1, 4):
             await cache.control.evict(tokens(COUNT, seed), tier="cpu")
+        suffering.failures.clear()
         suffering.worst = 0.0
         yield suffering

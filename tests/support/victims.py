@@ -51,7 +51,7 @@ def scrub(memory: Engine, slots: Any) -> None:
 
 def settings(directory: str, *, options: str = "", host: str = "16MiB", **tier: Any) -> CacheConfig:
     url = f"file://{directory}?direct=auto{options}"
-    below: dict[str, Any] = {"write": "through", "deadline_seconds": 30.0, **tier}
+    below: dict[str, Any] = {"write": "through", "deadline_seconds": 300.0, **tier}
     return CacheConfig(
         model=ModelConfig(weights=WEIGHTS),
         tiers=(TierConfig(url=f"cpu://?capacity={host}"), TierConfig(url=url, **below)),

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 __all__ = ["Victim", "Zygote"]
 
 _MOST = 1 << 20
-_SECONDS = 60.0  # far more than anything takes here, far less than for ever
+_SECONDS = 300.0  # far more than anything takes here, far less than for ever
 
 
 class Victim:
