@@ -25,6 +25,8 @@ CAMPAIGN = {
     "operations": ["tests/unit/cache/test_many_operations.py"],
     "simulation": ["tests/simulation"],
     "conformance": ["tests/conformance"],
+    "faults": ["tests/faults"],
+    "fuzz": ["tests/fuzz"],
 }
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 PLUGIN = "plugins/kvlayer-transformers"
@@ -79,16 +81,20 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def campaign(session: nox.Session) -> None:
-    """The full counts: ``-- --json PATH [--part NAME]...``; other arguments go to pytest."""
+    """The full counts: ``-- --json PATH [--part NAME]...``; other arguments go to pytest.
+
+    One pytest run for each part (tests/support/campaign.py); fails when a part did.
+    """
     parser = argparse.ArgumentParser(prog="nox -s campaign --", allow_abbrev=False)
     parser.add_argument("--json", help="write every figure to this file")
     parser.add_argument("--part", action="append", choices=sorted(CAMPAIGN), help="only this part")
     wanted, rest = parser.parse_known_args(session.posargs)
-    install(session, *group("test"))
+    parts = dict.fromkeys(wanted.part or CAMPAIGN)
+    install(session, *group("test"), *(group("fuzz") if "fuzz" in parts else ()))
     install_product(session)
-    paths = [path for part in wanted.part or CAMPAIGN for path in CAMPAIGN[part]]
-    figures = [f"--figures={wanted.json}"] if wanted.json else []
-    session.run("pytest", "--campaign", *figures, *paths, *rest)
+    runs = [f"--run={part}={','.join(CAMPAIGN[part])}" for part in parts]
+    report = [f"--json={wanted.json}"] if wanted.json else []
+    session.run("python", "tests/support/campaign.py", *report, *runs, *rest)
 
 
 @nox.session

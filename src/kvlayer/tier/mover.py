@@ -64,6 +64,10 @@ class Mover:
         """The host memory it moves to and from. The planner says who may touch what of it."""
         return self._slab
 
+    def begin(self) -> None:
+        """Start a thread for checks: later the system may have none to give."""
+        self._checks.begin()
+
     def close(self) -> None:
         """Wait for running checks and end their threads. Backends and stager are the caller's."""
         self._checks.close()
