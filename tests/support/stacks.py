@@ -375,7 +375,6 @@ def make_rig(
         clock=clock,
         wall_clock=clock,
         build="test",
-        threads=1,
     )
     lower = [
         LowerTier(
