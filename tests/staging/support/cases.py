@@ -268,7 +268,7 @@ def _spans(
     return tokens, spans
 
 
-def launch(
+def launch(  # noqa: PLR0917 - as it is read
     emulator: Emulator,
     case: Case,
     moves: Sequence[Move],
@@ -293,7 +293,7 @@ def launch(
         alike.setdefault((transfer.strips, transfer.runs.geometry), []).append((move, base, shift))
     for (strips, _), found in alike.items():
         pieces = [Piece(move.layers[0][2].runs, base, shift) for move, base, shift in found]
-        if not any(piece.runs.runs or piece.runs.loose for piece in pieces):
+        if all(piece.is_empty for piece in pieces):
             continue  # holes and nothing else
         layers = [
             Layer(
