@@ -35,9 +35,7 @@ def emulator(emulator_folder: Path) -> Emulator:
 
 
 @pytest.fixture
-def edited(
-    emulator: Emulator, tmp_path: Path
-) -> Callable[[Callable[[str], str]], Emulator]:
+def edited(emulator: Emulator, tmp_path: Path) -> Callable[[Callable[[str], str]], Emulator]:
     """An emulator whose kernels' sources went through a function first."""
 
     def make(edit: Callable[[str], str]) -> Emulator:

@@ -323,5 +323,6 @@ def random_bytes(rng: np.random.Generator, nbytes: int) -> Any:
 def random_floats(rng: np.random.Generator, nbytes: int, dtype: str) -> Any:
     """Bytes of finite numbers of very different sizes, zeros among them."""
     count = math.ceil(nbytes / DTYPE_NBYTES[dtype])
-    values = torch.from_numpy(rng.standard_normal(count) * rng.choice([0, 1e-3, 1, 40], count))
+    sizes = np.repeat(rng.choice([0, 1e-37, 1e-3, 1, 1, 1, 40], count // 8 + 1), 8)[:count]
+    values = torch.from_numpy(rng.standard_normal(count) * rng.choice([0, 1, 1], count) * sizes)
     return values.to(TORCH_DTYPES[dtype]).view(torch.uint8).numpy()[:nbytes].copy()

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <map>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 #include <vector>
 
@@ -35,7 +36,7 @@ struct Fiber {
     void* stack_pointer = nullptr;
     void* sanitizer = nullptr;
     State state = State::NEW;
-    u32 accesses[3] = {0, 0, 0};
+    std::unordered_map<u64, u32> accesses;  // by instruction: how often it was reached
 };
 struct Warp {
     u32 round = 0, arrived = 0, mask = 0;
@@ -59,9 +60,9 @@ struct Machine {
 
 std::map<u64, u64> registered;  // begin -> end
 bool counts_sectors = false, logs_accesses = false;
-// Of one warp's n-th access of a kind: the bytes of each sector it touches.
+// Of one instruction of a warp, the n-th time: the bytes of each sector it touches.
 typedef std::unordered_map<u64, u32> Sectors;
-std::map<std::pair<u32, u32>, Sectors> requests[3];
+std::map<std::tuple<u32, u64, u32>, Sectors> requests[3];
 struct Count { u64 requests, sectors, bytes; } counts[3];
 std::vector<u64> logged;  // (address, nbytes << 1 | is a store), one after the other
 
@@ -192,15 +193,17 @@ void emulated_access(u64 address, u32 nbytes, Access kind) {
     const bool stores = kind == Access::STORE;
     if (address % nbytes) leave("misaligned access of " + std::to_string(nbytes) + " bytes");
     auto after = registered.upper_bound(address);
-    if (after == registered.begin() || address + nbytes > std::prev(after)->second)
+    const u64 end = after == registered.begin() ? 0 : std::prev(after)->second;
+    if (address >= end || end - address < nbytes)
         leave(std::string(stores ? "store" : "load") + " outside of the memory that was lent");
     if (logs_accesses) {
         logged.push_back(address);
         logged.push_back((u64)nbytes << 1 | stores);
     }
     if (counts_sectors) {
-        u32& number = machine.fibers[machine.current].accesses[(int)kind];
-        Sectors& sectors = requests[(int)kind][{machine.current / WARP, number++}];
+        const u64 instruction = (u64)__builtin_return_address(0);
+        const u32 number = machine.fibers[machine.current].accesses[instruction]++;
+        Sectors& sectors = requests[(int)kind][{machine.current / WARP, instruction, number}];
         for (u64 byte = address; byte < address + nbytes; byte++)
             sectors[byte / 32] |= 1u << byte % 32;
     }

@@ -8,7 +8,8 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 #define KV_KERNEL extern "C" void
-#define KV_INLINE inline
+// Into the kernel itself, so that each access is an instruction of its own.
+#define KV_INLINE inline __attribute__((always_inline))
 // All shared memory of a translation unit is one section, which is poisoned before every block.
 #define KV_SHARED static __attribute__((section("kv_shared")))
 
@@ -26,15 +27,15 @@ u32 emulated_shuffle(u32 mask, u32 value, u32 lane_xor);
 
 #define __syncthreads() emulated_barrier()
 
-template <class T> inline T kv_load(u64 from) {
+template <class T> KV_INLINE T kv_load(u64 from) {
     emulated_access(from, sizeof(T), Access::LOAD);
     return *(const T*)from;
 }
-template <class T> inline T kv_table(u64 from) {
+template <class T> KV_INLINE T kv_table(u64 from) {
     emulated_access(from, sizeof(T), Access::TABLE);
     return *(const T*)from;
 }
-template <class T> inline void kv_store(u64 to, T value) {
+template <class T> KV_INLINE void kv_store(u64 to, T value) {
     emulated_access(to, sizeof(T), Access::STORE);
     *(T*)to = value;
 }
