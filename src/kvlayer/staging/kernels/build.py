@@ -17,7 +17,15 @@ from typing import Any, TypeAlias
 
 from kvlayer.errors import UnsupportedError
 
-__all__ = ["ARCHITECTURES", "MIN_ARCH", "OPTIONS", "SOURCES", "Builder", "Function", "kernel_source"]
+__all__ = [
+    "ARCHITECTURES",
+    "MIN_ARCH",
+    "OPTIONS",
+    "SOURCES",
+    "Builder",
+    "Function",
+    "kernel_source",
+]
 
 Function: TypeAlias = Callable[..., None]
 """``function(grid, block, args, stream=stream)``, as CuPy's kernels are called."""
