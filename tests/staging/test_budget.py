@@ -88,7 +88,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[
 
 
 def _accesses(sass: str) -> dict[str, dict[str, int]]:
-    """Kernel -> kind and width in bits of its accesses of memory -> how many."""
+    """Kernel -> kind and width in bits of its accesses of memory -> how many.
+
+    What is read as constant are the plan's tables, not rows.
+    """
     kernels: dict[str, dict[str, int]] = {}
     current: dict[str, int] = {}
     for line in sass.splitlines():
@@ -97,8 +100,10 @@ def _accesses(sass: str) -> dict[str, dict[str, int]]:
             current = kernels.setdefault(section[1], {})
         access = ACCESS.search(line)
         if access:
-            width = next((w for w in ("128", "64", "U16", "U8") if w in access[2].split(".")), "32")
-            kind = f"{access[1]}.{width.removeprefix('U')}"
+            modifiers = access[2].split(".")
+            width = next((w for w in ("128", "64", "U16", "U8") if w in modifiers), "32")
+            table = ".CONSTANT" if "CONSTANT" in modifiers else ""
+            kind = f"{access[1]}{table}.{width.removeprefix('U')}"
             current[kind] = current.get(kind, 0) + 1
     return {name: dict(sorted(kinds.items())) for name, kinds in kernels.items()}
 
@@ -144,11 +149,11 @@ def test_copies_move_128_bits_at_a_time_four_under_way(found):
 
 def test_kernels_that_transform_read_and_write_rows_of_floats_128_bits_at_a_time(found):
     for name, archs in found.items():
-        reads, writes = not name.startswith("kv_deq"), not name.startswith("kv_q")
         for arch, cost in archs.items():
-            # Tables are read in 128 bits, too: three entries of a plane and one of a row.
-            assert not reads or cost["accesses"]["LDG.128"] > 5, (name, arch)
-            assert not writes or cost["accesses"]["STG.128"] >= 1, (name, arch)
+            if not name.startswith("kv_dequantize"):
+                assert cost["accesses"].get("LDG.128", 0) >= 1, (name, arch)
+            if not name.startswith("kv_quantize"):
+                assert cost["accesses"].get("STG.128", 0) >= 1, (name, arch)
 
 
 def test_all_memory_is_addressed_as_global(found):
