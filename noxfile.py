@@ -27,6 +27,7 @@ CAMPAIGN = {
     "conformance": ["tests/conformance"],
     "faults": ["tests/faults"],
     "fuzz": ["tests/fuzz"],
+    "kernels": ["tests/staging/test_kernels.py", "tests/staging/test_mutants.py"],
 }
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 PLUGIN = "plugins/kvlayer-transformers"
@@ -80,6 +81,15 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def kernels(session: nox.Session) -> None:
+    """CUDA kernels without a GPU: emulated, compiled, weighed. Arguments go to pytest."""
+    install(session, *group("test"), *group("torch"), *group("kernels"))
+    install(session, "-e", ".")
+    session.env.update(ENVIRONMENT)
+    session.run("pytest", "tests/staging", *session.posargs)
+
+
+@nox.session
 def campaign(session: nox.Session) -> None:
     """The full counts: ``-- --json PATH [--part NAME]...``; other arguments go to pytest.
 
@@ -90,7 +100,8 @@ def campaign(session: nox.Session) -> None:
     parser.add_argument("--part", action="append", choices=sorted(CAMPAIGN), help="only this part")
     wanted, rest = parser.parse_known_args(session.posargs)
     parts = dict.fromkeys(wanted.part or CAMPAIGN)
-    install(session, *group("test"), *(group("fuzz") if "fuzz" in parts else ()))
+    more = [name for part in parts if part in ("fuzz", "kernels") for name in group(part)]
+    install(session, *group("test"), *more)
     install_product(session)
     runs = [f"--run={part}={','.join(CAMPAIGN[part])}" for part in parts]
     report = [f"--json={wanted.json}"] if wanted.json else []
