@@ -23,7 +23,8 @@ from gpu_sim import FakeCudaError, Gpu
 
 __all__ = ["Calls", "Site", "install"]
 
-_WRAPPERS = {"runtime.py", "copies.py", "launch.py", "tables.py", Path(__file__).name}
+_WRAPPERS = {"runtime.py", "copies.py", "tables.py", "marked", "_launch"}
+"""Files and functions that others call to reach CUDA: the line in question is their caller's."""
 
 
 @dataclass(frozen=True, order=True)
@@ -59,7 +60,8 @@ def _place() -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.parent.name == "cuda" and path.name not in _WRAPPERS:
+        names = {path.name, frame.f_code.co_name}
+        if path.parent.name == "cuda" and not names & _WRAPPERS:
             return f"{path.stem}.{frame.f_code.co_name}:{frame.f_lineno}"
         frame = frame.f_back
     return "outside"

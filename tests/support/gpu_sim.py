@@ -18,16 +18,29 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from ctypes import c_uint8
 from dataclasses import dataclass, field
-from threading import RLock, local
+from threading import Barrier, RLock, local
 
 import numpy as np
 from gpu_race import HOST, Races
 from numpy.typing import NDArray
 
-__all__ = ["MEMORY", "Access", "FakeCudaError", "Gpu"]
+__all__ = ["Access", "FakeCudaError", "Gpu", "bytes_at", "move_rows"]
 
-MEMORY: NDArray[np.uint8] = np.ctypeslib.as_array((c_uint8 * (1 << 47)).from_address(0))
-"""All of the process's memory, by address."""
+_BASE = 4096  # nothing lies below, and NumPy takes a view of address 0 for none
+_MEMORY: NDArray[np.uint8] = np.ctypeslib.as_array((c_uint8 * (1 << 47)).from_address(_BASE))
+
+
+def bytes_at(start: int, nbytes: int) -> NDArray[np.uint8]:
+    """A view of memory by its address."""
+    return _MEMORY[start - _BASE : start - _BASE + nbytes]
+
+
+def move_rows(into: NDArray[np.int64], out_of: NDArray[np.int64], nbytes: int) -> None:
+    """Copy ``nbytes`` bytes from each address to the one beside it."""
+    inside = np.arange(nbytes) - _BASE
+    _MEMORY[into[:, None] + inside] = _MEMORY[out_of[:, None] + inside]
+
+
 Access = tuple[NDArray[np.int64], int]
 """Addresses, and how many bytes at each."""
 
@@ -40,7 +53,8 @@ class FakeCudaError(RuntimeError):
 class _Op:
     label: str
     run: Callable[[], None]
-    after: tuple[_Event, int] | None = None
+    after: tuple[_Event, int, _Stream] | None = None
+    """A record to wait for: the event, the number of the record, the stream that makes it."""
 
 
 @dataclass
@@ -81,6 +95,10 @@ class Gpu:
         self.peak_pinned = self.peak_device = 0
         self.pinnable: int | None = None
         """Bytes that may be pinned; None: any."""
+        self.failing_launch = 0
+        """The launch of the product that fails, counted from 1; 0: none."""
+        self.meeting: Barrier | None = None
+        """Where threads that wait for an event meet before the first of them goes on."""
         self.races = Races() if mode == "race" else None
         self._rng = random.Random(seed)
         self._current = local()
@@ -168,7 +186,7 @@ class Gpu:
         if self.races is not None and block.kind != "registered":
             self.races.add(block.start, block.nbytes)
         self.peak_pinned = max(self.peak_pinned, self.pinned_nbytes)
-        mine = (b.nbytes for b in self._blocks.values() if b.kind == "device" and b.keep)
+        mine = (b.nbytes for b in self._blocks.values() if b.kind == "device" and b.keep is not None)
         self.peak_device = max(self.peak_device, sum(mine) if self.mode != "count" else 0)
         return block.start
 
@@ -245,11 +263,15 @@ class Gpu:
                 return  # as in CUDA: an event that was never recorded holds nobody up
             if self.races is not None and found.clock is not None:
                 self.races.join(waiter.handle, found.clock)
-            self._push(
-                waiter, _Op(f"wait {event}", lambda: None, (found, found.recorded))
-            )
+            assert found.stream is not None
+            after = (found, found.recorded, found.stream)
+            self._push(waiter, _Op(f"wait {event}", lambda: None, after))
 
     def synchronize_event(self, event: int) -> None:
+        meeting = self.meeting
+        if meeting is not None:
+            meeting.wait(timeout=20)
+            self.meeting = None
         with self.lock:
             found = self._events[event]
             if found.stream is not None:
@@ -286,7 +308,7 @@ class Gpu:
                 self.check_device((np.array([device]), nbytes), into.device)
                 if block is not None and self._host_block(host, nbytes) is None:
                     raise FakeCudaError("cudaErrorIllegalAddress: unpinned under a copy")
-                MEMORY[target : target + nbytes] = MEMORY[source : source + nbytes]
+                bytes_at(target, nbytes)[:] = bytes_at(source, nbytes)
 
             what = f"copy to {'host' if to_host else 'device'} on stream {stream}"
             self._queue(into, what, run, ends[:1], ends[1:])
@@ -304,7 +326,6 @@ class Gpu:
     ) -> None:
         """Queue a kernel; ``touched`` says what it reads and writes, once its inputs are there."""
         with self.lock:
-            self.counts["launches"] += 1
             if self.mode == "count":
                 return
             into = self.stream(stream)
@@ -392,5 +413,5 @@ class Gpu:
                     raise FakeCudaError("streams wait for each other")
                 seen.add(stream.handle)
                 after = stream.queue[0].after
-                assert after is not None and after[0].stream is not None
-                stream = after[0].stream
+                assert after is not None
+                stream = after[2]

@@ -20,10 +20,10 @@ _log = logging.getLogger(__name__)
 
 _VERSION = 1
 _LIMITS = {
-    "slot_nbytes": (1 << 16, 1 << 30),
+    "slot_nbytes": (1 << 12, 1 << 30),
     "slots": (2, 16),
     "blocks": (1, 1024),
-    "direct_nbytes": (512, 1 << 40),
+    "direct_nbytes": (1, 1 << 40),
     "batch_runs": (1, 1 << 30),
     "gap_nbytes": (0, 1 << 20),
 }

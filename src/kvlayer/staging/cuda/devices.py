@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kvlayer.memory.slab import Slab
 from kvlayer.staging.cuda import calibration
 from kvlayer.staging.cuda.copies import find_batch_copy
-from kvlayer.staging.cuda.pinned import PinnedSlab
+from kvlayer.staging.cuda.pinned import PIECE_NBYTES, PinnedSlab
 from kvlayer.staging.cuda.pipeline import Pipeline
 from kvlayer.staging.cuda.runtime import Runtime, cuda_errors, cupy_runtime
 from kvlayer.staging.kernels.build import Builder
@@ -22,11 +22,21 @@ __all__ = ["Devices", "device_kind"]
 
 
 class Devices:
-    """Pipelines by device number. Every method blocks; not thread-safe."""
+    """Pipelines by device number. Every method blocks; not thread-safe.
 
-    def __init__(self, slab: Slab | None, thresholds: Calibration | None = None) -> None:
+    ``thresholds`` count in place of what is kept for the device.
+    """
+
+    def __init__(
+        self,
+        slab: Slab | None,
+        thresholds: Calibration | None = None,
+        *,
+        piece_nbytes: int = PIECE_NBYTES,
+    ) -> None:
         self._slab = slab
         self._thresholds = thresholds
+        self._piece_nbytes = piece_nbytes
         self._pipelines: list[Pipeline] = []
         self._pinned: PinnedSlab | None = None
 
@@ -41,7 +51,7 @@ class Devices:
             builder.function("copy", kernel)  # now, not when a request waits for it
         runtime = cupy_runtime()
         if self._pinned is None and self._slab is not None:
-            self._pinned = _pinned(runtime, self._slab)
+            self._pinned = _pinned(runtime, self._slab, self._piece_nbytes)
         kept, _ = calibration.load(device_kind(runtime, number))
         pipeline = Pipeline(
             number,
@@ -84,7 +94,7 @@ def device_kind(runtime: Runtime, number: int) -> str:
     return f"{text} sm_{properties['major']}{properties['minor']}"
 
 
-def _pinned(runtime: Runtime, slab: Slab) -> PinnedSlab:
+def _pinned(runtime: Runtime, slab: Slab, piece_nbytes: int) -> PinnedSlab:
     with slab.view(0, slab.nbytes) as whole:
         address: int = np.frombuffer(whole, np.uint8).ctypes.data
-    return PinnedSlab(runtime, address, slab.nbytes)
+    return PinnedSlab(runtime, address, slab.nbytes, piece_nbytes=piece_nbytes)

@@ -147,11 +147,12 @@ class CudaStager(Stager):
         if number in self._failed:
             return
         self._failed.add(number)
+        cause = f"{error}" if isinstance(error, KVLayerError) else f"{type(error).__name__}: {error}"
         hint = f" ({error.hint})" if isinstance(error, KVLayerError) and error.hint else ""
         _log.warning(
             "cuda:%d: KV is copied by torch, which is slower and otherwise the same: %s%s",
             number,
-            error,
+            cause,
             hint,
         )
 
