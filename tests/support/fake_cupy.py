@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import kernel_oracle
 from gpu_sim import FakeCudaError, Gpu
 
-__all__ = ["Calls", "Site", "install"]
+__all__ = ["Calls", "Mutant", "Site", "install"]
 
 _WRAPPERS = {"runtime.py", "copies.py", "tables.py", "marked", "_launch"}
 """Files and functions that others call to reach CUDA: the line in question is their caller's."""
@@ -36,15 +36,22 @@ class Site:
     stream: int = 0
 
 
+class Mutant(NamedTuple):
+    """Every call from one site goes to another stream of the pipeline, or is dropped."""
+
+    site: Site
+    stream: int | None
+
+
 @dataclass
 class Calls:
-    """What was called from where; ``mutate`` decides what becomes of a call.
+    """What was called from where, and what becomes of one of the calls.
 
-    It gets the site and the streams of the pipeline (in the order in which they were made), and
-    returns the stream to use, or None to drop the call.
+    A site's stream is a number: of the pipeline's streams in the order they were made, -1 for
+    any other.
     """
 
-    mutate: Callable[[Site, list[int]], int | None] | None = None
+    mutant: Mutant | None = None
     seen: dict[Site, int] = field(default_factory=dict)
     streams: list[int] = field(default_factory=list)
 
@@ -52,7 +59,9 @@ class Calls:
         number = self.streams.index(stream) if stream in self.streams else -1
         site = Site(what, _place(), number)
         self.seen[site] = self.seen.get(site, 0) + 1
-        return stream if self.mutate is None else self.mutate(site, self.streams)
+        if self.mutant is None or site != self.mutant.site:
+            return stream
+        return None if self.mutant.stream is None else self.streams[self.mutant.stream]
 
 
 def _place() -> str:
@@ -152,7 +161,7 @@ class _Runtime(ModuleType):
             self._gpu.record(event, into)
 
     def eventSynchronize(self, event: int) -> None:
-        if self._calls("synchronize", 0) is not None:
+        if self._calls("synchronize", self._gpu.recorded_on(event)) is not None:
             self._gpu.synchronize_event(event)
 
 
@@ -190,10 +199,6 @@ class _Device:
         self._gpu.device = self._before
 
 
-class _Success(int):
-    """``cudaError_t``: success."""
-
-
 @contextmanager
 def install(
     gpu: Gpu,
@@ -220,10 +225,13 @@ def install(
         assert attributes[0].srcAccessOrder == "stream"
         into = calls("copy", stream)
         gpu.counts["batches"] += 1
-        for target, source, nbytes in zip(dsts, srcs, sizes, strict=True):
-            if into is not None:
-                gpu.copy(target, source, nbytes, into, to_host=False)
-        return (_Success(0),)
+        try:
+            for target, source, nbytes in zip(dsts, srcs, sizes, strict=True):
+                if into is not None:
+                    gpu.copy(target, source, nbytes, into, to_host=False)
+        except FakeCudaError:
+            return (999,)
+        return (0,)
 
     cupy, cuda = ModuleType("cupy"), ModuleType("cupy.cuda")
     cupy.cuda, cupy.RawModule = cuda, raw_module  # type: ignore[attr-defined]

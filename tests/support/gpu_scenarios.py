@@ -16,7 +16,7 @@ from typing import Any
 import fake_cupy
 import numpy as np
 from engine import Engine
-from fake_cupy import Calls, Site
+from fake_cupy import Calls, Mutant
 from gpu_engine import GpuEngine
 from gpu_sim import FakeCudaError, Gpu, bytes_at
 
@@ -41,6 +41,8 @@ from kvlayer.staging.cuda.stager import CudaStager
 from kvlayer.staging.torch_stager import TorchStager
 
 __all__ = ["SCENARIOS", "Scenario", "run"]
+
+Scenario = Callable[[Gpu, Calls], Awaitable[list[str]]]
 
 BLOCKS, TOKENS_PER_BLOCK, TOKENS = 24, 4, 16
 GROUP = KVGroup(AttentionKind.MHA, (0, 1, 2, 3), "bfloat16", 2, 8)
@@ -139,11 +141,10 @@ async def stage(
         try:
             yield found
         finally:
-            try:
-                await stager.aclose()
+            await stager.aclose()
+            with suppress(FakeCudaError):  # which is among the faults
                 gpu.drain()
-            except FakeCudaError as exc:
-                found.faults.append(f"error: {exc}")
+            found.faults += gpu.faults
             if gpu.races is not None:
                 found.faults += [f"race: {race}" for race in gpu.races.found]
 
@@ -257,24 +258,27 @@ async def load_straight(gpu: Gpu, calls: Calls) -> list[str]:
     return on.faults
 
 
-async def load_by_layers(gpu: Gpu, calls: Calls) -> list[str]:
-    """Attention over each layer waits for that layer's event, and for nothing else."""
-    async with stage(gpu, calls, PAGED) as on:
-        seen: list[tuple[int, int]] = []
-        read: dict[int, list[Any]] = {}
+def by_layers(layout: KVLayout, groups: list[tuple[int, int]]) -> Scenario:
+    async def scenario(gpu: Gpu, calls: Calls) -> list[str]:
+        """Attention over each layer waits for that layer's event, and for nothing else."""
+        async with stage(gpu, calls, layout) as on:
+            seen: list[tuple[int, int]] = []
+            read: dict[int, list[Any]] = {}
 
-        def loaded(layers: LoadedLayers) -> None:
-            with gpu.lock:
-                gpu.wait(on.engine.stream, layers.event)
-                seen.append(layers.layers)
-                for layer in range(*layers.layers):
-                    on.engine.read(layer, read.setdefault(layer, []))
+            def loaded(layers: LoadedLayers) -> None:
+                with gpu.lock:
+                    gpu.wait(on.engine.stream, layers.event)
+                    seen.append(layers.layers)
+                    for layer in range(*layers.layers):
+                        on.engine.read(layer, read.setdefault(layer, []))
 
-        wanted = await check_load(on, on.engine.engine.slots(80), on.copies(5), 5, loaded)
-        on.expect("what attention read", [read[i][0] for i in range(4)], on.engine.by_layer(wanted))
-        if seen != [(0, 2), (2, 4)]:
-            on.faults.append(f"layers came as {seen}")
-    return on.faults
+            wanted = await check_load(on, on.engine.engine.slots(80), on.copies(5), 5, loaded)
+            on.expect("of attention", [read[i][0] for i in range(4)], on.engine.by_layer(wanted))
+            if seen != groups:
+                on.faults.append(f"layers came as {seen}")
+        return on.faults
+
+    return scenario
 
 
 async def two_at_once(gpu: Gpu, calls: Calls) -> list[str]:
@@ -342,15 +346,16 @@ async def load_mixed(gpu: Gpu, calls: Calls) -> list[str]:
     return on.faults
 
 
-def failing(verb: str) -> Callable[[Gpu, Calls], Awaitable[list[str]]]:
+def failing(verb: str, layout: KVLayout, *, launch: int = 0, copy: int = 0) -> Scenario:
     async def scenario(gpu: Gpu, calls: Calls) -> list[str]:
-        """A launch fails halfway: when the call raises, nothing touches anything any more."""
-        async with stage(gpu, calls, PAGED) as on:
+        """CUDA refuses halfway: when the call raises, nothing touches anything any more."""
+        async with stage(gpu, calls, layout) as on:
             slots, copies = on.engine.engine.slots(80), on.copies(5)
             on.engine.write(on.engine.noise(10))
-            gpu.failing_launch = 4
+            gpu.failing_launch, gpu.failing_copy = launch, copy
             with suppress(FellBack):
                 await getattr(on.stager, verb)(on.engine.view(slots), copies)
+                on.faults.append("nothing failed")
             on.host(copies, write=7)
             values = on.engine.noise(11)
             for (start, nbytes), value in zip(on.engine.storages(), values, strict=True):
@@ -365,29 +370,27 @@ def failing(verb: str) -> Callable[[Gpu, Calls], Awaitable[list[str]]]:
     return scenario
 
 
-Scenario = Callable[[Gpu, Calls], Awaitable[list[str]]]
 SCENARIOS: dict[str, Scenario] = {
     "store": store,
     "load": load,
     "load some": load_some,
     "load straight": load_straight,
-    "load by layers": load_by_layers,
+    "load by layers": by_layers(PAGED, [(0, 2), (2, 4)]),
+    "load straight by layers": by_layers(WHOLE, [(0, 2), (2, 4)]),
     "load mixed": load_mixed,
     "two at once": two_at_once,
     "growing": growing,
-    "failing store": failing("gather"),
-    "failing load": failing("scatter"),
+    "failing store": failing("gather", PAGED, launch=4),
+    "failing load": failing("scatter", PAGED, launch=4),
+    "failing straight load": failing("scatter", WHOLE, copy=8),
 }
 
 
 def run(
-    name: str,
-    mode: str,
-    seed: int = 0,
-    mutate: Callable[[Site, list[int]], int | None] | None = None,
+    name: str, mode: str, seed: int = 0, mutant: Mutant | None = None
 ) -> tuple[list[str], Calls]:
     """What was wrong with one run of a scenario, and what it called."""
-    calls = Calls(mutate)
+    calls = Calls(mutant)
     gpu = Gpu(mode, seed)
     try:
         faults = asyncio.run(SCENARIOS[name](gpu, calls))  # type: ignore[arg-type]

@@ -16,9 +16,10 @@ import random
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from ctypes import c_uint8
 from dataclasses import dataclass, field
-from threading import Barrier, RLock, local
+from threading import Barrier, BrokenBarrierError, RLock, local
 
 import numpy as np
 from gpu_race import HOST, Races
@@ -95,6 +96,10 @@ class Gpu:
         self.peak_pinned = self.peak_device = 0
         self.pinnable: int | None = None
         """Bytes that may be pinned; None: any."""
+        self.faults: list[str] = []
+        """What went wrong on the device."""
+        self.failing_copy = 0
+        """The copy that fails, counted from 1, and no other before the test says so; 0: none."""
         self.failing_launch = 0
         """The launch of the product that fails, counted from 1; 0: none."""
         self.meeting: Barrier | None = None
@@ -227,8 +232,9 @@ class Gpu:
 
     def drop_stream(self, handle: int) -> None:
         with self.lock:
-            while self._streams[handle].queue:  # CUDA lets it drain
-                self._step(self._streams[handle])
+            if self._streams[handle].queue:
+                self.faults.append(f"stream {handle} is destroyed while it has work")
+                self.drain()
             del self._streams[handle]
 
     def drop_event(self, handle: int) -> None:
@@ -267,10 +273,16 @@ class Gpu:
             after = (found, found.recorded, found.stream)
             self._push(waiter, _Op(f"wait {event}", lambda: None, after))
 
+    def recorded_on(self, event: int) -> int:
+        """The stream of the event's last record."""
+        stream = self._events[event].stream
+        return 0 if stream is None else stream.handle
+
     def synchronize_event(self, event: int) -> None:
         meeting = self.meeting
         if meeting is not None:
-            meeting.wait(timeout=20)
+            with suppress(BrokenBarrierError):  # with a wait taken away, somebody may not come
+                meeting.wait(timeout=0.5)
             self.meeting = None
         with self.lock:
             found = self._events[event]
@@ -291,6 +303,9 @@ class Gpu:
     def copy(self, target: int, source: int, nbytes: int, stream: int, *, to_host: bool) -> None:
         """Queue one copy between host memory and the current device."""
         with self.lock:
+            self.counts["copies"] += 1
+            if self.counts["copies"] == self.failing_copy:
+                raise FakeCudaError("cudaErrorUnknown")
             host, device = (target, source) if to_host else (source, target)
             into = self.stream(stream)
             self.counts["to_host_nbytes" if to_host else "to_device_nbytes"] += nbytes
@@ -396,7 +411,11 @@ class Gpu:
         if op.after is not None and op.after[0].passed < op.after[1]:
             return False
         stream.queue.popleft()
-        op.run()
+        try:
+            op.run()
+        except FakeCudaError as exc:
+            self.faults.append(f"{op.label}: {exc}")  # whoever waits may not listen
+            raise
         return True
 
     def _force(self, done: Callable[[], bool], first: _Stream) -> None:

@@ -16,6 +16,7 @@ from kvlayer.staging.kernels import tables
 __all__ = ["launch"]
 
 _PLANE = np.dtype(tables._PLANE_FIELDS)
+_MANY = 4096  # pieces of a launch: a table that names more is none
 _ARGUMENTS = 10  # planes, bases, rows; numbers of planes, rows, heads; tile, lanes, segments, width
 
 
@@ -30,16 +31,20 @@ def launch(gpu: Gpu, stream: int, name: str, arguments: Sequence[int]) -> None:
 
     def read() -> tuple[list[Access], list[tuple[NDArray[np.int64], NDArray[np.int64], int]]]:
         """The tables as they are now, and the rows they name: in the cache, in staging memory."""
-        sizes = (num_planes * _PLANE.itemsize, 0, num_rows * 16)
-        entries = bytes_at(rows, sizes[2]).view(np.int32).reshape(-1, 4).astype(np.int64)
+        sizes = (num_planes * _PLANE.itemsize, num_rows * 16)
+        entries = bytes_at(rows, sizes[1]).view(np.int32).reshape(-1, 4).astype(np.int64)
         entries = entries[entries[:, 0] >= 0]
         pieces = int(entries[:, 2].max()) + 1 if len(entries) else 0
+        if not 0 <= pieces <= _MANY or (entries[:, 2] < 0).any():
+            raise FakeCudaError("cudaErrorIllegalAddress: no table")
         base = bytes_at(bases, 8 * pieces).view(np.int64)[entries[:, 2]]
-        inputs = [(np.array([planes]), sizes[0]), (np.array([rows]), sizes[2])]
+        inputs = [(np.array([planes]), sizes[0]), (np.array([rows]), sizes[1])]
         if pieces:
             inputs.append((np.array([bases]), 8 * pieces))
         found: list[tuple[NDArray[np.int64], NDArray[np.int64], int]] = []
         for plane in bytes_at(planes, sizes[0]).view(_PLANE):
+            if max(plane.item()) >= 1 << 60 or plane["row_nbytes"] > 1 << 20:
+                raise FakeCudaError("cudaErrorIllegalAddress: no table")
             cache = int(plane["cache"]) + (
                 entries[:, 0] * int(plane["cache_block"]) + entries[:, 1] * int(plane["cache_row"])
             )
