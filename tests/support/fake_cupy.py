@@ -228,7 +228,7 @@ def install(
         try:
             for target, source, nbytes in zip(dsts, srcs, sizes, strict=True):
                 if into is not None:
-                    gpu.copy(target, source, nbytes, into, to_host=False)
+                    gpu.copy(target, source, nbytes, into, to_host=gpu.is_device(source))
         except FakeCudaError:
             return (999,)
         return (0,)

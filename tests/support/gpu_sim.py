@@ -203,6 +203,11 @@ class Gpu:
         block = self._blocks[self._starts[at]]
         return block if address < block.start + block.nbytes else None
 
+    def is_device(self, address: int) -> bool:
+        """Whether this is device memory: what CUDA finds out by itself in a batch."""
+        block = self.find(address)
+        return block is not None and block.kind == "device"
+
     def check_device(self, access: Access, device: int) -> None:
         """Raise unless all of it is memory of this device, or pinned."""
         starts, nbytes = access

@@ -145,13 +145,10 @@ def plans_of(
             by_transfer.setdefault(id(transfer), (transfer, []))[1].append((local, at))
         caches, first = view.caches[place.move.group], place.move.layers[0][1]
         for transfer, layers in by_transfer.values():
-            runs = transfer.runs
-            if not runs.runs and runs.loose is None:
-                continue  # the engine holds none of it
             key = (
                 place.move.group,
                 transfer.strips,
-                runs.geometry,
+                transfer.runs.geometry,
                 *((local, at - first) for local, at in layers),
             )
             if key not in alike:
@@ -160,7 +157,7 @@ def plans_of(
                     for local, at in layers
                 ]
                 alike[key] = (transfer, lying, [])
-            alike[key][2].append(Piece(runs, slot + place.at))
+            alike[key][2].append(Piece(transfer.runs, slot + place.at))
     return [make(transfer.strips, layers, pieces) for transfer, layers, pieces in alike.values()]
 
 

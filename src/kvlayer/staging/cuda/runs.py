@@ -134,7 +134,7 @@ def _direct_spans(transfer: Transfer) -> Iterator[tuple[int, int, int, int]]:
                 source = host.offset + plane * host.plane + head * host.head
                 target = cache.offset + plane * cache.plane + head * cache.head
                 for run in transfer.runs.runs:
-                    first = source + run.row * transfer.strips[0].host.token
+                    first = source + run.row * host.token
                     for position, block, count in run.stretches:
                         pieces = [(0, count)] if is_dense else [(at, 1) for at in range(count)]
                         for at, blocks in pieces:

@@ -26,7 +26,7 @@ from kvlayer.staging.cuda.pipeline import Pipeline
 from kvlayer.staging.cuda.runtime import cuda_errors
 from kvlayer.staging.device_cache import engine_order
 from kvlayer.staging.lazy import torch
-from kvlayer.staging.moves import batches, plan_moves
+from kvlayer.staging.moves import Move, batches, plan_moves
 from kvlayer.staging.torch_stager import TorchStager
 from kvlayer.staging.torch_view import GeometryReader, tensors_of
 
@@ -181,7 +181,8 @@ class CudaStager(Stager):
         """Check everything, move it if it is one batch, return the batches that are left."""
         with _slots_order(view):
             geometries = self._reader.read(view)
-            moves = [*plan_moves(self._layout, view, geometries, copies, gather=gather)]
+            planned = plan_moves(self._layout, view, geometries, copies, gather=gather)
+            moves = [move for move in planned if _has_rows(move)]
         if not moves:
             return []
         if gather:
@@ -214,6 +215,12 @@ def _group_batches(groups: Sequence[LayerGroup]) -> list[list[LayerGroup]]:
         found[-1].append(group)
         held += sum(len(move.layers) * move.payload.layer_nbytes for move in group.moves)
     return found
+
+
+def _has_rows(move: Move) -> bool:
+    """Whether the engine has a slot for any of it; all layers of a move have the same slots."""
+    runs = move.layers[0][2].runs
+    return bool(runs.runs) or runs.loose is not None
 
 
 def _slots_order(view: KVView) -> AbstractContextManager[None]:
