@@ -1,13 +1,14 @@
 """From the ``.cu`` files to functions of one CUDA device, through CuPy, which is imported late.
 
 Each file is compiled when a kernel of it is first asked for: one or two seconds, after which CuPy's
-own cache on disk answers (by source, options, architecture and compiler). The shared header is put
-in front of a file rather than included, because CuPy's cache does not look into includes.
+own cache on disk answers (by source, options, architecture and compiler). Headers are put into a
+file's text rather than included, because CuPy's cache does not look into includes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -26,15 +27,27 @@ MIN_ARCH = 80
 """The oldest architecture the kernels are compiled and checked for, as compute capability * 10."""
 # Contraction would round differently from the emulated kernels: fused steps are written as such.
 OPTIONS = ("--std=c++17", "--fmad=false")
+_INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)
 _INSTALL = "pip install cupy-cuda13x (or cupy-cuda12x), or stage through torch"
 
 
 @cache
 def kernel_source(name: str) -> str:
-    """The header and one file of ``SOURCES`` as one translation unit."""
+    """One file of ``SOURCES`` with its headers put in, as one translation unit."""
     here = files("kvlayer.staging.kernels")
-    parts = [(here / part).read_text("utf-8") for part in ("kv.cuh", f"{name}.cu")]
-    return "\n".join([parts[0], parts[1].replace('#include "kv.cuh"\n', "")])
+    put: set[str] = set()
+
+    def text(file: str) -> str:
+        return _INCLUDE.sub(included, (here / file).read_text("utf-8"))
+
+    def included(match: re.Match[str]) -> str:
+        file = match[1]
+        if file in put:
+            return ""
+        put.add(file)
+        return text(file).replace("#pragma once\n", "")
+
+    return text(f"{name}.cu")
 
 
 class Builder:

@@ -16,7 +16,7 @@ typedef unsigned long long u64;
 
 // Rows are read once: their loads are the first to leave the cache. What is stored is read soon.
 template <class T> KV_INLINE T kv_load(u64 from) { return __ldcs((const T*)from); }
-template <class T> KV_INLINE void kv_store(u64 to, T value) { __stwb((T*)to, value); }
+template <class T> KV_INLINE void kv_store(u64 to, T value) { __stcg((T*)to, value); }
 // Tables are read by many threads, and nobody writes them meanwhile.
 template <class T> KV_INLINE T kv_table(u64 from) { return __ldg((const T*)from); }
 
@@ -60,7 +60,11 @@ struct Place {
     u32 piece, row;
 };
 
-// What every kernel is told. All arrays lie in the plan's table.
+// What every kernel is told first: where its arrays lie in the plan's table, then numbers.
+#define KV_TABLES u64 planes, u64 bases, u64 rows
+#define KV_COUNTS u32 num_planes, u32 num_rows, u32 heads, u32 tile_log2, u32 lanes_log2
+#define KV_WORK {planes, bases, rows, num_planes, num_rows, heads, tile_log2, lanes_log2}
+
 struct Work {
     u64 planes, bases, rows;
     u32 num_planes, num_rows, heads, tile_log2, lanes_log2;
@@ -69,6 +73,10 @@ struct Work {
         return (num_rows + (1u << tile_log2) - 1) >> tile_log2;
     }
     KV_INLINE u32 tiles() const { return num_planes * tiles_per_plane(); }
+    // Each row is shared by the lanes of one group.
+    KV_INLINE u32 lane() const { return threadIdx.x & ((1u << lanes_log2) - 1); }
+    KV_INLINE u32 group() const { return threadIdx.x >> lanes_log2; }
+    KV_INLINE u32 groups() const { return THREADS >> lanes_log2; }
 };
 
 KV_INLINE Plane load_plane(const Work& work, u32 number) {

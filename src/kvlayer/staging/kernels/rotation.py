@@ -66,7 +66,7 @@ def rotate_plans(
     payload: Payload,
     rotation: Rotation,
 ) -> tuple[Plan, ...]:
-    """Like ``scatter_plan``, each piece's K turned by its ``shift``: one to three plans.
+    """Like ``scatter_plan``, each piece's K turned by its ``shift``: up to three plans.
 
     Pieces that have not moved, and V, are copied bit for bit. The plans may run in any order or
     at once. Computed in float32; the result is rounded once, to the nearest, ties to even.
@@ -75,8 +75,9 @@ def rotate_plans(
     bits (fp8 needs scales that are the engine's), or shorter than the rotation.
     """
     _check(payload, rotation)
-    still = [piece for piece in pieces if piece.shift == 0]
-    moved = [piece for piece in pieces if piece.shift != 0]
+    held = [piece for piece in pieces if not piece.is_empty]
+    still = [piece for piece in held if piece.shift == 0]
+    moved = [piece for piece in held if piece.shift != 0]
     plans = [scatter_plan(strips, layers, still)] if still else list[Plan]()
     if moved:
         planes, per_layer = planes_of(strips, layers), len(payload.group.planes())

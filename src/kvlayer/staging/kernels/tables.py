@@ -70,6 +70,11 @@ class Piece(NamedTuple):
     base: int
     shift: int = 0
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is holes and nothing else; a plan needs one piece that is not."""
+        return self.runs.loose is None and not self.runs.runs
+
 
 class Tables(NamedTuple):
     """What every kernel reads."""
