@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from threading import Lock
 from traceback import clear_frames
-from typing import Generic, ParamSpec, TypeAlias, TypeVar, cast
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar, cast
 
 from kvlayer.errors import ClosedError
 
@@ -21,20 +20,44 @@ T = TypeVar("T")
 class _Call(Generic[T]):
     """One piece of work that either starts on a thread or is dropped before it starts."""
 
-    def __init__(self, work: Callable[[], T]) -> None:
+    def __init__(self, work: Callable[[], T], waiting: set[_Call[Any]]) -> None:
         self._work: Callable[[], T] | None = work
         self._lock = Lock()
+        self._waiting = waiting
+        waiting.add(self)
 
     def __call__(self) -> T | None:
-        with self._lock:
-            work, self._work = self._work, None
+        work = self._take()
         return work() if work is not None else None
 
     def drop(self) -> bool:
         """Whether the work was stopped before it started."""
+        return self._take() is not None
+
+    def _take(self) -> Callable[[], T] | None:
         with self._lock:
-            waiting, self._work = self._work is not None, None
-        return waiting
+            work, self._work = self._work, None
+        self._waiting.discard(self)
+        return work
+
+
+class _Todo:
+    """Works that several threads take from, in order."""
+
+    def __init__(self, works: Iterable[Callable[[], object]]) -> None:
+        self._works = iter(works)
+        self._lock = Lock()
+        self._is_stopped = False
+
+    def take(self) -> Callable[[], object] | None:
+        """The next one; None when all are taken, or no more may be."""
+        with self._lock:
+            return None if self._is_stopped else next(self._works, None)
+
+    def stop(self) -> None:
+        """Nothing is taken from now on."""
+        with self._lock:
+            self._is_stopped = True
 
 
 class Offload:
@@ -49,6 +72,8 @@ class Offload:
         self._threads = threads
         self._name = name
         self._pool: ThreadPoolExecutor | None = None
+        self._waiting: set[_Call[Any]] = set()
+        """Submitted, and not started; threads look at it, too."""
         self._closed = False
 
     async def run(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -56,7 +81,7 @@ class Offload:
 
         Raises what the work raises, and ``ClosedError`` when the pool closes before it starts.
         """
-        call: _Call[T] = _Call(lambda: work(*args, **kwargs))
+        call: _Call[T] = _Call(lambda: work(*args, **kwargs), self._waiting)
         future = self._submit(call)
         try:
             return cast(T, await asyncio.shield(future))  # None only for work that was dropped
@@ -72,34 +97,46 @@ class Offload:
             # alone, the cycle would keep lent memory alive until the garbage collector comes by.
             del future, call
 
-    async def run_all(self, works: Iterable[Callable[[], object]], *, at_once: int) -> None:
-        """Run ``works`` in order, at most ``at_once`` of them handed to the threads at a time.
+    async def run_all(self, works: Sequence[Callable[[], object]]) -> None:
+        """Run ``works`` in order, on all threads that are free.
+
+        A thread goes from one to the next by itself: the loop, which may be serving an engine, is
+        not woken for each. Where other work waits, the threads take turns.
 
         The first that raises ends it, and so does cancelling: nothing else starts, and whatever
         runs has ended before this raises. Other errors than the first are dropped. Raises
         ``ClosedError`` when the pool closes before everything has started.
         """
-        todo = iter(works)
+        todo = _Todo(works)
         running: _Running = {}
         try:
-            while True:
-                self._submit_some(todo, at_once - len(running), running)
-                if not running:
-                    return
+            for _ in range(min(self._threads, len(works))):
+                self._start(todo, running)
+            while running:
                 await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                self._take_ended(running)
+                for _ in range(self._take_ended(running)):
+                    self._start(todo, running)
         finally:
+            todo.stop()
             await _dropped(running)
 
-    def _submit_some(
-        self, works: Iterator[Callable[[], object]], count: int, running: _Running
-    ) -> None:
-        for work in islice(works, count):
-            call = _Call(work)
-            running[self._submit(call)] = call
+    def _start(self, todo: _Todo, running: _Running) -> None:
+        call = _Call(lambda: self._work_off(todo), self._waiting)
+        running[self._submit(call)] = call
 
-    def _take_ended(self, running: _Running) -> None:
-        """Remove what has ended and raise the first error among it."""
+    def _work_off(self, todo: _Todo) -> bool:
+        """On a thread. False: there may be more to do, but others wait for the thread."""
+        while (work := todo.take()) is not None:
+            if self._closed:
+                raise ClosedError(f"the thread pool {self._name!r} was closed")
+            work()
+            del work  # it may hold what the next waits for
+            if self._waiting:
+                return False
+        return True
+
+    def _take_ended(self, running: _Running) -> int:
+        """Remove what has ended; raise the first error among it, or say how much has to go on."""
         ended = [future for future in running if future.done()]
         calls = [running.pop(future) for future in ended]
         errors = [error for error in map(self._error, ended) if error is not None]
@@ -107,11 +144,12 @@ class Offload:
         try:
             if errors:
                 raise errors[0]
+            return sum(not future.result() for future in ended)
         finally:
             # As in run: what is raised refers to this frame.
             del ended, calls, errors
 
-    def _error(self, ended: asyncio.Future[object]) -> BaseException | None:
+    def _error(self, ended: asyncio.Future[bool | None]) -> BaseException | None:
         if ended.cancelled():
             return ClosedError(f"the thread pool {self._name!r} was closed")
         return ended.exception()
@@ -129,9 +167,10 @@ class Offload:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+            self._waiting.clear()
 
 
-_Running: TypeAlias = dict[asyncio.Future[object], _Call[object]]
+_Running: TypeAlias = dict[asyncio.Future[bool | None], _Call[bool]]
 
 
 async def _dropped(running: _Running) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from struct import Struct
 from typing import NamedTuple
@@ -84,11 +85,16 @@ class Part:
     @classmethod
     def parse(cls, text: str) -> Part:
         """Inverse of ``str``. Raises ``ValueError`` for anything ``str`` cannot produce."""
-        match = _PART.fullmatch(text)
-        if match is None:
-            raise ValueError(f"not a part: {text!r}")
-        heads = None if match[4] is None else (int(match[4]), int(match[5]))
-        return cls(int(match[1]), (int(match[2]), int(match[3])), heads, match[6])
+        return _part(text)
+
+
+@lru_cache(maxsize=1024)  # a model has a handful, and every move of every object asks for one
+def _part(text: str) -> Part:
+    match = _PART.fullmatch(text)
+    if match is None:
+        raise ValueError(f"not a part: {text!r}")
+    heads = None if match[4] is None else (int(match[4]), int(match[5]))
+    return Part(int(match[1]), (int(match[2]), int(match[3])), heads, match[6])
 
 
 _KEY = re.compile(r"[0-9a-f]{64}/(?:0|[0-9a-f]{32})/[0-9a-f]{64}/([a-z0-9_.:-]+)")

@@ -361,7 +361,7 @@ class Rig:
     async def send_down(self, chain: ChunkChain, *, tail: bool = False) -> None:
         """Put a prompt on the lower tiers, and leave nothing of it in host memory."""
         todo = self.hold(chain, tail=tail)
-        self.stack.spills.start([(s.span, s.record) for s in todo.gathers], [])
+        await self.stack.spills.start([(s.span, s.record) for s in todo.gathers], [])
         await self.stack.spills.flush()
         gone = self.planner.evict([s.record for s in todo.gathers], "cleared", "")  # type: ignore[arg-type]
         assert len(gone) == len(todo.gathers)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -167,23 +167,39 @@ async def test_no_more_threads_run_than_the_pool_has() -> None:
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("at_once", [1, 2, 5])
-async def test_many_works_run_each_once_and_no_more_than_so_many_are_handed_over(
-    at_once: int,
-) -> None:
-    offload = Offload(2, "test")
-    taken: list[int] = []
-    done: list[int] = []
+@pytest.mark.parametrize("threads", [1, 2, 5])
+async def test_many_works_run_each_once_and_wake_the_loop_once_a_thread(threads: int) -> None:
+    offload, done, woken = Offload(threads, "test"), list[int](), 0
+    loop = asyncio.get_running_loop()
+    wake = loop.call_soon_threadsafe
 
-    def works() -> Iterator[Callable[[], None]]:
-        for number in range(6):
-            taken.append(number)
-            assert len(taken) - len(done) <= at_once
-            yield partial(done.append, number)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal woken
+        woken += 1
+        return wake(*args, **kwargs)
 
-    await offload.run_all(works(), at_once=at_once)
-    assert sorted(done) == taken == list(range(6))
-    await offload.run_all([], at_once=at_once)
+    loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
+    await offload.run_all([partial(done.append, number) for number in range(40)])
+    assert sorted(done) == list(range(40))
+    assert woken <= threads
+    await offload.run_all([])
+    offload.close()
+
+
+@pytest.mark.asyncio
+async def test_the_works_of_two_calls_take_turns() -> None:
+    offload, first, order = Offload(1, "test"), Work(), list[str]()
+    one = [first, *[partial(order.append, f"one {n}") for n in range(3)]]
+    two = [partial(order.append, f"two {n}") for n in range(3)]
+    tasks = [asyncio.create_task(offload.run_all(one))]
+    await first.has_begun()
+    tasks.append(asyncio.create_task(offload.run_all(two)))
+    await asyncio.sleep(0)
+    first.gate.set()
+    await asyncio.gather(*tasks)
+    assert order.index("two 0") < order.index("one 1")
+    assert [entry for entry in order if entry[:3] == "one"] == ["one 0", "one 1", "one 2"]
+    assert [entry for entry in order if entry[:3] == "two"] == ["two 0", "two 1", "two 2"]
     offload.close()
 
 
@@ -197,7 +213,7 @@ async def test_the_first_of_many_that_fails_starts_no_other_and_waits_for_those_
 
     async with asyncio.timeout(30):
         blocker = Work()  # takes the thread that failed, so that what waits cannot begin
-        task = asyncio.create_task(offload.run_all([running, fail, *waiting], at_once=2))
+        task = asyncio.create_task(offload.run_all([running, fail, *waiting]))
         await running.has_begun()
         blocking = asyncio.create_task(offload.run(blocker))
         await blocker.has_begun()
@@ -218,7 +234,7 @@ async def test_the_first_of_many_that_fails_starts_no_other_and_waits_for_those_
 @pytest.mark.parametrize("times", [1, 3])
 async def test_many_works_that_are_cancelled_end_what_runs_and_drop_what_waits(times: int) -> None:
     offload, running, waiting = Offload(1, "test"), Work(), [Work(), Work()]
-    task = asyncio.create_task(offload.run_all([running, *waiting], at_once=2))
+    task = asyncio.create_task(offload.run_all([running, *waiting]))
     await running.has_begun()
     for _ in range(times):
         task.cancel()
@@ -236,7 +252,7 @@ async def test_many_works_that_are_cancelled_end_what_runs_and_drop_what_waits(t
 @pytest.mark.asyncio
 async def test_many_works_whose_pool_closes_say_so_and_end_what_runs() -> None:
     offload, running, waiting = Offload(1, "test"), Work(), Work()
-    task = asyncio.create_task(offload.run_all([running, waiting], at_once=2))
+    task = asyncio.create_task(offload.run_all([running, waiting]))
     await running.has_begun()
     behind = asyncio.create_task(offload.run(Work()))
     await asyncio.sleep(0)
@@ -251,7 +267,7 @@ async def test_many_works_whose_pool_closes_say_so_and_end_what_runs() -> None:
     assert running.has_ended
     assert not waiting.began.is_set()
     with pytest.raises(ClosedError):
-        await offload.run_all([waiting], at_once=2)
+        await offload.run_all([waiting])
 
 
 class Leak:
@@ -280,7 +296,7 @@ async def test_an_error_nobody_gets_keeps_nothing_of_what_its_work_was_lent() ->
     offload, gate = Offload(2, "test"), threading.Barrier(2)
     works = [Leak(gate), Leak(gate)]
     with pytest.raises(ZeroDivisionError) as caught:
-        await offload.run_all(works, at_once=2)
+        await offload.run_all(works)
     (unheard,) = (work for work in works if work.error is not caught.value)
     unheard.memory.append(0)  # BufferError while a view is out
     offload.close()

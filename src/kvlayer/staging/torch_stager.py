@@ -92,9 +92,8 @@ class TorchStager(Stager):
         opened: _Opened = {}
         try:
             rest = await self._offload.run(self._start, view, copies, opened, gather)
-            # One more than can run: a thread that ends a batch finds the next one waiting.
             works = [partial(self._copy, view, batch, opened, gather) for batch in rest]
-            await self._offload.run_all(works, at_once=self._threads + 1)
+            await self._offload.run_all(works)
         except BaseException as error:
             # Frames in the traceback would keep the host memory exported, and in a cycle.
             clear_frames(error.__traceback__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from kvlayer.tier.planner import Planner, Reservation
 from kvlayer.tier.tier import LowerTier, Tier
 
 __all__ = ["LATE", "Loads", "Wanted", "down"]
+
+_AT_ONCE = 2  # flights begun per turn of the loop: with its first steps each takes some 0.5 ms
 
 LATE = "it has been on its way for longer than a deadline"
 
@@ -43,6 +46,8 @@ class _Trip:
     left: int = 0
     """Flights that have not landed."""
     is_whole: bool = True
+    is_growing: bool = True
+    """More flights may be started: an estimate is made of all of them."""
 
     def started(self, nbytes: int) -> None:
         self.nbytes += nbytes
@@ -52,7 +57,15 @@ class _Trip:
         self.left -= 1
         self.arrived_nbytes += outcome.nbytes
         self.is_whole = self.is_whole and outcome.ok
-        if not self.left and self.is_whole:
+        self._observe(now)
+
+    def all_started(self, now: float) -> None:
+        """No flight will join it."""
+        self.is_growing = False
+        self._observe(now)
+
+    def _observe(self, now: float) -> None:
+        if self.nbytes and not self.left and self.is_whole and not self.is_growing:
             self.tier.estimate.observe(self.nbytes, now - self.began, now)
 
     def abandoned(self, now: float) -> None:
@@ -111,7 +124,7 @@ class Loads:
         request = _Request(wanted, until)
         flights = request.flights
         try:
-            failure, started = self._take_off(request)
+            failure, started = await self._take_off(request)
             batch: list[tuple[Span, Sequence[ObjectRecord]]] = []
             for span, records in wanted[:started]:
                 absent = [r for r in records if r.host is not Host.READY]
@@ -135,16 +148,22 @@ class Loads:
             for flight in flights.values():
                 flight.leave()
 
-    def _take_off(self, request: _Request) -> tuple[Failure | None, int]:
+    async def _take_off(self, request: _Request) -> tuple[Failure | None, int]:
         """Start flights for all that is absent; on a refusal, how many spans are on their way."""
-        for at, (span, records) in enumerate(request.wanted):
-            for record in records:
-                if record.host is Host.READY:
-                    continue
-                started = self._fly(span, record, trips=request.trips)
-                if isinstance(started, Failure):
-                    return started, at
-                request.flights[record.key] = started
+        try:
+            for at, (span, records) in enumerate(request.wanted):
+                for record in records:
+                    if record.host is Host.READY:
+                        continue
+                    started = self._fly(span, record, trips=request.trips)
+                    if isinstance(started, Failure):
+                        return started, at
+                    request.flights[record.key] = started
+                    if not len(request.flights) % _AT_ONCE:
+                        await asyncio.sleep(0)
+        finally:
+            for trip in request.trips.values():
+                trip.all_started(self._clock())
         return None, len(request.wanted)
 
     def _fly(

@@ -10,6 +10,7 @@ Somewhat over 400 lines: everything that holds the lock is in one place, to be r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from sys import maxsize
 from threading import RLock
 
 from kvlayer.abc.policy import EvictionPolicy
@@ -185,35 +186,58 @@ class Planner:
         *,
         tail: bool,
         holds: Callable[[int, Span], bool],
+        at_once: int = maxsize,
     ) -> StorePlan:
         """Reserve a slot for every object that is missing, in prompt order.
 
         ``holds(g, span)`` says whether the engine still has the span for trailing group g. When
         host memory runs out the rest of the prompt is dropped: later chunks are useless alone.
+
+        Plans the first ``at_once`` spans; :meth:`plan_more` goes on while some are
+        ``unplanned``. However that ends, :meth:`gathered` must be called.
         """
         todo = StorePlan()
         step = chain.chunk_step
-        spans = [chain.span(i) for i in range(-(-first_token // step), len(chain))]
+        todo.unplanned.extend(map(chain.span, range(-(-first_token // step), len(chain))))
         if tail and len(chain) * step >= first_token:
-            spans += chain.tails(len(chain))[:1]
+            todo.unplanned.extend(chain.tails(len(chain))[:1])
         with self.lock:
             self.leases.expire(self._clock())
-            own = self._resident(chain)
-            self.host.hold(own)  # room must not come from the prefix that leads to what is stored
+            # Room must not come from the prefix that leads to what is stored.
+            todo.held = self._resident(chain)
+            self.host.hold(todo.held)
             planned = False
             try:
-                for at, span in enumerate(spans):
-                    if not self._plan_span(chain, span, holds, todo):
-                        todo.dropped += spans[at:]
-                        break
+                self.plan_more(chain, todo, holds, at_once)
                 planned = True
             finally:  # a policy of somebody else's may raise
-                self.host.let_go(own)
                 if not planned:
-                    self.stored(todo.gathers, ok=False)
-            if todo.spans:
-                self._supersede(chain, todo.spans[0])
+                    self.gathered(todo, None)
         return todo
+
+    def plan_more(
+        self,
+        chain: ChunkChain,
+        todo: StorePlan,
+        holds: Callable[[int, Span], bool],
+        at_once: int,
+    ) -> None:
+        """Plan the next ``at_once`` spans of a store. Others may have stored some meanwhile."""
+        with self.lock:
+            for _ in range(min(at_once, len(todo.unplanned))):
+                if not self._plan_span(chain, todo.unplanned[0], holds, todo):
+                    todo.dropped += todo.unplanned
+                    todo.unplanned.clear()
+                    break
+                todo.unplanned.popleft()
+            if not todo.unplanned:
+                self._let_go_prefix(todo)
+                if todo.spans:
+                    self._supersede(chain, todo.spans[0])
+
+    def _let_go_prefix(self, todo: StorePlan) -> None:
+        self.host.let_go(todo.held)
+        todo.held = []
 
     def _resident(self, chain: ChunkChain) -> list[ObjectRecord]:
         """What host memory holds of a prompt's full chunks, root first."""
@@ -315,6 +339,7 @@ class Planner:
         """
         before, failed = todo.gathers, todo.cut(missed, self.tiers[0])
         with self.lock:
+            self._let_go_prefix(todo)
             self.stored(before[len(todo.gathers) :], ok=False)
             self.stored(todo.gathers, ok=True)
         return failed

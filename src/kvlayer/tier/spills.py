@@ -20,6 +20,8 @@ from kvlayer.tier.tier import LowerTier
 
 __all__ = ["Spills", "Write"]
 
+_AT_ONCE = 2  # writes begun per turn of the loop: with its first steps each takes some 0.5 ms
+
 
 class Write(NamedTuple):
     """One object on its way down to one tier."""
@@ -40,7 +42,7 @@ class Spills:
         self._running: dict[tuple[int, ObjectKey], Call[Outcome]] = {}
         """By tier and object: an object is on its way to a tier at most once."""
 
-    def start(
+    async def start(
         self, moves: Sequence[tuple[Span, ObjectRecord]], refused: list[Failure]
     ) -> list[Write]:
         """Start writing objects wherever they are missing; returns the writes of "through" tiers.
@@ -50,9 +52,11 @@ class Spills:
         What another store is writing there already is among them.
 
         What a tier refuses, because too much is in flight or it is down, is dropped there and
-        listed in ``refused``.
+        listed in ``refused``. A few are started per turn of the loop; cancelled in between, it
+        leaves those it has started to run.
         """
         through: list[Write] = []
+        started = 0
         for tier in self._lower:
             if tier.write == "demote":
                 continue
@@ -65,6 +69,10 @@ class Spills:
                     tier.refused(no.cause)
                     refused.append(Failure(span, no.cause, tier.name, no.detail))
                     continue
+                started += call is not None
+                if started == _AT_ONCE:
+                    started = 0
+                    await asyncio.sleep(0)
                 if call is not None and tier.write == "through":
                     through.append(Write(span, record.key, tier, call))
         return through

@@ -29,6 +29,7 @@ from kvlayer.tier.tier import LowerTier, Tier
 __all__ = ["Stack", "Window"]
 
 _RECOVERY_BATCH = 256  # records noted per turn of the loop
+_SLICE = 16  # spans planned per turn of the loop: some 20 us each
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,20 +197,23 @@ class Stack:
         self, chain: ChunkChain, view: KVView, window: Window, *, tail: bool
     ) -> tuple[StoreReport, StorePlan]:
         """Gather what is missing, serve it, and send it down. See ``Cache.store``."""
-        todo = self.planner.plan_store(
-            chain, window.start, tail=tail, holds=partial(_holds, view, window.start)
-        )
-        self.host.lost(
-            self.planner.host.policy.name,
-            [gone.key for gone in todo.evicted],
-            sum(gone.nbytes for gone in todo.evicted),
-        )
+        holds = partial(_holds, view, window.start)
+        todo = self.planner.plan_store(chain, window.start, tail=tail, holds=holds, at_once=_SLICE)
         missed: Sequence[Outcome] | None = None
         try:
+            while todo.unplanned:
+                await asyncio.sleep(0)
+                self.planner.plan_more(chain, todo, holds, _SLICE)
+            await asyncio.sleep(0)
             pieces = [slot.piece for slot in todo.gathers]
             missed = await self.mover.gather(view, pieces, window.start) if pieces else ()
         finally:
             failed = self.planner.gathered(todo, missed)
+            self.host.lost(
+                self.planner.host.policy.name,
+                [gone.key for gone in todo.evicted],
+                sum(gone.nbytes for gone in todo.evicted),
+            )
         self.host.stored += len(todo.gathers)
         self.host.stored_nbytes += sum(slot.piece.nbytes for slot in todo.gathers)
         if todo.dropped:
@@ -222,9 +226,11 @@ class Stack:
         moves = [(slot.span, slot.record) for slot in todo.gathers]
         moves += [(span, record) for span, records in todo.skipped for record in records]
         failed: list[Failure] = []
-        through = self.spills.start(moves, failed)
-        path = self.planner.settle(chain, todo.gathers)
-        self.demotion.grown()
+        try:
+            through = await self.spills.start(moves, failed)
+        finally:
+            path = self.planner.settle(chain, todo.gathers)
+            self.demotion.grown()
         failed += await self.spills.committed(through)
         self._touch(path)
         return failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -24,8 +25,11 @@ class Reservation:
 
 @dataclass(slots=True)
 class StorePlan:
-    """What one store has to do, in prompt order."""
+    """What one store has to do, in prompt order, as far as it is planned."""
 
+    unplanned: deque[Span] = field(default_factory=deque[Span])
+    held: list[ObjectRecord] = field(default_factory=list[ObjectRecord])
+    """What host memory has of the prompt: it stays while slots are reserved."""
     gathers: list[Reservation] = field(default_factory=list[Reservation])
     spans: list[Span] = field(default_factory=list[Span])
     skipped: list[tuple[Span, tuple[ObjectRecord, ...]]] = field(default_factory=list)

@@ -139,7 +139,12 @@ async def test_a_round_goes_on_until_the_mark_however_much_there_is_to_drop(
     demoting: Demoting,
 ) -> None:
     rig = demoting(write="through", pages=600, watermarks=(0.1, 0.9))
-    await store(rig, 0, tokens=16 * 560)  # all of it is still being written when it settles
+    rig.backend.gate = asyncio.Event()
+    storing = asyncio.create_task(store(rig, 0, tokens=16 * 560))
+    while rig.tier.guard.inflight < 560:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    rig.backend.gate.set()  # all of it is still being written when it settles
+    await storing
     await store(rig, 1)
     await rig.stack.flush()
     assert used(rig) == 60

@@ -77,7 +77,7 @@ async def test_spans_are_given_as_soon_as_they_are_there_without_waiting_for_lat
     rig.write_into(tail_only.gathers)
     rig.planner.stored(tail_only.gathers, ok=True)
     rig.planner.settle(chain, tail_only.gathers)
-    rig.stack.spills.start([(s.span, s.record) for s in tail_only.gathers], [])
+    await rig.stack.spills.start([(s.span, s.record) for s in tail_only.gathers], [])
     await rig.stack.spills.flush()
     rig.planner.evict([s.record for s in tail_only.gathers], Cause.CLEARED, "")
     rig.backend.gate = asyncio.Event()

@@ -18,19 +18,21 @@ from kvlayer.tier.spills import Write
 SOON = 2.0
 
 
-def spill(rig: Rig, chain: ChunkChain, *, tail: bool = False) -> tuple[list[Write], list[Failure]]:
+async def spill(
+    rig: Rig, chain: ChunkChain, *, tail: bool = False
+) -> tuple[list[Write], list[Failure]]:
     """Hold a prompt and start writing it down."""
     todo = rig.hold(chain, tail=tail)
     moves = [(slot.span, slot.record) for slot in todo.gathers]
     moves += [(span, found) for span, known in todo.skipped for found in known]
     refused: list[Failure] = []
-    return rig.stack.spills.start(moves, refused), refused
+    return await rig.stack.spills.start(moves, refused), refused
 
 
 @pytest.mark.asyncio
 async def test_a_written_object_is_on_the_tier_when_its_write_has_committed() -> None:
     rig, chain = make_rig(), chain_of(32)
-    writes, refused = spill(rig, chain)
+    writes, refused = await spill(rig, chain)
     assert refused == []
     assert await rig.stack.spills.committed(writes) == []
     records = rig.planner.match(chain).path()
@@ -45,7 +47,7 @@ async def test_a_written_object_is_on_the_tier_when_its_write_has_committed() ->
 async def test_no_byte_of_a_former_object_is_written() -> None:
     rig, chain = make_rig(), chain_of(16)
     rig.slab.view(0, rig.slab.nbytes)[:] = b"\xee" * rig.slab.nbytes
-    writes, _ = spill(rig, chain)
+    writes, _ = await spill(rig, chain)
     await rig.stack.spills.committed(writes)
     (stored,) = rig.backend.objects.values()
     nbytes = rig.planner.payload(rig.planner.match(chain).path()[0].part, 16).segments()[0].nbytes
@@ -57,7 +59,7 @@ async def test_no_byte_of_a_former_object_is_written() -> None:
 async def test_an_object_being_written_is_held_in_host_memory() -> None:
     rig, chain = make_rig(pages=2), chain_of(32)
     rig.backend.gate = asyncio.Event()
-    writes, _ = spill(rig, chain)
+    writes, _ = await spill(rig, chain)
     await rig.backend.arrived.wait()
     other = rig.planner.plan_store(chain_of(16, seed=1), 0, tail=False, holds=lambda _g, _s: True)
     assert other.gathers == []
@@ -73,12 +75,12 @@ async def test_an_object_being_written_is_held_in_host_memory() -> None:
 async def test_two_stores_of_the_same_content_write_it_once() -> None:
     rig, chain = make_rig(), chain_of(32)
     rig.backend.gate = asyncio.Event()
-    first, _ = spill(rig, chain)
-    second, _ = spill(rig, chain)
+    first, _ = await spill(rig, chain)
+    second, _ = await spill(rig, chain)
     assert [write.call for write in second] == [write.call for write in first]
     rig.backend.gate.set()
     await rig.stack.spills.committed(first)
-    third, _ = spill(rig, chain)
+    third, _ = await spill(rig, chain)
     assert third == []
     assert rig.backend.count("put") == 2
     await rig.aclose()
@@ -88,7 +90,7 @@ async def test_two_stores_of_the_same_content_write_it_once() -> None:
 async def test_what_failed_to_be_written_is_written_by_the_next_store() -> None:
     rig, chain = make_rig(), chain_of(16)
     rig.backend.fails = BackendError("full")
-    writes, _ = spill(rig, chain)
+    writes, _ = await spill(rig, chain)
     (failure,) = await rig.stack.spills.committed(writes)
     assert (failure.cause, failure.tier, failure.span) == (
         Cause.TIER_DOWN,
@@ -97,7 +99,7 @@ async def test_what_failed_to_be_written_is_written_by_the_next_store() -> None:
     )
     assert rig.planner.match(chain).path()[0].tiers == 0
     rig.backend.fails = None
-    writes, _ = spill(rig, chain)
+    writes, _ = await spill(rig, chain)
     assert len(writes) == 1
     assert await rig.stack.spills.committed(writes) == []
     assert [e.ok for e in rig.events if isinstance(e, TierChanged)] == [False, True]
@@ -120,7 +122,7 @@ async def test_a_write_that_raises_is_a_failure_and_leaves_no_pin(
 ) -> None:
     rig, chain = make_rig(), chain_of(32)
     rig.backend.raises = fault
-    writes, _ = spill(rig, chain)
+    writes, _ = await spill(rig, chain)
     failed = await rig.stack.spills.committed(writes)
     assert [f.cause for f in failed] == [cause, cause]
     assert rig.planner.match(chain).tokens == 32  # host memory still serves
@@ -133,7 +135,7 @@ async def test_a_write_that_raises_is_a_failure_and_leaves_no_pin(
 async def test_a_tier_that_answers_nonsense_has_not_stored(results: list[Any]) -> None:
     rig, chain = make_rig(), chain_of(16)
     rig.backend.results = results
-    writes, _ = spill(rig, chain)
+    writes, _ = await spill(rig, chain)
     (failure,) = await rig.stack.spills.committed(writes)
     assert failure.cause is Cause.TIER_DOWN
     assert rig.planner.match(chain).path()[0].tiers == 0
@@ -145,7 +147,7 @@ async def test_a_tier_that_answers_nonsense_has_not_stored(results: list[Any]) -
 async def test_a_deadline_frees_the_store_and_is_paid_once_per_tier() -> None:
     rig, chain = make_rig(deadline=SOON, max_inflight=8), chain_of(64)
     rig.backend.gate, rig.backend.is_stubborn = asyncio.Event(), True
-    writes, _ = spill(rig, chain)
+    writes, _ = await spill(rig, chain)
     failed = await rig.stack.spills.committed(writes)
     assert [f.cause for f in failed] == [Cause.DEADLINE] * 4
     await writes[-1].call.ended()
@@ -165,14 +167,14 @@ async def test_a_deadline_frees_the_store_and_is_paid_once_per_tier() -> None:
 async def test_past_the_bound_a_write_is_refused_and_named() -> None:
     rig, chain = make_rig(max_inflight=1, max_queued=1), chain_of(64)
     rig.backend.gate = asyncio.Event()
-    writes, refused = spill(rig, chain)
+    writes, refused = await spill(rig, chain)
     assert len(writes) == 2
     assert [(f.cause, f.span.stop) for f in refused] == [(Cause.BUSY, 48), (Cause.BUSY, 64)]
     assert rig.tier.misses[Cause.BUSY] == 2
     rig.backend.gate.set()
     assert await rig.stack.spills.committed(writes) == []
     check_accounts(rig.planner, idle=True)
-    writes, refused = spill(rig, chain)
+    writes, refused = await spill(rig, chain)
     assert len(writes) == 2
     assert await rig.stack.spills.committed(writes) == []
     await rig.aclose()
@@ -182,7 +184,7 @@ async def test_past_the_bound_a_write_is_refused_and_named() -> None:
 async def test_write_back_returns_nothing_to_wait_for_and_flush_waits() -> None:
     rig, chain = make_rig(write="back"), chain_of(32)
     rig.backend.gate = asyncio.Event()
-    writes, _ = spill(rig, chain)
+    writes, _ = await spill(rig, chain)
     assert writes == []
     flushing = asyncio.create_task(rig.stack.spills.flush())
     await rig.backend.arrived.wait()
@@ -197,7 +199,7 @@ async def test_write_back_returns_nothing_to_wait_for_and_flush_waits() -> None:
 @pytest.mark.asyncio
 async def test_a_read_only_tier_is_never_written() -> None:
     rig, chain = make_rig(write="never"), chain_of(32)
-    assert spill(rig, chain) == ([], [])
+    assert await spill(rig, chain) == ([], [])
     await rig.stack.spills.flush()
     assert rig.backend.count("put") == 0
     await rig.aclose()
@@ -206,7 +208,7 @@ async def test_a_read_only_tier_is_never_written() -> None:
 @pytest.mark.asyncio
 async def test_a_tier_without_tails_gets_full_chunks_only() -> None:
     rig, chain = make_rig(tails=False), chain_of(24)
-    writes, _ = spill(rig, chain, tail=True)
+    writes, _ = await spill(rig, chain, tail=True)
     assert [w.span.stop for w in writes] == [16]
     await rig.stack.spills.committed(writes)
     await rig.aclose()
@@ -216,7 +218,7 @@ async def test_a_tier_without_tails_gets_full_chunks_only() -> None:
 async def test_each_tier_is_written_and_one_that_fails_does_not_hide_the_other() -> None:
     rig, chain = make_rig(tiers=2), chain_of(16)
     rig.backends[0].fails = BackendError("broken")
-    writes, _ = spill(rig, chain)
+    writes, _ = await spill(rig, chain)
     (failure,) = await rig.stack.spills.committed(writes)
     assert failure.tier == "tier-1"
     assert rig.planner.match(chain).path()[0].tiers == 4
@@ -229,7 +231,7 @@ async def test_each_tier_is_written_and_one_that_fails_does_not_hide_the_other()
 async def test_closing_ends_writes_and_gives_every_pin_back(is_stubborn: bool) -> None:
     rig, chain = make_rig(max_inflight=2), chain_of(64)
     rig.backend.gate, rig.backend.is_stubborn = asyncio.Event(), is_stubborn
-    spill(rig, chain)
+    await spill(rig, chain)
     await rig.backend.arrived.wait()
     closing = asyncio.create_task(rig.stack.aclose())
     if is_stubborn:
@@ -248,7 +250,7 @@ async def test_closing_ends_writes_and_gives_every_pin_back(is_stubborn: bool) -
 async def test_cancelling_the_store_leaves_its_writes_to_finish() -> None:
     rig, chain = make_rig(), chain_of(16)
     rig.backend.gate = asyncio.Event()
-    writes, _ = spill(rig, chain)
+    writes, _ = await spill(rig, chain)
     waiting = asyncio.create_task(rig.stack.spills.committed(writes))
     await rig.backend.arrived.wait()
     waiting.cancel()
