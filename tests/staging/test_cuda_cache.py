@@ -61,7 +61,9 @@ async def test_what_a_device_stored_comes_back_from_a_file_bit_for_bit(
             assert report.stored == 5 and not report.failed
             writer.write(writer.noise(5), "the blocks' next tenant")
             await cache.flush()
-            await cache.control.clear("cpu")  # host memory is empty: what follows is read from a file
+            await cache.control.clear(
+                "cpu"
+            )  # host memory is empty: what follows is read from a file
             async with cache.lookup(TOKENS) as hit:
                 assert hit.by_tier == {"cpu": 0, "file": 68}
                 report = await cache.retrieve(hit, reader.view(elsewhere))

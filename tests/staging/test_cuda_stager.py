@@ -219,7 +219,12 @@ async def test_two_devices_share_one_stager_and_one_pinned_slab(mode: str) -> No
         for number, engine in enumerate(engines):
             engine.write(engine.noise(number))
             copies = [
-                HostCopy(payload, slab.view((number * 5 + i) * payload.nbytes, payload.nbytes), i * 16, 16)
+                HostCopy(
+                    payload,
+                    slab.view((number * 5 + i) * payload.nbytes, payload.nbytes),
+                    i * 16,
+                    16,
+                )
                 for i in range(5)
             ]
             lent.append(copies)

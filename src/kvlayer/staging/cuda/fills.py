@@ -172,7 +172,9 @@ def writes(fill: Fill, slot: int, hosts: dict[int, int]) -> list[Run]:
     return list(joined(runs))
 
 
-def reads(fill: Fill, slot: int, hosts: dict[int, int], known: dict[int, Spans], gap: int) -> list[Run]:
+def reads(
+    fill: Fill, slot: int, hosts: dict[int, int], known: dict[int, Spans], gap: int
+) -> list[Run]:
     """The runs that bring a slot what is scattered from it, and at most ``gap`` bytes between.
 
     ``known`` keeps the spans of transfers, by identity, for as long as the transfers live.

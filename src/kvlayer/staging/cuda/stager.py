@@ -65,7 +65,6 @@ class CudaStager(Stager):
         torch_stager: Stager | None = None,
     ) -> None:
         self._layout = layout
-        self._threads = threads
         self._offload = Offload(threads, "kvlayer-stage")
         self._torch = torch_stager or TorchStager(layout, threads=threads, offload=self._offload)
         self._reader = GeometryReader(layout)
@@ -74,6 +73,7 @@ class CudaStager(Stager):
         self._openings: dict[int, asyncio.Task[Pipeline | None]] = {}
         self._pinning: asyncio.Task[None] | None = None
         self._failed: set[int] = set()
+        self._is_closed = False
 
     def check(self, view: KVView) -> None:
         self._reader.read(view)
@@ -110,7 +110,9 @@ class CudaStager(Stager):
         self._pinning = None
         await self._torch.aclose()
         self._offload.close()
-        self._devices.close()
+        if not self._is_closed:
+            self._is_closed = True
+            await self._background.run(self._devices.close)
         self._background.close()
 
     # -- which device ------------------------------------------------------------------------------
@@ -147,7 +149,9 @@ class CudaStager(Stager):
         if number in self._failed:
             return
         self._failed.add(number)
-        cause = f"{error}" if isinstance(error, KVLayerError) else f"{type(error).__name__}: {error}"
+        cause = (
+            f"{error}" if isinstance(error, KVLayerError) else f"{type(error).__name__}: {error}"
+        )
         hint = f" ({error.hint})" if isinstance(error, KVLayerError) and error.hint else ""
         _log.warning(
             "cuda:%d: KV is copied by torch, which is slower and otherwise the same: %s%s",
@@ -164,7 +168,7 @@ class CudaStager(Stager):
         """Whether the device did it; if not, nothing is in use any more."""
         try:
             rest = await self._offload.run(self._start, pipeline, view, copies, gather)
-            await self._offload.run_all(rest, at_once=self._threads + 1)
+            await self._offload.run_all(rest)
         except (UnsupportedError, *cuda_errors()) as exc:
             clear_frames(exc.__traceback__)
             self._give_up(pipeline.number, exc)

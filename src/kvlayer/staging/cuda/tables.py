@@ -97,5 +97,3 @@ class Arenas:
         for arena in self._idle:
             arena.close()
         self._idle.clear()
-
-

@@ -57,9 +57,7 @@ class GpuEngine:
         gpu.device = number
         self.stream = gpu.new_stream()
 
-    def view(
-        self, slots: Any, loaded: Callable[[LoadedLayers], None] | None = None
-    ) -> KVView:
+    def view(self, slots: Any, loaded: Callable[[LoadedLayers], None] | None = None) -> KVView:
         """What the engine lends: every group has these slots."""
         return KVView(self.caches, [slots] * len(self.caches), self.stream, loaded)
 

@@ -191,7 +191,9 @@ class Gpu:
         if self.races is not None and block.kind != "registered":
             self.races.add(block.start, block.nbytes)
         self.peak_pinned = max(self.peak_pinned, self.pinned_nbytes)
-        mine = (b.nbytes for b in self._blocks.values() if b.kind == "device" and b.keep is not None)
+        mine = (
+            b.nbytes for b in self._blocks.values() if b.kind == "device" and b.keep is not None
+        )
         self.peak_device = max(self.peak_device, sum(mine) if self.mode != "count" else 0)
         return block.start
 
