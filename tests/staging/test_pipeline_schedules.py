@@ -1,4 +1,4 @@
-"""Whatever order a device chooses among those that streams and events allow, the bytes are right."""
+"""Whatever order a device chooses among those that streams and events allow: right bytes."""
 
 from __future__ import annotations
 

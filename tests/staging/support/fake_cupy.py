@@ -6,7 +6,7 @@ it or send it to another stream: so a test can take away one wait after the othe
 """
 
 # Names are CUDA's.
-# ruff: noqa: N802, N803
+# ruff: noqa: N802, N815
 
 from __future__ import annotations
 

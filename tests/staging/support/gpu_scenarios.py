@@ -53,7 +53,7 @@ WHOLE = KVLayout.single(
 SMALL = Calibration(slot_nbytes=4096, slots=2, direct_nbytes=256, batch_runs=3, gap_nbytes=64)
 
 
-class FellBack(AssertionError):
+class FellBackError(AssertionError):
     """Torch was asked to do what the device should have done."""
 
 
@@ -64,10 +64,10 @@ class NoTorch(Stager):
         raise NotImplementedError
 
     async def gather(self, view: KVView, copies: Sequence[HostCopy]) -> None:
-        raise FellBack("gather fell back to torch")
+        raise FellBackError("gather fell back to torch")
 
     async def scatter(self, view: KVView, copies: Sequence[HostCopy]) -> None:
-        raise FellBack("scatter fell back to torch")
+        raise FellBackError("scatter fell back to torch")
 
 
 @dataclass
@@ -221,8 +221,9 @@ async def check_load(
 
 async def queued(gpu: Gpu, call: asyncio.Future[None]) -> None:
     """Return once a call's thread has queued its work and waits for it, or it has failed."""
-    while (meeting := gpu.meeting) is not None and not meeting.n_waiting and not call.done():
-        await asyncio.sleep(0)  # its thread needs the interpreter, nothing else
+    # Its thread has no loop on which to set an event.
+    while (meeting := gpu.meeting) and not meeting.n_waiting and not call.done():  # noqa: ASYNC110
+        await asyncio.sleep(0)
 
 
 # -- scenarios -------------------------------------------------------------------------------------
@@ -353,7 +354,7 @@ def failing(verb: str, layout: KVLayout, *, launch: int = 0, copy: int = 0) -> S
             slots, copies = on.engine.engine.slots(80), on.copies(5)
             on.engine.write(on.engine.noise(10))
             gpu.failing_launch, gpu.failing_copy = launch, copy
-            with suppress(FellBack):
+            with suppress(FellBackError):
                 await getattr(on.stager, verb)(on.engine.view(slots), copies)
                 on.faults.append("nothing failed")
             on.host(copies, write=7)
@@ -394,6 +395,6 @@ def run(
     gpu = Gpu(mode, seed)
     try:
         faults = asyncio.run(SCENARIOS[name](gpu, calls))  # type: ignore[arg-type]
-    except (FellBack, FakeCudaError) as exc:
+    except (FellBackError, FakeCudaError) as exc:
         faults = [f"error: {exc}"]
     return faults, calls

@@ -250,7 +250,7 @@ class Gpu:
 
     def stream(self, handle: int) -> _Stream:
         """The stream; 0 is the current device's default stream."""
-        found = self._streams.get(handle if handle else -1 - self.device)
+        found = self._streams.get(handle or -1 - self.device)
         if found is None:
             raise FakeCudaError(f"cudaErrorInvalidResourceHandle: stream {handle}")
         return found
@@ -373,7 +373,7 @@ class Gpu:
         """Run everything that is queued anywhere: the device goes on after whoever left."""
         with self.lock:
             while busy := [s for s in self._streams.values() if s.queue]:
-                assert any([self._step(stream) for stream in busy]), "streams wait for each other"
+                assert sum(self._step(stream) for stream in busy), "streams wait for each other"
 
     # -- inside ------------------------------------------------------------------------------------
 

@@ -49,14 +49,14 @@ def launch(gpu: Gpu, stream: int, name: str, arguments: Sequence[int]) -> None:
                 entries[:, 0] * int(plane["cache_block"]) + entries[:, 1] * int(plane["cache_row"])
             )
             stage = base + int(plane["stage"]) + entries[:, 3] * int(plane["stage_row"])
-            for head in range(heads):
-                found.append(
-                    (
-                        cache + head * int(plane["cache_head"]),
-                        stage + head * int(plane["stage_head"]),
-                        int(plane["row_nbytes"]),
-                    )
+            found += [
+                (
+                    cache + head * int(plane["cache_head"]),
+                    stage + head * int(plane["stage_head"]),
+                    int(plane["row_nbytes"]),
                 )
+                for head in range(heads)
+            ]
         return inputs, found
 
     def run() -> None:

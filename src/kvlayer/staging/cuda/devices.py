@@ -1,4 +1,4 @@
-"""The CUDA devices of one stager, and the slab they share: opened when first used, closed together."""
+"""The CUDA devices of one stager and the slab they share: opened when used, closed together."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 ::
 
     engine's stream ---ready--->  compute: gather, scatter
-                                  down:    ring slot -> host         up: host -> ring slot, or blocks
+                                  down:    ring slot -> host
+                                  up:      host -> ring slot, or straight into blocks
     slot.full   its writer has ended:  gather -> copy down,  copy up -> scatter
     slot.free   its reader has ended:  copy down, scatter -> the next gather or copy up
     done        the last of a batch has ended: the thread that queued it, and nobody else, sleeps
@@ -202,7 +203,7 @@ class Pipeline:
                 yield
             except BaseException:
                 # A slot may be half used, with nobody's event behind it: before the next batch
-                # comes, everything queued has ended. A device that cannot even do that runs nothing.
+                # comes, everything queued has ended. A device that fails at that runs nothing.
                 for stream in self._streams:
                     with suppress(*cuda_errors()):
                         stream.synchronize()

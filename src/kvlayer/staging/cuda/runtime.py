@@ -5,7 +5,7 @@ type checker, and a stand-in for CuPy in tests, need to know of CuPy.
 """
 
 # Names are CUDA's.
-# ruff: noqa: N802, N803
+# ruff: noqa: N802, N815
 
 from __future__ import annotations
 
