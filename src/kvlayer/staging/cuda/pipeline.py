@@ -129,8 +129,12 @@ class Pipeline:
             return
         self._is_closed = True
         self._runtime.setDevice(self.number)
-        for part in (self._ring, self._arenas, *self._events, *self._streams):
-            part.close()
+        self._ring.close()
+        self._arenas.close()
+        for event in self._events:
+            event.close()
+        for stream in self._streams:
+            stream.close()
 
     # -- one fill ----------------------------------------------------------------------------------
 

@@ -166,10 +166,11 @@ class CudaStager(Stager):
         self, pipeline: Pipeline, view: KVView, copies: Sequence[HostCopy], gather: bool
     ) -> bool:
         """Whether the device did it; if not, nothing is in use any more."""
+        failures: tuple[type[Exception], ...] = (UnsupportedError, *cuda_errors())
         try:
             rest = await self._offload.run(self._start, pipeline, view, copies, gather)
             await self._offload.run_all(rest)
-        except (UnsupportedError, *cuda_errors()) as exc:
+        except failures as exc:
             clear_frames(exc.__traceback__)
             self._give_up(pipeline.number, exc)
             return False
