@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent
 # What a campaign is made of: where its tests are. Each asks for its ``dose`` (conftest.py).
 CAMPAIGN = {
     "operations": ["tests/unit/cache/test_many_operations.py"],
+    "kernels": ["tests/staging/test_kernels.py", "tests/staging/test_mutants.py"],
 }
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 PLUGIN = "plugins/kvlayer-transformers"
@@ -71,6 +72,15 @@ def tests(session: nox.Session) -> None:
     install(session, *group("test"))
     install_product(session)
     session.run("pytest", *session.posargs)
+
+
+@nox.session
+def kernels(session: nox.Session) -> None:
+    """CUDA kernels without a GPU: emulated, compiled, weighed. Arguments go to pytest."""
+    install(session, *group("test"), *group("torch"), *group("kernels"))
+    install(session, "-e", ".")
+    session.env.update(ENVIRONMENT)
+    session.run("pytest", "tests/staging", *session.posargs)
 
 
 @nox.session

@@ -31,7 +31,7 @@ def emulator_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def emulator(emulator_folder: Path) -> Emulator:
     """The kernels as they are; with sanitizers where the process has preloaded them."""
-    return Emulator(emulator_folder, sanitize="KVLAYER_SANITIZED" in os.environ)
+    return Emulator(emulator_folder, sanitize="SANITIZED_KERNELS" in os.environ)
 
 
 @pytest.fixture

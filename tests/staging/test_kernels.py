@@ -22,7 +22,7 @@ GIB = 1 << 30
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_a_kernel_equals_its_oracle_over_random_layouts(emulator, check, dose, figures):
-    cases = dose(40, 1000) if "KVLAYER_SANITIZED" in os.environ else dose(200, 5000)
+    cases = dose(25, 1000) if "SANITIZED_KERNELS" in os.environ else dose(200, 5000)
     for seed in range(cases):
         try:
             CHECKS[check](emulator, np.random.default_rng(seed))

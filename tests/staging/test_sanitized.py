@@ -39,7 +39,7 @@ def environment() -> dict[str, str]:
     """Of processes that load an emulator with sanitizers."""
     return {
         **os.environ,
-        "KVLAYER_SANITIZED": "1",
+        "SANITIZED_KERNELS": "1",
         "LD_PRELOAD": sanitizer_libraries(),
         "ASAN_OPTIONS": "detect_leaks=0",  # an interpreter frees nothing at its end
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),

@@ -17,14 +17,23 @@ from typing import Any, TypeAlias
 
 from kvlayer.errors import UnsupportedError
 
-__all__ = ["MIN_ARCH", "OPTIONS", "SOURCES", "Builder", "Function", "kernel_source"]
+__all__ = [
+    "ARCHITECTURES",
+    "MIN_ARCH",
+    "OPTIONS",
+    "SOURCES",
+    "Builder",
+    "Function",
+    "kernel_source",
+]
 
 Function: TypeAlias = Callable[..., None]
 """``function(grid, block, args, stream=stream)``, as CuPy's kernels are called."""
 
 SOURCES = ("copy", "rotate", "int8")
-MIN_ARCH = 80
-"""The oldest architecture the kernels are compiled and checked for, as compute capability * 10."""
+ARCHITECTURES = (80, 90, 100, 120)
+"""Compute capabilities, times ten, that the kernels are compiled and checked for."""
+MIN_ARCH = ARCHITECTURES[0]
 # Contraction would round differently from the emulated kernels: fused steps are written as such.
 OPTIONS = ("--std=c++17", "--fmad=false")
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)

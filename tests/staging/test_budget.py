@@ -1,0 +1,170 @@
+"""What the kernels cost once compiled, per architecture: read from the machine code, not measured.
+
+``budget.json`` holds what was found and is compared with what is found now: a kernel that takes
+more registers, or starts to spill, is a change that must be seen. ``WRITE_BUDGET=1`` writes
+it anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvlayer.staging.kernels.build import ARCHITECTURES, OPTIONS, SOURCES, kernel_source
+
+BUDGET = Path(__file__).with_name("budget.json")
+THREADS = 256
+MAX_REGISTERS = 64  # four blocks of 256 threads on a multiprocessor
+MAX_SHARED = 4096
+COPIES = {"kv_gather", "kv_scatter"}
+
+ACCESS = re.compile(r"\b(LDL|STL|LDG|STG|LD|ST)\.E?\.?([A-Z0-9.]*)")
+USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+# Registers, threads and blocks that a multiprocessor has room for.
+PROCESSORS = {
+    80: (65536, 2048, 32),
+    90: (65536, 2048, 32),
+    100: (65536, 2048, 32),
+    120: (65536, 1536, 24),
+}
+
+
+def tool(name: str) -> Path:
+    """A program of the CUDA toolkit's wheels."""
+    spec = find_spec("nvidia")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    found = [path for folder in folders for path in Path(folder).glob(f"*/bin/{name}")]
+    if not found:
+        pytest.skip(f"needs {name} (dependency group `kernels`)")
+    return found[0]
+
+
+def compiled(source: str, arch: int, folder: Path) -> Path:
+    """Machine code of a source for an architecture; no driver is needed."""
+    nvrtc = pytest.importorskip("cupy", reason="needs CuPy (dependency group `kernels`)").cuda.nvrtc
+    program = nvrtc.createProgram(kernel_source(source), f"{source}.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, (f"--gpu-architecture=sm_{arch}", *OPTIONS))
+    except nvrtc.NVRTCError:
+        pytest.fail(nvrtc.getProgramLog(program))
+    assert not nvrtc.getProgramLog(program).strip("\0 \n"), "the compiler warns"
+    file = folder / f"{source}_{arch}.cubin"
+    file.write_bytes(nvrtc.getCUBIN(program) + b"\0")  # CuPy drops the last byte
+    return file
+
+
+def printed(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, Any]]]:
+    """Kernel -> architecture -> what it takes."""
+    folder = tmp_path_factory.mktemp("cubin")
+    cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
+    kernels: dict[str, dict[str, dict[str, Any]]] = {}
+    for source in SOURCES:
+        for arch in ARCHITECTURES:
+            file = compiled(source, arch, folder)
+            accesses = _accesses(printed(nvdisasm, "-c", file))
+            for match in USAGE.finditer(printed(cuobjdump, "--dump-resource-usage", file)):
+                name, registers, stack, shared, local = match[1], *map(int, match.groups()[1:])
+                kernels.setdefault(name, {})[f"sm_{arch}"] = {
+                    "registers": registers,
+                    "stack": stack,
+                    "local": local,
+                    "shared": shared,
+                    "occupancy": _occupancy(arch, registers),
+                    "accesses": accesses[name],
+                }
+    return {name: kernels[name] for name in sorted(kernels)}
+
+
+def _accesses(sass: str) -> dict[str, dict[str, int]]:
+    """Kernel -> kind and width in bits of its accesses of memory -> how many."""
+    kernels: dict[str, dict[str, int]] = {}
+    current: dict[str, int] = {}
+    for line in sass.splitlines():
+        section = re.match(r"\s*\.section\s+\.text\.(\w+)", line)
+        if section:
+            current = kernels.setdefault(section[1], {})
+        access = ACCESS.search(line)
+        if access:
+            width = next((w for w in ("128", "64", "U16", "U8") if w in access[2].split(".")), "32")
+            kind = f"{access[1]}.{width.removeprefix('U')}"
+            current[kind] = current.get(kind, 0) + 1
+    return {name: dict(sorted(kinds.items())) for name, kinds in kernels.items()}
+
+
+def _occupancy(arch: int, registers: int) -> float:
+    """Threads that fit at once, of those a multiprocessor has room for."""
+    total, threads, blocks = PROCESSORS[arch]
+    fit = min(total // (-(-registers // 8) * 8 * THREADS), threads // THREADS, blocks)
+    return round(fit * THREADS / threads, 2)
+
+
+def test_every_kernel_is_compiled_for_every_architecture(found):
+    names = {f"sm_{arch}" for arch in ARCHITECTURES}
+    assert {name: set(archs) for name, archs in found.items()} == dict.fromkeys(found, names)
+    listed = {name for source in SOURCES for name in kernels_of(source)}
+    assert set(found) == listed
+
+
+def kernels_of(source: str) -> list[str]:
+    return re.findall(r"_KERNEL\(?\s*(kv_\w+)", kernel_source(source))
+
+
+def test_no_kernel_spills_or_uses_local_memory(found):
+    for name, archs in found.items():
+        for arch, cost in archs.items():
+            assert cost["stack"] == cost["local"] == 0, (name, arch)
+            assert not [kind for kind in cost["accesses"] if kind.startswith(("LDL", "STL"))]
+
+
+def test_no_kernel_takes_more_than_64_registers_or_4_kib_of_shared_memory(found):
+    for name, archs in found.items():
+        for arch, cost in archs.items():
+            assert cost["registers"] <= MAX_REGISTERS, (name, arch)
+            assert cost["shared"] <= MAX_SHARED, (name, arch)
+
+
+def test_copies_move_128_bits_at_a_time_four_under_way(found):
+    for name in COPIES:
+        for arch, cost in found[name].items():
+            for kind in ("LDG.128", "STG.128"):
+                assert cost["accesses"].get(kind, 0) >= 4, (name, arch, kind)
+
+
+def test_kernels_that_transform_read_and_write_rows_of_floats_128_bits_at_a_time(found):
+    for name, archs in found.items():
+        reads, writes = not name.startswith("kv_deq"), not name.startswith("kv_q")
+        for arch, cost in archs.items():
+            # Tables are read in 128 bits, too: three entries of a plane and one of a row.
+            assert not reads or cost["accesses"]["LDG.128"] > 5, (name, arch)
+            assert not writes or cost["accesses"]["STG.128"] >= 1, (name, arch)
+
+
+def test_all_memory_is_addressed_as_global(found):
+    """Generic accesses would have to find out what they address."""
+    for name, archs in found.items():
+        for arch, cost in archs.items():
+            generic = [kind for kind in cost["accesses"] if kind.startswith(("LD.", "ST."))]
+            assert not generic, (name, arch)
+
+
+def test_the_budget_is_what_was_agreed(found):
+    if os.environ.get("WRITE_BUDGET"):
+        BUDGET.write_text(json.dumps(found, indent=1) + "\n")
+    budget = json.loads(BUDGET.read_text())
+    assert set(budget) == set(found)
+    for name, archs in found.items():
+        for arch, cost in archs.items():
+            assert cost["registers"] <= budget[name][arch]["registers"], (name, arch)
+            assert cost["occupancy"] >= budget[name][arch]["occupancy"], (name, arch)
