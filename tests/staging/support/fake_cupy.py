@@ -108,6 +108,9 @@ class _Runtime(ModuleType):
     def malloc(self, size: int) -> int:
         return self._gpu.allocate(size, "device")
 
+    def mallocManaged(self, size: int, flags: int) -> int:
+        return self._gpu.allocate(size, "device")
+
     def free(self, ptr: int) -> None:
         self._gpu.free(ptr, "device")
 
