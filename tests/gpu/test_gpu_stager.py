@@ -69,8 +69,8 @@ async def test_figures_stand_beside_a_bare_copy(
 ) -> None:
     found = await gpu_rows(device, 1 << 30, 7)
     with capsys.disabled():
-        print(f"\n{found.kind}: {found.calibration}")
-        print("\n".join(table(found.rows)))
+        print(f"\n{found.kind}: {found.calibration}")  # noqa: T201  # the table
+        print("\n".join(table(found.rows)))  # noqa: T201  # the table
     for row in found.rows:
         figures(row.name, value=row.value, ceiling=row.ceiling or 0.0, ratio=row.ratio or 0.0)
 
@@ -100,7 +100,7 @@ async def test_an_engine_that_multiplies_matrices_is_hardly_disturbed(
             row = {"matmul_slowdown": slowed / alone, "copy_slowdown": moving / idle}
             figures(f"gpu.overlap.{verb}", **row)
             with capsys.disabled():
-                print(f"gpu.overlap.{verb}: {row}")
+                print(f"gpu.overlap.{verb}: {row}")  # noqa: T201  # the table
     finally:
         await stager.aclose()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import fake_cupy
@@ -28,7 +29,9 @@ DEFAULTS = Calibration()
 SLOTS_FILLED = PAYLOAD_NBYTES // DEFAULTS.slot_nbytes
 
 
-async def moved(layout: KVLayout, blocks: torch.Tensor, verb: str, *, batch: bool) -> Gpu:
+async def moved(
+    layout: KVLayout, blocks: torch.Tensor, verb: str, thresholds: Calibration = DEFAULTS
+) -> Gpu:
     """One store or load of the whole prompt, from or to these blocks."""
     gpu = Gpu("count")
     (held,) = layout.groups
@@ -40,8 +43,8 @@ async def moved(layout: KVLayout, blocks: torch.Tensor, verb: str, *, batch: boo
     slots = (blocks[:, None] * BLOCK + torch.arange(BLOCK)).reshape(-1)
     assert form in ("canonical", "native:nhd-b16")
     slab = Slab(PAYLOAD_NBYTES)
-    with fake_cupy.install(gpu, batch=batch):
-        stager = CudaStager(layout, devices=Devices(slab, DEFAULTS), torch_stager=NoTorch())
+    with fake_cupy.install(gpu):
+        stager = CudaStager(layout, devices=Devices(slab, thresholds), torch_stager=NoTorch())
         assert await stager.ready()
         assert await stager.pinned() == slab.nbytes
         copies = [
@@ -65,7 +68,7 @@ IN_ORDER = torch.arange(TOKENS // BLOCK)
 
 @pytest.mark.asyncio
 async def test_a_store_of_8192_tokens_sends_its_payload_once_in_a_copy_per_slot(figures) -> None:
-    gpu = await moved(layout(), SHUFFLED, "store", batch=True)
+    gpu = await moved(layout(), SHUFFLED, "store")
     counts = gpu.counts
     assert counts["to_host_nbytes"] == PAYLOAD_NBYTES
     assert counts["copies_to_host"] == SLOTS_FILLED == 64
@@ -76,23 +79,22 @@ async def test_a_store_of_8192_tokens_sends_its_payload_once_in_a_copy_per_slot(
 
 
 @pytest.mark.asyncio
-async def test_a_load_of_8192_tokens_brings_its_payload_once_in_a_run_per_layer_of_a_chunk(
-    figures,
-) -> None:
-    gpu = await moved(layout(), SHUFFLED, "load", batch=False)
+async def test_a_load_of_8192_tokens_brings_its_payload_once_in_long_runs(figures) -> None:
+    gpu = await moved(layout(), SHUFFLED, "load")
     counts = gpu.counts
     assert counts["to_host_nbytes"] == 0
     assert counts["to_device_nbytes"] - counts["table_nbytes"] == PAYLOAD_NBYTES
-    assert counts["table_nbytes"] <= PAYLOAD_NBYTES // 200
+    assert counts["table_nbytes"] <= PAYLOAD_NBYTES // 500
     assert counts["launches"] == SLOTS_FILLED
-    assert counts["copies_to_device"] == 32 * 32 + SLOTS_FILLED  # and a table for each slot
-    assert gpu.peak_pinned <= PAYLOAD_NBYTES + (8 << 20)
+    # Four layers of four chunks fill a slot, and a table comes with each.
+    assert counts["copies_to_device"] == 4 * SLOTS_FILLED + SLOTS_FILLED
+    assert gpu.peak_pinned <= PAYLOAD_NBYTES + (4 << 20)
     figures("staging.load_8k", **counts, pinned=gpu.peak_pinned)
 
 
 @pytest.mark.asyncio
 async def test_with_batches_a_load_of_8192_tokens_is_a_call_per_slot() -> None:
-    counts = (await moved(layout(), SHUFFLED, "load", batch=True)).counts
+    counts = (await moved(layout(), SHUFFLED, "load", replace(DEFAULTS, batch_runs=4))).counts
     assert counts["batches"] == SLOTS_FILLED
     assert counts["to_device_nbytes"] - counts["table_nbytes"] == PAYLOAD_NBYTES
 
@@ -103,9 +105,9 @@ async def test_whole_blocks_go_straight_into_the_cache_and_neighbours_in_one_run
     blocks: torch.Tensor, runs: int
 ) -> None:
     native = layout(NHD_BLOCK_FIRST, "native:nhd-b16")
-    gpu = await moved(native, blocks, "load", batch=True)
+    gpu = await moved(native, blocks, "load")
     assert not gpu.counts["launches"]
     assert gpu.counts["to_device_nbytes"] == PAYLOAD_NBYTES
     # A shuffled neighbour is one by chance; a copy is cut where two pieces of the slab meet.
     assert runs * 0.98 <= gpu.counts["copies_to_device"] <= runs + PAYLOAD_NBYTES // PIECE_NBYTES
-    assert gpu.counts["batches"] == 32
+    assert gpu.counts["batches"] == 8  # layer groups

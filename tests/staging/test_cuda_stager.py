@@ -106,6 +106,7 @@ async def test_over_random_layouts_a_device_moves_what_torch_moves(part: int, do
         thresholds = Calibration(
             slot_nbytes=rng.choice([4096, 16384]),
             slots=rng.choice([2, 3]),
+            group_slots=rng.choice([1, 8]),
             direct_nbytes=rng.choice([1, 200, 1 << 20]),
             batch_runs=rng.choice([1, 4, 1000]),
             gap_nbytes=rng.choice([0, 100]),

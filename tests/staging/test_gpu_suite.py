@@ -33,5 +33,4 @@ def test_a_kernel_that_does_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) 
     with fake_cupy.install(Gpu("lazy")):
         device = OnDevice()
         with pytest.raises(AssertionError, match="differs"):
-            for seed in range(10):
-                checks.CHECKS["gather"](device, np.random.default_rng(seed))
+            checks.CHECKS["gather"](device, np.random.default_rng(1))

@@ -50,7 +50,9 @@ PAGED = KVLayout.single(GROUP, NHD, tokens_per_block=TOKENS_PER_BLOCK)
 WHOLE = KVLayout.single(
     GROUP, NHD_BLOCK_FIRST, tokens_per_block=TOKENS_PER_BLOCK, form="native:test"
 )
-SMALL = Calibration(slot_nbytes=4096, slots=2, direct_nbytes=256, batch_runs=3, gap_nbytes=64)
+SMALL = Calibration(
+    slot_nbytes=4096, slots=2, group_slots=2, direct_nbytes=256, batch_runs=3, gap_nbytes=64
+)
 
 
 class FellBackError(AssertionError):

@@ -22,6 +22,7 @@ _VERSION = 1
 _LIMITS = {
     "slot_nbytes": (1 << 12, 1 << 30),
     "slots": (2, 16),
+    "group_slots": (1, 1024),
     "blocks": (1, 1024),
     "direct_nbytes": (1, 1 << 40),
     "batch_runs": (1, 1 << 30),
@@ -36,6 +37,9 @@ class Calibration:
     slot_nbytes: int = 16 << 20
     """One slot of the ring: large enough for the link's full speed, small enough to overlap."""
     slots: int = 3
+    group_slots: int = 8
+    """A load's layer group fills so many slots. Fewer, and the first layers are there sooner, while
+    the CPU says more often which rows are whose."""
     blocks: int = 16
     """Thread blocks of a gather or scatter: what is disturbed of the engine's multiprocessors."""
     direct_nbytes: int = 64 << 10

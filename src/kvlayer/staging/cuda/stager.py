@@ -38,10 +38,6 @@ _BATCH_NBYTES = 256 << 20
 """Queued at once: some 5 ms of a fast link. Others follow at once, so Python may be that late."""
 
 
-_GROUP_SLOTS = 2
-"""A layer group fills so many slots: fewer, and the link has nothing to do between two groups."""
-
-
 class CudaStager(Stager):
     """Copies between payloads and paged torch tensors; those of a CUDA device at its link's speed.
 
@@ -196,11 +192,12 @@ class CudaStager(Stager):
             ]
         else:
             tokens = (min(c.first for c in copies), max(c.first + c.tokens for c in copies))
+            thresholds = pipeline.calibration
             groups = layer_groups(
                 moves,
                 tokens,
-                least_nbytes=_GROUP_SLOTS * pipeline.calibration.slot_nbytes,
-                direct_nbytes=pipeline.calibration.direct_nbytes,
+                least_nbytes=thresholds.group_slots * thresholds.slot_nbytes,
+                direct_nbytes=thresholds.direct_nbytes,
             )
             works = [partial(pipeline.scatter, view, batch) for batch in _group_batches(groups)]
         if len(works) > 1:
