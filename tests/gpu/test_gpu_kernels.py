@@ -35,8 +35,10 @@ def test_a_sanitizer_finds_nothing(tool: str, device: int) -> None:
     if program is None:
         pytest.skip("compute-sanitizer is not installed")
     done = subprocess.run(
-        [program, "--tool", tool, "--error-exitcode", "9"]
-        + [sys.executable, "-m", "pytest", "-q", __file__, "-k", "oracle"],
+        [
+            *(program, "--tool", tool, "--error-exitcode", "9"),
+            *(sys.executable, "-m", "pytest", "-q", __file__, "-k", "oracle"),
+        ],
         env={**os.environ, "GPU_SUITE_CASES": "3"},
         capture_output=True,
         text=True,
