@@ -127,7 +127,7 @@ async def _moved(
             scale = moved / min(moved, 256 << 20)
             own, top = await alternate(
                 partial(timed, gather),
-                lambda bare=bare, scale=scale: bare() * scale,
+                partial(_scaled, bare, scale),
                 rounds=rounds,
                 warm=2,
             )
@@ -140,3 +140,8 @@ async def _moved(
 
 def _torch_view(number: int, layout: KVLayout, blocks: int) -> KVView:
     return paged_view(layout, blocks, seed=1, device=f"cuda:{number}")
+
+
+def _scaled(bare: Callable[[], float], scale: float) -> float:
+    """Seconds of a bare copy of more bytes than are worth pinning for it."""
+    return bare() * scale
