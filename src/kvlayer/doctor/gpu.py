@@ -12,8 +12,8 @@ __all__ = ["gpu"]
 
 _CHECK = Check(
     "gpu",
-    "KV of an engine on an NVIDIA GPU moves at the speed of its link through CuPy; without it torch "
-    "moves it, more slowly",
+    "KV of an engine on an NVIDIA GPU moves at the speed of its link through CuPy; without it, "
+    "torch moves it, more slowly",
 )
 
 
