@@ -24,10 +24,18 @@ DROPPED = ("wait", "synchronize", "record")
 MOVED = ("copy", "launch", "record")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def silent() -> Iterator[None]:
+    """A scenario or a mutant that CUDA refuses says so; that is not what is looked at."""
+    logger = logging.getLogger("kvlayer.staging.cuda.stager")
+    logger.disabled = True
+    yield
+    logger.disabled = False
+
+
 @pytest.fixture(scope="module")
 def sites() -> dict[Site, list[str]]:
     """The pipeline's calls, and the scenarios that make them; every scenario is clean."""
-    logging.getLogger("kvlayer.staging.cuda.stager").disabled = True  # failing scenarios say so
     found: dict[Site, list[str]] = defaultdict(list)
     for name in SCENARIOS:
         for mode in CATCHERS:
@@ -116,9 +124,3 @@ def test_copies_that_are_not_cut_between_registrations_are_caught(
 ) -> None:
     monkeypatch.setattr(PinnedSlab, "cut", lambda slab, runs, *, to_host: iter(runs))
     assert run("growing", "eager")[0]
-
-
-@pytest.fixture(autouse=True)
-def silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mutant that CUDA refuses says so; that is not what is looked at."""
-    monkeypatch.setattr(logging.getLogger("kvlayer.staging.cuda.stager"), "disabled", True)
