@@ -7,7 +7,6 @@ order of threads, on memory that was registered; ``emulator.cpp`` says what it c
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import shutil
 import subprocess
@@ -228,6 +227,7 @@ class Memory:
         _libc.free(self.address)
 
 
-_libc = ctypes.CDLL(os.fspath("libc.so.6"))
+# By the process, not by file: so that a preloaded sanitizer hands out the memory.
+_libc = ctypes.CDLL(None)
 _libc.posix_memalign.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
 _libc.free.argtypes = [ctypes.c_void_p]
