@@ -28,6 +28,12 @@ CAMPAIGN = {
     "faults": ["tests/faults"],
     "fuzz": ["tests/fuzz"],
     "kernels": ["tests/staging/test_kernels.py", "tests/staging/test_mutants.py"],
+    "staging": [
+        "tests/staging/test_pipeline_schedules.py",
+        "tests/staging/test_pipeline_waits.py",
+        "tests/staging/test_cuda_stager.py",
+        "tests/staging/test_cuda_counters.py",
+    ],
 }
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 PLUGIN = "plugins/kvlayer-transformers"
@@ -87,6 +93,20 @@ def kernels(session: nox.Session) -> None:
     install(session, "-e", ".")
     session.env.update(ENVIRONMENT)
     session.run("pytest", "tests/staging", *session.posargs)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """What only a GPU can show: ``-- --json PATH``; other arguments go to pytest."""
+    if not Path("/proc/driver/nvidia/version").exists():
+        session.skip("no NVIDIA driver here: kernels and pipeline are emulated by nox -s kernels")
+    parser = argparse.ArgumentParser(prog="nox -s gpu --", allow_abbrev=False)
+    parser.add_argument("--json", default="gpu.json", help="write every figure to this file")
+    wanted, rest = parser.parse_known_args(session.posargs)
+    install(session, *group("test"), *group("torch"), *group("gpu"))
+    install(session, "-e", ".")
+    session.env.update(ENVIRONMENT)
+    session.run("pytest", "tests/gpu", "-s", f"--figures={wanted.json}", *rest)
 
 
 @nox.session

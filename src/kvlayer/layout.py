@@ -8,10 +8,10 @@ tensors of one request. Nothing here imports a tensor library.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from kvlayer.errors import LayoutError
 
@@ -32,6 +32,7 @@ __all__ = [
     "KVLayout",
     "KVView",
     "LayerCache",
+    "LoadedLayers",
     "Tensor",
 ]
 
@@ -239,6 +240,19 @@ class KVLayout:
         return cls((GroupLayout(group, axes, tokens_per_block, layers, heads, form),))
 
 
+class LoadedLayers(NamedTuple):
+    """Layers that are on their way into a view, and the event behind the last of their bytes.
+
+    ``layers`` are local layers of KV group ``group``; ``tokens`` are entries of the view's slots.
+    Both ranges are half-open. ``event`` is the raw handle of a device event.
+    """
+
+    group: int
+    layers: tuple[int, int]
+    tokens: tuple[int, int]
+    event: int
+
+
 @dataclass(frozen=True, slots=True)
 class KVView:
     """KV tensors an engine lends for one call, and where each token lives in them.
@@ -253,12 +267,19 @@ class KVView:
 
     The engine owns the memory. It must not free, move or rewrite it until the call returns, also
     when the call is cancelled: every call returns only once it has let go of the view.
-    ``stream`` is the raw handle of the device stream the engine computes on (0: none).
+    ``stream`` is the raw handle of the device stream the engine computes on (0: its default one).
+
+    ``loaded`` is told of layers as soon as all the copies are queued that a load's call makes into
+    them, in the order of layers, from a thread of kvlayer's. An engine whose stream waits for the
+    event may compute these layers before the call has returned; it must have begun to wait by then,
+    for the event is used again. A load that fails or is cancelled may never tell, and so does a
+    device without layer-wise loads. ``loaded`` must return at once.
     """
 
     caches: Sequence[Sequence[LayerCache]]
     slots: Sequence[Any]
     stream: int = 0
+    loaded: Callable[[LoadedLayers], None] | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -331,7 +331,7 @@ def _make_mover(
             build=build,
             retries=retries,
         )
-    stager = make_stager(layout, config.staging_threads)
+    stager = make_stager(layout, slab, config.staging_threads)
     resources.push_async_callback(stager.aclose)
     return Mover(
         slab,
@@ -345,8 +345,8 @@ def _make_mover(
     )
 
 
-def make_stager(layout: KVLayout, threads: int = 2) -> Stager:
-    """The stager of an engine's device."""
-    from kvlayer.staging.torch_stager import TorchStager  # imports torch: only when a cache opens
+def make_stager(layout: KVLayout, slab: Slab, threads: int = 2) -> Stager:
+    """The stager of an engine's device. It uses ``slab`` until it is closed."""
+    from kvlayer.staging.cuda.stager import CudaStager  # imports torch: only when a cache opens
 
-    return TorchStager(layout, threads=threads)
+    return CudaStager(layout, slab=slab, threads=threads)

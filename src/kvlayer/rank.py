@@ -62,7 +62,7 @@ class Rank:
         async with AsyncExitStack() as resources:
             slab = Slab.attach_to(handle) if slab_fd is None else Slab.attach(slab_fd)
             resources.callback(slab.close)
-            stager = make_stager(layout)
+            stager = make_stager(layout, slab)
             resources.push_async_callback(stager.aclose)
             yield cls(slab, layout, stager, number)
 

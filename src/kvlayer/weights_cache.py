@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TypeAlias
 from zlib import crc32
 
+from kvlayer._home import cache_directory
+
 __all__ = ["DigestCache"]
 
 FileKey: TypeAlias = tuple[int, int, int, int, int]
@@ -38,7 +40,7 @@ class DigestCache:
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
-        self._directory = _default_directory() if directory is None else Path(directory)
+        self._directory = cache_directory() if directory is None else Path(directory)
         self._known: dict[FileKey, str] | None = None
         self._new: dict[FileKey, str] = {}
 
@@ -111,13 +113,3 @@ def _entry(line: str) -> tuple[FileKey, str] | None:
     *numbers, digest = match[1].split(" ")
     device, inode, size, mtime, ctime = map(int, numbers)
     return (device, inode, size, mtime, ctime), digest
-
-
-def _default_directory() -> Path | None:
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    if Path(home).is_absolute():  # the specification: a relative one is ignored
-        return Path(home) / "kvlayer"
-    try:
-        return Path.home() / ".cache" / "kvlayer"
-    except RuntimeError:  # a container's user without a home
-        return None

@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,21 +15,23 @@ from tempfile import TemporaryDirectory
 import click
 
 from kvlayer.bench.breakeven import break_evens
+from kvlayer.bench.gpu import gpu_rows
 from kvlayer.bench.groups import GROUPS, Ask, Group
 from kvlayer.bench.machine import describe, file_system
 from kvlayer.bench.measure import Row
 from kvlayer.bench.report import picture, table
 from kvlayer.errors import ConfigError, UnsupportedError
+from kvlayer.staging.cuda import calibration
 from kvlayer.urls import parse_bytes
 
-__all__ = ["bench"]
+__all__ = ["bench", "gpu"]
 
 _MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 _QUIET_SECONDS = 2.0  # between two lines that say what goes on
 _LLAMA_3_8B = 131_072  # bytes of KV a token: 32 layers, 8 heads of 128, K and V, bf16
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write the rows to a file.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a picture to a .svg file.")
 @click.option(
@@ -57,7 +60,9 @@ _LLAMA_3_8B = 131_072  # bytes of KV a token: 32 layers, 8 heads of 128, K and V
     type=click.IntRange(1),
     help="KV of your model; Llama-3-8B's in bf16 by default.",
 )
+@click.pass_context
 def bench(
+    ctx: click.Context,
     *,
     path: Path | None,
     plot: Path | None,
@@ -73,6 +78,8 @@ def bench(
     Medians of wall time. On a busy machine trust the ratios, not the figures. docs/benchmarks.md
     says what each row is.
     """
+    if ctx.invoked_subcommand is not None:
+        return
     if plot is not None and plot.suffix != ".svg":
         raise ConfigError(f"--plot writes SVG, found {plot.name!r}", hint="name it figures.svg")
     nbytes = parse_bytes(size)
@@ -100,6 +107,33 @@ def bench(
     if plot is not None:
         title = f"kvlayer bench: share of the ceiling, {machine['model'] or machine['machine']}"
         plot.write_text(picture(rows, title), encoding="utf-8")
+
+
+@bench.command()
+@click.option("--device", default=0, show_default=True, type=click.IntRange(0), help="Which GPU.")
+@click.option("--json", "path", type=click.Path(path_type=Path), help="Write the rows to a file.")
+@click.option("--size", default="1GiB", show_default=True, help="Bytes moved at a time.")
+@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="Samples.")
+@click.option("--save/--no-save", default=True, show_default=True, help="Keep the thresholds.")
+def gpu(*, device: int, path: Path | None, size: str, rounds: int, save: bool) -> None:
+    """Measure a CUDA device, and keep the thresholds that stores and loads on it go by."""
+    found = asyncio.run(gpu_rows(device, parse_bytes(size), rounds))
+    for line in table(found.rows):
+        click.echo(line)
+    click.echo(f"\n{found.kind}:")
+    for name, value in asdict(found.calibration).items():
+        click.echo(f"  {name} {value:,}")
+    if save:
+        kept = calibration.save(found.kind, found.calibration)
+        click.echo(f"kept in {kept}" if kept else "not kept: this user has no directory for it")
+    if path is not None:
+        report = {
+            "machine": describe(),
+            "device": found.kind,
+            "calibration": asdict(found.calibration),
+            "results": [row.as_dict() for row in found.rows],
+        }
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def _possible(groups: Sequence[Group], place: Path, nbytes: int, *, is_asked: bool) -> list[Group]:

@@ -12,6 +12,7 @@ from kvlayer.doctor.descriptors import descriptors
 from kvlayer.doctor.disk import LLAMA_3_8B_NBYTES, speed
 from kvlayer.doctor.engines import engines
 from kvlayer.doctor.finding import Finding
+from kvlayer.doctor.gpu import gpu
 from kvlayer.doctor.machine import Machine
 from kvlayer.doctor.plugins import plugins
 from kvlayer.urls import format_bytes
@@ -51,6 +52,7 @@ class Examination:
         say("importing the installed plugins ...")
         yield from plugins()
         yield from engines()
+        yield gpu(self.machine)
         for each in places:
             yield from place.examine(self.machine, each, known.tokens_per_chunk * self.token_nbytes)
             if self.probe_nbytes:

@@ -11,8 +11,8 @@ from kvlayer.staging.lazy import torch
 __all__ = ["Memcpy", "paged_view"]
 
 
-def paged_view(layout: KVLayout, num_blocks: int, *, seed: int) -> KVView:
-    """Random KV of a one-group layout in CPU memory; the view covers every block, shuffled."""
+def paged_view(layout: KVLayout, num_blocks: int, *, seed: int, device: str = "cpu") -> KVView:
+    """Random KV of a one-group layout; the view covers every block, shuffled."""
     (group,) = layout.groups
     extents = {
         "kv": 2,
@@ -24,10 +24,11 @@ def paged_view(layout: KVLayout, num_blocks: int, *, seed: int) -> KVView:
     }
     shape = [extents[axis] for axis in group.axes]
     generator = torch.Generator().manual_seed(seed)
+    noise = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, group.group.dtype)
 
     def tensor() -> Any:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=noise, device=device).to(dtype)
 
     layers = range(*group.layer_range)
     caches = [(tensor(), tensor()) if group.is_pair else tensor() for _ in layers]

@@ -1,0 +1,147 @@
+"""How fast KV moves between a GPU's blocks and host memory, beside a bare copy of its bytes.
+
+Before that it chooses the thresholds of the device (``staging/cuda/calibration``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from kvlayer._offload import Offload
+from kvlayer.abc.stager import HostCopy
+from kvlayer.bench.host import BLOCK, LLAMA, NBYTES_PER_TOKEN
+from kvlayer.bench.measure import Row, alternate
+from kvlayer.errors import UnsupportedError
+from kvlayer.keys import Part
+from kvlayer.layout import NHD, KVLayout, KVView
+from kvlayer.memory.slab import Slab
+from kvlayer.payload import Payload
+from kvlayer.staging.cuda.calibration import Calibration
+from kvlayer.staging.cuda.copies import find_batch_copy
+from kvlayer.staging.cuda.devices import Devices, device_kind
+from kvlayer.staging.cuda.measure import Figures, bare_copy, choose, measure
+from kvlayer.staging.cuda.runtime import Runtime, cupy_runtime
+from kvlayer.staging.cuda.stager import CudaStager
+from kvlayer.staging.kernels.build import Builder
+from kvlayer.staging.kernels.launch import Kernels
+from kvlayer.staging.sample import paged_view
+
+__all__ = ["Measured", "gpu_rows"]
+
+_CHUNK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One device's kind, its thresholds, and figures beside their ceilings."""
+
+    kind: str
+    calibration: Calibration
+    rows: list[Row]
+
+
+async def gpu_rows(
+    number: int,
+    nbytes: int,
+    rounds: int,
+    *,
+    view: Callable[[KVLayout, int], KVView] | None = None,
+    probe_nbytes: int = 64 << 20,
+) -> Measured:
+    """Calibrate device ``number``, then store and load ``nbytes`` at a time with the result.
+
+    ``view`` makes the engine's memory of a layout and a number of blocks; by default torch does.
+    Raises ``UnsupportedError`` where the device cannot be used.
+    """
+    offload = Offload(1, "kvlayer-bench-gpu")
+    try:
+        runtime, figures = await offload.run(_figures, number, rounds, probe_nbytes)
+        calibration = choose(figures)
+        rows = [
+            Row("gpu.copy.to_host", figures.to_host, "B/s"),
+            Row("gpu.copy.to_device", figures.to_device, "B/s"),
+            Row("gpu.gather", figures.by_blocks[max(figures.by_blocks)], "B/s"),
+        ]
+        for form in ("canonical", "native"):
+            make = view or partial(_torch_view, number)
+            rows += await _moved(
+                runtime,
+                number,
+                form,
+                calibration=calibration,
+                nbytes=nbytes,
+                rounds=rounds,
+                make=make,
+            )
+        return Measured(device_kind(runtime, number), calibration, rows)
+    finally:
+        offload.close()
+
+
+def _figures(number: int, rounds: int, nbytes: int) -> tuple[Runtime, Figures]:
+    kernels = Kernels(Builder(number))
+    runtime = cupy_runtime()
+    figures = measure(runtime, number, kernels, find_batch_copy(), rounds=rounds, nbytes=nbytes)
+    return runtime, figures
+
+
+async def _moved(
+    runtime: Runtime,
+    number: int,
+    form: str,
+    *,
+    calibration: Calibration,
+    nbytes: int,
+    rounds: int,
+    make: Callable[[KVLayout, int], KVView],
+) -> list[Row]:
+    """``gpu.store.*`` and ``gpu.load.*`` of one form, interleaved with bare copies."""
+    chunks = max(nbytes // NBYTES_PER_TOKEN // _CHUNK, 1)
+    moved = chunks * _CHUNK * NBYTES_PER_TOKEN
+    name = "native:nhd-b16" if form == "native" else "canonical"
+    layout = KVLayout.single(LLAMA, NHD, tokens_per_block=BLOCK, form=name)
+    payload = Payload.of(LLAMA, Part(0, (0, 32), (0, 8), name), _CHUNK)
+    slab = Slab(chunks * payload.nbytes)
+    stager = CudaStager(layout, slab=slab, devices=Devices(slab, calibration))
+    try:
+        if not await stager.ready(number):
+            raise UnsupportedError(f"CUDA device {number} cannot be used; the log says why")
+        await stager.pinned()
+        kv = make(layout, chunks * _CHUNK // BLOCK)
+        copies = [
+            HostCopy(payload, slab.view(at * payload.nbytes, payload.nbytes), at * _CHUNK, _CHUNK)
+            for at in range(chunks)
+        ]
+
+        async def timed(gather: bool, _: int) -> float:
+            started = time.perf_counter()
+            await (stager.gather if gather else stager.scatter)(kv, copies)
+            return time.perf_counter() - started
+
+        found: list[Row] = []
+        for verb, gather in (("store", True), ("load", False)):
+            bare = partial(bare_copy, runtime, number, min(moved, 256 << 20), to_host=gather)
+            scale = moved / min(moved, 256 << 20)
+            own, top = await alternate(
+                partial(timed, gather),
+                partial(_scaled, bare, scale),
+                rounds=rounds,
+                warm=2,
+            )
+            found.append(Row(f"gpu.{verb}.{form}", moved / own, "B/s", moved / top))
+        return found
+    finally:
+        await stager.aclose()
+        slab.close()
+
+
+def _torch_view(number: int, layout: KVLayout, blocks: int) -> KVView:
+    return paged_view(layout, blocks, seed=1, device=f"cuda:{number}")
+
+
+def _scaled(bare: Callable[[], float], scale: float) -> float:
+    """Seconds of a bare copy of more bytes than are worth pinning for it."""
+    return bare() * scale

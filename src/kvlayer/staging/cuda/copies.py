@@ -1,0 +1,64 @@
+"""How runs are handed to a copy engine: one call each, or one call for all of them.
+
+CuPy has no ``cudaMemcpyBatchAsync``; NVIDIA's ``cuda-bindings`` do (CUDA 12.8 and newer). It saves
+most of the half microsecond of CPU that a run costs otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, TypeAlias
+
+from kvlayer.errors import UnsupportedError
+from kvlayer.staging.cuda.runs import Run
+from kvlayer.staging.cuda.runtime import Runtime, Stream
+
+__all__ = ["BatchCopy", "Copier", "find_batch_copy"]
+
+BatchCopy: TypeAlias = Callable[[Sequence[Run], int], None]
+"""Queue all runs on the stream of this handle, in any order among them."""
+
+
+class Copier:
+    """Queues copies on streams. ``batch_runs`` runs and more go to ``batch`` where there is one."""
+
+    def __init__(self, runtime: Runtime, batch: BatchCopy | None, batch_runs: int) -> None:
+        self._runtime = runtime
+        self._batch = batch
+        self._batch_runs = batch_runs
+
+    def to_device(self, stream: Stream, runs: Sequence[Run]) -> None:
+        """Queue copies from host memory, which must stay as it is until they have ended."""
+        self._copy(stream, runs, self._runtime.memcpyHostToDevice)
+
+    def to_host(self, stream: Stream, runs: Sequence[Run]) -> None:
+        """Queue copies to host memory, which nobody else may touch until they have ended."""
+        self._copy(stream, runs, self._runtime.memcpyDeviceToHost)
+
+    def _copy(self, stream: Stream, runs: Sequence[Run], kind: int) -> None:
+        if self._batch is not None and len(runs) >= self._batch_runs:
+            self._batch(runs, stream.ptr)
+            return
+        for run in runs:
+            self._runtime.memcpyAsync(run.target, run.source, run.nbytes, kind, stream.ptr)
+
+
+def find_batch_copy() -> BatchCopy | None:
+    """``cudaMemcpyBatchAsync`` through ``cuda.bindings``; None where it is not installed."""
+    try:
+        cuda: Any = import_module("cuda.bindings.runtime")
+        copy = cuda.cudaMemcpyBatchAsync
+    except (ImportError, AttributeError):  # not there, or of a CUDA before 12.8
+        return None
+    attributes = cuda.cudaMemcpyAttributes()
+    attributes.srcAccessOrder = cuda.cudaMemcpySrcAccessOrder.cudaMemcpySrcAccessOrderStream
+
+    def batch(runs: Sequence[Run], stream: int) -> None:
+        sources, targets, sizes = map(list, zip(*runs, strict=True))
+        # CUDA 12 also returns which copy failed.
+        error, *_ = copy(targets, sources, sizes, len(runs), [attributes], [0], 1, stream)
+        if int(error):
+            raise UnsupportedError(f"cudaMemcpyBatchAsync failed: {error!r}")
+
+    return batch

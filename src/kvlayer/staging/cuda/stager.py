@@ -1,0 +1,232 @@
+"""The stager of an engine: its CUDA devices through pipelines, everything else through torch.
+
+Which device an engine computes on is known from its first view. The pipeline of a device is made in
+the background, because compiling kernels may take seconds; until then, and for good where it cannot
+be made or fails, torch does the same work more slowly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from traceback import clear_frames
+from typing import Any
+
+from kvlayer._offload import Offload
+from kvlayer.abc.stager import HostCopy, Stager
+from kvlayer.errors import KVLayerError, UnsupportedError
+from kvlayer.layout import KVLayout, KVView
+from kvlayer.memory.slab import Slab
+from kvlayer.staging.cuda.devices import Devices
+from kvlayer.staging.cuda.fills import LayerGroup, layer_groups
+from kvlayer.staging.cuda.pipeline import Pipeline
+from kvlayer.staging.cuda.runtime import cuda_errors
+from kvlayer.staging.device_cache import engine_order
+from kvlayer.staging.lazy import torch
+from kvlayer.staging.moves import Move, batches, plan_moves
+from kvlayer.staging.torch_stager import TorchStager
+from kvlayer.staging.torch_view import GeometryReader, tensors_of
+
+__all__ = ["CudaStager"]
+
+_log = logging.getLogger(__name__)
+
+_BATCH_NBYTES = 256 << 20
+"""Queued at once: some 5 ms of a fast link. Others follow at once, so Python may be that late."""
+
+
+class CudaStager(Stager):
+    """Copies between payloads and paged torch tensors; those of a CUDA device at its link's speed.
+
+    Batches of calls run on ``threads`` threads, which all calls share: a thread queues a batch and
+    sleeps until the device has done it. Cancelling starts no other batch, and returns once those
+    that are queued have ended. The order is the engine's: copies follow what is queued on
+    ``view.stream`` when the call begins, and are done when it returns.
+
+    ``slab`` is the host memory that payloads mostly lie in; it is pinned in the background once a
+    CUDA device is used, and must stay mapped until ``aclose``. Payloads elsewhere are copied as
+    pageable memory.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        *,
+        slab: Slab | None = None,
+        threads: int = 2,
+        devices: Devices | None = None,
+        torch_stager: Stager | None = None,
+    ) -> None:
+        self._layout = layout
+        self._offload = Offload(threads, "kvlayer-stage")
+        self._torch = torch_stager or TorchStager(layout, threads=threads, offload=self._offload)
+        self._reader = GeometryReader(layout)
+        self._background = Offload(1, "kvlayer-cuda")
+        self._devices = devices or Devices(slab)
+        self._openings: dict[int, asyncio.Task[Pipeline | None]] = {}
+        self._pinning: asyncio.Task[None] | None = None
+        self._failed: set[int] = set()
+        self._is_closed = False
+
+    def check(self, view: KVView) -> None:
+        self._reader.read(view)
+
+    async def gather(self, view: KVView, copies: Sequence[HostCopy]) -> None:
+        """See :class:`Stager`. ``LayoutError`` as ``TorchStager.gather``."""
+        pipeline = self._pipeline(view)
+        if pipeline is None or not await self._piped(pipeline, view, copies, True):
+            await self._torch.gather(view, copies)
+
+    async def scatter(self, view: KVView, copies: Sequence[HostCopy]) -> None:
+        """See :class:`Stager`. ``LayoutError`` as ``TorchStager.scatter``."""
+        pipeline = self._pipeline(view)
+        if pipeline is None or not await self._piped(pipeline, view, copies, False):
+            await self._torch.scatter(view, copies)
+
+    async def ready(self, device: int = 0) -> bool:
+        """Wait until CUDA device ``device`` has its pipeline; False when it cannot have one."""
+        return await asyncio.shield(self._opening(device)) is not None
+
+    async def pinned(self) -> int:
+        """Wait until the slab is pinned, as far as it can be; how many bytes are."""
+        if self._pinning is not None:
+            await asyncio.shield(self._pinning)
+        return self._devices.pinned_nbytes
+
+    async def aclose(self) -> None:
+        running = [*self._openings.values(), *filter(None, [self._pinning])]
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running)
+        self._openings.clear()
+        self._pinning = None
+        await self._torch.aclose()
+        self._offload.close()
+        if not self._is_closed:
+            self._is_closed = True
+            await self._background.run(self._devices.close)
+        self._background.close()
+
+    # -- which device ------------------------------------------------------------------------------
+
+    def _pipeline(self, view: KVView) -> Pipeline | None:
+        """What serves the view's device by now; None where torch does."""
+        device: Any = tensors_of(view.caches[0][0])[0].device
+        if device.type != "cuda" or torch.version.hip or device.index in self._failed:
+            return None
+        opening = self._opening(device.index)
+        return opening.result() if opening.done() else None
+
+    def _opening(self, number: int) -> asyncio.Task[Pipeline | None]:
+        if number not in self._openings:
+            self._openings[number] = asyncio.get_running_loop().create_task(self._open(number))
+        return self._openings[number]
+
+    async def _open(self, number: int) -> Pipeline | None:
+        try:
+            pipeline = await self._background.run(self._devices.open, number)
+        except Exception as exc:  # noqa: BLE001  # a broken CUDA says anything; torch works without
+            self._give_up(number, exc)
+            return None
+        if self._pinning is None:
+            self._pinning = asyncio.get_running_loop().create_task(self._pin())
+        return pipeline
+
+    async def _pin(self) -> None:
+        while await self._background.run(self._devices.pin_next):
+            pass
+
+    def _give_up(self, number: int, error: Exception) -> None:
+        """From now on the device is torch's."""
+        if number in self._failed:
+            return
+        self._failed.add(number)
+        cause = (
+            f"{error}" if isinstance(error, KVLayerError) else f"{type(error).__name__}: {error}"
+        )
+        hint = f" ({error.hint})" if isinstance(error, KVLayerError) and error.hint else ""
+        _log.warning(
+            "cuda:%d: KV is copied by torch, which is slower and otherwise the same: %s%s",
+            number,
+            cause,
+            hint,
+        )
+
+    # -- one call ----------------------------------------------------------------------------------
+
+    async def _piped(
+        self, pipeline: Pipeline, view: KVView, copies: Sequence[HostCopy], gather: bool
+    ) -> bool:
+        """Whether the device did it; if not, nothing is in use any more."""
+        failures: tuple[type[Exception], ...] = (UnsupportedError, *cuda_errors())
+        try:
+            rest = await self._offload.run(self._start, pipeline, view, copies, gather)
+            await self._offload.run_all(rest)
+        except failures as exc:
+            clear_frames(exc.__traceback__)
+            self._give_up(pipeline.number, exc)
+            return False
+        except BaseException as error:
+            # As in TorchStager: frames in the traceback would keep the host memory exported.
+            clear_frames(error.__traceback__)
+            raise
+        return True
+
+    def _start(
+        self, pipeline: Pipeline, view: KVView, copies: Sequence[HostCopy], gather: bool
+    ) -> list[Callable[[], None]]:
+        """Check everything, move it if it is one batch, return the batches that are left."""
+        with _slots_order(view):
+            geometries = self._reader.read(view)
+            planned = plan_moves(self._layout, view, geometries, copies, gather=gather)
+            moves = [move for move in planned if _has_rows(move)]
+        if not moves:
+            return []
+        if gather:
+            works = [
+                partial(pipeline.gather, view, batch) for batch in batches(moves, _BATCH_NBYTES)
+            ]
+        else:
+            tokens = (min(c.first for c in copies), max(c.first + c.tokens for c in copies))
+            thresholds = pipeline.calibration
+            groups = layer_groups(
+                moves,
+                tokens,
+                least_nbytes=thresholds.group_slots * thresholds.slot_nbytes,
+                direct_nbytes=thresholds.direct_nbytes,
+            )
+            works = [partial(pipeline.scatter, view, batch) for batch in _group_batches(groups)]
+        if len(works) > 1:
+            return [*works]
+        works[0]()
+        return []
+
+
+def _group_batches(groups: Sequence[LayerGroup]) -> list[list[LayerGroup]]:
+    """Layer groups in batches of about ``_BATCH_NBYTES``, in order."""
+    found: list[list[LayerGroup]] = [[]]
+    held = 0
+    for group in groups:
+        if held >= _BATCH_NBYTES:
+            found.append([])
+            held = 0
+        found[-1].append(group)
+        held += sum(len(move.layers) * move.payload.layer_nbytes for move in group.moves)
+    return found
+
+
+def _has_rows(move: Move) -> bool:
+    """Whether the engine has a slot for any of it; all layers of a move have the same slots."""
+    runs = move.layers[0][2].runs
+    return bool(runs.runs) or runs.loose is not None
+
+
+def _slots_order(view: KVView) -> AbstractContextManager[None]:
+    """Slots in the device's memory are read behind the engine; the host waits for it only then."""
+    if any(getattr(slots, "is_cuda", False) for slots in view.slots):
+        return engine_order(tensors_of(view.caches[0][0])[0].device, view.stream)
+    return nullcontext()

@@ -1,0 +1,99 @@
+"""Memory for the tables that launches read: pinned where they are written, and on the device.
+
+A batch takes an arena, puts every table of its launches into it, and gives it back when its work
+has ended: a table is never overwritten while a copy or a kernel may still read it, and nothing but
+the end of a batch has to be waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import memmove
+from dataclasses import dataclass
+from threading import Lock
+
+from kvlayer.staging.cuda.runs import Run
+from kvlayer.staging.cuda.runtime import Runtime
+from kvlayer.staging.kernels.plan import Plan
+
+__all__ = ["Arena", "Arenas"]
+
+_BLOCK_NBYTES = 1 << 20
+_ALIGNMENT = 256
+_PORTABLE = 1  # cudaHostAllocPortable
+
+
+@dataclass(slots=True)
+class _Block:
+    """Pinned memory and its twin on the device."""
+
+    host: int
+    device: int
+    nbytes: int
+    used: int = 0
+
+
+class Arena:
+    """What one batch writes tables into. Not thread-safe."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._blocks: list[_Block] = []
+
+    def place(self, plans: Sequence[Plan]) -> tuple[Run, list[int]]:
+        """Write the plans' tables side by side: the copy they need, and their device addresses."""
+        offsets: list[int] = []
+        nbytes = 0
+        for plan in plans:
+            offsets.append(nbytes)
+            nbytes += -(-plan.table.nbytes // _ALIGNMENT) * _ALIGNMENT
+        block = self._room(nbytes)
+        host, device = block.host + block.used, block.device + block.used
+        block.used += nbytes
+        for plan, offset in zip(plans, offsets, strict=True):
+            memmove(host + offset, plan.table.ctypes.data, plan.table.nbytes)
+        return Run(host, device, nbytes), [device + offset for offset in offsets]
+
+    def clear(self) -> None:
+        """Start over. Nothing may read the tables any more."""
+        for block in self._blocks:
+            block.used = 0
+
+    def close(self) -> None:
+        for block in self._blocks:
+            self._runtime.freeHost(block.host)
+            self._runtime.free(block.device)
+        self._blocks.clear()
+
+    def _room(self, nbytes: int) -> _Block:
+        for block in self._blocks:
+            if block.nbytes - block.used >= nbytes:
+                return block
+        size = max(nbytes, _BLOCK_NBYTES)
+        host = self._runtime.hostAlloc(size, _PORTABLE)
+        self._blocks.append(_Block(host, self._runtime.malloc(size), size))
+        return self._blocks[-1]
+
+
+class Arenas:
+    """Arenas of one device; as many as batches were ever in flight at once."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._idle: list[Arena] = []
+        self._lock = Lock()
+
+    def take(self) -> Arena:
+        with self._lock:
+            return self._idle.pop() if self._idle else Arena(self._runtime)
+
+    def give(self, arena: Arena) -> None:
+        """Take an arena back. Nothing may read it any more."""
+        arena.clear()
+        with self._lock:
+            self._idle.append(arena)
+
+    def close(self) -> None:
+        for arena in self._idle:
+            arena.close()
+        self._idle.clear()
