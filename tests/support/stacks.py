@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any
 
 from kvlayer._offload import Offload
 from kvlayer.abc.backend import (
-    Backend,
-    Capability,
     Hit,
-    Miss,
     Read,
     ReadResult,
     Write,
@@ -37,15 +33,16 @@ from kvlayer.layout import (
     KVView,
 )
 from kvlayer.memory.slab import Slab
-from kvlayer.payload import align
-from kvlayer.tier.directory import Host
+from kvlayer.testing import invariants
+from kvlayer.testing.memory import MemoryBackend as Honest
 from kvlayer.tier.evict import PrefixLRU
 from kvlayer.tier.guard import Guard
 from kvlayer.tier.mover import Mover
 from kvlayer.tier.planner import Planner, Reservation, StorePlan
 from kvlayer.tier.stack import Stack
 from kvlayer.tier.tier import LowerTier, Tier
-from kvlayer.urls import BackendURL
+
+check_accounts = invariants.accounts
 
 NAMESPACE = "ab" * 32
 CHUNK = 16
@@ -158,36 +155,11 @@ def store(
     return todo
 
 
-def check_accounts(planner: Planner, *, idle: bool = False) -> None:
-    """Every byte and every pin is accounted for; ``idle``: nothing is held any more."""
-    directory, host = planner.directory, planner.host
-    resident = [r for r in directory.objects() if r.host is not Host.ABSENT]
-    assert len(resident) == len(host)
-    ranges = sorted((r.offset, align(r.nbytes)) for r in resident)
-    for (start, nbytes), (after, _) in itertools.pairwise(ranges):
-        assert start + nbytes <= after, "two objects share bytes"
-    assert host.extents.used == sum(nbytes for _, nbytes in ranges)
-    assert host.pinned_nbytes == sum(r.nbytes for r in resident if r.pins)
-    for record in directory.objects():
-        assert record.pins >= 0
-        assert record.pins or record.host is not Host.FILLING
-        assert record.is_ready or record.pins or record.host is Host.FILLING or record.writing, (
-            "a record that nothing refers to is remembered"
-        )
-        if idle:
-            assert record.pins == 0
-            assert record.writing == 0
-            assert record.host is not Host.FILLING
-
-
-class MemoryBackend(Backend):
+class MemoryBackend(Honest):
     """Objects in a dict, and switches for faults that no real backend produces on demand."""
 
-    scheme: ClassVar[str] = "memory"
-    capabilities = frozenset[Capability]()
-
     def __init__(self) -> None:
-        self.objects: dict[ObjectKey, bytes] = {}
+        super().__init__(capabilities=())
         self.calls: list[tuple[str, ObjectKey]] = []
         self.gate: asyncio.Event | None = None
         """While unset, ``get`` and ``put`` wait here; a cancellation ends the wait."""
@@ -202,44 +174,29 @@ class MemoryBackend(Backend):
         self.results: list[Any] | None = None
         """What a call answers instead of the truth."""
 
-    @classmethod
-    def from_url(cls, url: BackendURL, /) -> Self:
-        return cls()
-
-    async def open(self) -> None: ...
-
-    async def aclose(self) -> None: ...
-
     async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
         for key in keys:
             self.calls.append(("contains", key))
         await self._pass()
         if self.results is not None:
             return self.results
-        found = [self.objects.get(key) for key in keys]
-        return [None if it is None else len(it) for it in found]
+        return await super().contains(keys)
 
     async def get(self, reads: Sequence[Read], /) -> list[ReadResult]:
         results: list[ReadResult] = []
         for read in reads:
             self.calls.append(("get", read.key))
             await self._pass()
-            results.append(self._fill(read))
+            results.append(self.fill(read))
         return results if self.results is None else self.results
 
-    def _fill(self, read: Read) -> ReadResult:
+    def fill(self, read: Read) -> ReadResult:
         if self.fails is not None:
             return self.fails
-        stored = self.objects.get(read.key)
-        if stored is None:
-            return Miss()
-        left = stored[read.offset :]
-        filled = 0
-        for region in read.regions:
-            part = left[filled : filled + region.nbytes]
-            region[: len(part)] = part
-            filled += len(part)
-        return Hit(filled if self.claims is None else self.claims)
+        result = super().fill(read)
+        if isinstance(result, Hit) and self.claims is not None:
+            return Hit(self.claims)
+        return result
 
     async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
         results: list[WriteResult] = []
@@ -254,7 +211,7 @@ class MemoryBackend(Backend):
     async def delete(self, keys: Sequence[ObjectKey], /) -> None:
         for key in keys:
             self.calls.append(("delete", key))
-            self.objects.pop(key, None)
+        await super().delete(keys)
 
     async def _pass(self) -> None:
         gate = self.gate
@@ -418,7 +375,6 @@ def make_rig(
         clock=clock,
         wall_clock=clock,
         build="test",
-        threads=1,
     )
     lower = [
         LowerTier(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -316,3 +317,45 @@ async def test_the_error_of_cancelled_work_keeps_nothing_of_what_it_was_lent() -
     assert work.error is not None
     work.memory.append(0)
     offload.close()
+
+
+# -- a system that gives no more threads ---------------------------------------------------------
+
+
+@pytest.fixture
+def no_more_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From when it is called on, no thread can be started."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    return lambda: monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+@pytest.mark.asyncio
+async def test_where_no_more_threads_start_those_there_are_do_all_the_work(
+    no_more_threads: Callable[[], None],
+) -> None:
+    offload = Offload(4, "test")
+    offload.begin()
+    no_more_threads()
+    names = await asyncio.gather(
+        *(offload.run(lambda: threading.current_thread().name) for _ in range(8))
+    )
+    assert len(set(names)) == 1
+    offload.close()
+
+
+@pytest.mark.asyncio
+async def test_work_that_no_thread_took_is_refused_and_never_done_later(
+    no_more_threads: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its memory is the caller's again once it was refused."""
+    offload, done = Offload(2, "test"), list[str]()
+    no_more_threads()
+    with pytest.raises(RuntimeError, match="start new thread"):
+        await offload.run(done.append, "refused")
+    monkeypatch.undo()
+    await offload.run(done.append, "taken")
+    offload.close()
+    assert done == ["taken"]

@@ -10,9 +10,12 @@ import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from functools import partial
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import Any, TypeAlias
 
+from xxhash import xxh3_64_intdigest
+
+from kvlayer.bench.heartbeat import Heartbeat
 from kvlayer.bench.host import BLOCK, LLAMA, NBYTES_PER_TOKEN, prompt_of
 from kvlayer.bench.measure import Row
 from kvlayer.cache import Cache
@@ -20,9 +23,9 @@ from kvlayer.config import CacheConfig, ModelConfig, TierConfig
 from kvlayer.layout import NHD, KVLayout, KVView
 from kvlayer.staging.sample import Memcpy, paged_view
 
-__all__ = ["Heartbeat", "LongestCallback", "loop_rows"]
+__all__ = ["LongestCallback", "loop_rows"]
 
-_BEAT = 0.001  # seconds
+_SOON = 0.001  # seconds a prefetch stays
 _TURN = 500  # beats, then the other's turn
 _ROUNDS = 3
 _FILE_THREADS = 8
@@ -33,56 +36,6 @@ Watch: TypeAlias = Callable[[], AbstractContextManager[None]]
 """What is measured runs inside of it."""
 _Traffic: TypeAlias = Callable[[Watch], Coroutine[Any, Any, None]]
 _Bare: TypeAlias = Sequence[Callable[[], object]]
-
-
-class Heartbeat:
-    """How late a loop's timers are, in seconds.
-
-    A beat is due a millisecond after the last one ran. One that is late by whole beats counts for
-    each of those it kept from running, too: a loop that stands still for 5 ms was 5, 4, 3, 2 and
-    1 ms late. Otherwise the longer a loop stands still, the less it would count.
-    """
-
-    def __init__(self) -> None:
-        self.late: list[float] = []
-        self._due = 0.0
-        self._next: asyncio.TimerHandle | None = None
-        self._goal = 0
-        self._reached = asyncio.Event()
-
-    async def taken(self, count: int) -> None:
-        """Wait until ``count`` beats have been taken in all, while it beats."""
-        self._goal = count
-        self._reached.clear()
-        await self._reached.wait()
-
-    @contextmanager
-    def watching(self) -> Generator[None]:
-        """Beat on the running loop."""
-        loop = asyncio.get_running_loop()
-        self._arm(loop)
-        try:
-            yield
-        finally:
-            if self._next is not None:
-                self._next.cancel()
-
-    def _arm(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._due = loop.time() + _BEAT
-        self._next = loop.call_at(self._due, self._beat, loop)
-
-    def _beat(self, loop: asyncio.AbstractEventLoop) -> None:
-        late = loop.time() - self._due
-        self._arm(loop)
-        self.late.append(late)
-        while (late := late - _BEAT) > 0:
-            self.late.append(late)
-        if len(self.late) >= self._goal:
-            self._reached.set()
-
-    def percentile(self, percent: float) -> float:
-        """The lateness below which ``percent`` of the beats stay."""
-        return sorted(self.late)[int(len(self.late) * percent / 100)]
 
 
 class LongestCallback:
@@ -116,10 +69,10 @@ async def loop_rows(
 
     About ``nbytes`` are moved over and over, by store and retrieve, or by flush and prefetch.
     ``loop.callback``: the longest callback's CPU seconds; it has no ceiling, 2 ms are the aim.
-    ``loop.wall``: the 99th percentile of ``samples`` beats' lateness, and of as many on a loop
-    with nothing to do, while plain threads (as many) copy as much memory, or write and read files
-    of as many bytes past the page cache. ``directory`` is where files go, by default the system's
-    place for temporary ones.
+    ``loop.wall``: the 99th percentile of the time until the loop hears ``samples`` beats of another
+    process, and of as many on a loop with nothing to do, while plain threads (as many) copy as
+    much memory, or write, read and checksum files of as many bytes past the page cache.
+    ``directory`` is where files go, by default the system's place for temporary ones.
     """
     tokens = max(nbytes // NBYTES_PER_TOKEN // _CHUNK, 1) * _CHUNK
     layout = KVLayout.single(LLAMA, NHD, tokens_per_block=BLOCK)
@@ -136,16 +89,17 @@ async def loop_rows(
 
 
 async def _measure(name: str, traffic: _Traffic, bare: _Bare, samples: int) -> list[Row]:
-    longest, ours, theirs = LongestCallback(), Heartbeat(), Heartbeat()
+    longest = LongestCallback()
     await traffic(_nothing)
     for _ in range(_ROUNDS):
         await traffic(longest.watching)
-    while len(theirs.late) < samples:
-        turn = min(len(ours.late) + _TURN, samples)
-        while len(ours.late) < turn:
-            await traffic(ours.watching)
-        with _beside(bare), theirs.watching():
-            await theirs.taken(len(ours.late))
+    with Heartbeat() as ours, Heartbeat() as theirs:
+        while len(theirs.late) < samples:
+            turn = min(len(ours.late) + _TURN, samples)
+            while len(ours.late) < turn:
+                await traffic(ours.watching)
+            with _beside(bare), theirs.watching():
+                await theirs.taken(len(ours.late))
     return [
         Row(f"loop.callback.{name}", longest.seconds, "s"),
         Row(f"loop.wall.{name}", ours.percentile(99), "s", theirs.percentile(99)),
@@ -202,15 +156,16 @@ async def _file(
             await cache.control.evict(prompt, tier="cpu")
             with watch():
                 await asyncio.sleep(0)
-                loaded = await cache.prefetch(prompt, deadline=_BEAT)
+                loaded = await cache.prefetch(prompt, deadline=_SOON)
             _check_moved(tokens, loaded.tokens)
             await cache.control.evict(prompt)
 
+        checking = Lock()
         per_thread = max(tokens // _CHUNK // _FILE_THREADS, 1)
         yield (
             traffic,
             [
-                partial(_write_and_read, f"{folder}/bare-{number}", per_thread)
+                partial(_write_and_read, checking, f"{folder}/bare-{number}", per_thread)
                 for number in range(min(_FILE_THREADS, tokens // _CHUNK))
             ],
         )
@@ -221,11 +176,16 @@ def _check_moved(tokens: int, *moved: int) -> None:
         raise RuntimeError(f"moved {moved} tokens instead of {tokens}: nothing was measured")
 
 
-def _write_and_read(path: str, count: int) -> None:
-    """What one thread of a file tier does at best: ``count`` objects past the page cache."""
+def _write_and_read(checking: Lock, path: str, count: int) -> None:
+    """What one thread of a file tier does at best: ``count`` objects past the page cache.
+
+    Each is checksummed before it is written and after it was read, one at a time of all threads.
+    """
     direct = getattr(os, "O_DIRECT", 0)
     with mmap.mmap(-1, _CHUNK * NBYTES_PER_TOKEN) as memory:
         for number in range(count):
+            with checking:
+                xxh3_64_intdigest(memory)
             fd = os.open(f"{path}-{number}", os.O_RDWR | os.O_CREAT | os.O_TRUNC | direct)
             try:
                 os.pwritev(fd, [memory], 0)
@@ -237,6 +197,8 @@ def _write_and_read(path: str, count: int) -> None:
                 os.preadv(fd, [memory], 0)
             finally:
                 os.close(fd)
+            with checking:
+                xxh3_64_intdigest(memory)
             os.unlink(f"{path}-{number}")  # noqa: PTH108  # as it was opened
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -10,6 +11,7 @@ from kvlayer.doctor.machine import Machine
 
 __all__ = ["MemoryLimit", "cpu_quota", "memory_limit"]
 
+_COUNT = re.compile(r"\s*[0-9]{1,20}\s*")
 _UNLIMITED = 1 << 60  # version 1 says "no limit" as the largest multiple of a page
 
 
@@ -50,7 +52,7 @@ def cpu_quota(machine: Machine) -> float | None:
         else:
             quota = machine.text(f"{group}/cpu.cfs_quota_us") or ""
             period = machine.text(f"{group}/cpu.cfs_period_us") or ""
-        if quota.strip().isdigit() and period.strip().isdigit() and int(period):
+        if _COUNT.fullmatch(quota) and _COUNT.fullmatch(period) and int(period):
             found.append(int(quota) / int(period))
     return min(found, default=None)
 
@@ -77,7 +79,7 @@ def _groups(machine: Machine, controller: str) -> Iterator[tuple[int, str]]:
     # A container may see its own group mounted as the root and yet its path from outside.
     inside = PurePosixPath(path)
     below = inside.relative_to(root) if inside.is_relative_to(root) else PurePosixPath()
-    if ".." in below.parts or not machine.path(f"{point}/{below}").is_dir():
+    if ".." in below.parts or not machine.is_directory(f"{point}/{below}"):
         below = PurePosixPath()
     for each in (below, *below.parents):
         yield version, str(PurePosixPath(point) / each)

@@ -10,6 +10,9 @@ from pathlib import Path
 
 __all__ = ["Machine", "Mount", "Space"]
 
+_NUMBER = "[0-9]{1,20}"  # what fits 64 bits; anything longer is no number of the kernel's
+_ROW = re.compile(rf"^([\w()]+):?\s+({_NUMBER})( kB)?\s*$", re.MULTILINE)
+
 
 @dataclass(frozen=True, slots=True)
 class Mount:
@@ -49,8 +52,14 @@ class Machine:
         """The contents of a small file."""
         try:
             return self.path(path).read_text(encoding="utf-8", errors="replace")
-        except OSError:  # not Linux, or hidden from this container
+        except (OSError, ValueError):  # not Linux, hidden from this container, or no path at all
             return None
+
+    def is_directory(self, path: str) -> bool:
+        try:
+            return self.path(path).is_dir()
+        except OSError:  # longer than a path may be, or hidden from this user
+            return False
 
     def number(self, path: str) -> int | None:
         """A file that holds one whole number; None also for words like ``max``."""
@@ -62,7 +71,7 @@ class Machine:
 
     def table(self, path: str) -> dict[str, int]:
         """Lines of ``name value`` or ``name: value kB``, in bytes where a unit is given."""
-        found = re.findall(r"^([\w()]+):?\s+(\d+)( kB)?\s*$", self.text(path) or "", re.MULTILINE)
+        found = _ROW.findall(self.text(path) or "")
         return {name: int(number) * (1024 if unit else 1) for name, number, unit in found}
 
     def meminfo(self) -> dict[str, int]:
@@ -72,7 +81,7 @@ class Machine:
     def soft_limit(self, name: str) -> float | None:
         """A resource limit of this process by its name in ``/proc/self/limits``; inf: none."""
         limits = self.text("/proc/self/limits") or ""
-        match = re.search(rf"^{re.escape(name)}\s+(\d+|unlimited)\s", limits, re.MULTILINE)
+        match = re.search(rf"^{re.escape(name)}\s+({_NUMBER}|unlimited)\s", limits, re.MULTILINE)
         if match is None:
             return None
         return math.inf if match[1] == "unlimited" else int(match[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ _CLOCK = Check(
     "objects are evicted",
 )
 
+_RANGE = "[0-9]{1,9}(?:-[0-9]{1,9})?"
+_ALLOWED = re.compile(rf"^Cpus_allowed_list:\s*({_RANGE}(?:,{_RANGE})*)\s*$", re.MULTILINE)
 _STEP_SECONDS = 1.0  # less is a time daemon's daily work
 _BUILT = 1_735_689_600  # 2025-01-01: this software did not exist before
 
@@ -56,10 +59,10 @@ def python() -> Finding:
 def cpus(machine: Machine) -> Finding:
     """How many CPUs this process may use, and for how much of the time."""
     status = machine.text("/proc/self/status") or ""
-    listed = [row for row in status.splitlines() if row.startswith("Cpus_allowed_list:")]
-    if not listed:
+    listed = _ALLOWED.search(status)
+    if listed is None:
         return _CPUS.unknown("this system does not say which CPUs may be used")
-    allowed = _count(listed[0].partition(":")[2])
+    allowed = _count(listed[1])
     quota = cpu_quota(machine)
     usable = allowed if quota is None else min(allowed, quota)
     share = "without a quota" if quota is None else f"with a quota of {quota:g} CPUs' time"
@@ -73,7 +76,7 @@ def cpus(machine: Machine) -> Finding:
 
 def _count(listed: str) -> int:
     """``0-3,8`` -> 5."""
-    ends = [part.split("-") for part in listed.strip().split(",") if part]
+    ends = [part.split("-") for part in listed.split(",")]
     return sum(int(end[-1]) - int(end[0]) + 1 for end in ends)
 
 

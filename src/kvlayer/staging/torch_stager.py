@@ -69,6 +69,8 @@ class TorchStager(Stager):
         self._threads = threads
         self._reader = GeometryReader(layout)
         self._own_offload = Offload(threads, "kvlayer-stage") if offload is None else None
+        if self._own_offload is not None:
+            self._own_offload.begin()  # later the system may have no thread to give
         self._offload = offload or self._own_offload or Offload(threads, "kvlayer-stage")
 
     def check(self, view: KVView) -> None:

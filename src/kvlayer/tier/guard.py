@@ -55,8 +55,9 @@ class Guard:
         }
         self._max_inflight = max_inflight
         self._max_queued = max_queued
-        self._orphans: set[Call[Any]] = set()
-        self._calls: set[Call[Any]] = set()
+        # In the order they came, so that what happens to all of them has an order, too.
+        self._orphans: dict[Call[Any], None] = {}
+        self._calls: dict[Call[Any], None] = {}
         self._is_closing = False
         self._timers: dict[Lane, asyncio.TimerHandle] = {}
         self._probing: asyncio.Task[None] | None = None
@@ -80,6 +81,15 @@ class Guard:
     def inflight_nbytes(self) -> int:
         """Payload bytes of the calls running or waiting for their turn."""
         return sum(turns.nbytes for turns in self._lanes.values())
+
+    @property
+    def running(self) -> int:
+        """Calls whose turn has come and that have not ended."""
+        return sum(turns.running for turns in self._lanes.values())
+
+    def held_nbytes(self, lane: Lane) -> int:
+        """Payload bytes of one lane's calls, running or waiting for their turn."""
+        return self._lanes[lane].nbytes
 
     def breaker(self, lane: Lane) -> Breaker:
         return self._lanes[lane].breaker
@@ -140,7 +150,7 @@ class Guard:
             nbytes=nbytes,
             patience=self.deadline,
         )
-        self._calls.add(started)
+        self._calls[started] = None
         turns.calls += 1
         turns.nbytes += nbytes
         if is_trial:
@@ -165,11 +175,11 @@ class Guard:
         return breaker.try_now(now)  # last: what is refused is no trial
 
     def _forget(self, ended: Call[Any], turns: Turns) -> None:
-        self._calls.discard(ended)
+        self._calls.pop(ended, None)
         turns.calls -= 1
         turns.nbytes -= ended.nbytes
         if ended in self._orphans:
-            self._orphans.discard(ended)
+            self._orphans.pop(ended)
             turns.late -= 1
 
     def _conclude(self, trial: Call[Any], turns: Turns) -> None:
@@ -273,7 +283,7 @@ class Guard:
     def _orphan(self, call: Call[Any]) -> None:
         call.was_late = True
         if call not in self._orphans:
-            self._orphans.add(call)
+            self._orphans[call] = None
             self._lanes[call.lane].late += 1
             call.left_alone(cancel=True)  # an answer that is lost must not hold its turn for ever
 

@@ -44,7 +44,6 @@ class Mover:
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
         build: str,
-        threads: int = 2,
         retries: Sequence[int] = (),
     ) -> None:
         self._slab = slab
@@ -55,13 +54,19 @@ class Mover:
         self._wall_clock = wall_clock
         self._build = build
         self._retries = [Retry(n) for n in retries or [0] * len(self._backends)]
-        self._checks = Offload(threads, "kvlayer-check")
+        # One thread: it is several times faster than a disk, and two would leave the loop of a
+        # small machine no core.
+        self._checks = Offload(1, "kvlayer-check")
         self._headers = _HeaderPages()
 
     @property
     def slab(self) -> Slab:
         """The host memory it moves to and from. The planner says who may touch what of it."""
         return self._slab
+
+    def begin(self) -> None:
+        """Start a thread for checks: later the system may have none to give."""
+        self._checks.begin()
 
     def close(self) -> None:
         """Wait for running checks and end their threads. Backends and stager are the caller's."""

@@ -62,6 +62,7 @@ class Site:
             error = await self.meta.run(self._acquire)
             if error is not None:
                 raise error
+            self.bulk.begin()  # later the system may have no thread to give
             if self.janitor is not None:
                 self.janitor.start()
             opened = True

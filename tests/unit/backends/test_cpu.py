@@ -1,4 +1,4 @@
-"""cpu:// below the first tier: the contract of a backend, and races the contract forbids."""
+"""cpu:// below the first tier: what is its own, and races. tests/conformance has the contract."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hashlib import sha256
 import pytest
 import pytest_asyncio
 
-from kvlayer.abc.backend import Capability, Hit, Miss, Read, Write
+from kvlayer.abc.backend import Capability, Hit, Read, Write
 from kvlayer.errors import BackendError, ClosedError, ConfigError
 from kvlayer.keys import ObjectKey, Part
 from kvlayer.urls import BackendURL
@@ -65,31 +65,6 @@ async def read(backend: CpuBackend, number: int, pages: int = 1) -> bytes | None
     into = buffer(pages, b"?")
     (result,) = await backend.get([Read(key(number), (into,))])
     return bytes(into[: result.nbytes]) if isinstance(result, Hit) else None
-
-
-@pytest.mark.asyncio
-async def test_what_was_put_is_read_back_into_any_regions(backend: CpuBackend) -> None:
-    regions = (buffer(1, b"h"), buffer(2, b"p"))
-    assert await backend.put([Write(key(1), regions)]) == [None]
-    assert await backend.contains([key(1), key(2)]) == [3 * PAGE, None]
-    out = [buffer(1, b"?") for _ in range(4)]
-    assert await backend.get([Read(key(1), tuple(out))]) == [Hit(3 * PAGE)]
-    assert b"".join(out) == b"h" * PAGE + b"p" * 2 * PAGE + b"?" * PAGE
-
-
-@pytest.mark.asyncio
-@pytest.mark.parametrize(("offset", "expected"), [(0, 3), (1, 2), (2, 1), (3, 0), (900, 0)])
-async def test_a_read_from_an_offset_ends_with_the_object(
-    backend: CpuBackend, offset: int, expected: int
-) -> None:
-    await backend.put(
-        [write(0), Write(key(1), (buffer(1, b"a"), buffer(1, b"b"), buffer(1, b"c")))]
-    )
-    into = buffer(4, b"?")
-    results = await backend.get([Read(key(1), (into,), offset * PAGE), Read(key(9), (into,))])
-    assert results == [Hit(expected * PAGE), Miss()]
-    text = (b"a" * PAGE + b"b" * PAGE + b"c" * PAGE)[offset * PAGE :]
-    assert bytes(into) == text + b"?" * (4 * PAGE - len(text))
 
 
 @pytest.mark.asyncio

@@ -85,39 +85,6 @@ def files(root: Path) -> set[str]:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("direct", ["auto", "off"])
-async def test_an_object_is_the_concatenation_of_its_regions(tmp_path: Path, direct: str) -> None:
-    async with opened(tmp_path, direct=direct) as backend:
-        header, body = lent(PAGE, 1), lent(5 * PAGE, 2)
-        assert await backend.put([Write(key(1), (header, body))]) == [None]
-        assert await backend.contains([key(1), key(2)]) == [6 * PAGE, None]
-        first, rest = lent(2 * PAGE), lent(4 * PAGE)
-        assert await backend.get([Read(key(1), (first, rest))]) == [Hit(6 * PAGE)]
-        assert bytes(first) + bytes(rest) == bytes(header) + bytes(body)
-        tail = lent(4 * PAGE)
-        assert await backend.get([Read(key(1), (tail,), 3 * PAGE)]) == [Hit(3 * PAGE)]
-        assert bytes(tail[: 3 * PAGE]) == bytes(body[2 * PAGE :])
-        assert await backend.get([Read(key(1), (tail,), 64 * PAGE)]) == [Hit(0)]
-        assert await backend.get([Read(key(2), (tail,))]) == [Miss()]
-
-
-@pytest.mark.asyncio
-async def test_a_batch_is_answered_in_its_own_order(tmp_path: Path) -> None:
-    async with opened(tmp_path, threads=3) as backend:
-        numbers = list(range(40))
-        writes = [Write(key(n), (lent(PAGE, n),)) for n in numbers]
-        assert await backend.put(writes) == [None] * 40
-        asked = [n if n % 3 else n + 1000 for n in numbers]
-        reads = [Read(key(n), (lent(PAGE),)) for n in asked]
-        results = await backend.get(reads)
-        for n, read, result in zip(asked, reads, results, strict=True):
-            assert result == (Hit(PAGE) if n < 1000 else Miss())
-            assert n >= 1000 or bytes(read.regions[0]) == random.Random(n).randbytes(PAGE)
-        sizes = await backend.contains([key(n) for n in asked])
-        assert sizes == [PAGE if n < 1000 else None for n in asked]
-
-
-@pytest.mark.asyncio
-@pytest.mark.parametrize("direct", ["auto", "off"])
 @pytest.mark.parametrize("left", [0, 1, PAGE - 1, PAGE, PAGE + 7, 3 * PAGE - 512])
 async def test_a_truncated_object_reads_short(tmp_path: Path, direct: str, left: int) -> None:
     async with opened(tmp_path, direct=direct) as backend:
@@ -173,18 +140,6 @@ async def test_a_filesystem_without_hard_links_serves(
         Path(Paths(str(tmp_path)).shard(Shard.of(key(1)))).mkdir(parents=True)
         assert await store(backend, 1) == await load(backend, 1)
         assert len(files(tmp_path)) == 1
-
-
-@pytest.mark.asyncio
-async def test_more_regions_than_one_call_takes_are_moved(tmp_path: Path) -> None:
-    async with opened(tmp_path) as backend:
-        memory = lent(1500 * PAGE, 3)
-        parts = tuple(memory[at : at + PAGE] for at in range(0, memory.nbytes, PAGE))
-        assert await backend.put([Write(key(1), parts)]) == [None]
-        back = lent(memory.nbytes)
-        into = tuple(back[at : at + PAGE] for at in range(0, back.nbytes, PAGE))
-        assert await backend.get([Read(key(1), into)]) == [Hit(memory.nbytes)]
-        assert back == memory
 
 
 @pytest.mark.asyncio

@@ -24,7 +24,6 @@ import torch
 from caches import WEIGHTS, layout
 from engine import Engine, same
 from stacks import check_accounts
-from virtual_time import in_virtual_time
 
 from kvlayer import Cache, CacheConfig, ModelConfig, Scope, TierConfig
 from kvlayer.abc.backend import ReadResult, WriteResult
@@ -33,6 +32,7 @@ from kvlayer.control import Pin
 from kvlayer.errors import BackendError, BackendUnavailableError
 from kvlayer.registry import BACKENDS
 from kvlayer.results import Cause, Stats
+from kvlayer.testing.sim import in_virtual_time
 
 OPERATIONS = int(os.environ.get("KVLAYER_OPERATIONS", "2000"))  # tests see no such variable
 SEEDS = [int(seed) for seed in os.environ.get("KVLAYER_SEEDS", "1").split(",")]

@@ -14,12 +14,12 @@ import pytest
 from caches import layout, tokens
 from engine import Engine, same
 from sick import DEADLINE, PAUSE, Patient, send_down, timed, ward
-from virtual_time import in_virtual_time
 
 from kvlayer import Cache, Cause
 from kvlayer.bench.sick import Sickness
 from kvlayer.events import Event, TierChanged
 from kvlayer.results import TierStats
+from kvlayer.testing.sim import in_virtual_time
 
 ILL = [Sickness.DEAD, Sickness.SLOW, Sickness.FLAPPING]
 SLACK = 1e-6  # of virtual seconds: sums of deadlines are rounded

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import tracemalloc
-from collections.abc import Callable
 from hashlib import sha256
-from types import FrameType
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +13,7 @@ from hypothesis import strategies as st
 from kvlayer.abc.policy import EvictionPolicy
 from kvlayer.keys import ObjectKey, Part
 from kvlayer.registry import POLICIES
+from kvlayer.testing.suites.policy import KnownObjects
 from kvlayer.tier.arc import ARC
 from kvlayer.tier.evict import LRU, PrefixLRU
 
@@ -46,51 +44,7 @@ def test_every_policy_is_installed_under_its_name() -> None:
     assert [POLICIES.load(policy.name) for policy in ALL] == list(ALL)
 
 
-# -- every policy: a set of keys ----------------------------------------------------------------
-
-
-class Known:
-    """What any policy has to know: what is there, what is pinned, what goes first."""
-
-    def __init__(self) -> None:
-        self.resident: set[ObjectKey] = set()
-        self.pinned: dict[ObjectKey, bool] = {}
-        """Pinned key -> whether it was demoted meanwhile."""
-        self.demoted: list[ObjectKey] = []
-
-    def admit(self, path: list[ObjectKey]) -> None:
-        self.resident |= set(path)
-        self.demoted = [k for k in self.demoted if k not in path]
-
-    def touch(self, path: list[ObjectKey]) -> None:
-        self.demoted = [k for k in self.demoted if k not in path]
-
-    def pin(self, k: ObjectKey) -> None:
-        self.pinned.setdefault(k, False)
-        self.demoted = [d for d in self.demoted if d != k]
-
-    def unpin(self, path: list[ObjectKey]) -> None:
-        for k in path:
-            if self.pinned.pop(k, False):
-                self.demoted.append(k)
-            else:
-                self.touch([k])
-
-    def demote(self, k: ObjectKey) -> None:
-        if k not in self.resident:
-            return
-        if k in self.pinned:
-            self.pinned[k] = True
-        elif k not in self.demoted:
-            self.demoted.append(k)
-
-    def remove(self, k: ObjectKey) -> None:
-        self.resident.discard(k)
-        self.pinned.pop(k, None)
-        self.demoted = [d for d in self.demoted if d != k]
-
-    def may_go(self) -> set[ObjectKey]:
-        return set(self.demoted) or self.resident - self.pinned.keys()
+# -- every policy: tests/conformance has its suite, here are more and shrinking examples --------
 
 
 @pytest.mark.parametrize("policy", ALL)
@@ -99,7 +53,7 @@ class Known:
 def test_a_policy_names_what_is_there_and_not_pinned_and_what_was_demoted_first(
     policy: type[EvictionPolicy], steps: list[tuple[str, Any]]
 ) -> None:
-    real, model = policy(), Known()
+    real, model = policy(), KnownObjects()
     for call, argument in steps:
         if call == "unpin":  # in what order a path is let go is each policy's own affair
             for k in argument:
@@ -117,46 +71,6 @@ def test_a_policy_names_what_is_there_and_not_pinned_and_what_was_demoted_first(
         left.remove(victim)
         real.remove(victim)
     assert not left
-
-
-@pytest.mark.parametrize("policy", ALL)
-def test_a_demoted_object_goes_first_also_when_it_was_pinned(policy: type[EvictionPolicy]) -> None:
-    tested = policy()
-    tested.admit(KEYS[:3])
-    tested.pin(KEYS[0])
-    tested.demote(KEYS[0])
-    assert tested.victim() != KEYS[0]
-    tested.unpin([KEYS[0]])
-    assert tested.victim() == KEYS[0]
-    tested.demote(KEYS[1])
-    assert tested.victim() == KEYS[0]
-    tested.touch([KEYS[0]])  # a use takes it back
-    assert tested.victim() == KEYS[1]
-
-
-@pytest.mark.parametrize("policy", ALL)
-def test_a_removed_pin_does_not_come_back(policy: type[EvictionPolicy]) -> None:
-    tested = policy()
-    tested.admit(KEYS[:1])
-    tested.pin(KEYS[0])
-    tested.remove(KEYS[0])
-    tested.unpin([KEYS[0]])
-    assert tested.victim() is None
-
-
-@pytest.mark.parametrize("policy", ALL)
-def test_what_is_pinned_before_it_arrives_is_named_once_it_arrived_and_is_let_go(
-    policy: type[EvictionPolicy],
-) -> None:
-    tested = policy()
-    for k in KEYS[:2]:
-        tested.pin(k)
-    tested.admit(KEYS[:1])
-    assert tested.victim() is None
-    tested.unpin(KEYS[:2])
-    assert tested.victim() == KEYS[0]
-    tested.remove(KEYS[0])
-    assert tested.victim() is None  # the other never arrived
 
 
 @pytest.mark.parametrize("policy", [PrefixLRU, ARC])
@@ -185,89 +99,13 @@ def test_an_ancestor_is_never_evicted_before_its_descendant(
     assert not kept
 
 
-# -- constant cost ------------------------------------------------------------------------------
-
-
-class CountedKey(ObjectKey):
-    """A key that counts how often it is looked up."""
-
-    __slots__ = ()
-    lookups: ClassVar[int] = 0
-
-    def __hash__(self) -> int:
-        CountedKey.lookups += 1
-        return str.__hash__(self)
-
-    def __eq__(self, other: object) -> bool:
-        CountedKey.lookups += 1
-        return str.__eq__(self, other)
-
-
-def _cost(work: Callable[[], object]) -> tuple[int, int]:
-    """Python instructions and key look-ups that ``work`` takes: no clock, the same every time."""
-    instructions = 0
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal instructions
-        frame.f_trace_opcodes = True
-        instructions += event == "opcode"
-        return trace
-
-    CountedKey.lookups = 0
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        work()
-    finally:
-        sys.settrace(before)
-    return instructions, CountedKey.lookups
-
-
-def _crowd(policy: type[EvictionPolicy], count: int) -> tuple[EvictionPolicy, list[ObjectKey]]:
-    """``count`` pins among the oldest, as many free keys, as many that were evicted; the free."""
-    tested = policy()
-    keys: list[ObjectKey] = [CountedKey(key(n)) for n in range(3 * count)]
-    tested.admit(keys[: 2 * count])
-    for k in keys[:count]:
-        tested.pin(k)
-    for k in keys[count : 2 * count]:
-        assert tested.victim() is not None
-        tested.demote(k)
-        tested.remove(k)
-    tested.admit(keys[2 * count :])
-    return tested, keys[2 * count :]
-
-
-def _costs(policy: type[EvictionPolicy], count: int) -> dict[str, tuple[int, int]]:
-    """What each call costs among ``count`` objects of every kind."""
-    tested, free = _crowd(policy, count)
-    return {
-        "touch": _cost(lambda: tested.touch(free[:1])),
-        "admit": _cost(lambda: tested.admit(free[:1])),
-        "pin": _cost(lambda: tested.pin(free[0])),
-        "unpin": _cost(lambda: tested.unpin(free[:1])),
-        "demote": _cost(lambda: tested.demote(free[1])),
-        "victim, demoted": _cost(tested.victim),
-        "remove": _cost(lambda: tested.remove(free[1])),
-        "victim": _cost(tested.victim),
-        "arrival": _cost(lambda: tested.admit(free[1:2])),
-    }
-
-
-@pytest.mark.parametrize("policy", ALL)
-def test_every_call_costs_the_same_with_ten_or_five_thousand_objects(
-    policy: type[EvictionPolicy],
-) -> None:
-    few, many = _costs(policy, 10), _costs(policy, 5_000)
-    for call in few:
-        # A branch more is a few instructions; a walk over objects or pins would take thousands.
-        assert many[call][0] <= few[call][0] + 60, call
-        assert many[call][1] <= few[call][1] + 5, call
+# -- memory -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", ALL)
 def test_naming_a_victim_makes_no_copy_of_the_order(policy: type[EvictionPolicy]) -> None:
-    tested, _ = _crowd(policy, 5_000)
+    tested = policy()
+    tested.admit([key(n) for n in range(5_000)])
     tested.victim()
     tracemalloc.start()
     tested.victim()

@@ -7,9 +7,9 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from virtual_time import in_virtual_time
 
 from kvlayer.results import Cause
+from kvlayer.testing.sim import in_virtual_time
 from kvlayer.tier.guard import Call, Guard, Lane, Refused
 
 SOON = 2.0

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from virtual_time import in_virtual_time
 
 from kvlayer.results import Cause
+from kvlayer.testing.sim import in_virtual_time
 from kvlayer.tier.breaker import BreakerState
 from kvlayer.tier.guard import Call, Guard, Lane, Refused
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from stacks import CHUNK, Rig, chain_of, check_accounts, framed, make_rig, pattern
-from virtual_time import in_virtual_time
 
 from kvlayer.errors import BackendError, BackendTimeoutError, BackendUnavailableError
 from kvlayer.events import ObjectQuarantined, TierChanged, TransferDone
 from kvlayer.keys import ChunkChain
 from kvlayer.results import Cause, Failure
+from kvlayer.testing.sim import in_virtual_time
 from kvlayer.tier.directory import Host
 from kvlayer.tier.guard import Lane
 from kvlayer.tier.loads import Wanted

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 from stacks import Rig, chain_of, check_accounts, framed, make_rig
-from virtual_time import in_virtual_time
 
 from kvlayer.errors import BackendError, BackendTimeoutError
 from kvlayer.events import TierChanged
 from kvlayer.keys import ChunkChain
 from kvlayer.results import Cause, Failure
+from kvlayer.testing.sim import in_virtual_time
 from kvlayer.tier.spills import Write
 
 SOON = 2.0

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import pytest
 from stacks import CHUNK, Rig, chain_of, check_accounts, hybrid_layout, make_rig
-from virtual_time import in_virtual_time
 
 from kvlayer.errors import BackendError
 from kvlayer.keys import ChunkChain, Part
 from kvlayer.layout import KVView
 from kvlayer.results import Cause
+from kvlayer.testing.sim import in_virtual_time
 from kvlayer.tier.directory import Host
 from kvlayer.tier.messages import Outcome, Piece
 from kvlayer.tier.stack import Window

@@ -8,7 +8,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from virtual_time import Stuck, VirtualTimeLoop, in_virtual_time, run
+
+from kvlayer.testing.sim import Stuck, VirtualTimeLoop, in_virtual_time, run
 
 
 @in_virtual_time

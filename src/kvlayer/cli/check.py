@@ -1,0 +1,175 @@
+"""``kvlayer check URL``: the promises of a backend, asked of a live one."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvlayer._version import version
+from kvlayer.abc.backend import Capability
+from kvlayer.cli.main import EXIT_BAD
+from kvlayer.errors import ConfigError
+from kvlayer.registry import open_backend
+from kvlayer.testing.bounded import run_bounded, seconds
+from kvlayer.testing.suite import Outcome, Verdict
+from kvlayer.testing.suites.backend import BackendSuite
+from kvlayer.urls import BackendURL, parse_bytes
+
+__all__ = ["check"]
+
+_LARGEST_SMALL_NBYTES = 256 << 20
+_SMALLEST_NBYTES = 256 << 10
+_ROOM_NBYTES = 64 << 20
+
+
+@click.command()
+@click.argument("url")
+@click.option("--json", "path", type=click.Path(path_type=Path), help="Write every verdict here.")
+@click.option(
+    "--disposable",
+    is_flag=True,
+    help="Nothing in the tier is worth keeping: also try what cannot be undone (quarantine, "
+    "descriptions, filling a tier of up to 256 MiB).",
+)
+@click.option("--only", metavar="WORDS", default="", help="Only promises whose name has WORDS.")
+@click.option(
+    "--seconds",
+    "limit",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="What does not answer by then hangs.",
+)
+def check(*, url: str, path: Path | None, disposable: bool, only: str, limit: float) -> None:
+    """Hold the backend behind URL to its contract, one line a promise.
+
+    Objects are stored in namespaces nobody else has and deleted again. Exits with 1 when a promise
+    is broken. An object of 16 MiB must fit.
+    """
+    suite = _suite(BackendURL.parse(url), limit, disposable=disposable)
+    promises = [each for each in suite.promises() if only in each.name]
+    if not promises:
+        raise ConfigError(
+            f"no promise has {only!r} in its name", hint="leave --only out to see all of them"
+        )
+    run_bounded(lambda: _answers(suite), seconds(limit))
+    verdicts: list[Verdict] = []
+    for each in promises:
+        verdicts.append(suite.judge(each))
+        click.echo("\n".join(_lines(verdicts[-1])))
+        if not verdicts[-1].is_good:
+            _sweep(suite, limit)
+    is_kept = all(each.is_good for each in verdicts)
+    click.echo(f"\n{_summary(verdicts)}")
+    if path is not None:
+        path.write_text(json.dumps(_report(url, suite, verdicts), indent=2) + "\n")
+    if not is_kept:
+        _leave(verdicts)
+
+
+async def _answers(suite: BackendSuite) -> None:
+    """Open and close it once: what cannot be opened is one error, not fifty."""
+    async with suite.build():
+        pass
+
+
+def _sweep(suite: BackendSuite, limit: float) -> None:
+    """Delete what a broken promise may have left; say so where that fails, too."""
+    keys = sorted(suite.stored)
+
+    async def sweep() -> None:
+        async with suite.build() as cleaner:
+            await cleaner.delete(keys)
+
+    try:
+        run_bounded(sweep, seconds(limit))
+    except Exception as exc:  # noqa: BLE001  # of a backend that is broken already
+        namespace = keys[0].namespace if keys else "none"
+        click.echo(f"          up to {len(keys)} objects of the namespace {namespace} stay: {exc}")
+
+
+def _suite(url: BackendURL, limit: float, *, disposable: bool) -> BackendSuite:
+    own = not open_backend(url).capabilities & {Capability.PERSISTENT, Capability.SHARED}
+    capacity = parse_bytes(url.options.get("capacity", "0"))
+    can_be_filled = _SMALLEST_NBYTES <= capacity <= _LARGEST_SMALL_NBYTES
+
+    class Live(BackendSuite):
+        is_disposable = disposable or own  # what is only this process's holds nothing yet
+        deadline_seconds = limit
+        small_url = url.text if can_be_filled else ""
+
+    Live.url = url.text
+    if capacity and capacity < _ROOM_NBYTES:
+        raise ConfigError(
+            f"a capacity of {capacity} bytes is too small to look at",
+            hint="the largest object tried is 16 MiB, and several calls run at once: 64MiB will do",
+        )
+    return Live()
+
+
+def _leave(verdicts: list[Verdict]) -> None:
+    """Exit with 1, past threads that hang: the interpreter would wait for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if any(each.outcome is Outcome.HUNG for each in verdicts):
+        os._exit(EXIT_BAD)
+    sys.exit(EXIT_BAD)
+
+
+_WIDTH = 100
+
+
+def _lines(verdict: Verdict) -> Iterator[str]:
+    """A line for what is kept; for the rest the contract, what was expected and what was found."""
+    said = verdict.outcome if verdict.is_good else verdict.outcome.upper()
+    head = f"{said:8}  {verdict.promise.name}"
+    if verdict.outcome is Outcome.NOT_RUN:
+        head += f": {verdict.found}"
+    yield head
+    if not verdict.is_good:
+        yield from _wrapped("contract: ", verdict.promise.contract)
+        yield from _wrapped("expected: ", verdict.expected)
+        first, *more = verdict.found.splitlines() or [""]
+        yield from _wrapped("found:    ", first)
+        yield from (f"            {line}" for line in more)
+        yield from (f"            {line}" for line in verdict.trace.splitlines()[-6:])
+
+
+def _wrapped(head: str, text: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=f"          {head}",
+        subsequent_indent=" " * 20,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _summary(verdicts: list[Verdict]) -> str:
+    count = {outcome: sum(each.outcome is outcome for each in verdicts) for outcome in Outcome}
+    parts = [f"{n} {outcome}" for outcome, n in count.items() if n or outcome is Outcome.KEPT]
+    return ", ".join(parts)
+
+
+def _report(url: str, suite: BackendSuite, verdicts: list[Verdict]) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    for each in verdicts:
+        row = {k: v for k, v in asdict(each).items() if k != "promise"}
+        row["seconds"] = round(each.seconds, 4)
+        rows.append({"promise": each.promise.name, "contract": each.promise.contract, **row})
+    return {
+        "kvlayer": version(),
+        "url": url,
+        "capabilities": sorted(suite.capabilities),
+        "ok": all(each.is_good for each in verdicts),
+        "verdicts": rows,
+    }

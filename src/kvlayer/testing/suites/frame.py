@@ -1,0 +1,179 @@
+"""The suite of an object's frame: what is written is read back, and all else has a named cause.
+
+There is one frame and no interface of codecs yet; what is held here is what any encoding of an
+object must keep towards the tiers that read it. A subclass may put other functions of the same
+signatures in place of :mod:`kvlayer.codec.frame`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from kvlayer.codec.frame import HEADER_NBYTES, FrameError, check_frame, write_header
+from kvlayer.keys import ObjectKey, Part
+from kvlayer.layout import AttentionKind, KVGroup
+from kvlayer.payload import ALIGNMENT, Payload
+from kvlayer.results import Cause
+from kvlayer.testing.loan import Loan, noise
+from kvlayer.testing.promise import Promise, broken, expect, promise, same_bytes
+from kvlayer.testing.suite import Suite
+
+__all__ = ["FrameSuite", "WrittenFrame"]
+
+_HASH = bytes(range(32))
+_FIRST = 32
+
+
+def _payloads() -> list[Payload]:
+    """One segment and several, padded and exact, of every kind of attention."""
+    mha = KVGroup(AttentionKind.MHA, tuple(range(3)), "float16", 2, 8)
+    wide = KVGroup(AttentionKind.MHA, tuple(range(6)), "bfloat16", 4, 128)
+    mla = KVGroup(AttentionKind.MLA, (0, 1), "bfloat16", head_size=72)
+    state = KVGroup(AttentionKind.STATE, (0, 1), "float32", state_nbytes=3000)
+    return [
+        Payload.of(mha, Part(0, (0, 3), (0, 2)), 16),
+        Payload.of(mha, Part(0, (1, 2), (1, 2)), 1),
+        Payload.of(wide, Part(0, (0, 6), (0, 4)), 64),
+        Payload.of(mla, Part(0, (0, 2), None), 7),
+        Payload.of(state, Part(0, (0, 2), None), 16),
+    ]
+
+
+class WrittenFrame:
+    """One object as a backend would hold it: header, payload, and what it is read back with."""
+
+    def __init__(self, suite: FrameSuite, payload: Payload) -> None:
+        self._suite = suite
+        self.payload = payload
+        self.key = ObjectKey.of("ab" * 32, "0", _HASH, payload.part)
+        self.header = bytearray(noise(1, HEADER_NBYTES))  # a page that was used before
+        self.body = bytearray(noise(2, payload.nbytes))  # as is a slot
+        suite.write_header(
+            memoryview(self.header),
+            memoryview(self.body),
+            key=self.key,
+            payload=payload,
+            first_token=_FIRST,
+            created=1.5,
+            build="kvlayer.testing",
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + len(self.body)
+
+    def cause(self, filled: int | None = None, **other: Any) -> Cause | None:
+        """Why it is refused; None when it is accepted."""
+        wanted = {"key": self.key, "payload": self.payload, "first_token": _FIRST, **other}
+        count = self.nbytes if filled is None else filled
+        try:
+            self._suite.check_frame(memoryview(self.header), memoryview(self.body), count, **wanted)
+        except FrameError as exc:
+            return exc.cause
+        return None
+
+
+class FrameSuite(Suite):
+    """Runs on :mod:`kvlayer.codec.frame` as it is."""
+
+    write_header: ClassVar[Callable[..., None]] = staticmethod(write_header)
+    check_frame: ClassVar[Callable[..., None]] = staticmethod(check_frame)
+
+    async def keep(self, promise: Promise, /) -> None:
+        for payload in _payloads():
+            await promise.check(self, WrittenFrame(self, payload))
+
+    @promise("Afterwards the payload is exactly what was written under this key.")
+    async def test_what_was_written_is_accepted_and_unchanged(self, frame: WrittenFrame) -> None:
+        before = bytes(frame.body)
+        expect(frame.cause(), None, "the cause by which an intact object is refused")
+        same_bytes(bytes(frame.body), before, "a payload that was only looked at")
+        written = noise(2, frame.payload.nbytes)
+        for segment in frame.payload.segments():
+            part = slice(segment.offset, segment.offset + segment.nbytes)
+            same_bytes(frame.body[part], written[part], f"segment {segment.layer}")
+
+    @promise("Zeroes its padding, so that nothing of a slot's former content leaves the process.")
+    async def test_nothing_of_a_slots_former_content_is_written(self, frame: WrittenFrame) -> None:
+        for segment in frame.payload.segments():
+            end = segment.offset + segment.nbytes
+            padding = -end % ALIGNMENT
+            same_bytes(frame.body[end : end + padding], bytes(padding), "padding")
+        tail = frame.header.rstrip(b"\0")
+        if noise(1, HEADER_NBYTES)[-64:] in tail + bytes(64):
+            broken("the rest of the header to be zero", "what lay in the page before")
+
+    @promise("An object that is truncated or empty is a miss with that cause.")
+    async def test_a_frame_cut_anywhere_is_refused(self, frame: WrittenFrame) -> None:
+        expect(frame.cause(0), Cause.EMPTY, "the cause of an object of no bytes")
+        starts = {HEADER_NBYTES + segment.offset for segment in frame.payload.segments()}
+        cuts = {1, 24, HEADER_NBYTES - 1, HEADER_NBYTES, frame.nbytes - 1, *starts}
+        for cut in sorted(cuts - {frame.nbytes}):
+            expect(frame.cause(cut), Cause.TRUNCATED, f"the cause of {cut} of {frame.nbytes} bytes")
+
+    @promise("A segment verifies alone: xxh3_64 of the encoded bytes.")
+    async def test_a_flipped_bit_of_the_payload_is_corrupt(self, frame: WrittenFrame) -> None:
+        for segment in frame.payload.segments():
+            for at in (0, segment.nbytes // 2, segment.nbytes - 1):
+                for bit in (0x01, 0x80):
+                    frame.body[segment.offset + at] ^= bit
+                    expect(frame.cause(), Cause.CORRUPT, f"the cause of a flipped bit at {at}")
+                    frame.body[segment.offset + at] ^= bit
+
+    @promise("Magic, frame version, length, xxh3_64 of the map.")
+    async def test_a_flipped_bit_of_the_header_is_refused(self, frame: WrittenFrame) -> None:
+        used = len(frame.header.rstrip(b"\0"))
+        for at in {*range(10), *range(12, used, 7), used - 1}:
+            frame.header[at] ^= 0x01
+            cause = frame.cause()
+            if cause is None or not cause.is_damage:
+                broken(f"a cause of damage for a flipped bit in byte {at} of the header", cause)
+            frame.header[at] ^= 0x01
+
+    @promise("Another version is a miss, never wrong bytes.")
+    async def test_another_version_is_foreign(self, frame: WrittenFrame) -> None:
+        frame.header[8] += 1
+        expect(frame.cause(), Cause.FOREIGN_VERSION, "the cause of a frame of the next version")
+
+    @promise("The header repeats the full key: a misplaced object is a miss with that cause.")
+    async def test_another_objects_frame_is_misplaced(self, frame: WrittenFrame) -> None:
+        part = frame.payload.part
+        for other in (
+            ObjectKey.of("cd" * 32, "0", _HASH, part),
+            ObjectKey.of("ab" * 32, "cd" * 16, _HASH, part),
+            ObjectKey.of("ab" * 32, "0", bytes(32), part),
+        ):
+            expect(frame.cause(key=other), Cause.MISPLACED, f"the cause under the key {other}")
+        for first in (0, _FIRST + 1):
+            cause = frame.cause(first_token=first)
+            expect(cause, Cause.MISPLACED, f"the cause at the position {first}")
+
+    @promise("Bytes from outside are never believed.")
+    async def test_noise_is_refused_and_never_an_error(self, frame: WrittenFrame) -> None:
+        intact = bytes(frame.header)
+        for seed in range(40):
+            kept = (0, 8, 12, 16, 24)[seed % 5]  # a plausible beginning
+            frame.header[:] = intact[:kept] + noise(100 + seed, HEADER_NBYTES - kept)
+            cause = frame.cause()
+            if cause is None or not cause.is_damage:
+                broken("a cause of damage for a header of noise", cause)
+
+    @promise("Header and slab are written and read by direct I/O without a copy.")
+    async def test_it_keeps_no_view_of_what_it_was_given(self, frame: WrittenFrame) -> None:
+        header, body = (
+            Loan(HEADER_NBYTES, bytes(frame.header)),
+            Loan(frame.payload.nbytes, bytes(frame.body)),
+        )
+        self.check_frame(
+            header.regions()[0],
+            body.regions()[0],
+            frame.nbytes,
+            key=frame.key,
+            payload=frame.payload,
+            first_token=_FIRST,
+        )
+        header.guards_stand()
+        body.guards_stand()
+        header.take_back()
+        body.take_back()

@@ -1,0 +1,180 @@
+"""Promises about single objects: their bytes, sizes and names."""
+
+from __future__ import annotations
+
+from kvlayer.abc.backend import Hit, Miss, Write
+from kvlayer.errors import BackendError, ConfigError
+from kvlayer.keys import ObjectKey, Part
+from kvlayer.registry import open_backend
+from kvlayer.testing.loan import PAGE, Loan, noise
+from kvlayer.testing.promise import Need, broken, expect, promise, same_bytes
+from kvlayer.testing.suites.place import BackendPlace
+from kvlayer.testing.trial import Trial
+
+__all__ = ["ObjectPromises"]
+
+_ZONES = ("0f" * 16, "f0" * 16)
+_PARTS = (
+    Part(1, (0, 4), (0, 2)),
+    Part(0, (0, 40), (0, 2)),
+    Part(0, (1, 4), (0, 2)),
+    Part(0, (0, 4), (0, 20)),
+    Part(0, (0, 4), (1, 2)),
+    Part(0, (0, 4), None),
+    Part(999_999_999, (0, 999_999_999), None),
+    Part(0, (0, 4), (0, 2), "native:a"),
+    Part(0, (0, 4), (0, 2), "native:ab"),
+    Part(0, (0, 4), (0, 2), "native:a_b"),
+    Part(0, (0, 4), (0, 2), "native:a-b:amx_16-2"),
+)
+
+
+class ObjectPromises(BackendPlace):
+    """What was stored under a key is what is found under it, and under no other."""
+
+    @promise("Keyed storage for immutable objects.")
+    async def test_what_was_put_is_read_back_to_the_byte(self, trial: Trial) -> None:
+        contents = [noise(1, PAGE), noise(2, 7 * PAGE), bytes(3 * PAGE), b"\xff\0\r\n" * PAGE]
+        for number, content in enumerate(contents):
+            key = trial.key(number)
+            expect(await trial.put(key, content), None, "the result of put()")
+            result, loan = await trial.get(key, len(content))
+            expect(result, Hit(len(content)), f"get() of {len(content)} bytes")
+            loan.holds(content, f"object {number}")
+
+    @promise("One object to store: the concatenation of regions.")
+    async def test_a_large_object_is_read_back_to_the_byte(self, trial: Trial) -> None:
+        content = noise(1, self.large_nbytes)
+        expect(await trial.put(trial.key(1), content, pages=(1,)), None, "the result of put()")
+        result, loan = await trial.get(trial.key(1), len(content), pages=(1,))
+        expect(result, Hit(len(content)), f"get() of {len(content)} bytes")
+        loan.holds(content, "a large object")
+
+    @promise("Fill each read's regions in order.")
+    async def test_regions_are_one_object_however_it_is_cut(self, trial: Trial) -> None:
+        content = noise(1, 9 * PAGE)
+        cuts: tuple[tuple[int, ...], ...] = ((), (1,), (4, 5), (3, 1, 2, 3), (1,) * 9)
+        for number, pages in enumerate(cuts):
+            put = await trial.put(trial.key(number), content, pages=pages)
+            expect(put, None, f"the result of put() from regions of {pages} pages")
+            for other in cuts:
+                result, loan = await trial.get(trial.key(number), len(content), pages=other)
+                expect(result, Hit(len(content)), f"get() into regions of {other} pages")
+                loan.holds(content, f"an object put as {pages} and read as {other} pages")
+
+    @promise("One object to store: the concatenation of regions.")
+    async def test_more_regions_than_a_system_call_takes_are_moved(self, trial: Trial) -> None:
+        content = noise(1, self.many_regions * PAGE)
+        ones = (1,) * self.many_regions
+        expect(await trial.put(trial.key(1), content, pages=ones), None, "the result of put()")
+        result, loan = await trial.get(trial.key(1), len(content), pages=ones)
+        expect(result, Hit(len(content)), "get() into as many regions")
+        loan.holds(content, "an object of many regions")
+
+    @promise("Where to put an object's bytes from offset on.")
+    async def test_a_read_starts_at_its_offset(self, trial: Trial) -> None:
+        content = await trial.store(1, 6 * PAGE)
+        for first in (1, 2, 5):
+            result, loan = await trial.get(
+                trial.key(1), (6 - first) * PAGE, offset=first * PAGE, pages=(1,)
+            )
+            expect(result, Hit((6 - first) * PAGE), f"get() from page {first} on")
+            loan.holds(content[first * PAGE :], f"an object from page {first} on")
+        result, loan = await trial.get(trial.key(1), 2 * PAGE, offset=PAGE)
+        expect(result, Hit(2 * PAGE), "get() of two pages from the middle")
+        loan.holds(content[PAGE : 3 * PAGE], "two pages from the middle")
+
+    @promise("nbytes bytes were filled, fewer than asked only when the object ends there.")
+    async def test_a_read_ends_with_the_object(self, trial: Trial) -> None:
+        content = await trial.store(1, 3 * PAGE)
+        for offset, left in ((0, 3), (1, 2), (2, 1), (3, 0), (4, 0), (900, 0)):
+            result, loan = await trial.get(
+                trial.key(1), 8 * PAGE, offset=offset * PAGE, pages=(1, 1, 2)
+            )
+            expect(result, Hit(left * PAGE), f"get() of 8 pages from page {offset} of 3")
+            loan.holds(content[offset * PAGE :], f"what is left from page {offset} on")
+
+    @promise("The object is not there.")
+    async def test_a_miss_is_a_value(self, trial: Trial) -> None:
+        result, _ = await trial.get(trial.key(1), PAGE)
+        expect(result, Miss(), "get() of an object that was never stored")
+        sizes = await trial.backend.contains([trial.key(1)])
+        expect(sizes, [None], "contains() of an object that was never stored")
+
+    @promise("Encoded size in bytes of each object, or None.")
+    async def test_contains_says_the_exact_size(self, trial: Trial) -> None:
+        pages = (1, 2, 3, 16, 33)
+        for number, count in enumerate(pages):
+            await trial.store(number, count * PAGE)
+        found = await trial.backend.contains(trial.numbered(range(len(pages))))
+        expect(found, [count * PAGE for count in pages], "contains()")
+
+    @promise("Storing a present key again succeeds and changes nothing.")
+    async def test_a_present_object_is_not_written_again(self, trial: Trial) -> None:
+        first = await trial.store(1, 2 * PAGE)
+        for other in (noise(2, 2 * PAGE), noise(3, 5 * PAGE), noise(4, PAGE)):
+            result = await trial.put(trial.key(1), other)
+            expect(result, None, "the result of put() of a present key")
+            sizes = await trial.backend.contains([trial.key(1)])
+            expect(sizes, [2 * PAGE], "the size of the object that was there first")
+            found = await trial.load(trial.key(1), 2 * PAGE)
+            same_bytes(found or b"", first, "the object that was there first")
+
+    @promise("Keyed storage for immutable objects.")
+    async def test_keys_that_differ_anywhere_name_different_objects(self, trial: Trial) -> None:
+        keys: list[ObjectKey] = [trial.key(1), trial.key(2)]
+        keys += [trial.key(1, zone=zone) for zone in _ZONES]
+        keys += [trial.key(1, part=part) for part in _PARTS]
+        keys.append(trial.key(1, zone=_ZONES[0], part=_PARTS[5]))
+        for number, key in enumerate(keys):
+            expect(await trial.backend.contains([key]), [None], f"contains({key}), not stored yet")
+            result = await trial.put(key, noise(number, PAGE))
+            expect(result, None, f"the result of put({key})")
+        for number, key in enumerate(keys):
+            found = await trial.load(key, PAGE)
+            same_bytes(found or b"", noise(number, PAGE), f"{key}, one of {len(keys)} alike,")
+
+    @promise("nbytes bytes were filled, fewer than asked only when the object ends there.",
+             Need.TRUNCATE)  # fmt: skip
+    async def test_a_truncated_object_reads_short(self, trial: Trial) -> None:
+        for number, left in enumerate((PAGE, PAGE + 7, PAGE - 1, 1, 0)):
+            content = await trial.store(number, 4 * PAGE)
+            self.truncate(trial.key(number), left)
+            result, loan = await trial.get(trial.key(number), 4 * PAGE, pages=(1, 2))
+            if isinstance(result, BackendError) or (left == 0 and result == Miss()):
+                continue  # who notices that it is damaged may say so
+            expect(result, Hit(left), f"get() of an object of which {left} bytes are left")
+            loan.holds(content[:left], "a truncated object")
+            sizes = await trial.backend.contains([trial.key(number)])
+            expect(sizes, [left], "contains() of a truncated object")
+
+    @promise("They belong to the caller")
+    async def test_a_read_writes_inside_its_regions_only(self, trial: Trial) -> None:
+        await trial.store(1, 4 * PAGE)
+        for nbytes in (PAGE, 2 * PAGE, 4 * PAGE, 6 * PAGE):
+            _, loan = await trial.get(trial.key(1), nbytes, pages=(1,))
+            loan.guards_stand()
+
+    @promise("The caller keeps them alive and unchanged until put returns.")
+    async def test_a_put_leaves_the_callers_bytes_alone(self, trial: Trial) -> None:
+        content = noise(1, 4 * PAGE)
+        loan = Loan(len(content), content)
+        await trial.backend.put([Write(trial.key(1), loan.regions((1,)))])
+        loan.holds(content, "the memory that put() was lent")
+        loan.guards_stand()
+
+    @promise("Raises ConfigError for an unknown option or a bad value.", Need.URL)
+    async def test_an_unknown_option_is_a_config_error(self, trial: Trial) -> None:
+        url = self.placed(self.url)
+        odd = f"{url}{'&' if '?' in url else '?'}no_such_option_for_kvlayer=1"
+        try:
+            open_backend(odd, backends=self.backends)
+        except ConfigError:
+            return
+        broken("ConfigError for the option no_such_option_for_kvlayer", "it was accepted")
+
+    @promise("Build an unopened backend. Touches neither network nor disk.", Need.DIRECTORY)
+    async def test_building_a_backend_touches_nothing(self, trial: Trial) -> None:
+        build, listing = self.built_elsewhere()
+        build()
+        expect(listing(), [], "what building left in its directory")

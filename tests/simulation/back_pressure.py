@@ -1,0 +1,55 @@
+"""Back-pressure: more is stored and loaded than a slow tier can take.
+
+What does not fit is dropped, counted and reported at once: no more is held for writing than the
+bounds say, no queue grows without limit, and every span of a store is accounted for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from world import PAGE, Below, Client, World
+
+from kvlayer.testing.faults import Slow
+from kvlayer.testing.memory import MemoryBackend
+
+
+async def play(world: World) -> None:
+    chance = world.chance
+    shelf = MemoryBackend()
+    settings = {
+        "write": chance.choice(["through", "back", "demote"]),
+        "max_inflight": chance.choice([1, 2, 4]),
+        "max_inflight_bytes": chance.choice([0, 1, 2 * PAGE, 4 * PAGE]),
+        "deadline_seconds": 1.0,
+        "pause_seconds": 0.2,
+    }
+    below = Below(Slow(shelf, chance, world.log, seconds=(0.05, 0.6)), settings)
+    async with world.process(below, pages=10, high=chance.choice([1.0, 0.5])) as cache:
+
+        async def work() -> None:
+            client = Client(cache)
+            for _ in range(4):
+                prompt, length = world.pick()
+                if chance.random() < 0.7:
+                    report = await client.store(prompt, length)
+                    world.counts["refused"] += len(report.failed)
+                else:
+                    await client.load(prompt, length, deadline=chance.choice([None, 0.2]))
+                cache.check()
+
+        async def watch() -> None:
+            while True:
+                await asyncio.sleep(0.02)
+                cache.check()
+
+        watching = asyncio.ensure_future(watch())
+        async with asyncio.TaskGroup() as group:
+            for _ in range(4):
+                group.create_task(work())
+        watching.cancel()
+        await asyncio.wait({watching})
+        if not watching.cancelled():
+            watching.result()
+        await cache.settle()
+        world.check_stored(shelf.objects)

@@ -1,0 +1,126 @@
+"""Eight planted bugs, one for each scenario, as patches of one function each.
+
+A patch names the text it takes away, which has to be there exactly once: where the product has
+moved on, planting fails and says so, in place of proving nothing.
+"""
+
+from __future__ import annotations
+import __future__
+
+import inspect
+import textwrap
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from kvlayer.cache import Cache
+from kvlayer.lookup import Lookups
+from kvlayer.tier.guard import Guard
+from kvlayer.tier.host import HostTier
+from kvlayer.tier.lease import LeaseTable
+from kvlayer.tier.planner import Planner
+from kvlayer_backends.file.ledger import Ledger
+
+__all__ = ["BUGS", "RACES", "Bug"]
+
+
+@dataclass(frozen=True)
+class Bug:
+    """``takes`` is replaced by ``gives`` in the source of ``function``."""
+
+    what: str
+    function: Callable[..., Any]
+    takes: str
+    gives: str
+
+    @contextmanager
+    def planted(self) -> Generator[None]:
+        """The function as patched, for all who have it, until the block ends."""
+        function: Any = inspect.unwrap(self.function)
+        source = textwrap.dedent(inspect.getsource(function))
+        found = source.count(self.takes)
+        assert found == 1, f"{self.what}: the text is {found} times in {function.__qualname__}"
+        patched = source.replace(self.takes, self.gives)
+        flags = __future__.annotations.compiler_flag
+        names: dict[str, Any] = dict(function.__globals__)
+        # Where it stands in its file: tracebacks and watchers of that file know it.
+        patched = "\n" * (function.__code__.co_firstlineno - 1) + patched
+        file = function.__code__.co_filename
+        code = compile(patched, file, "exec", flags, dont_inherit=True)
+        exec(code, names)  # noqa: S102  # the product's own source, but for one patch
+        healthy = function.__code__
+        function.__code__ = inspect.unwrap(names[function.__name__]).__code__
+        try:
+            yield
+        finally:
+            function.__code__ = healthy
+
+
+BUGS = {
+    "eviction_against_lookup": Bug(
+        "what a move still reads may be evicted",
+        HostTier.victim,
+        "if not found.pins:",
+        "if not found.pins or found.host is Host.READY:",
+    ),
+    "dying_writer": Bug(
+        "a gather that was cut off counts as one that missed nothing",
+        Planner.gathered,
+        "todo.cut(missed, self.tiers[0])",
+        "todo.cut(missed or (), self.tiers[0])",
+    ),
+    "flapping_tier": Bug(
+        "a tier that fails its probe is never asked again",
+        Guard._probe,
+        "if not breaker.is_closed:",
+        "if breaker.is_half_open:",
+    ),
+    "cancellation": Bug(
+        "a retrieve that is cancelled keeps its pins",
+        Cache.retrieve,
+        "finally:",
+        "except ZeroDivisionError:\n        raise\n    else:",
+    ),
+    "lease_expiry": Bug(
+        "a lease that has run out keeps its pins",
+        LeaseTable.expire,
+        "self.release(number)",
+        "pass",
+    ),
+    "janitor_hand_over": Bug(
+        "who takes office does not count what it finds",
+        Ledger.discover,
+        "if not self._is_newer(key):",
+        "if self._is_newer(key):",
+    ),
+    "back_pressure": Bug(
+        "one more write is admitted than there is room for",
+        Guard._admit,
+        "0 < turns.nbytes > self.max_write_nbytes - nbytes",
+        "0 < turns.nbytes > self.max_write_nbytes",
+    ),
+    "two_planners": Bug(
+        "what another process took away is offered again and again",
+        Planner.missing,
+        "self.directory.drop_tier(record, tier)",
+        "pass",
+    ),
+}
+"""By the scenario that is meant to find it."""
+
+RACES = {
+    "found, then leased": Bug(
+        "something goes between being found and being leased",
+        Lookups._at_once,
+        "with self._planner.lock:",
+        "if True:",
+    ),
+    "claimed without the lock": Bug(
+        "what a lease holds is pinned a moment after it was looked at",
+        Planner.claim,
+        "with self.lock:",
+        "if True:",
+    ),
+}
+"""Races of threads, for the schedule to find."""

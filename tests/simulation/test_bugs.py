@@ -1,0 +1,36 @@
+"""The simulator finds bugs: each of eight that are planted, by a seed that finds it every time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bugs import BUGS
+from scenarios import SCENARIOS, FoundError, play_seed
+
+BUDGET = 2000  # seeds; what a campaign plays of each scenario
+
+
+def test_every_scenario_has_its_bug() -> None:
+    assert BUGS.keys() == SCENARIOS.keys()
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_found_and_its_seed_replays(name: str, arena: Path, figures: Any) -> None:
+    with BUGS[name].planted():
+        found = _find(name, arena)
+        with pytest.raises(FoundError) as again:
+            play_seed(name, found.seed, arena)
+    assert again.value.reason == found.reason
+    play_seed(name, found.seed, arena)  # and it was the bug
+    figures(f"simulation.bug.{name}", seeds_needed=found.seed + 1, reason=found.reason[:120])
+
+
+def _find(name: str, arena: Path) -> FoundError:
+    for seed in range(BUDGET):
+        try:
+            play_seed(name, seed, arena)
+        except FoundError as found:
+            return found
+    pytest.fail(f"{BUGS[name].what}: not found by {BUDGET} seeds of {name}")

@@ -1,0 +1,97 @@
+"""What a campaign reports: machine, version, each part's seconds, figures and outcome."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from campaign import Part, report
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tests" / "support" / "campaign.py"
+
+TESTS = """
+import pytest
+
+def test_counts(dose, figures):
+    figures("part.counted", seeds=dose(1, 100), lost=0)
+
+def test_outcome():
+    {outcome}
+"""
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A repository with the rules of this one, and none of its tests."""
+    (tmp_path / "conftest.py").write_text((ROOT / "conftest.py").read_text())
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    for name, outcome in (
+        ("good", "pass"),
+        ("bad", "raise ZeroDivisionError"),
+        ("skips", "pytest.skip('no such device')"),
+        ("dies", "import os; os._exit(7)"),
+    ):
+        (tmp_path / f"test_{name}.py").write_text(TESTS.format(outcome=outcome))
+    return tmp_path
+
+
+def campaign(clone: Path, *names: str) -> tuple[int, dict[str, Any], str]:
+    runs = [f"--run={name}=test_{name}.py" for name in names]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--json=report.json", *runs, "-p", "no:cacheprovider"],
+        cwd=clone,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.returncode, json.loads((clone / "report.json").read_text()), done.stdout
+
+
+def test_a_report_has_the_promised_shape_and_one_bad_part_fails_it_alone(
+    clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    code, found, shown = campaign(clone, "bad", "dies", "good", "skips")
+    assert code == found["exit_code"] == 1
+    assert set(found) == {
+        "format",
+        "version",
+        "revision",
+        "machine",
+        "started",
+        "seconds",
+        "exit_code",
+        "parts",
+    }
+    assert (found["format"], found["machine"]["python"]) == (1, sys.version.split()[0])
+    bad, dies, good, skips = found["parts"]
+    assert set(good) == {"name", "paths", "exit_code", "seconds", "outcomes", "skipped", "rows"}
+    assert good["rows"] == [{"name": "part.counted", "seeds": 100, "lost": 0}]
+    assert good["outcomes"] == {"passed": 2, "failed": 0, "skipped": 0, "error": 0}
+    assert (bad["exit_code"], bad["outcomes"]["failed"]) == (1, 1)
+    assert (dies["exit_code"], dies["outcomes"]) == (7, {})
+    assert skips["outcomes"]["skipped"] == 1 and "no such device" in skips["skipped"][0]
+    assert found["seconds"] == pytest.approx(sum(p["seconds"] for p in found["parts"]), abs=0.11)
+    lines = [line.split()[:2] for line in shown.splitlines()[-4:]]
+    assert lines == [["bad", "FAILED"], ["dies", "FAILED"], ["good", "ok"], ["skips", "ok"]]
+
+
+def test_a_campaign_of_good_parts_succeeds() -> None:
+    part = Part("good", [], exit_code=0, outcomes={"passed": 1})
+    assert report([part], "")["exit_code"] == 0
+    empty = Part("empty", [], exit_code=0, outcomes={"passed": 0})
+    assert report([part, empty], "")["exit_code"] == 1, "nothing was tested"
+
+
+def test_every_part_of_the_campaign_has_tests() -> None:
+    source = (ROOT / "noxfile.py").read_text()
+    table = source[source.index("CAMPAIGN = {") : source.index("}\n", source.index("CAMPAIGN"))]
+    paths = [word for word in table.split('"') if "/" in word]
+    assert len(paths) >= 3
+    assert all((ROOT / path).exists() for path in paths), paths
