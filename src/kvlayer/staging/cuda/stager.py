@@ -62,6 +62,7 @@ class CudaStager(Stager):
     ) -> None:
         self._layout = layout
         self._offload = Offload(threads, "kvlayer-stage")
+        self._offload.begin()  # later the system may have no thread to give
         self._torch = torch_stager or TorchStager(layout, threads=threads, offload=self._offload)
         self._reader = GeometryReader(layout)
         self._background = Offload(1, "kvlayer-cuda")
@@ -106,7 +107,7 @@ class CudaStager(Stager):
         self._pinning = None
         await self._torch.aclose()
         self._offload.close()
-        if not self._is_closed:
+        if running and not self._is_closed:
             self._is_closed = True
             await self._background.run(self._devices.close)
         self._background.close()
