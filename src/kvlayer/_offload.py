@@ -60,15 +60,19 @@ class _Todo:
             self._is_stopped = True
 
 
+class _NoThreadError(RuntimeError):
+    """The system starts no thread, and there is none."""
+
+
 class _Pool(ThreadPoolExecutor):
     """Goes on with the threads it has where the system gives it no more (memory, ``ulimit -u``)."""
 
     def _adjust_thread_count(self) -> None:
         try:
             super()._adjust_thread_count()
-        except RuntimeError:  # the work is queued already: whoever lives will get to it
+        except RuntimeError as exc:  # the work is queued already: whoever lives will get to it
             if not self._threads:
-                raise
+                raise _NoThreadError(*exc.args) from exc
 
 
 class Offload:
@@ -172,9 +176,13 @@ class Offload:
             raise ClosedError(f"the thread pool {self._name!r} is closed")
         try:
             return asyncio.get_running_loop().run_in_executor(self._started(), call)
-        except RuntimeError:
+        except _NoThreadError:
             call.drop()  # queued all the same, for a thread that may come when nobody waits
             raise
+        except RuntimeError:
+            call.drop()
+            detail = f"the thread pool {self._name!r} ends with the interpreter"
+            raise ClosedError(detail) from None
 
     def _started(self) -> _Pool:
         if self._pool is None:

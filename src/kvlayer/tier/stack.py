@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 
+from kvlayer.errors import ClosedError
 from kvlayer.keys import ChunkChain, ObjectKey, Span
 from kvlayer.layout import HitRule, KVView
 from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
@@ -204,9 +205,10 @@ class Stack:
             while todo.unplanned:
                 await asyncio.sleep(0)
                 self.planner.plan_more(chain, todo, holds, _SLICE)
-            await asyncio.sleep(0)
             pieces = [slot.piece for slot in todo.gathers]
-            missed = await self.mover.gather(view, pieces, window.start) if pieces else ()
+            if len(pieces) > _SLICE:
+                await asyncio.sleep(0)
+            missed = await self._gather(view, pieces, window)
         finally:
             failed = self.planner.gathered(todo, missed)
             self.host.lost(
@@ -221,6 +223,15 @@ class Stack:
         failed += await self._send_down(chain, todo)
         report = StoreReport(len(todo.spans), len(todo.skipped), len(todo.dropped), tuple(failed))
         return report, todo
+
+    async def _gather(
+        self, view: KVView, pieces: Sequence[Piece], window: Window
+    ) -> Sequence[Outcome]:
+        """What was missed, which is everything when the cache is closed meanwhile."""
+        try:
+            return await self.mover.gather(view, pieces, window.start) if pieces else ()
+        except ClosedError as exc:
+            return [Outcome(piece.key, Cause.BUSY, str(exc), 0, 0.0) for piece in pieces]
 
     async def _send_down(self, chain: ChunkChain, todo: StorePlan) -> list[Failure]:
         moves = [(slot.span, slot.record) for slot in todo.gathers]
@@ -258,7 +269,7 @@ class Stack:
             async with aclosing(self.loads.arrive(wanted, trouble, until)) as arrivals:
                 async for batch in arrivals:
                     pieces = [_piece(span, r) for span, records in batch for r in records]
-                    missed = await self.mover.scatter(view, pieces, bound.start, bound.stop)
+                    missed = await self._scatter(view, pieces, bound)
                     whole = _before(batch, missed, self.host.name, trouble)
                     done += whole
                     self.host.hits += len(pieces)
@@ -272,6 +283,15 @@ class Stack:
         if done == len(wanted):
             return RetrieveReport(max(bound.stop, bound.start))
         return RetrieveReport(self._usable(match, wanted[0][0], done, bound), tuple(trouble))
+
+    async def _scatter(
+        self, view: KVView, pieces: Sequence[Piece], bound: Window
+    ) -> Sequence[Outcome]:
+        """What was missed, which is everything when the cache is closed meanwhile."""
+        try:
+            return await self.mover.scatter(view, pieces, bound.start, bound.stop)
+        except ClosedError as exc:
+            return [Outcome(piece.key, Cause.BUSY, str(exc), 0, 0.0) for piece in pieces]
 
     def _usable(self, match: Match, first: Span, done: int, bound: Window) -> int:
         """Tokens of the correct prefix after ``done`` spans from ``first`` on were scattered."""
