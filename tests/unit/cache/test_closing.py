@@ -11,7 +11,7 @@ import pytest
 from caches import config, layout, tokens
 from engine import Engine
 
-from kvlayer import Cache
+from kvlayer import Cache, Scope
 from kvlayer.keys import ObjectKey
 
 
@@ -63,3 +63,25 @@ async def test_a_cancelled_close_does_not_wait_for_what_is_being_written(tmp_pat
     async with asyncio.timeout(10):
         await asyncio.wait({task})
     assert task.cancelled()
+
+
+@pytest.mark.parametrize("turns", range(1, 9))
+@pytest.mark.asyncio
+async def test_what_is_in_flight_when_a_cache_closes_ends_with_failures(
+    tmp_path: Path, turns: int
+) -> None:
+    """Wherever it is: planning a long prompt, gathering it, writing it down, loading it."""
+    engine = Engine(layout(), 256)
+    prompt, slots = tokens(16 * 48), engine.slots(16 * 48)
+    async with Cache.open(config(tmp_path), layout()) as cache:
+        await cache.store(prompt[: 16 * 40], engine.view(slots[: 16 * 40]))
+        await cache.control.evict(prompt, tier="cpu")
+        hit = await cache.lookups.find(prompt, Scope())
+        loading = asyncio.create_task(cache.retrieve(hit, engine.view(slots)))
+        storing = asyncio.create_task(cache.store(prompt, engine.view(slots)))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+    loaded, stored = await asyncio.gather(loading, storing)
+    assert loaded.tokens <= 16 * 40
+    assert loaded.tokens == 16 * 40 or loaded.failed
+    assert stored.stored + stored.skipped + stored.dropped + len(stored.failed) >= 48
