@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from kvlayer.keys import Part
-from kvlayer.layout import KVView
+from kvlayer.layout import KVLayout, KVView
 from kvlayer.payload import Payload
 
-__all__ = ["HostCopy", "Stager"]
+__all__ = ["HostCopy", "MakeStager", "Stager"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +62,7 @@ class Stager(ABC):
 
     async def aclose(self) -> None:
         """Release device resources. Idempotent."""
+
+
+MakeStager: TypeAlias = Callable[[KVLayout, int], Stager]
+"""Makes the stager of an engine's device, given its layout and how many threads may copy."""

@@ -193,7 +193,13 @@ class Stack:
     # -- store -----------------------------------------------------------------------------------
 
     async def store(
-        self, chain: ChunkChain, view: KVView, window: Window, *, tail: bool
+        self,
+        chain: ChunkChain,
+        view: KVView,
+        window: Window,
+        *,
+        tail: bool,
+        on_gathered: Callable[[], None] | None = None,
     ) -> tuple[StoreReport, StorePlan]:
         """Gather what is missing, serve it, and send it down. See ``Cache.store``."""
         todo = self.planner.plan_store(
@@ -210,6 +216,8 @@ class Stack:
             missed = await self.mover.gather(view, pieces, window.start) if pieces else ()
         finally:
             failed = self.planner.gathered(todo, missed)
+        if on_gathered is not None:
+            on_gathered()
         self.host.stored += len(todo.gathers)
         self.host.stored_nbytes += sum(slot.piece.nbytes for slot in todo.gathers)
         if todo.dropped:
@@ -296,14 +304,15 @@ class Stack:
                 self.planner.release(lease.number)
         return lease, report
 
-    async def promote(self, match: Match) -> RetrieveReport:
+    async def promote(self, match: Match, *, deadline: float | None = None) -> RetrieveReport:
         """Bring a match into host memory; the caller's lease holds it there afterwards."""
         trouble: list[Failure] = []
         done = 0
         path = match.path()
+        until = None if deadline is None else self._clock() + deadline
         self.planner.pin(path)  # the lease may run out before everything is there
         try:
-            async with aclosing(self.loads.arrive(_wanted(match), trouble)) as arrivals:
+            async with aclosing(self.loads.arrive(_wanted(match), trouble, until)) as arrivals:
                 async for batch in arrivals:
                     done += len(batch)
         finally:
