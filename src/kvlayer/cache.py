@@ -10,7 +10,7 @@ from typing import Any
 
 from kvlayer import opening
 from kvlayer.abc.backend import Backend
-from kvlayer.abc.stager import MakeStager
+from kvlayer.abc.stager import Landed, MakeStager
 from kvlayer.config import CacheConfig
 from kvlayer.control import Control
 from kvlayer.errors import ClosedError, ForkedError, LayoutError
@@ -186,6 +186,7 @@ class Cache:
         *,
         first_token: int = 0,
         deadline: float | None = None,
+        on_layer: Landed | None = None,
     ) -> RetrieveReport:
         """Load a hit into the engine's memory, as far as ``kv`` covers it.
 
@@ -199,6 +200,10 @@ class Cache:
         when it has taken as long as recomputing would (see :meth:`report_prefill`): whichever
         comes first.
 
+        ``on_layer`` is called on the loop as soon as a layer holds all that is going to be loaded,
+        in the model's order, so that attention over it need not wait for the others. It is not
+        called where the engine's memory is filled all at once, nor after a failure.
+
         The view may be written beyond ``report.tokens``, never outside its slots. Cancelling
         returns once the view is untouched. Raises ``LayoutError``.
         """
@@ -208,7 +213,9 @@ class Cache:
         match = self._claim(hit)
         sources = Sources(match, self._planner.tiers) if self._emit else None
         try:
-            report = await self._stack.retrieve(match, kv, window, deadline=deadline)
+            report = await self._stack.retrieve(
+                match, kv, window, deadline=deadline, landed=on_layer
+            )
         finally:
             self._planner.unpin(match.path())
         asked = min(hit.tokens, window.stop)

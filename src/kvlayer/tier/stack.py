@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 
+from kvlayer.abc.stager import Landed
 from kvlayer.keys import ChunkChain, ObjectKey, Span
 from kvlayer.layout import HitRule, KVView
 from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
@@ -240,7 +241,13 @@ class Stack:
     # -- retrieve --------------------------------------------------------------------------------
 
     async def retrieve(
-        self, match: Match, view: KVView, window: Window, *, deadline: float | None = None
+        self,
+        match: Match,
+        view: KVView,
+        window: Window,
+        *,
+        deadline: float | None = None,
+        landed: Landed | None = None,
     ) -> RetrieveReport:
         """Bring a match up and scatter it, in prompt order. See ``Cache.retrieve``."""
         match = self.planner.bounded(match, window.stop)
@@ -260,7 +267,10 @@ class Stack:
             async with aclosing(self.loads.arrive(wanted, trouble, until)) as arrivals:
                 async for batch in arrivals:
                     pieces = [_piece(span, r) for span, records in batch for r in records]
-                    missed = await self.mover.scatter(view, pieces, bound.start, bound.stop)
+                    is_last = done + len(batch) == len(wanted)  # layers are complete only then
+                    missed = await self.mover.scatter(
+                        view, pieces, bound.start, bound.stop, landed if is_last else None
+                    )
                     whole = _before(batch, missed, self.host.name, trouble)
                     done += whole
                     self.host.hits += len(pieces)

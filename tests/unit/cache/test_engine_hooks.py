@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from caches import config, layout, stored_files, tokens
 from engine import Engine, same
 from sick import Patient, ward
@@ -16,7 +18,7 @@ from kvlayer.abc.stager import HostCopy
 from kvlayer.bench.sick import Sickness
 from kvlayer.errors import LayoutError
 from kvlayer.events import Event, PrefetchDone
-from kvlayer.layout import KVLayout
+from kvlayer.layout import NHD, AttentionKind, GroupLayout, KVGroup, KVLayout
 from kvlayer.staging.torch_stager import TorchStager
 
 PROMPT = tokens(64)
@@ -133,3 +135,42 @@ async def test_an_engine_brings_its_own_stager() -> None:
         async with cache.lookup(PROMPT) as hit:
             await cache.retrieve(hit, engine.view(engine.slots(64)))
     assert [stager.calls for stager in made] == [["gather", "scatter"]]
+
+
+@pytest.mark.asyncio
+async def test_a_layer_is_reported_when_it_is_complete_and_before_the_next_one() -> None:
+    kv = KVLayout((GroupLayout(full_group(), NHD, 4), GroupLayout(odd_group(), NHD, 4)))
+    engine, other = Engine(kv, 32, 1), Engine(kv, 32, 2)
+    slots = engine.slots(64)
+    seen: list[tuple[int, int, int]] = []
+
+    def landed(group: int, local: int) -> None:
+        complete = sum(
+            torch.equal(mine.view(torch.int32), theirs.view(torch.int32))
+            for mine, theirs in zip(engine.caches[0], copied(0), strict=True)
+        )
+        seen.append((group, local, complete))
+
+    def copied(group: int) -> list[Any]:
+        return other.caches[group]
+
+    for mine, theirs in zip(engine.caches, other.caches, strict=True):
+        for one, two in zip(mine, theirs, strict=True):
+            two.copy_(one)  # what is not loaded is equal already
+            two.view(-1, 4, 2, 8)[(slots[::4] // 4)[:1]] += 1  # and in one block it is not
+    async with Cache.open(config(), kv) as cache:
+        await cache.store(PROMPT, engine.view(slots))
+        async with cache.lookup(PROMPT) as hit:
+            report = await cache.retrieve(hit, other.view(slots), on_layer=landed)
+    assert report.tokens == 64 and same(engine.read(slots), other.read(slots))
+    # Layers 0, 1, 2, 3 of the model: two groups take turns.
+    assert [(group, local) for group, local, _ in seen] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert [complete for *_, complete in seen] == [1, 1, 2, 2]
+
+
+def full_group() -> KVGroup:
+    return KVGroup(AttentionKind.MHA, (0, 2), "float32", 2, 8)
+
+
+def odd_group() -> KVGroup:
+    return KVGroup(AttentionKind.MHA, (1, 3), "float32", 2, 8)
