@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm_process import EngineProcess
 
 if find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -150,3 +152,155 @@ class _Over:
 def no_cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Digests of models are remembered below the test's own folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def engine_process() -> Iterator[Any]:
+    """``engine_process(model, cache, **options)``; one at a time: it ends before the next."""
+    running: list[EngineProcess] = []
+
+    def start(model: Path, cache: Any, **options: Any) -> EngineProcess:
+        running.append(EngineProcess(model, cache, **options))
+        return running[-1]
+
+    yield start
+    for each in running:
+        if each.process.poll() is None:
+            each.kill()
+
+
+# -- one engine in this process, for every test that looks inside ---------------------------------
+
+ANSWER = 12
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32",  # in bf16 near ties decide greedy answers
+    "max_num_batched_tokens": 256,  # longer prompts are computed in steps
+    "num_gpu_blocks_override": 40,
+    "max_model_len": 1024,
+}
+
+
+@pytest.fixture(scope="session")
+def smol() -> Path:
+    """A trained model: SmolLM2-135M-Instruct."""
+    from kvlayer_vllm.bench.models import trained_model
+
+    return trained_model()
+
+
+@pytest.fixture(scope="session")
+def prompts(smol: Path) -> dict[str, list[list[int]]]:
+    """34 prompts of text by what they are for."""
+    from transformers import AutoTokenizer
+
+    from kvlayer_transformers.demo import documents
+
+    folder = Path(documents.__file__).parent / "documents"
+    text = "\n".join(path.read_text() for path in sorted(folder.glob("*.txt")))
+    tokenizer: Any = AutoTokenizer.from_pretrained(smol)
+    words: list[int] = tokenizer(text)["input_ids"]
+
+    def cut(start: int, count: int) -> list[int]:
+        return words[start : start + count]
+
+    return {
+        "single": [cut(37 * n, 90 + 23 * n) for n in range(12)],
+        "shared": [
+            cut(1000 * batch, 160) + cut(300 + 90 * n + 7 * batch, 30 + 11 * n)
+            for batch in range(1, 4)
+            for n in range(4)
+        ],
+        "chunked": [cut(1700, 700), cut(2100, 577), cut(2000, 512)],
+        # Nine blocks each, of the 39 there are; the answers need a tenth.
+        "preempted": [cut(130 + 290 * n, 280) for n in range(4)],
+        "control": [cut(555 + 100 * n, 200) for n in range(3)],
+    }
+
+
+@pytest.fixture(scope="session")
+def expected(
+    smol: Path, prompts: dict[str, list[list[int]]]
+) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """What the engine answers without kvlayer, each prompt alone."""
+    process = EngineProcess(smol, None, **OPTIONS)
+    every = [prompt for some in prompts.values() for prompt in some]
+    answers = [process("ask", [prompt], ANSWER)[0] for prompt in every]
+    process.close()
+    return {tuple(prompt): tuple(found) for prompt, (found, _) in zip(every, answers, strict=True)}
+
+
+class Inside:
+    """The engine of this process, with kvlayer above a tier that falls ill on command."""
+
+    def __init__(self, serving: Any, tier: Any) -> None:
+        self.serving = serving
+        self.tier = tier
+
+    @property
+    def half(self) -> Any:
+        return self.serving.connector.scheduler
+
+    @property
+    def portal(self) -> Any:
+        return self.half.portal
+
+    def ask(self, prompts: list[list[int]], **how: Any) -> list[tuple[int, ...]]:
+        return [answer.tokens for answer in self.serving.ask(prompts, ANSWER, **how)]
+
+    @property
+    def loaded(self) -> int:
+        """Tokens copied from host memory into the engine so far."""
+        stack = self.portal.cache.stack
+        part = stack.planner.directory.needs[0]
+        per_token = stack.planner.payload(part, 1024).nbytes // 1024
+        return int(stack.host.loaded_nbytes // per_token)
+
+    def forget(self) -> None:
+        """The engine's own prefix cache holds nothing any more."""
+        self.serving.rest()
+        assert self.serving.core.scheduler.reset_prefix_cache()
+
+    def leave_memory(self, prompt: list[int], salt: str = "") -> None:
+        """The prompt's KV is on the tier alone."""
+        from kvlayer import Cache, Scope
+
+        async def evict(cache: Any) -> int:
+            scope = Scope.private(salt) if salt else Scope()
+            return int(await cache.control.evict(prompt, tier="cpu", scope=scope))
+
+        self.forget()
+        self.portal.call(Cache.flush)
+        self.portal.call(evict)
+
+
+@pytest.fixture(scope="session")
+def engine(smol: Path, expected: Any) -> Iterator[Inside]:
+    """The one engine of this process. ``expected`` comes first: only one runs at a time."""
+    from kvlayer.bench.sick import SickTier
+    from kvlayer.registry import BACKENDS
+    from kvlayer_vllm import scheduler
+    from kvlayer_vllm.bench.serving import Serving
+
+    tier = SickTier.fresh()
+    opened = scheduler.Portal.open
+    with pytest.MonkeyPatch.context() as patch:
+        backends = BACKENDS.extended({"sick": tier})
+        patch.setattr(
+            scheduler.Portal, "open", lambda *args, **how: opened(*args, backends=backends, **how)
+        )
+        below = {"write": "through", "deadline_seconds": DEADLINE, "pause_seconds": 0.2}
+        serving = Serving(
+            str(smol),
+            cache={
+                "tokens_per_chunk": 64,
+                "tokens_per_tail": 32,
+                "tiers": [{"url": "cpu://?capacity=1GiB"}, {"url": "sick://", **below}],
+            },
+            enable_prefix_caching=True,
+            **OPTIONS,
+        )
+    yield Inside(serving, tier)
+    serving.close()
+
+
+DEADLINE = 0.5

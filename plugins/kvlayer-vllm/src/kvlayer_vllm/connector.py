@@ -169,7 +169,8 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.load(_step(self._get_connector_metadata()))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """All of a step's loads have ended before it begins."""
+        if self._worker is not None:
+            self._worker.layer(layer_name)
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any

@@ -85,7 +85,7 @@ def _engine_group(vllm_config: VllmConfig, index: int, found: Any) -> EngineGrou
         group = KVGroup(AttentionKind.MLA, layers, dtype, head_size=spec.head_size, rope=rope)
         return EngineGroup(group, names, spec.block_size, 1, spec.dtype)
     window = spec.sliding_window if kind == "SlidingWindowSpec" else None
-    if window is not None and getattr(spec, "extra_retained_tokens", 0):
+    if window is not None and spec.extra_retained_tokens:
         _refuse(f"{where}: a window that keeps {spec.extra_retained_tokens} tokens more")
     v_head_size = spec.head_size_v
     group = KVGroup(

@@ -5,13 +5,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
-from threading import Event
+from threading import Condition, Event
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvlayer import Cache, KVView, Portal, RetrieveReport, Scope
+from kvlayer.abc.stager import Landed
+from kvlayer.errors import ClosedError, ForkedError
 from kvlayer.job import Job
 from kvlayer.lookup import Lookup
 
@@ -121,11 +123,16 @@ class Load:
         self._lookup = lookup
         self._blocks = blocks
         self._tokens_per_block = tokens_per_block
-        self._start: Callable[[], Job[RetrieveReport]] | None = None
+        self._start: Callable[[Landed], Job[RetrieveReport]] | None = None
         self._job: Job[RetrieveReport] | None = None
+        self._is_distrusted = False
+        self._is_refused = False
+        self._changed = Condition()
+        """Guards what follows."""
+        self._landed: set[tuple[int, int]] = set()
 
-    def prepare(self, start: Callable[[], Job[RetrieveReport]]) -> None:
-        """``start()`` begins the copy: not before what else uses the blocks has ended."""
+    def prepare(self, start: Callable[[Landed], Job[RetrieveReport]]) -> None:
+        """``start(landed)`` begins the copy: not before what else uses the blocks has ended."""
         self._start = start
 
     @property
@@ -136,12 +143,36 @@ class Load:
     def begin(self) -> None:
         """Start to write into the blocks."""
         assert self._start is not None
-        self._job = self._start()
+        try:
+            self._job = self._start(self._layer_landed)
+        except (ClosedError, ForkedError):
+            self._is_refused = True  # nothing is loaded, and that is reported
+        else:
+            self._job.add_done_callback(lambda _: self._wake())
+
+    def _layer_landed(self, group: int, local: int) -> None:
+        with self._changed:
+            self._landed.add((group, local))
+            self._changed.notify_all()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def wait_for_layer(self, group: int, local: int) -> None:
+        """Until a layer holds all that is loaded, or the load has ended without it."""
+        with self._changed:
+            while (group, local) not in self._landed and not self.is_over:
+                self._changed.wait(_POLL_SECONDS)
+
+    def distrust(self) -> None:
+        """The step did not wait for it: nothing that was computed with it counts."""
+        self._is_distrusted = True
 
     @property
     def is_over(self) -> bool:
         """Whether the blocks are not written any more."""
-        return self._job is not None and self._job.has_ended
+        return self._is_refused or (self._job is not None and self._job.has_ended)
 
     def wait(self) -> None:
         """Until the blocks are not written any more: as long as copying them takes."""
@@ -157,7 +188,9 @@ class Load:
     @property
     def tokens(self) -> int:
         """How many tokens from the prompt's start are in the blocks and right. Once it is over."""
-        if self._job is None or self._job.cancelled() or self._job.exception() is not None:
+        if self._job is None or self._is_distrusted:
+            return self.first
+        if self._job.cancelled() or self._job.exception() is not None:
             return self.first
         return max(min(self._job.result().tokens, self.promised), self.first)
 

@@ -137,6 +137,11 @@ class SchedulerHalf:
         self._block_table = block_table
 
     @property
+    def tracked(self) -> int:
+        """Requests whose blocks may still be read or written."""
+        return len(self._tracked) + len(self._leaving) + len(self._loading)
+
+    @property
     def portal(self) -> Portal:
         """The cache. Raises ``UnsupportedError`` before :meth:`open`."""
         if self._portal is None:
@@ -222,8 +227,15 @@ class SchedulerHalf:
             for ids, size in zip(block_ids, self._block_sizes, strict=True)
         ]
         view = self._hands.view(slots, load)
+        is_layerwise = self._settings.loads == "layerwise"
         load.prepare(
-            lambda: self.portal.submit(Cache.retrieve, lookup.hit, view, first_token=first)
+            lambda landed: self.portal.submit(
+                Cache.retrieve,
+                lookup.hit,
+                view,
+                first_token=first,
+                on_layer=landed if is_layerwise else None,
+            )
         )
         tracked.load = load
         tracked.is_doubtful = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -16,9 +17,12 @@ from kvlayer_vllm.engine import KVCacheConfig, VllmConfig
 from kvlayer_vllm.groups import engine_groups
 from kvlayer_vllm.layouts import RankLayout, caches_of, rank_layout
 from kvlayer_vllm.messages import Answers, Errand, Handshake, Step
+from kvlayer_vllm.moves import Load
 from kvlayer_vllm.settings import Settings
 
 __all__ = ["WorkerHalf"]
+
+_log = logging.getLogger("vllm.kvlayer")  # below vLLM's, so that its users see it
 
 _IDLE_SECONDS = 0.0005  # as long as vLLM's own loop sleeps after a step without work, and less
 
@@ -39,6 +43,15 @@ class WorkerHalf:
         self._rank: LoopThread[Rank] | None = None
         self._answers = Answers()
         self._invalid: set[int] = set()
+        self._is_layerwise = settings.loads == "layerwise"
+        self._places = {
+            name: (group, local)
+            for group, each in enumerate(self._groups)
+            for local, name in enumerate(each.layer_names)
+        }
+        self._loads: list[Load] = []
+        """Of the step under way, while it computes."""
+        self._waited: set[str] = set()
 
     def registered(self, tensors: Mapping[str, Any]) -> None:
         """The engine's KV tensors are there, by the names of their layers."""
@@ -69,15 +82,38 @@ class WorkerHalf:
         for load in step.loads:
             load.begin()
         if step.must_wait:
-            for load in step.loads:
-                load.wait()
-                if not load.is_whole:
-                    self._invalid |= load.invalid_blocks()
+            self._loads, self._waited = step.loads, set()
+            if not self._is_layerwise:
+                for load in self._loads:
+                    load.wait()
         for errand in step.errands:
             if self._order(errand).verb is Verb.SCATTER:
                 self._carry_out(errand)
         if step.is_idle:
             time.sleep(_IDLE_SECONDS)
+
+    def layer(self, name: str) -> None:
+        """Attention over this layer is next: wait for what is loaded into it."""
+        if not self._loads:
+            return
+        self._waited.add(name)
+        if self._is_layerwise and name in self._places:
+            for load in self._loads:
+                load.wait_for_layer(*self._places[name])
+
+    def _end_loads(self) -> None:
+        """The step has computed: which blocks it should have had and did not."""
+        is_trusted = not self._is_layerwise or self._places.keys() <= self._waited
+        if self._loads and not is_trusted:
+            self._is_layerwise = False  # this model's attention does not ask: wait before the step
+            _log.warning("this model does not wait for layers: loads are waited for as a whole")
+        for load in self._loads:
+            load.wait()
+            if not is_trusted:
+                load.distrust()
+            if not load.is_whole:
+                self._invalid |= load.invalid_blocks()
+        self._loads = []
 
     def _order(self, errand: Errand) -> Order:
         return Order.from_bytes(errand.order)
@@ -90,6 +126,7 @@ class WorkerHalf:
 
     def invalid_blocks(self, step: Step) -> set[int]:
         """Blocks that were to be loaded by now and were not."""
+        self._end_loads()
         found, self._invalid = self._invalid | step.invalid, set()
         return found
 

@@ -34,6 +34,8 @@ class Answer:
     """Until the first token."""
     cpu_seconds: float
     """Of all threads of the process, until the first token."""
+    logprobs: tuple[tuple[float, ...], ...] = ()
+    """Of each token the best ones, best first, where they were asked for."""
 
 
 def prompt_of(tokens: int, seed: int, vocabulary: int = 8192) -> list[int]:
@@ -83,8 +85,10 @@ class Serving:
         """The scheduler's connector."""
         return self.core.scheduler.connector
 
-    def ask(self, prompts: Sequence[Sequence[int]], tokens: int, **sampling: Any) -> list[Answer]:
-        """Greedy answers to prompts that arrive at once."""
+    def ask(
+        self, prompts: Sequence[Sequence[int]], tokens: int, *, salt: str = "", **sampling: Any
+    ) -> list[Answer]:
+        """Greedy answers to prompts that arrive at once; ``salt`` is their ``cache_salt``."""
         from kvlayer_vllm.engine import module
 
         parameters = module().SamplingParams(
@@ -95,7 +99,10 @@ class Serving:
         for prompt in prompts:
             self._asked += 1
             names.append(f"request-{self._asked}")
-            self.engine.add_request(names[-1], {"prompt_token_ids": list(prompt)}, parameters)
+            asked: dict[str, Any] = {"prompt_token_ids": list(prompt)}
+            if salt:
+                asked["cache_salt"] = salt
+            self.engine.add_request(names[-1], asked, parameters)
         first: dict[str, tuple[float, float]] = {}
         done: dict[str, Any] = {}
         while self.engine.has_unfinished_requests():
@@ -109,6 +116,10 @@ class Serving:
                 tuple(done[name].outputs[0].token_ids),
                 done[name].num_cached_tokens or 0,
                 *first[name],
+                tuple(
+                    tuple(sorted((entry.logprob for entry in best.values()), reverse=True))
+                    for best in done[name].outputs[0].logprobs or ()
+                ),
             )
             for name in names
         ]
