@@ -106,6 +106,8 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler.bind(kv_cache_manager)
 
     def on_new_request(self, request: Request) -> None:
+        if self._scheduler is not None and not self._scheduler.is_open:
+            self._turn_off(UnsupportedError("no worker of the engine has introduced itself"))
         if self._scheduler is not None:
             self._safely(None, self._scheduler.arrived, request)
 

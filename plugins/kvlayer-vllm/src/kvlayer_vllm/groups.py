@@ -12,7 +12,7 @@ from kvlayer.errors import UnsupportedError
 from kvlayer.layout import AttentionKind, HitRule, KVGroup
 from kvlayer_vllm.engine import KVCacheConfig, VllmConfig, total_kv_heads
 
-__all__ = ["EngineGroup", "engine_groups", "rope_of"]
+__all__ = ["EngineGroup", "engine_groups", "refuse_parallel", "rope_of"]
 
 Scalar = str | int | float | bool | None
 
@@ -159,3 +159,25 @@ def _refuse(what: str) -> NoReturn:
         hint="it carries full attention, sliding windows and latents (MLA) in float32, float16 or "
         "bfloat16; the engine serves without kvlayer",
     )
+
+
+def refuse_parallel(vllm_config: VllmConfig) -> None:
+    parallel = vllm_config.parallel_config
+    for name in (
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "decode_context_parallel_size",
+        "prefill_context_parallel_size",
+    ):
+        size = getattr(parallel, name, 1)
+        if size > 1:
+            raise UnsupportedError(
+                f"kvlayer cannot carry KV of an engine with {name} = {size} yet",
+                hint="the engine serves without kvlayer",
+            )
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method != "ngram":
+        raise UnsupportedError(
+            f"kvlayer cannot carry KV of speculative decoding by {speculative.method!r} yet",
+            hint="the engine serves without kvlayer",
+        )

@@ -11,7 +11,6 @@ import logging
 import time
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,7 @@ from kvlayer.job import Job
 from kvlayer.layout import HitRule
 from kvlayer.tier.ranks import Ranks
 from kvlayer_vllm.engine import KVCacheConfig, Request, VllmConfig
-from kvlayer_vllm.groups import engine_groups
+from kvlayer_vllm.groups import engine_groups, refuse_parallel
 from kvlayer_vllm.hands import Hands, LocalHands, RemoteHands
 from kvlayer_vllm.identity import namespace_of
 from kvlayer_vllm.messages import Answers, Handshake, Step
@@ -29,39 +28,11 @@ from kvlayer_vllm.moves import Load, Save, slots_of
 from kvlayer_vllm.scopes import Adapters, scope_of
 from kvlayer_vllm.search import Search
 from kvlayer_vllm.settings import Settings
+from kvlayer_vllm.tracked import Tracked
 
 __all__ = ["SchedulerHalf"]
 
 _log = logging.getLogger("vllm.kvlayer")  # below vLLM's, so that its users see it
-
-
-@dataclass(slots=True, eq=False)
-class _Tracked:
-    """One request, from its arrival until nothing reads or writes its blocks any more."""
-
-    request: Request
-    search: Search | None
-    """Looks for its prefix; None where no KV may be shared with it."""
-    found: int = 0
-    """Tokens of it in host memory, as vLLM was told."""
-    load: Load | None = None
-    is_doubtful: bool = False
-    """What vLLM counts as computed may not be: a load that concerns it failed, or is under way."""
-    saved: int = 0
-    """Tokens that need not be stored: they were loaded, or are on their way."""
-    has_prompt: bool = False
-    """The prompt's tail is stored, too."""
-    saves: list[Save] = field(default_factory=list[Save])
-
-    def running_saves(self) -> list[Save]:
-        self.saves = [save for save in self.saves if not save.is_over]
-        return self.saves
-
-    @property
-    def computed(self) -> int:
-        """Tokens whose KV vLLM takes for right: no step that is still under way."""
-        request = self.request
-        return int(request.num_computed_tokens - request.num_in_flight_tokens)
 
 
 class SchedulerHalf:
@@ -78,7 +49,7 @@ class SchedulerHalf:
         transfer = vllm_config.kv_transfer_config
         self._loads = bool(transfer.is_kv_consumer)
         self._stores = bool(transfer.is_kv_producer)
-        _refuse_parallel(vllm_config)
+        refuse_parallel(vllm_config)
         self._groups = engine_groups(vllm_config, kv_cache_config)
         self._block_sizes = [each.tokens_per_block for each in self._groups]
         self._has_windows = any(each.group.hit_rule is HitRule.TRAILING for each in self._groups)
@@ -87,12 +58,12 @@ class SchedulerHalf:
         self._block_table: Any = None
         self._portal: Portal | None = None
         self._hands: Hands = LocalHands([])
-        self._tracked: dict[str, _Tracked] = {}
-        self._leaving: dict[str, _Tracked] = {}
+        self._tracked: dict[str, Tracked] = {}
+        self._leaving: dict[str, Tracked] = {}
         """Finished, with blocks that are still read."""
-        self._starting: list[_Tracked] = []
+        self._starting: list[Tracked] = []
         """To be loaded with the next step."""
-        self._loading: dict[str, _Tracked] = {}
+        self._loading: dict[str, Tracked] = {}
         self._scheduled: Sequence[str] = ()
         self._is_asked = False
         """A request has been told to ask again."""
@@ -137,6 +108,11 @@ class SchedulerHalf:
         self._block_table = block_table
 
     @property
+    def is_open(self) -> bool:
+        """Whether the workers have introduced themselves."""
+        return self._portal is not None
+
+    @property
     def tracked(self) -> int:
         """Requests whose blocks may still be read or written."""
         return len(self._tracked) + len(self._leaving) + len(self._loading)
@@ -162,17 +138,28 @@ class SchedulerHalf:
 
     def arrived(self, request: Request) -> None:
         """Start to look for its prefix."""
-        search = None
+        tracked = self._tracked[request.request_id] = Tracked(request, self._search(request))
+        if request.resumable:
+            self._exclude(tracked, "a session whose prompt grows while it is computed")
+        elif self._loads and not request.skip_reading_prefix_cache:
+            self._poll(tracked)
+
+    def _poll(self, tracked: Tracked) -> int | None:
+        """Tokens of the request that lie in host memory; None while that is not known."""
+        if tracked.search is None:
+            return 0
         try:
-            if request.resumable:
-                raise IdentityError("a session whose prompt grows while it is computed")
-            scope_of(request, self._adapters)
-            search = self._search(request)
+            return tracked.search.poll()
         except IdentityError as exc:
-            _log.debug("request %s is computed and not stored: %s", request.request_id, exc)
-        tracked = self._tracked[request.request_id] = _Tracked(request, search)
-        if self._loads and tracked.search is not None and not request.skip_reading_prefix_cache:
-            tracked.search.poll()
+            self._exclude(tracked, str(exc))
+            return 0
+
+    def _exclude(self, tracked: Tracked, why: str) -> None:
+        """Nothing is loaded for a request, nor stored of it: no name would be its own."""
+        _log.debug("request %s is computed and not stored: %s", tracked.request.request_id, why)
+        if tracked.search is not None:
+            tracked.search.release()
+            tracked.search = None
 
     def _search(self, request: Request) -> Search:
         return Search(
@@ -189,9 +176,9 @@ class SchedulerHalf:
         One token is always left to compute: its logits are wanted.
         """
         tracked = self._tracked.get(request.request_id)
-        if tracked is None or tracked.search is None or not self._loads:
+        if tracked is None or not self._loads:
             return 0, False
-        found = tracked.search.poll()
+        found = self._poll(tracked)
         if found is None:
             self._is_asked = True
             return None, False
@@ -299,7 +286,7 @@ class SchedulerHalf:
                     step.invalid |= load.invalid_blocks()
             self._loaded(tracked, load)
 
-    def _loaded(self, tracked: _Tracked, load: Load) -> None:
+    def _loaded(self, tracked: Tracked, load: Load) -> None:
         if not load.is_whole:
             _log.warning(
                 "request %s: %d of %d tokens were loaded, the rest is computed",
@@ -344,7 +331,7 @@ class SchedulerHalf:
         self._loading.clear()
         return is_right
 
-    def _store_new(self, tracked: _Tracked) -> None:
+    def _store_new(self, tracked: Tracked) -> None:
         computed = tracked.computed
         if not tracked.has_prompt and computed >= tracked.request.num_prompt_tokens:
             tracked.has_prompt = True
@@ -356,7 +343,7 @@ class SchedulerHalf:
 
     def _store(
         self,
-        tracked: _Tracked,
+        tracked: Tracked,
         stop: int,
         *,
         tail: bool,
@@ -368,9 +355,13 @@ class SchedulerHalf:
         stop -= stop % self._cache_config.tail_tokens
         if stop <= tracked.saved:
             return
-        scope = scope_of(tracked.request, self._adapters)
-        if scope is None:
+        try:
+            scope = scope_of(tracked.request, self._adapters)
+        except IdentityError as exc:
+            self._exclude(tracked, str(exc))
             return
+        if scope is None:
+            return  # its adapter's digest is still being made
         chunk = self._cache_config.tokens_per_chunk
         first = tracked.saved // chunk * chunk
         ids = block_ids or self._block_table.get_block_ids(tracked.request.request_id)
@@ -392,28 +383,35 @@ class SchedulerHalf:
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return False
+        try:
+            self._store_rest(tracked, block_ids)
+        except Exception:  # noqa: BLE001  # whatever it is: blocks that are still read must stay
+            _log.exception("what request %s has computed is not stored", request.request_id)
         if tracked.search is not None:
             tracked.search.release()
-        if tracked in self._starting:  # was never begun
-            self._starting.remove(tracked)
-        load = tracked.load
-        if load is not None and not self._is_async and load.is_over and load.is_whole:
-            self._loading.pop(request.request_id, None)
-            self._loaded(tracked, load)
-            tracked.is_doubtful = False
-        if tracked.is_doubtful:
-            # A load under way keeps its blocks: vLLM waits until it hears that it has ended.
-            return False
-        self._store(tracked, tracked.computed, tail=True, block_ids=block_ids)
+        if self._is_async and tracked.is_doubtful:
+            return False  # vLLM holds the blocks until it hears that the load has ended
         if not tracked.running_saves():
             return False
         self._leaving[request.request_id] = tracked
         return True
 
+    def _store_rest(self, tracked: Tracked, block_ids: Sequence[Sequence[int]]) -> None:
+        load = tracked.load
+        if load is not None and not self._is_async and load.is_over and load.is_whole:
+            self._loading.pop(load.request_id, None)
+            self._loaded(tracked, load)
+            tracked.is_doubtful = False
+        if not tracked.is_doubtful:
+            self._store(tracked, tracked.computed, tail=True, block_ids=block_ids)
+
     # -- the rest --------------------------------------------------------------------------------
 
     def reset(self) -> bool:
         """Forget everything of this namespace, in all tiers. Whether all of it went."""
+        for tracked in (*self._tracked.values(), *self._leaving.values()):
+            for save in tracked.running_saves():
+                save.cancel()  # or it would be there again
         job: Job[int] = self.portal.submit(_clear)
         try:
             job.wait(self._cache_config.close_seconds)
@@ -432,25 +430,3 @@ class SchedulerHalf:
 
 async def _clear(cache: Cache) -> int:
     return await cache.control.clear()
-
-
-def _refuse_parallel(vllm_config: VllmConfig) -> None:
-    parallel = vllm_config.parallel_config
-    for name in (
-        "tensor_parallel_size",
-        "pipeline_parallel_size",
-        "decode_context_parallel_size",
-        "prefill_context_parallel_size",
-    ):
-        size = getattr(parallel, name, 1)
-        if size > 1:
-            raise UnsupportedError(
-                f"kvlayer cannot carry KV of an engine with {name} = {size} yet",
-                hint="the engine serves without kvlayer",
-            )
-    speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method != "ngram":
-        raise UnsupportedError(
-            f"kvlayer cannot carry KV of speculative decoding by {speculative.method!r} yet",
-            hint="the engine serves without kvlayer",
-        )

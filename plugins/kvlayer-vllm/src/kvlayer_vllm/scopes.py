@@ -16,17 +16,20 @@ __all__ = ["Adapters", "scope_of"]
 class Adapters:
     """Digests of LoRA adapters' files, each made once, off the scheduler's thread.
 
-    An adapter that is loaded in place of another one under its path has another digest from then
-    on: files are looked at again when ``load_inplace`` says so.
+    A path whose adapter was replaced in place is looked at again: see :meth:`forget`.
     """
 
     def __init__(self) -> None:
         self._digests: dict[str, Future[bytes]] = {}
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="kvlayer-adapters")
 
-    def digest(self, path: str, *, anew: bool = False) -> bytes | None:
+    def forget(self, path: str) -> None:
+        """The files of an adapter have changed."""
+        self._digests.pop(path, None)
+
+    def digest(self, path: str) -> bytes | None:
         """The digest; None while it is being made. Raises ``IdentityError`` where there is none."""
-        if anew or path not in self._digests:
+        if path not in self._digests:
             self._digests[path] = self._threads.submit(_digest, path)
         making = self._digests[path]
         return making.result() if making.done() else None
@@ -43,8 +46,8 @@ def _digest(path: str) -> bytes:
 def scope_of(request: Request, adapters: Adapters) -> Scope | None:
     """The scope of a request; None while its adapter's digest is being made.
 
-    Raises ``IdentityError`` for a request whose KV nothing names: a prompt given as embeddings, or
-    an adapter whose files cannot be read.
+    Raises ``IdentityError`` for a request whose KV nothing names: a prompt given as embeddings, an
+    adapter whose files cannot be read, or one that is replaced in place.
     """
     if request.prompt_embeds is not None or request.prompt_token_ids is None:
         raise IdentityError(
@@ -53,6 +56,13 @@ def scope_of(request: Request, adapters: Adapters) -> Scope | None:
     adapter = b""
     lora = request.lora_request
     if lora is not None:
+        if lora.load_inplace:
+            adapters.forget(lora.lora_path)
+            raise IdentityError(
+                "the request replaces an adapter in place, and until it has run nobody can say "
+                "which files are in use",
+                hint="it is computed; requests after it share KV again",
+            )
         found = adapters.digest(lora.lora_path)
         if found is None:
             return None
