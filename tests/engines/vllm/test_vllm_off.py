@@ -34,8 +34,14 @@ def make(vllm_config: Any, spec: Any, kv_cache_config: Any, changed: Any) -> Any
 def told(caplog: pytest.LogCaptureFixture) -> Any:
     """What kvlayer told the engine's users, as warnings."""
     logger = logging.getLogger("vllm.kvlayer")
-    logger.addHandler(caplog.handler)  # vLLM's logger does not pass records on
-    yield lambda: [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    logger.addHandler(caplog.handler)  # vLLM's logger may keep its records to itself, or not
+    yield lambda: list(
+        dict.fromkeys(
+            each.getMessage()
+            for each in caplog.records
+            if (each.name, each.levelname) == (logger.name, "WARNING")
+        )
+    )
     logger.removeHandler(caplog.handler)
 
 
