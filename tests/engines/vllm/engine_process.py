@@ -72,7 +72,7 @@ def state(serving: Serving) -> Any:
         "pinned": host.pinned_nbytes,
         "loaded": host.loaded_nbytes,
         "free_blocks": serving.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
-        "tracked": len(connector.scheduler.tracked),
+        "tracked": connector.scheduler.tracked,
     }
 
 
