@@ -87,7 +87,8 @@ def test_each_way_of_loading_gives_the_same_answers(
         process("leave_memory", prompt)
         ((tokens, cached),) = process("ask", [prompt], ANSWER)
         step = 12 if form == "canonical" else 32
-        assert tokens == answer and cached == len(prompt) // step * step
+        assert tokens == answer
+        assert cached == min(len(prompt) // step * step, len(prompt) - 1)
     batch = process("ask", PROMPTS, ANSWER)
     assert [tokens for tokens, _ in batch] == cold and all(cached for _, cached in batch)
     process("rest")
@@ -111,7 +112,7 @@ def test_other_weights_or_another_dtype_never_hit(
     ):
         process = engine_process(model, cache_in(stored), served_model_name="tiny", **options)
         assert process("ask", [PROMPTS[0]], 1)[0][1] == 0
-        assert field in process("explain", [*PROMPTS[1][:64]]) or field == "compute_dtype"
+        assert field in process("explain", PROMPTS[2])
         process.close()
 
 
