@@ -108,7 +108,8 @@ def test_other_weights_or_another_dtype_never_hit(
     (other / "model.safetensors").write_bytes(raw)
     for model, options, field in (
         (other, TINY_OPTIONS, "weights"),
-        (tiny, {**TINY_OPTIONS, "dtype": "bfloat16"}, "compute_dtype"),
+        # Packed another way, so that there is not even an object of the same kind to point at.
+        (tiny, {**TINY_OPTIONS, "dtype": "bfloat16"}, "never-stored"),
     ):
         process = engine_process(model, cache_in(stored), served_model_name="tiny", **options)
         assert process("ask", [PROMPTS[0]], 1)[0][1] == 0
