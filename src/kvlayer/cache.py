@@ -10,6 +10,7 @@ from typing import Any
 
 from kvlayer import opening
 from kvlayer.abc.backend import Backend
+from kvlayer.abc.stager import Landed, MakeStager
 from kvlayer.config import CacheConfig
 from kvlayer.control import Control
 from kvlayer.errors import ClosedError, ForkedError, LayoutError
@@ -63,6 +64,7 @@ class Cache:
         sinks: Iterable[Sink] = (),
         backends: Registry[type[Backend]] = BACKENDS,
         ranks: Ranks | None = None,
+        make_stager: MakeStager = opening.make_stager,
     ) -> AsyncGenerator[Cache]:
         """Open the tiers of ``config`` for an engine whose KV lies as ``layout`` says.
 
@@ -72,7 +74,9 @@ class Cache:
         ``BACKENDS.extended({"mine": MyBackend})`` adds one that is not installed.
 
         With ``ranks`` the tensors are in other processes: ``layout`` is that of all ranks together,
-        views are ``RemoteView``, and what a rank failed to move is in the reports.
+        views are ``RemoteView``, and what a rank failed to move is in the reports. ``make_stager``
+        is for an engine whose memory no layout describes: called with the layout and a number of
+        threads, it returns what gathers and scatters there.
 
         On a clean exit everything stored reaches the lower tiers first (at most
         ``config.close_seconds``); on an exception only what is being written ends.
@@ -80,7 +84,9 @@ class Cache:
         Raises ``ConfigError``, ``IdentityError``, ``CapacityError``, ``PluginError`` or
         ``BackendError`` when the cache cannot be built; then nothing stays open.
         """
-        parts = await opening.build(config, layout, namespace, sinks, backends, ranks=ranks)
+        parts = await opening.build(
+            config, layout, namespace, sinks, backends, ranks=ranks, make_stager=make_stager
+        )
         cache = cls(parts)
         clean = False
         try:
@@ -100,6 +106,7 @@ class Cache:
         scope: Scope = PUBLIC,
         first_token: int = 0,
         tail: bool = True,
+        on_gathered: Callable[[], None] | None = None,
     ) -> StoreReport:
         """Store the KV of a prompt as far as ``kv`` covers it; what is there already is skipped.
 
@@ -109,8 +116,10 @@ class Cache:
         end: do so once, when the prompt is complete.
 
         Returns when the bytes have left the engine's memory and, for tiers with ``write =
-        "through"``, have been committed there or failed to. Cancelling it releases the view and
-        leaves every object whole or absent. Raises ``LayoutError`` and ``TokensError``.
+        "through"``, have been committed there or failed to. ``on_gathered`` is called on the loop
+        once the view is not needed any more, which is earlier there; not when this raises.
+        Cancelling it releases the view and leaves every object whole or absent. Raises
+        ``LayoutError`` and ``TokensError``.
         """
         started = self._begin()
         self._stack.mover.check(kv)
@@ -124,7 +133,9 @@ class Cache:
             )
         packed = packed[: window.stop]
         chain = self.chain(packed, scope)
-        report, todo = await self._stack.store(chain, kv, window, tail=tail)
+        report, todo = await self._stack.store(
+            chain, kv, window, tail=tail, on_gathered=on_gathered
+        )
         if todo.spans:
             plain = self.chain(packed, PUBLIC).hashes if scope.extras() else None
             self._planner.remember(chain, todo.spans, plain)
@@ -175,6 +186,7 @@ class Cache:
         *,
         first_token: int = 0,
         deadline: float | None = None,
+        on_layer: Landed | None = None,
     ) -> RetrieveReport:
         """Load a hit into the engine's memory, as far as ``kv`` covers it.
 
@@ -188,21 +200,22 @@ class Cache:
         when it has taken as long as recomputing would (see :meth:`report_prefill`): whichever
         comes first.
 
+        ``on_layer`` is called on the loop as soon as a layer holds all that is going to be loaded,
+        in the model's order, so that attention over it need not wait for the others. It is not
+        called where the engine's memory is filled all at once, nor after a failure.
+
         The view may be written beyond ``report.tokens``, never outside its slots. Cancelling
         returns once the view is untouched. Raises ``LayoutError``.
         """
         started = self._begin()
         self._stack.mover.check(kv)
-        if hit.match is None or hit.lease is None or not self._planner.granted(hit.lease):
-            raise LayoutError(
-                "this hit did not come from a lookup of this cache",
-                hint="retrieve a hit from the cache whose lookup yielded it",
-            )
         window = self._window(kv, first_token)
-        match = self._planner.claim(hit.match, hit.lease)
+        match = self._claim(hit)
         sources = Sources(match, self._planner.tiers) if self._emit else None
         try:
-            report = await self._stack.retrieve(match, kv, window, deadline=deadline)
+            report = await self._stack.retrieve(
+                match, kv, window, deadline=deadline, landed=on_layer
+            )
         finally:
             self._planner.unpin(match.path())
         asked = min(hit.tokens, window.stop)
@@ -243,16 +256,35 @@ class Cache:
         self, chain: ChunkChain, owner: str, seconds: float, started: float
     ) -> RetrieveReport:
         _, report = await self._stack.hold(chain, owner=owner, seconds=seconds)
+        self._prefetched(owner, chain.num_tokens, report, started)
+        return report
+
+    def _prefetched(self, owner: str, asked: int, report: RetrieveReport, started: float) -> None:
         if self._emit:
-            self._emit(
-                PrefetchDone(
-                    owner=owner,
-                    asked_tokens=chain.num_tokens,
-                    tokens=report.tokens,
-                    failed=report.failed,
-                    seconds=self._clock() - started,
-                )
+            seconds = self._clock() - started
+            done = PrefetchDone(
+                owner=owner,
+                asked_tokens=asked,
+                tokens=report.tokens,
+                failed=report.failed,
+                seconds=seconds,
             )
+            self._emit(done)
+
+    async def promote(self, hit: PrefixHit, *, deadline: float | None = None) -> RetrieveReport:
+        """Bring a hit into host memory: for an engine that makes room only for what is certain.
+
+        The report's tokens are there then, for as long as the hit is leased, and ``retrieve``
+        copies them without a tier in between. Abandoned ``deadline`` seconds from now, and when a
+        tier missed its own. Raises ``LayoutError`` for a hit of another cache.
+        """
+        started = self._begin()
+        match = self._claim(hit)
+        try:
+            report = await self._stack.promote(match, deadline=deadline)
+        finally:
+            self._planner.unpin(match.path())
+        self._prefetched(hit.owner, hit.tokens, report, started)
         return report
 
     def report_prefill(self, tokens: int, seconds: float) -> None:
@@ -324,6 +356,15 @@ class Cache:
                 hint="open a cache in each process, after the fork",
             )
         return self._clock()
+
+    def _claim(self, hit: PrefixHit) -> Match:
+        """A hit's match, or what is left of it, pinned: the caller unpins its path."""
+        if hit.match is None or hit.lease is None or not self._planner.granted(hit.lease):
+            raise LayoutError(
+                "this hit did not come from a lookup of this cache",
+                hint="use a hit with the cache whose lookup yielded it",
+            )
+        return self._planner.claim(hit.match, hit.lease)
 
     @staticmethod
     def _window(kv: KVView, first_token: int) -> Window:

@@ -14,7 +14,7 @@ from kvlayer._offload import Offload
 from kvlayer._version import version
 from kvlayer.abc.backend import Backend, Capability
 from kvlayer.abc.host import HostMemory
-from kvlayer.abc.stager import Stager
+from kvlayer.abc.stager import MakeStager, Stager
 from kvlayer.config import CacheConfig, TierConfig
 from kvlayer.errors import BackendTimeoutError, ConfigError, IdentityError
 from kvlayer.events import Emitter, Sink
@@ -111,7 +111,8 @@ async def build(
     sinks: Iterable[Sink],
     registry: Registry[type[Backend]],
     *,
-    ranks: Ranks | None = None,
+    ranks: Ranks | None,
+    make_stager: MakeStager,
 ) -> Parts:
     """Open everything, or nothing: a failure closes what was opened before it."""
     loop = asyncio.get_running_loop()
@@ -164,6 +165,7 @@ async def build(
             slab=host.slab,
             lower=backends[1:],
             ranks=ranks,
+            make_stager=make_stager,
             resources=resources,
         )
         resources.callback(mover.close)
@@ -312,6 +314,7 @@ def _make_mover(
     slab: Slab,
     lower: Sequence[Backend],
     ranks: Ranks | None,
+    make_stager: MakeStager,
     resources: AsyncExitStack,
 ) -> Mover:
     """The Mover of this process: with a device, or for ranks that have theirs elsewhere."""

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Self
 
 from kvlayer.abc.backend import Backend
+from kvlayer.abc.stager import MakeStager
 from kvlayer.cache import Cache
 from kvlayer.config import CacheConfig
 from kvlayer.events import Sink
@@ -16,6 +17,7 @@ from kvlayer.layout import KVLayout
 from kvlayer.lookup import Lookup
 from kvlayer.loop_thread import LoopThread
 from kvlayer.namespace import Namespace
+from kvlayer.opening import make_stager
 from kvlayer.registry import BACKENDS, Registry
 from kvlayer.tier.ranks import Ranks
 
@@ -49,6 +51,7 @@ class Portal(LoopThread[Cache]):
         sinks: Iterable[Sink] = (),
         backends: Registry[type[Backend]] = BACKENDS,
         ranks: Ranks | None = None,
+        make_stager: MakeStager = make_stager,
     ) -> Self:
         """Open a cache (see ``Cache.open``) on a new thread. Raises what ``Cache.open`` raises.
 
@@ -56,7 +59,14 @@ class Portal(LoopThread[Cache]):
         has ended when that returns. A block left by an exception does not flush.
         """
         opener = partial(
-            Cache.open, config, layout, namespace, sinks=sinks, backends=backends, ranks=ranks
+            Cache.open,
+            config,
+            layout,
+            namespace,
+            sinks=sinks,
+            backends=backends,
+            ranks=ranks,
+            make_stager=make_stager,
         )
         return cls.start(opener)
 

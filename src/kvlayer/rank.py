@@ -13,7 +13,7 @@ from itertools import zip_longest
 from time import monotonic
 from typing import Self
 
-from kvlayer.abc.stager import Stager
+from kvlayer.abc.stager import MakeStager, Stager
 from kvlayer.errors import LayoutError, MessageError
 from kvlayer.keys import Part
 from kvlayer.layout import KVLayout, KVView
@@ -49,29 +49,44 @@ class Rank:
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, greeting: bytes, layout: KVLayout, number: int = 0, *, slab_fd: int | None = None
+        cls,
+        greeting: bytes,
+        layout: KVLayout,
+        number: int = 0,
+        *,
+        slab_fd: int | None = None,
+        make_stager: MakeStager = make_stager,
     ) -> AsyncGenerator[Self]:
         """Join the planner that sent ``greeting`` (``Ranks.greeting``) as rank ``number``.
 
         ``layout`` is how this rank's own tensors lie. The slab is found through the planner's
         process id; ``slab_fd`` is a descriptor of it where that cannot be (other containers), and
-        stays the caller's. Raises ``MessageError`` for a greeting that is none, or of a planner
-        that takes this rank for another; ``UnsupportedError`` when the slab cannot be mapped.
+        stays the caller's. ``make_stager`` as in ``Cache.open``. Raises ``MessageError`` for a
+        greeting that is none, or of a planner that takes this rank for another;
+        ``UnsupportedError`` when the slab cannot be mapped.
         """
         handle = _greeted(greeting, layout, number).slab
         async with AsyncExitStack() as resources:
             slab = Slab.attach_to(handle) if slab_fd is None else Slab.attach(slab_fd)
             resources.callback(slab.close)
-            stager = make_stager(layout, slab)
+            stager = make_stager(layout, slab, 2)
             resources.push_async_callback(stager.aclose)
             yield cls(slab, layout, stager, number)
 
     @classmethod
     def start(
-        cls, greeting: bytes, layout: KVLayout, number: int = 0, *, slab_fd: int | None = None
+        cls,
+        greeting: bytes,
+        layout: KVLayout,
+        number: int = 0,
+        *,
+        slab_fd: int | None = None,
+        make_stager: MakeStager = make_stager,
     ) -> LoopThread[Rank]:
         """:meth:`open` on a loop of its own, for a worker that has none. Close what it returns."""
-        opener = partial(cls.open, greeting, layout, number, slab_fd=slab_fd)
+        opener = partial(
+            cls.open, greeting, layout, number, slab_fd=slab_fd, make_stager=make_stager
+        )
         return LoopThread[Rank].start(opener, name=f"kvlayer-rank-{number}")
 
     async def carry_out(self, order: bytes, view: KVView) -> bytes:

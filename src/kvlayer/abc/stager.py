@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from kvlayer.keys import Part
-from kvlayer.layout import KVView
+from kvlayer.layout import KVLayout, KVView
+from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload
 
-__all__ = ["HostCopy", "Stager"]
+__all__ = ["HostCopy", "Landed", "MakeStager", "Stager"]
+
+
+Landed: TypeAlias = Callable[[int, int], None]
+"""Told that a layer is complete: the KV group, and the layer's position in the view's caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,5 +65,18 @@ class Stager(ABC):
         Tokens whose slot is -1 are skipped. Slots outside the copies are not touched.
         """
 
+    async def scatter_layers(
+        self, view: KVView, copies: Sequence[HostCopy], landed: Landed
+    ) -> None:
+        """:meth:`scatter`, layer after layer in the model's order; says so after each.
+
+        A stager that moves everything at once need not say anything.
+        """
+        await self.scatter(view, copies)
+
     async def aclose(self) -> None:
         """Release device resources. Idempotent."""
+
+
+MakeStager: TypeAlias = Callable[[KVLayout, Slab, int], Stager]
+"""Makes the stager of an engine's device: its layout, the slab, and how many threads may copy."""

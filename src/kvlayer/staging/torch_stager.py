@@ -13,7 +13,7 @@ from traceback import clear_frames
 from typing import Any, Protocol, TypeAlias
 
 from kvlayer._offload import Offload
-from kvlayer.abc.stager import HostCopy, Stager
+from kvlayer.abc.stager import HostCopy, Landed, Stager
 from kvlayer.layout import KVLayout, KVView, Tensor
 from kvlayer.staging.device_cache import DeviceCache, engine_order
 from kvlayer.staging.host_cache import HostCache
@@ -86,6 +86,27 @@ class TorchStager(Stager):
         fit the layout, a slot outside the tensors, or native blocks that are not whole."""
         await self._run(view, copies, False)
 
+    async def scatter_layers(
+        self, view: KVView, copies: Sequence[HostCopy], landed: Landed
+    ) -> None:
+        """As :meth:`scatter`, one layer at a time, each on one thread."""
+        opened: _Opened = {}
+        try:
+            moves = await self._offload.run(self._planned, view, copies, False)
+            for group, local in _in_order(self._layout):
+                layer = [
+                    move._replace(layers=[each for each in move.layers if each[0] == local])
+                    for move in moves
+                    if move.group == group
+                ]
+                await self._offload.run(self._copy, view, layer, opened, False)
+                landed(group, local)
+        except BaseException as error:
+            clear_frames(error.__traceback__)  # as below
+            raise
+        finally:
+            opened.clear()
+
     async def aclose(self) -> None:
         if self._own_offload is not None:
             self._own_offload.close()
@@ -107,9 +128,7 @@ class TorchStager(Stager):
         self, view: KVView, copies: Sequence[HostCopy], opened: _Opened, gather: bool
     ) -> list[list[Move]]:
         """Check everything, move it if it is little, return the batches that are left."""
-        with engine_order(_device(view), view.stream):  # slots may be on their way, too
-            geometries = self._reader.read(view)
-            moves = [*plan_moves(self._layout, view, geometries, copies, gather=gather)]
+        moves = self._planned(view, copies, gather)
         nbytes = sum(len(move.layers) * move.payload.layer_nbytes for move in moves)
         share = max(min(-(-nbytes // self._threads), _BATCH_NBYTES), _LEAST_NBYTES)
         found = batches(moves, share)
@@ -117,6 +136,11 @@ class TorchStager(Stager):
             return found
         self._copy(view, found[0], opened, gather)
         return []
+
+    def _planned(self, view: KVView, copies: Sequence[HostCopy], gather: bool) -> list[Move]:
+        with engine_order(_device(view), view.stream):  # slots may be on their way, too
+            geometries = self._reader.read(view)
+            return [*plan_moves(self._layout, view, geometries, copies, gather=gather)]
 
     def _copy(self, view: KVView, moves: Sequence[Move], opened: _Opened, gather: bool) -> None:
         with engine_order(_device(view), view.stream):
@@ -135,6 +159,16 @@ class TorchStager(Stager):
 
     def _open(self, tensor: Tensor) -> _Cache:
         return HostCache(tensor) if tensor.device.type == "cpu" else DeviceCache(tensor)
+
+
+def _in_order(layout: KVLayout) -> list[tuple[int, int]]:
+    """(group, local layer) of all layers, as the model computes them."""
+    numbered = [
+        (number, group, local)
+        for group, held in enumerate(layout.groups)
+        for local, number in enumerate(held.group.layers[slice(*held.layer_range)])
+    ]
+    return [(group, local) for _, group, local in sorted(numbered)]
 
 
 def _device(view: KVView) -> Any:

@@ -13,7 +13,7 @@ from functools import partial
 
 from kvlayer._offload import Offload
 from kvlayer.abc.backend import Backend, Hit, Miss, Read, Write
-from kvlayer.abc.stager import HostCopy, Stager
+from kvlayer.abc.stager import HostCopy, Landed, Stager
 from kvlayer.codec.frame import HEADER_NBYTES, FrameError, check_frame, write_header
 from kvlayer.errors import BackendError, BackendTimeoutError, UnsupportedError
 from kvlayer.keys import ObjectKey, Part
@@ -90,9 +90,16 @@ class Mover:
         return ()
 
     async def scatter(
-        self, view: KVView, pieces: Sequence[Piece], view_start: int, view_stop: int
+        self,
+        view: KVView,
+        pieces: Sequence[Piece],
+        view_start: int,
+        view_stop: int,
+        landed: Landed | None = None,
     ) -> Sequence[Outcome]:
         """Copy objects into the engine, as far as the view covers their tokens.
+
+        With ``landed`` layer after layer, where the device can; it is told of each.
 
         Returns the outcomes of what was missed, as :meth:`gather` does.
         """
@@ -103,7 +110,9 @@ class Mover:
             tokens = stop - piece.first_token - skip
             if tokens > 0:
                 copies.append(self._copy(piece, view_start, skip, tokens))
-        if copies:
+        if copies and landed is not None:
+            await self._device.scatter_layers(view, copies, landed)
+        elif copies:
             await self._device.scatter(view, copies)
         return ()
 

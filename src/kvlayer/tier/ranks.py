@@ -16,6 +16,7 @@ from threading import Condition
 from typing import Any, Self
 
 from kvlayer.abc.backend import Backend
+from kvlayer.abc.stager import Landed
 from kvlayer.errors import ClosedError, LayoutError, MessageError
 from kvlayer.keys import Part
 from kvlayer.layout import KVLayout, KVView
@@ -282,8 +283,14 @@ class RankMover(Mover):
         return await self._move(Verb.GATHER, view, pieces, view_start, view_start + view.num_tokens)
 
     async def scatter(
-        self, view: KVView, pieces: Sequence[Piece], view_start: int, view_stop: int
+        self,
+        view: KVView,
+        pieces: Sequence[Piece],
+        view_start: int,
+        view_stop: int,
+        landed: Landed | None = None,
     ) -> Sequence[Outcome]:
+        """As ``Mover.scatter``. ``landed`` is not told: an order is answered as a whole."""
         return await self._move(Verb.SCATTER, view, pieces, view_start, view_stop)
 
     async def _move(

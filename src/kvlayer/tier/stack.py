@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 
+from kvlayer.abc.stager import Landed
 from kvlayer.errors import ClosedError
 from kvlayer.keys import ChunkChain, ObjectKey, Span
 from kvlayer.layout import HitRule, KVView
@@ -195,7 +196,13 @@ class Stack:
     # -- store -----------------------------------------------------------------------------------
 
     async def store(
-        self, chain: ChunkChain, view: KVView, window: Window, *, tail: bool
+        self,
+        chain: ChunkChain,
+        view: KVView,
+        window: Window,
+        *,
+        tail: bool,
+        on_gathered: Callable[[], None] | None = None,
     ) -> tuple[StoreReport, StorePlan]:
         """Gather what is missing, serve it, and send it down. See ``Cache.store``."""
         holds = partial(_holds, view, window.start)
@@ -216,6 +223,8 @@ class Stack:
                 [gone.key for gone in todo.evicted],
                 sum(gone.nbytes for gone in todo.evicted),
             )
+        if on_gathered is not None:
+            on_gathered()
         self.host.stored += len(todo.gathers)
         self.host.stored_nbytes += sum(slot.piece.nbytes for slot in todo.gathers)
         if todo.dropped:
@@ -249,7 +258,13 @@ class Stack:
     # -- retrieve --------------------------------------------------------------------------------
 
     async def retrieve(
-        self, match: Match, view: KVView, window: Window, *, deadline: float | None = None
+        self,
+        match: Match,
+        view: KVView,
+        window: Window,
+        *,
+        deadline: float | None = None,
+        landed: Landed | None = None,
     ) -> RetrieveReport:
         """Bring a match up and scatter it, in prompt order. See ``Cache.retrieve``."""
         match = self.planner.bounded(match, window.stop)
@@ -269,7 +284,8 @@ class Stack:
             async with aclosing(self.loads.arrive(wanted, trouble, until)) as arrivals:
                 async for batch in arrivals:
                     pieces = [_piece(span, r) for span, records in batch for r in records]
-                    missed = await self._scatter(view, pieces, bound)
+                    is_last = done + len(batch) == len(wanted)  # layers are complete only then
+                    missed = await self._scatter(view, pieces, bound, landed if is_last else None)
                     whole = _before(batch, missed, self.host.name, trouble)
                     done += whole
                     self.host.hits += len(pieces)
@@ -285,11 +301,11 @@ class Stack:
         return RetrieveReport(self._usable(match, wanted[0][0], done, bound), tuple(trouble))
 
     async def _scatter(
-        self, view: KVView, pieces: Sequence[Piece], bound: Window
+        self, view: KVView, pieces: Sequence[Piece], bound: Window, landed: Landed | None
     ) -> Sequence[Outcome]:
         """What was missed, which is everything when the cache is closed meanwhile."""
         try:
-            return await self.mover.scatter(view, pieces, bound.start, bound.stop)
+            return await self.mover.scatter(view, pieces, bound.start, bound.stop, landed)
         except ClosedError as exc:
             return [Outcome(piece.key, Cause.BUSY, str(exc), 0, 0.0) for piece in pieces]
 
@@ -322,14 +338,15 @@ class Stack:
                 self.planner.release(lease.number)
         return lease, report
 
-    async def promote(self, match: Match) -> RetrieveReport:
+    async def promote(self, match: Match, *, deadline: float | None = None) -> RetrieveReport:
         """Bring a match into host memory; the caller's lease holds it there afterwards."""
         trouble: list[Failure] = []
         done = 0
         path = match.path()
+        until = None if deadline is None else self._clock() + deadline
         self.planner.pin(path)  # the lease may run out before everything is there
         try:
-            async with aclosing(self.loads.arrive(_wanted(match), trouble)) as arrivals:
+            async with aclosing(self.loads.arrive(_wanted(match), trouble, until)) as arrivals:
                 async for batch in arrivals:
                     done += len(batch)
         finally:

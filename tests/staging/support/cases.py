@@ -268,7 +268,7 @@ def _spans(
     return tokens, spans
 
 
-def launch(  # noqa: PLR0917 - as it is read
+def launch(
     emulator: Emulator,
     case: Case,
     moves: Sequence[Move],

@@ -62,7 +62,7 @@ def scatter(emulator: Emulator, rng: np.random.Generator) -> None:
     _scatter(emulator, case, hosts, hosts, scatter_plan)
 
 
-def _scatter(  # noqa: PLR0917 - reads as a call
+def _scatter(
     emulator: Emulator,
     case: Case,
     staged: Sequence[Any],

@@ -156,7 +156,7 @@ class Emulator:
         for library in self._libraries.values():
             getattr(library, call)(value)
 
-    def _run(  # noqa: PLR0917 - as CuPy's functions are called
+    def _run(
         self,
         source: str,
         kernel: str,

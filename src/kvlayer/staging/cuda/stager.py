@@ -16,7 +16,7 @@ from traceback import clear_frames
 from typing import Any
 
 from kvlayer._offload import Offload
-from kvlayer.abc.stager import HostCopy, Stager
+from kvlayer.abc.stager import HostCopy, Landed, Stager
 from kvlayer.errors import KVLayerError, UnsupportedError
 from kvlayer.layout import KVLayout, KVView
 from kvlayer.memory.slab import Slab
@@ -86,6 +86,14 @@ class CudaStager(Stager):
         pipeline = self._pipeline(view)
         if pipeline is None or not await self._piped(pipeline, view, copies, False):
             await self._torch.scatter(view, copies)
+
+    async def scatter_layers(
+        self, view: KVView, copies: Sequence[HostCopy], landed: Landed
+    ) -> None:
+        """As ``TorchStager.scatter_layers`` where torch does it; a pipeline tells ``view.loaded``."""
+        pipeline = self._pipeline(view)
+        if pipeline is None or not await self._piped(pipeline, view, copies, False):
+            await self._torch.scatter_layers(view, copies, landed)
 
     async def ready(self, device: int = 0) -> bool:
         """Wait until CUDA device ``device`` has its pipeline; False when it cannot have one."""

@@ -1,0 +1,215 @@
+"""``KVLayerConnector``: what vLLM loads. Hands each hook to the half that this process has.
+
+A hook of kvlayer's that raises is logged and answered as a miss; a version or a model that cannot
+be served turns the connector off, with one line that says why, and the engine serves on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from kvlayer.errors import UnsupportedError
+from kvlayer_vllm.engine import (
+    KVCacheConfig,
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+    Request,
+    SupportsHMA,
+    VllmConfig,
+    check_version,
+    engine_version,
+    host_source,
+)
+from kvlayer_vllm.messages import Answers, Handshake, Step
+from kvlayer_vllm.scheduler import SchedulerHalf
+from kvlayer_vllm.settings import Settings
+from kvlayer_vllm.worker import WorkerHalf
+
+__all__ = ["KVLayerConnector"]
+
+_log = logging.getLogger("vllm.kvlayer")  # below vLLM's, so that its users see it
+
+T = TypeVar("T")
+
+
+class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
+    """kvlayer as a connector of vLLM's, in its scheduler and in each of its workers."""
+
+    _cache_hit_source = host_source()
+
+    def __init__(self, vllm_config: VllmConfig, role: Any, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self.troubles = 0
+        """Hooks that raised and were answered as a miss."""
+        self._scheduler: SchedulerHalf | None = None
+        self._worker: WorkerHalf | None = None
+        settings = Settings.of(self._kv_transfer_config.kv_connector_extra_config)
+        try:
+            check_version(engine_version())
+            if role == KVConnectorRole.SCHEDULER:
+                self._scheduler = SchedulerHalf(vllm_config, kv_cache_config, settings)
+            else:
+                self._worker = WorkerHalf(vllm_config, kv_cache_config, settings)
+        except UnsupportedError as exc:
+            self._turn_off(exc)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is loaded or stored."""
+        return self._scheduler is not None or self._worker is not None
+
+    @property
+    def scheduler(self) -> SchedulerHalf | None:
+        """The scheduler's half, in the scheduler's process; None while the connector is off."""
+        return self._scheduler
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False  # a cache: what is not stored is computed again
+
+    def _turn_off(self, why: UnsupportedError) -> None:
+        self._scheduler = self._worker = None
+        _log.warning("kvlayer is off: %s", why)
+
+    def _safely(self, otherwise: T, hook: Callable[..., T], *args: Any) -> T:
+        try:
+            return hook(*args)
+        except Exception:  # noqa: BLE001  # law 1: a cache fails into a miss, not into the engine
+            self.troubles += 1
+            if self.troubles == 1:
+                _log.exception("a hook of kvlayer failed and is answered as a miss (told once)")
+            return otherwise
+
+    # -- scheduler -------------------------------------------------------------------------------
+
+    def set_xfer_handshake_metadata(
+        self, metadata: Mapping[int, KVConnectorHandshakeMetadata]
+    ) -> None:
+        """The workers' tensors are there: open the cache. Raises what ``Cache.open`` raises."""
+        if self._scheduler is None:
+            return
+        workers = {n: each for n, each in metadata.items() if isinstance(each, Handshake)}
+        try:
+            self._scheduler.open(workers)
+        except UnsupportedError as exc:
+            self._turn_off(exc)
+
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        self._kv_cache_manager = kv_cache_manager
+        if self._scheduler is not None:
+            self._scheduler.bind(kv_cache_manager)
+
+    def on_new_request(self, request: Request) -> None:
+        if self._scheduler is not None and not self._scheduler.is_open:
+            self._turn_off(UnsupportedError("no worker of the engine has introduced itself"))
+        if self._scheduler is not None:
+            self._safely(None, self._scheduler.arrived, request)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        if self._scheduler is None:
+            return 0, False
+        nothing: tuple[int | None, bool] = (0, False)
+        return self._safely(nothing, self._scheduler.matched, request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: Any, num_external_tokens: int
+    ) -> None:
+        if self._scheduler is not None:
+            # Not safely: what was promised must be loaded or reported.
+            self._scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        return Step() if self._scheduler is None else self._scheduler.step(scheduler_output)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        if self._scheduler is not None:
+            said = connector_output.kv_connector_worker_meta
+            answers = said if isinstance(said, Answers) else None
+            self._safely(None, self._scheduler.heard, answers)
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        if self._scheduler is None:
+            return False, None
+        return self._safely(False, self._scheduler.finished, request, block_ids), None
+
+    def reset_cache(self) -> bool | None:
+        return None if self._scheduler is None else self._scheduler.reset()
+
+    # -- worker ----------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: Mapping[str, Any]) -> None:
+        if self._worker is not None:
+            try:
+                self._worker.registered(kv_caches)
+            except UnsupportedError as exc:
+                self._turn_off(exc)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        return None if self._worker is None else self._worker.handshake()
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        if self._worker is not None:
+            self._worker.before_step(_step(kv_connector_metadata))
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        if self._worker is not None:
+            self._worker.load(_step(self._get_connector_metadata()))
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        if self._worker is not None:
+            self._worker.layer(layer_name)
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """Stored once the step has ended and its output was accepted."""
+
+    def wait_for_save(self) -> None:
+        """Stored once the step has ended and its output was accepted."""
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        step = _step(self._get_connector_metadata())
+        return KVConnectorTransferResults(
+            finished_sending=set(step.sent),
+            finished_recving=set(step.received),
+            failed_recving=set(step.failed),
+        )
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        if self._worker is None:
+            return set()
+        return self._worker.invalid_blocks(_step(self._get_connector_metadata()))
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        return None if self._worker is None else self._worker.answers()
+
+    # -- both ------------------------------------------------------------------------------------
+
+    def take_events(self) -> Iterable[Any]:
+        return ()
+
+    def shutdown(self) -> None:
+        if self._scheduler is not None:
+            self._safely(None, self._scheduler.close)
+        if self._worker is not None:
+            self._safely(None, self._worker.close)
+
+
+def _step(metadata: KVConnectorMetadata) -> Step:
+    assert isinstance(metadata, Step)
+    return metadata

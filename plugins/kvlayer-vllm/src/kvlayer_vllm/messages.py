@@ -1,0 +1,80 @@
+"""What the scheduler's and the workers' halves tell each other, by vLLM's own means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvlayer_vllm.engine import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+from kvlayer_vllm.layouts import RankLayout
+from kvlayer_vllm.moves import Load, Save
+
+__all__ = ["Answers", "Errand", "Handshake", "Step"]
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """An order for a rank in another process, and the slots of the view it names.
+
+    ``slots[g]`` are int64 in bytes, entry 0 being the view's first token.
+    """
+
+    order: bytes
+    slots: tuple[bytes, ...]
+
+
+@dataclass(slots=True)
+class Step(KVConnectorMetadata):
+    """From the scheduler, with every step."""
+
+    greeting: bytes = b""
+    """For a rank that has not joined yet."""
+    errands: list[Errand] = field(default_factory=list[Errand])
+    loads: list[Load] = field(default_factory=list[Load])
+    """To start in this very process; empty where the workers are elsewhere."""
+    must_wait: bool = False
+    """The loads are of requests that this step computes."""
+    saves: list[Save] = field(default_factory=list[Save])
+    """Whose blocks are no longer held: they must be gathered before anything is written."""
+    sent: set[str] = field(default_factory=set[str])
+    """Finished requests whose blocks nothing reads any more."""
+    received: set[str] = field(default_factory=set[str])
+    """Requests whose load has ended, well or not."""
+    failed: set[str] = field(default_factory=set[str])
+    """Of these the ones to compute anew from the start."""
+    invalid: set[int] = field(default_factory=set[int])
+    """Blocks that a load was to fill and did not."""
+    is_idle: bool = False
+    """Requests wait for an answer of the cache and nothing is computed: let others run."""
+
+
+@dataclass(slots=True)
+class Answers(KVConnectorWorkerMetadata):
+    """From one worker, or from several, with every step."""
+
+    completions: list[bytes] = field(default_factory=list[bytes])
+    joined: set[int] = field(default_factory=set[int])
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """What two workers say, as one."""
+        assert isinstance(other, Answers)
+        return Answers(self.completions + other.completions, self.joined | other.joined)
+
+
+@dataclass(slots=True)
+class Handshake(KVConnectorHandshakeMetadata):
+    """What a worker tells the scheduler once its tensors are there."""
+
+    rank: RankLayout
+    caches: list[list[Any]] | None
+    """The tensors themselves, for a scheduler in the same process."""
+
+    def __getstate__(self) -> tuple[RankLayout]:
+        return (self.rank,)  # tensors do not cross processes
+
+    def __setstate__(self, state: tuple[RankLayout]) -> None:
+        (self.rank,), self.caches = state, None

@@ -1,0 +1,211 @@
+"""Copies between the engine's blocks and the cache, as scheduler and worker see them."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
+from threading import Condition, Event
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvlayer import Cache, KVView, Portal, RetrieveReport, Scope
+from kvlayer.abc.stager import Landed
+from kvlayer.errors import ClosedError, ForkedError
+from kvlayer.job import Job
+from kvlayer.lookup import Lookup
+
+__all__ = ["Load", "Save", "Slots", "slots_of"]
+
+Slots: TypeAlias = NDArray[np.int64]
+
+_NULL_BLOCK = 0  # stands in a block table for what the engine has let go of
+_POLL_SECONDS = 0.05
+
+
+def slots_of(block_ids: Sequence[int], tokens_per_block: int, first: int, stop: int) -> Slots:
+    """Slots of tokens ``first .. stop`` of a request with this block table; -1 for what is gone.
+
+    Shorter where the table ends earlier.
+    """
+    at = first // tokens_per_block
+    ids = np.array(block_ids[at : -(-stop // tokens_per_block)], np.int64)
+    slots = ids[:, None] * tokens_per_block + np.arange(tokens_per_block)
+    slots[ids == _NULL_BLOCK] = -1
+    inside = first - at * tokens_per_block
+    found: Slots = slots.reshape(-1)[inside : inside + stop - first]
+    return found
+
+
+class Save:
+    """A store of some of a request's KV. Its blocks are read until it :attr:`is_over`."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self._gathered = Event()
+        self._job: Job[None] | None = None
+
+    def begin(
+        self,
+        portal: Portal,
+        tokens: array[int],
+        view: KVView,
+        scope: Scope,
+        *,
+        first_token: int,
+        tail: bool,
+    ) -> None:
+        """Start to store ``view``, which begins at token ``first_token``."""
+        self._job = portal.submit(
+            self._run, tokens, view, scope, first_token=first_token, tail=tail
+        )
+
+    async def _run(
+        self,
+        cache: Cache,
+        tokens: array[int],
+        view: KVView,
+        scope: Scope,
+        *,
+        first_token: int,
+        tail: bool,
+    ) -> None:
+        try:
+            await cache.store(
+                tokens,
+                view,
+                scope=scope,
+                first_token=first_token,
+                tail=tail,
+                on_gathered=self._gathered.set,
+            )
+        finally:
+            self._gathered.set()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the blocks are not read any more."""
+        return self._gathered.is_set() or (self._job is not None and self._job.has_ended)
+
+    def cancel(self) -> None:
+        """What is not gathered yet is not stored."""
+        if self._job is not None:
+            self._job.cancel()
+
+    def wait(self) -> None:
+        """Until the blocks are not read any more: as long as copying them takes."""
+        while not self.is_over:  # a job that a closing portal drops sets no event
+            self._gathered.wait(_POLL_SECONDS)
+
+
+class Load:
+    """A retrieve into a request's blocks, of what lies in host memory.
+
+    Tokens ``first .. promised`` are what the scheduler was told; ``blocks`` is the block table of
+    the one KV group, or None where there are several.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        lookup: Lookup,
+        *,
+        first: int,
+        promised: int,
+        blocks: Sequence[int] | None,
+        tokens_per_block: int,
+    ) -> None:
+        self.request_id = request_id
+        self.first = first
+        self.promised = promised
+        self._lookup = lookup
+        self._blocks = blocks
+        self._tokens_per_block = tokens_per_block
+        self._start: Callable[[Landed], Job[RetrieveReport]] | None = None
+        self._job: Job[RetrieveReport] | None = None
+        self._is_distrusted = False
+        self._is_refused = False
+        self._changed = Condition()
+        """Guards what follows."""
+        self._landed: set[tuple[int, int]] = set()
+
+    def prepare(self, start: Callable[[Landed], Job[RetrieveReport]]) -> None:
+        """``start(landed)`` begins the copy: not before what else uses the blocks has ended."""
+        self._start = start
+
+    @property
+    def lookup(self) -> Lookup:
+        """What is loaded, leased."""
+        return self._lookup
+
+    def begin(self) -> None:
+        """Start to write into the blocks."""
+        assert self._start is not None
+        try:
+            self._job = self._start(self._layer_landed)
+        except (ClosedError, ForkedError):
+            self._is_refused = True  # nothing is loaded, and that is reported
+        else:
+            self._job.add_done_callback(lambda _: self._wake())
+
+    def _layer_landed(self, group: int, local: int) -> None:
+        with self._changed:
+            self._landed.add((group, local))
+            self._changed.notify_all()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def wait_for_layer(self, group: int, local: int) -> None:
+        """Until a layer holds all that is loaded, or the load has ended without it."""
+        with self._changed:
+            while (group, local) not in self._landed and not self.is_over:
+                self._changed.wait(_POLL_SECONDS)
+
+    def distrust(self) -> None:
+        """The step did not wait for it: nothing that was computed with it counts."""
+        self._is_distrusted = True
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the blocks are not written any more."""
+        return self._is_refused or (self._job is not None and self._job.has_ended)
+
+    def wait(self) -> None:
+        """Until the blocks are not written any more: as long as copying them takes."""
+        if self._job is None:
+            return
+        try:
+            self._job.exception()
+        except CancelledError:
+            pass  # the portal closes: nothing was loaded, and the blocks are let go of
+        while not self._job.has_ended:
+            Event().wait(_POLL_SECONDS)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens from the prompt's start are in the blocks and right. Once it is over."""
+        if self._job is None or self._is_distrusted:
+            return self.first
+        if self._job.cancelled() or self._job.exception() is not None:
+            return self.first
+        return max(min(self._job.result().tokens, self.promised), self.first)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that was promised is there. Once it is over."""
+        return self.tokens >= self.promised
+
+    def invalid_blocks(self) -> set[int]:
+        """The blocks that do not hold what was promised. Once it is over."""
+        if self._blocks is None:
+            return set()
+        size = self._tokens_per_block
+        return set(self._blocks[self.tokens // size : -(-self.promised // size)])
+
+    def release(self) -> None:
+        """Let go of what was loaded."""
+        self._lookup.release()

@@ -1,0 +1,75 @@
+"""What distinguishes a request from others with the same tokens: salt, LoRA adapter, media."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import sha256
+
+from kvlayer import Content, Salt, Scope
+from kvlayer.errors import IdentityError
+from kvlayer.weights import weights_digest
+from kvlayer_vllm.engine import Request
+
+__all__ = ["Adapters", "scope_of"]
+
+
+class Adapters:
+    """Digests of LoRA adapters' files, each made once, off the scheduler's thread.
+
+    A path whose adapter was replaced in place is looked at again: see :meth:`forget`.
+    """
+
+    def __init__(self) -> None:
+        self._digests: dict[str, Future[bytes]] = {}
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="kvlayer-adapters")
+
+    def forget(self, path: str) -> None:
+        """The files of an adapter have changed."""
+        self._digests.pop(path, None)
+
+    def digest(self, path: str) -> bytes | None:
+        """The digest; None while it is being made. Raises ``IdentityError`` where there is none."""
+        if path not in self._digests:
+            self._digests[path] = self._threads.submit(_digest, path)
+        making = self._digests[path]
+        return making.result() if making.done() else None
+
+    def close(self) -> None:
+        """Wait for nothing."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _digest(path: str) -> bytes:
+    return bytes.fromhex(weights_digest(path).removeprefix("sha256:"))
+
+
+def scope_of(request: Request, adapters: Adapters) -> Scope | None:
+    """The scope of a request; None while its adapter's digest is being made.
+
+    Raises ``IdentityError`` for a request whose KV nothing names: a prompt given as embeddings, an
+    adapter whose files cannot be read, or one that is replaced in place.
+    """
+    if request.prompt_embeds is not None or request.prompt_token_ids is None:
+        raise IdentityError(
+            "the prompt is given as embeddings, which no token names", hint="it is computed"
+        )
+    adapter = b""
+    lora = request.lora_request
+    if lora is not None:
+        if lora.load_inplace:
+            adapters.forget(lora.lora_path)
+            raise IdentityError(
+                "the request replaces an adapter in place, and until it has run nobody can say "
+                "which files are in use",
+                hint="it is computed; requests after it share KV again",
+            )
+        found = adapters.digest(lora.lora_path)
+        if found is None:
+            return None
+        adapter = found
+    salts = (Salt(request.cache_salt),) if request.cache_salt else ()
+    contents = tuple(
+        Content(sha256(feature.identifier.encode()).digest(), feature.mm_position.offset)
+        for feature in request.mm_features
+    )
+    return Scope(salts=salts, adapter=adapter, contents=contents, owner="vllm")

@@ -1,0 +1,85 @@
+"""Finding a request's prefix without waiting: looked up, brought into host memory, promised."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+
+from kvlayer import Cache, Portal, RetrieveReport, Scope
+from kvlayer.job import Job
+from kvlayer.lookup import Lookup, LookupState
+
+__all__ = ["Search"]
+
+
+class Search:
+    """One search. The scheduler polls it and never waits.
+
+    What lies in lower tiers is brought up before it is promised, so that a tier that fails or is
+    late costs a shorter prefix, and never a step.
+    """
+
+    def __init__(
+        self,
+        portal: Portal,
+        tokens: Callable[[], array[int]],
+        scope: Callable[[], Scope | None],
+        *,
+        clock: Callable[[], float],
+        lease_seconds: float,
+    ) -> None:
+        self._portal = portal
+        self._tokens = tokens
+        self._scope = scope
+        self._clock = clock
+        self._patience = lease_seconds / 2
+        """A hit that is older is looked up again: its lease must outlive the load."""
+        self._lookup: Lookup | None = None
+        self._since = 0.0
+        self._promotion: Job[RetrieveReport] | None = None
+
+    def poll(self) -> int | None:
+        """Tokens that lie in host memory, leased; None while that is not known."""
+        if self._lookup is not None and self._is_stale():
+            self.release()
+        if self._lookup is None:
+            scope = self._scope()
+            if scope is None:
+                return None
+            self._lookup = self._portal.lookup(self._tokens(), scope=scope)
+            self._since = self._clock()
+        if self._lookup.state is LookupState.PENDING:
+            return None
+        hit = self._lookup.hit
+        in_memory = next(iter(hit.by_tier.values()), 0)
+        if in_memory == hit.tokens:
+            return hit.tokens
+        if self._promotion is None:
+            self._promotion = self._portal.submit(Cache.promote, hit)
+        if not self._promotion.done():
+            return None
+        try:
+            return self._promotion.result().tokens
+        except CancelledError:
+            return 0  # the portal closes
+
+    def take(self) -> Lookup:
+        """Hand what was found over to a load, which releases it."""
+        assert self._lookup is not None
+        taken, self._lookup, self._promotion = self._lookup, None, None
+        return taken
+
+    def release(self) -> None:
+        """Let go of what was found, and stop looking."""
+        if self._promotion is not None:
+            self._promotion.cancel()
+            self._promotion = None
+        if self._lookup is not None:
+            self._lookup.release()
+            self._lookup = None
+
+    def _is_stale(self) -> bool:
+        is_known = self._lookup is not None and self._lookup.state is not LookupState.PENDING
+        is_moving = self._promotion is not None and not self._promotion.done()
+        return is_known and not is_moving and self._clock() - self._since > self._patience

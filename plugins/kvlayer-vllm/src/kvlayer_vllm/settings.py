@@ -1,0 +1,72 @@
+"""What ``kv_connector_extra_config`` may say: a cache's configuration, and how vLLM uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any, Final, Literal, get_args
+
+from kvlayer import CacheConfig
+from kvlayer.errors import ConfigError
+
+__all__ = ["Form", "Loads", "Settings"]
+
+Form = Literal["native", "canonical"]
+Loads = Literal["sync", "layerwise", "async"]
+
+_OWN: Final[Mapping[str, tuple[str, ...]]] = {"form": get_args(Form), "loads": get_args(Loads)}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The connector's configuration."""
+
+    cache: CacheConfig
+    form: Form = "native"
+    """``native``: blocks as the engine packed them; ``canonical``: what every engine can read."""
+    loads: Loads = "sync"
+    """When KV is copied into the engine's blocks: before the step that uses it, layer by layer
+    during that step, or beside other requests' steps."""
+
+    @classmethod
+    def of(cls, extra_config: Mapping[str, Any]) -> Settings:
+        """Read the connector's extra configuration.
+
+        ``form`` and ``loads`` are the adapter's own; ``config`` names a TOML file; everything else
+        is a field of ``kvlayer.CacheConfig`` and comes before environment and file. Raises
+        ``ConfigError`` for what is unknown or wrong.
+        """
+        given = dict(extra_config)
+        own: dict[str, Any] = {}
+        for key, choices in _OWN.items():
+            if key not in given:
+                continue
+            own[key] = given.pop(key)
+            if own[key] not in choices:
+                near = get_close_matches(str(own[key]), choices, 1)
+                raise ConfigError(
+                    f"{key} must be one of {', '.join(choices)}, found {own[key]!r}",
+                    hint=f"did you mean {near[0]!r}?" if near else None,
+                )
+        path = given.pop("config", None)
+        return cls(CacheConfig.load(path, **given), **own)
+
+    def fitting(self, tokens_per_block: int) -> CacheConfig:
+        """The cache's configuration for blocks of this size.
+
+        Native payloads are whole blocks: unless the size of tails is stated it becomes a block
+        where an eighth of a chunk is not a multiple of one.
+        """
+        config = self.cache
+        if self.form == "canonical" or config.tokens_per_tail:
+            return config
+        if config.tail_tokens % tokens_per_block == 0:
+            return config
+        if config.tokens_per_chunk % tokens_per_block:
+            raise ConfigError(
+                f"tokens_per_chunk = {config.tokens_per_chunk} is not a multiple of the engine's "
+                f"blocks of {tokens_per_block} tokens, which form = 'native' needs",
+                hint="choose a multiple, or form = 'canonical'",
+            )
+        return replace(config, tokens_per_tail=tokens_per_block)

@@ -1,0 +1,142 @@
+"""A worker's half: waits for copies that its step depends on, and carries out orders."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from kvlayer import KVView
+from kvlayer.loop_thread import LoopThread
+from kvlayer.rank import Rank
+from kvlayer.tier.messages import Order, Verb
+from kvlayer_vllm.engine import KVCacheConfig, VllmConfig
+from kvlayer_vllm.groups import engine_groups
+from kvlayer_vllm.layouts import RankLayout, caches_of, rank_layout
+from kvlayer_vllm.messages import Answers, Errand, Handshake, Step
+from kvlayer_vllm.moves import Load
+from kvlayer_vllm.settings import Settings
+
+__all__ = ["WorkerHalf"]
+
+_log = logging.getLogger("vllm.kvlayer")  # below vLLM's, so that its users see it
+
+_IDLE_SECONDS = 0.0005  # as long as vLLM's own loop sleeps after a step without work, and less
+
+
+class WorkerHalf:
+    """Made in every worker. Raises ``UnsupportedError`` for what cannot be carried."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings
+    ) -> None:
+        self._groups = engine_groups(vllm_config, kv_cache_config)
+        self._number = int(vllm_config.parallel_config.rank)
+        self._held: RankLayout = rank_layout(
+            vllm_config, self._groups, settings.form, rank=self._number
+        )
+        self._is_alone = vllm_config.parallel_config.distributed_executor_backend == "uni"
+        self._caches: list[list[Any]] = []
+        self._rank: LoopThread[Rank] | None = None
+        self._answers = Answers()
+        self._invalid: set[int] = set()
+        self._is_layerwise = settings.loads == "layerwise"
+        self._places = {
+            name: (group, local)
+            for group, each in enumerate(self._groups)
+            for local, name in enumerate(each.layer_names)
+        }
+        self._loads: list[Load] = []
+        """Of the step under way, while it computes."""
+        self._waited: set[str] = set()
+
+    def registered(self, tensors: Mapping[str, Any]) -> None:
+        """The engine's KV tensors are there, by the names of their layers."""
+        self._caches = caches_of(self._groups, self._held.layout, tensors)
+
+    def handshake(self) -> Handshake:
+        """What the scheduler must know of this worker."""
+        return Handshake(self._held, self._caches if self._is_alone else None)
+
+    def before_step(self, step: Step) -> None:
+        """Nothing has been written yet: what was let go of is gathered now, or never."""
+        for save in step.saves:
+            save.wait()
+        if step.greeting and self._rank is None:
+            self._rank = Rank.start(
+                step.greeting,
+                self._held.layout,
+                self._number,
+                make_stager=self._held.make_stager(),
+            )
+            self._answers.joined.add(self._number)
+        for errand in step.errands:
+            if self._order(errand).verb is Verb.GATHER:
+                self._carry_out(errand)
+
+    def load(self, step: Step) -> None:
+        """Fill blocks. Returns when those are there that this step computes with."""
+        for load in step.loads:
+            load.begin()
+        if step.must_wait:
+            self._loads, self._waited = step.loads, set()
+            if not self._is_layerwise:
+                for load in self._loads:
+                    load.wait()
+        for errand in step.errands:
+            if self._order(errand).verb is Verb.SCATTER:
+                self._carry_out(errand)
+        if step.is_idle:
+            time.sleep(_IDLE_SECONDS)
+
+    def layer(self, name: str) -> None:
+        """Attention over this layer is next: wait for what is loaded into it."""
+        if not self._loads:
+            return
+        self._waited.add(name)
+        if self._is_layerwise and name in self._places:
+            for load in self._loads:
+                load.wait_for_layer(*self._places[name])
+
+    def _end_loads(self) -> None:
+        """The step has computed: which blocks it should have had and did not."""
+        is_trusted = not self._is_layerwise or self._places.keys() <= self._waited
+        if self._loads and not is_trusted:
+            self._is_layerwise = False  # this model's attention does not ask: wait before the step
+            _log.warning("this model does not wait for layers: loads are waited for as a whole")
+        for load in self._loads:
+            load.wait()
+            if not is_trusted:
+                load.distrust()
+            if not load.is_whole:
+                self._invalid |= load.invalid_blocks()
+        self._loads = []
+
+    def _order(self, errand: Errand) -> Order:
+        return Order.from_bytes(errand.order)
+
+    def _carry_out(self, errand: Errand) -> None:
+        assert self._rank is not None
+        slots = [np.frombuffer(each, np.int64) for each in errand.slots]
+        view = KVView(self._caches, slots)
+        self._answers.completions.append(self._rank.call(Rank.carry_out, errand.order, view))
+
+    def invalid_blocks(self, step: Step) -> set[int]:
+        """Blocks that were to be loaded by now and were not."""
+        self._end_loads()
+        found, self._invalid = self._invalid | step.invalid, set()
+        return found
+
+    def answers(self) -> Answers | None:
+        """What the scheduler is to hear."""
+        found, self._answers = self._answers, Answers()
+        return found if found.completions or found.joined else None
+
+    def close(self) -> None:
+        """Leave. Idempotent."""
+        rank, self._rank = self._rank, None
+        if rank is not None:
+            rank.close()

@@ -1,0 +1,306 @@
+"""The real engine on a CPU, small models, and what a scheduler would hand to the connector.
+
+Nothing here is collected where vLLM is not installed: the session ``vllm`` has an environment with
+it, the session ``tests`` has none.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm_process import EngineProcess
+
+if find_spec("vllm") is None:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    from kvlayer_vllm.bench.models import random_model
+    from kvlayer_vllm.bench.serving import ENVIRONMENT
+
+    os.environ.update(ENVIRONMENT)  # before anything imports the engine
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the engine's own, of which there are many
+        import vllm.v1.engine.llm_engine  # noqa: F401
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What the engine and its libraries warn of is theirs; what kvlayer does stays an error."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.filterwarnings("ignore"))
+            item.add_marker(pytest.mark.filterwarnings("error:::kvlayer"), append=False)
+
+
+TINY: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 512,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers."""
+    return random_model(tmp_path_factory.mktemp("models") / "tiny", **TINY)
+
+
+@pytest.fixture(scope="session")
+def vllm_config(tiny: Path) -> Any:
+    """vLLM's own configuration of that model."""
+    from vllm import EngineArgs
+    from vllm.config import KVTransferConfig
+
+    return EngineArgs(
+        model=str(tiny),
+        dtype="float32",
+        block_size=32,
+        max_model_len=2048,
+        distributed_executor_backend="uni",
+        kv_transfer_config=KVTransferConfig(
+            kv_connector="KVLayerConnector",
+            kv_connector_module_path="kvlayer_vllm",
+            kv_role="kv_both",
+        ),
+    ).create_engine_config()
+
+
+@pytest.fixture
+def spec() -> Any:
+    """``spec(kind, **changes)``: one of vLLM's descriptions of a layer's KV."""
+    import torch
+    from vllm.v1 import kv_cache_interface as interface
+
+    def make(kind: str, **changes: Any) -> Any:
+        fields: dict[str, Any] = {
+            "block_size": 32,
+            "num_kv_heads": 2,
+            "head_size": 64,
+            "dtype": torch.float32,
+        }
+        return getattr(interface, kind)(**{**fields, **changes})
+
+    return make
+
+
+@pytest.fixture
+def kv_cache_config() -> Any:
+    """``kv_cache_config((names, spec), ...)``: what the engine tells of its groups."""
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+
+    def make(*groups: tuple[list[str], Any], **changes: Any) -> Any:
+        found = [KVCacheGroupSpec(names, spec, **changes) for names, spec in groups]
+        return KVCacheConfig(num_blocks=64, kv_cache_tensors=[], kv_cache_groups=found)
+
+    return make
+
+
+@pytest.fixture
+def request_of() -> Any:
+    """``request_of(tokens, **fields)``: a request as the scheduler has it."""
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    def make(tokens: Any, **fields: Any) -> Any:
+        return Request(
+            request_id=fields.pop("request_id", "one"),
+            prompt_token_ids=tokens,
+            sampling_params=SamplingParams(max_tokens=4),
+            pooling_params=None,
+            **fields,
+        )
+
+    return make
+
+
+@pytest.fixture
+def changed() -> Any:
+    """``changed(config, "model_config", quantization="fp8")``: a view of a configuration."""
+
+    def change(config: Any, part: str, **fields: Any) -> Any:
+        inner = getattr(config, part)
+        names = [name for name in dir(config) if name.endswith("_config")]
+        copy = SimpleNamespace(**{name: getattr(config, name) for name in names})
+        setattr(copy, part, _Over(inner, fields))
+        return copy
+
+    return change
+
+
+class _Over:
+    """An object with some attributes of its own in front of another's."""
+
+    def __init__(self, inner: Any, fields: dict[str, Any]) -> None:
+        self.__dict__.update(fields)
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+@pytest.fixture
+def no_cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digests of models are remembered below the test's own folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def engine_process() -> Iterator[Any]:
+    """``engine_process(model, cache, **options)``; one at a time: it ends before the next."""
+    running: list[EngineProcess] = []
+
+    def start(model: Path, cache: Any, **options: Any) -> EngineProcess:
+        running.append(EngineProcess(model, cache, **options))
+        return running[-1]
+
+    yield start
+    for each in running:
+        if each.process.poll() is None:
+            each.kill()
+
+
+# -- one engine in this process, for every test that looks inside ---------------------------------
+
+ANSWER = 12
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32",  # in bf16 near ties decide greedy answers
+    "max_num_batched_tokens": 256,  # longer prompts are computed in steps
+    "num_gpu_blocks_override": 40,
+    "max_model_len": 1024,
+}
+
+
+@pytest.fixture(scope="session")
+def smol() -> Path:
+    """A trained model: SmolLM2-135M-Instruct."""
+    from kvlayer_vllm.bench.models import trained_model
+
+    return trained_model()
+
+
+@pytest.fixture(scope="session")
+def prompts(smol: Path) -> dict[str, list[list[int]]]:
+    """34 prompts of text by what they are for."""
+    from transformers import AutoTokenizer
+
+    from kvlayer_transformers.demo import documents
+
+    folder = Path(documents.__file__).parent / "documents"
+    text = "\n".join(path.read_text() for path in sorted(folder.glob("*.txt")))
+    tokenizer: Any = AutoTokenizer.from_pretrained(smol)
+    words: list[int] = tokenizer(text)["input_ids"]
+
+    def cut(start: int, count: int) -> list[int]:
+        return words[start : start + count]
+
+    return {
+        "single": [cut(37 * n, 90 + 23 * n) for n in range(12)],
+        "shared": [
+            cut(1000 * batch, 160) + cut(300 + 90 * n + 7 * batch, 30 + 11 * n)
+            for batch in range(1, 4)
+            for n in range(4)
+        ],
+        "chunked": [cut(1700, 700), cut(2100, 577), cut(2000, 512)],
+        # Nine blocks each, of the 39 there are; the answers need a tenth.
+        "preempted": [cut(130 + 290 * n, 280) for n in range(4)],
+        "control": [cut(555 + 100 * n, 200) for n in range(3)],
+    }
+
+
+@pytest.fixture(scope="session")
+def expected(
+    smol: Path, prompts: dict[str, list[list[int]]]
+) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """What the engine answers without kvlayer, each prompt alone."""
+    process = EngineProcess(smol, None, **OPTIONS)
+    every = [prompt for some in prompts.values() for prompt in some]
+    answers = [process("ask", [prompt], ANSWER)[0] for prompt in every]
+    process.close()
+    return {tuple(prompt): tuple(found) for prompt, (found, _) in zip(every, answers, strict=True)}
+
+
+class Inside:
+    """The engine of this process, with kvlayer above a tier that falls ill on command."""
+
+    def __init__(self, serving: Any, tier: Any) -> None:
+        self.serving = serving
+        self.tier = tier
+
+    @property
+    def half(self) -> Any:
+        return self.serving.connector.scheduler
+
+    @property
+    def portal(self) -> Any:
+        return self.half.portal
+
+    def ask(self, prompts: list[list[int]], **how: Any) -> list[tuple[int, ...]]:
+        return [answer.tokens for answer in self.serving.ask(prompts, ANSWER, **how)]
+
+    @property
+    def loaded(self) -> int:
+        """Tokens copied from host memory into the engine so far."""
+        stack = self.portal.cache.stack
+        part = stack.planner.directory.needs[0]
+        per_token = stack.planner.payload(part, 1024).nbytes // 1024
+        return int(stack.host.loaded_nbytes // per_token)
+
+    def forget(self) -> None:
+        """The engine's own prefix cache holds nothing any more."""
+        self.serving.rest()
+        assert self.serving.core.scheduler.reset_prefix_cache()
+
+    def leave_memory(self, prompt: list[int], salt: str = "") -> None:
+        """The prompt's KV is on the tier alone."""
+        from kvlayer import Cache, Scope
+
+        async def evict(cache: Any) -> int:
+            scope = Scope.private(salt) if salt else Scope()
+            return int(await cache.control.evict(prompt, tier="cpu", scope=scope))
+
+        self.forget()
+        self.portal.call(Cache.flush)
+        self.portal.call(evict)
+
+
+@pytest.fixture(scope="session")
+def engine(smol: Path, expected: Any) -> Iterator[Inside]:
+    """The one engine of this process. ``expected`` comes first: only one runs at a time."""
+    from kvlayer.bench.sick import SickTier
+    from kvlayer.registry import BACKENDS
+    from kvlayer_vllm import scheduler
+    from kvlayer_vllm.bench.serving import Serving
+
+    tier = SickTier.fresh()
+    opened = scheduler.Portal.open
+    with pytest.MonkeyPatch.context() as patch:
+        backends = BACKENDS.extended({"sick": tier})
+        patch.setattr(
+            scheduler.Portal, "open", lambda *args, **how: opened(*args, backends=backends, **how)
+        )
+        below = {"write": "through", "deadline_seconds": DEADLINE, "pause_seconds": 0.2}
+        serving = Serving(
+            str(smol),
+            cache={
+                "tokens_per_chunk": 64,
+                "tokens_per_tail": 32,
+                "tiers": [{"url": "cpu://?capacity=1GiB"}, {"url": "sick://", **below}],
+            },
+            enable_prefix_caching=True,
+            **OPTIONS,
+        )
+    yield Inside(serving, tier)
+    serving.close()
+
+
+DEADLINE = 0.5

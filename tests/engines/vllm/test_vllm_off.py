@@ -1,0 +1,155 @@
+"""What kvlayer cannot serve turns it off with one line, and every hook has an answer."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvlayer.errors import ConfigError, UnsupportedError
+from kvlayer_vllm import connector as connector_module
+from kvlayer_vllm.connector import KVLayerConnector
+from kvlayer_vllm.engine import check_version, register
+from kvlayer_vllm.messages import Answers, Step
+
+NAMES = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
+
+
+@pytest.fixture
+def make(vllm_config: Any, spec: Any, kv_cache_config: Any, changed: Any) -> Any:
+    """``make(role, spec=..., part=..., **fields)``: a connector of a changed configuration."""
+    from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
+
+    def build(role: str, *, held: Any = None, part: str = "", **fields: Any) -> KVLayerConnector:
+        config = changed(vllm_config, part, **fields) if part else vllm_config
+        groups = kv_cache_config((NAMES, held or spec("FullAttentionSpec")))
+        return KVLayerConnector(config, KVConnectorRole[role], groups)
+
+    return build
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> Any:
+    """What kvlayer told the engine's users, as warnings."""
+    logger = logging.getLogger("vllm.kvlayer")
+    logger.addHandler(caplog.handler)  # vLLM's logger may keep its records to itself, or not
+    yield lambda: list(
+        dict.fromkeys(
+            each.getMessage()
+            for each in caplog.records
+            if (each.name, each.levelname) == (logger.name, "WARNING")
+        )
+    )
+    logger.removeHandler(caplog.handler)
+
+
+def check_off(connector: KVLayerConnector, request: Any) -> None:
+    """It does nothing, and every hook has an answer."""
+    assert not connector.is_on and connector.scheduler is None
+    connector.on_new_request(request)
+    assert connector.get_num_new_matched_tokens(request, 0) == (0, False)
+    connector.update_state_after_alloc(request, SimpleNamespace(), 0)
+    step = connector.build_connector_meta(SimpleNamespace())
+    assert isinstance(step, Step)
+    connector.bind_connector_metadata(step)
+    connector.handle_preemptions(step)
+    connector.register_kv_caches({})
+    connector.start_load_kv(None)
+    connector.wait_for_layer_load(NAMES[0])
+    connector.save_kv_layer(NAMES[0], None, None)
+    connector.wait_for_save()
+    assert connector.get_transfer_results(set()).finished_sending == set()
+    assert connector.get_block_ids_with_load_errors() == set()
+    assert connector.build_connector_worker_meta() is None
+    assert connector.get_handshake_metadata() is None
+    connector.update_connector_output(SimpleNamespace(kv_connector_worker_meta=Answers()))
+    assert connector.request_finished_all_groups(request, ([1],)) == (False, None)
+    assert list(connector.take_events()) == [] and connector.reset_cache() is None
+    connector.shutdown()
+
+
+@pytest.mark.parametrize("role", ["SCHEDULER", "WORKER"])
+@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0", "unknown"])
+def test_another_version_turns_it_off_with_one_line(
+    role: str,
+    version: str,
+    make: Any,
+    told: Any,
+    request_of: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connector_module, "engine_version", lambda: version)
+    check_off(make(role), request_of([1, 2, 3]))
+    (line,) = told()
+    assert line.startswith(f"kvlayer is off: vLLM {version} is outside the tested range, 0.32")
+
+
+def test_the_tested_versions_are_accepted() -> None:
+    check_version("0.32.0")
+    check_version("0.32.1+cpu")
+    with pytest.raises(UnsupportedError):
+        check_version("0.3.2")
+
+
+@pytest.mark.parametrize("role", ["SCHEDULER", "WORKER"])
+def test_a_group_that_cannot_be_carried_turns_it_off_by_its_name(
+    role: str, make: Any, told: Any, request_of: Any
+) -> None:
+    import torch
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    state = MambaSpec(block_size=32, shapes=((4, 4),), dtypes=(torch.float32,))
+    check_off(make(role, held=state), request_of([1, 2, 3]))
+    (line,) = told()
+    assert "kvlayer is off: kvlayer cannot carry KV group 0 (MambaSpec, 2 layers)" in line
+
+
+@pytest.mark.parametrize(
+    ("part", "fields", "message"),
+    [
+        ("parallel_config", {"tensor_parallel_size": 2}, "tensor_parallel_size = 2"),
+        ("parallel_config", {"pipeline_parallel_size": 3}, "pipeline_parallel_size = 3"),
+    ],
+)
+def test_several_ranks_turn_it_off(
+    part: str, fields: dict[str, Any], message: str, make: Any, told: Any
+) -> None:
+    assert not make("SCHEDULER", part=part, **fields).is_on
+    (line,) = told()
+    assert message in line
+
+
+def test_workers_that_say_nothing_turn_it_off_at_the_first_request(
+    make: Any, told: Any, request_of: Any
+) -> None:
+    connector = make("SCHEDULER")
+    assert connector.is_on
+    connector.on_new_request(request_of([1, 2, 3]))
+    check_off(connector, request_of([1, 2, 3]))
+    (line,) = told()
+    assert line == "kvlayer is off: no worker of the engine has introduced itself"
+
+
+def test_a_mistake_in_the_configuration_is_an_error(make: Any, vllm_config: Any) -> None:
+    transfer = vllm_config.kv_transfer_config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "kv_connector_extra_config", {"tokens_per_chunks": 1})
+        with pytest.raises(ConfigError, match="tokens_per_chunk"):
+            make("SCHEDULER")
+
+
+def test_a_load_that_fails_is_computed_whatever_the_default(make: Any, vllm_config: Any) -> None:
+    vllm_config.kv_transfer_config.kv_load_failure_policy = "fail"
+    make("SCHEDULER")
+    assert vllm_config.kv_transfer_config.kv_load_failure_policy == "recompute"
+
+
+def test_the_connector_is_known_by_its_name() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    register()
+    register()  # every process of the engine does
+    found = KVConnectorFactory.get_connector_class_by_name("KVLayerConnector")
+    assert found is KVLayerConnector

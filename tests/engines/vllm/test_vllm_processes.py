@@ -1,0 +1,187 @@
+"""KV outlives the engine's process: restarts, other models, a process killed while it writes.
+
+Each engine is a process of its own, and one runs at a time.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm_process import EngineProcess
+
+ANSWER = 12
+TINY_OPTIONS: dict[str, Any] = {"dtype": "float32", "max_num_batched_tokens": 512}
+
+
+def prompt_of(tokens: int, seed: int) -> list[int]:
+    from kvlayer_vllm.bench.serving import prompt_of as random_ids
+
+    return random_ids(tokens, seed, 512)
+
+
+def cache_in(directory: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "tokens_per_chunk": 64,
+        "tokens_per_tail": 32,
+        "tiers": [
+            {"url": "cpu://?capacity=256MiB"},
+            {"url": f"file://{directory}", "write": "back", "deadline_seconds": 60.0},
+        ],
+        **more,
+    }
+
+
+PROMPTS = [prompt_of(700, 1), prompt_of(300, 1), prompt_of(410, 2), prompt_of(95, 3)]
+USABLE = [672, 288, 384, 64]
+
+
+@pytest.fixture(scope="session")
+def cold(tiny: Path) -> list[list[int]]:
+    """What the engine answers without kvlayer."""
+    process = EngineProcess(tiny, None, **TINY_OPTIONS)
+    answers = [process("ask", [prompt], ANSWER)[0][0] for prompt in PROMPTS]
+    process.close()
+    return answers
+
+
+@pytest.fixture(scope="session")
+def stored(tiny: Path, cold: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that another engine has filled, and left."""
+    directory = tmp_path_factory.mktemp("stored")
+    process = EngineProcess(tiny, cache_in(directory), **TINY_OPTIONS)
+    answers = [process("ask", [prompt], ANSWER)[0] for prompt in PROMPTS]
+    assert [tokens for tokens, _ in answers] == cold
+    assert answers[0][1] == 0
+    process("rest")
+    process.close()
+    return directory
+
+
+def test_a_restarted_engine_loads_what_the_first_has_stored(
+    tiny: Path, stored: Path, cold: Any, engine_process: Any
+) -> None:
+    process = engine_process(tiny, cache_in(stored), **TINY_OPTIONS)
+    for prompt, usable, answer in zip(PROMPTS, USABLE, cold, strict=True):
+        assert process("ask", [prompt], ANSWER) == [[answer, usable]]
+    found = process("state")
+    assert (found["on"], found["troubles"], found["leases"]) == (True, 0, 0)
+    process.close()
+
+
+@pytest.mark.parametrize(
+    ("loads", "form"), [("async", "native"), ("layerwise", "native"), ("sync", "canonical")]
+)
+def test_each_way_of_loading_gives_the_same_answers(
+    loads: str, form: str, tiny: Path, cold: Any, tmp_path: Path, engine_process: Any
+) -> None:
+    """Also with tails inside a block, where the form is canonical."""
+    cache = cache_in(tmp_path, loads=loads, form=form)
+    if form == "canonical":
+        cache |= {"tokens_per_chunk": 48, "tokens_per_tail": 12}
+    process = engine_process(tiny, cache, **TINY_OPTIONS)
+    for prompt, answer in zip(PROMPTS, cold, strict=True):
+        process("ask", [prompt], ANSWER)
+        process("leave_memory", prompt)
+        ((tokens, cached),) = process("ask", [prompt], ANSWER)
+        step = 12 if form == "canonical" else 32
+        assert tokens == answer
+        assert cached == min(len(prompt) // step * step, len(prompt) - 1)
+    batch = process("ask", PROMPTS, ANSWER)
+    assert [tokens for tokens, _ in batch] == cold and all(cached for _, cached in batch)
+    process("rest")
+    found = process("state")
+    assert (found["troubles"], found["leases"], found["pinned"], found["tracked"]) == (0, 0, 0, 0)
+    process.close()
+
+
+def test_other_weights_or_another_dtype_never_hit(
+    tiny: Path, stored: Path, tmp_path: Path, engine_process: Any
+) -> None:
+    """Under the same served name: one bit of the weights differs, then the dtype."""
+    other = tmp_path / tiny.name
+    shutil.copytree(tiny, other)
+    raw = bytearray((other / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (other / "model.safetensors").write_bytes(raw)
+    for model, options, field in (
+        (other, TINY_OPTIONS, "weights"),
+        # Packed another way, so that there is not even an object of the same kind to point at.
+        (tiny, {**TINY_OPTIONS, "dtype": "bfloat16"}, "never-stored"),
+    ):
+        process = engine_process(model, cache_in(stored), served_model_name="tiny", **options)
+        assert process("ask", [PROMPTS[0]], 1)[0][1] == 0
+        assert field in process("explain", PROMPTS[2])
+        process.close()
+
+
+def test_a_process_killed_while_it_writes_leaves_nothing_wrong(
+    tiny: Path, cold: Any, tmp_path: Path, engine_process: Any
+) -> None:
+    process = engine_process(tiny, cache_in(tmp_path), **TINY_OPTIONS)
+    process("ask", [PROMPTS[2]], 1)
+    process.begin("ask", [PROMPTS[0]], ANSWER)
+    while not [*tmp_path.rglob("*.native*")]:
+        pass  # something is written: more of it follows
+    process.kill()
+    again = engine_process(tiny, cache_in(tmp_path), **TINY_OPTIONS)
+    for prompt, answer in zip(PROMPTS, cold, strict=True):
+        assert again("ask", [prompt], ANSWER)[0][0] == answer
+    again.close()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted"])
+def test_damaged_files_are_misses(
+    damage: str, tiny: Path, stored: Path, cold: Any, tmp_path: Path, engine_process: Any
+) -> None:
+    directory = tmp_path / "copy"
+    shutil.copytree(stored, directory)
+    files = sorted(path for path in directory.rglob("*native*") if path.is_file())
+    assert len(files) > 10
+    for path in files[::2]:
+        raw = bytearray(path.read_bytes())
+        if damage == "truncated":
+            path.write_bytes(raw[: len(raw) // 3])
+        elif damage == "flipped":
+            raw[len(raw) // 2] ^= 16
+            path.write_bytes(raw)
+        else:
+            path.unlink()
+    process = engine_process(tiny, cache_in(directory), **TINY_OPTIONS)
+    for prompt, answer, usable in zip(PROMPTS, cold, USABLE, strict=True):
+        found = [-1]
+        while found[-1] < usable:  # damage is found one object at a time, and stored anew
+            ((tokens, cached),) = process("ask", [prompt], ANSWER)
+            assert tokens == answer and cached > found[-1]
+            found.append(cached)
+            process("leave_memory", prompt)
+        assert found[-1] == usable
+    process.close()
+
+
+def test_the_scheduler_is_never_held(tiny: Path, tmp_path: Path, engine_process: Any) -> None:
+    """With 100,000 resident chunks no hook takes a millisecond of its thread's time."""
+    cache = {"tokens_per_chunk": 32, "tiers": [{"url": "cpu://?capacity=16GiB"}]}
+    process = engine_process(tiny, cache, **TINY_OPTIONS)
+    made, known = process("resident", 100_000)
+    assert made == 100_000 and known >= made
+    prompts = [prompt_of(2000, seed) for seed in (11, 12)]
+    process("ask", prompts, 4)
+    found: dict[str, float] = {}
+    for _ in range(3):  # the shortest of three: a thread is also charged for being interrupted
+        longest, answers = process("longest_hook", prompts, 40)
+        assert all(cached == 1984 for _, cached in answers)
+        found = {name: min(took, found.get(name, took)) for name, took in longest.items()}
+    assert len(found) == 6 and max(found.values()) < 1.0, found
+    process.close()
+
+
+def test_a_reset_forgets_everything(tiny: Path, tmp_path: Path, engine_process: Any) -> None:
+    process = engine_process(tiny, cache_in(tmp_path), **TINY_OPTIONS)
+    process("ask", [PROMPTS[0]], 1)
+    assert process("ask", [PROMPTS[0]], 1)[0][1] == USABLE[0]
+    assert process("reset") is True
+    assert process("ask", [PROMPTS[0]], 1)[0][1] == 0
+    process.close()
