@@ -83,7 +83,7 @@ class PackedStager(Stager):
         # Copies that meet inside a block read it, change it and write it: one after the other.
         works = [partial(self._copy_all, view, [each], copy) for each in alone]
         works += [partial(self._copy_all, view, loose, copy)] if loose else []
-        await self._offload.run_all(works, at_once=self._threads + 1)
+        await self._offload.run_all(works)
 
     def _planned(self, view: KVView, copy: HostCopy, *, is_gather: bool) -> _Planned:
         """Check one copy before a byte of any moves."""

@@ -90,7 +90,7 @@ class CudaStager(Stager):
     async def scatter_layers(
         self, view: KVView, copies: Sequence[HostCopy], landed: Landed
     ) -> None:
-        """As ``TorchStager.scatter_layers`` where torch does it; a pipeline tells ``view.loaded``."""
+        """As torch does it where torch does; a pipeline tells ``view.loaded``, not ``landed``."""
         pipeline = self._pipeline(view)
         if pipeline is None or not await self._piped(pipeline, view, copies, False):
             await self._torch.scatter_layers(view, copies, landed)
