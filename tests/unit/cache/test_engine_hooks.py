@@ -11,7 +11,6 @@ import torch
 from caches import config, layout, stored_files, tokens
 from engine import Engine, same
 from sick import Patient, ward
-from virtual_time import in_virtual_time
 
 from kvlayer import Cache, Cause, KVView, Scope
 from kvlayer.abc.stager import HostCopy
@@ -21,6 +20,7 @@ from kvlayer.events import Event, PrefetchDone
 from kvlayer.layout import NHD, AttentionKind, GroupLayout, KVGroup, KVLayout
 from kvlayer.memory.slab import Slab
 from kvlayer.staging.torch_stager import TorchStager
+from kvlayer.testing.sim import in_virtual_time
 
 PROMPT = tokens(64)
 
