@@ -113,6 +113,7 @@ def test_info_names_every_plugin_and_who_ships_it(kvlayer):
         ("kvlayer.policies", "lru"),
         ("kvlayer.policies", "prefix-lru"),
         ("kvlayer.commands", "bench"),
+        ("kvlayer.commands", "check"),
         ("kvlayer.commands", "doctor"),
         ("kvlayer.commands", "info"),
     }

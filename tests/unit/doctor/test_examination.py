@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 CHECKS = {
     *("python", "cpus", "configuration", "memory", "cgroup-memory", "overcommit", "slab"),
-    *("dev-shm", "memlock", "descriptors", "plugins", "torch", "engines"),
+    *("dev-shm", "memlock", "descriptors", "plugins", "torch", "gpu", "engines"),
     *("file-system", "directory", "o-direct", "hard-links", "flock", "file-times"),
     *("space", "inodes", "disk", "clock"),
 }
