@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 from stacks import CHUNK, Rig, chain_of, check_accounts, hybrid_layout, make_rig
 
+from kvlayer.abc.stager import Landed
 from kvlayer.errors import BackendError
 from kvlayer.keys import ChunkChain, Part
 from kvlayer.layout import KVView
@@ -163,7 +164,9 @@ async def test_what_a_scatter_misses_ends_the_prefix_and_the_load(
     rig.backend.gate = asyncio.Event()
     calls: list[list[int]] = []
 
-    async def scatter(_: KVView, pieces: Sequence[Piece], start: int, stop: int) -> list[Outcome]:
+    async def scatter(
+        _: KVView, pieces: Sequence[Piece], start: int, stop: int, landed: Landed | None
+    ) -> list[Outcome]:
         calls.append([piece.first_token for piece in pieces])
         return [Outcome(pieces[1].key, Cause.RANK_DOWN, "rank 1: no luck")]
 
