@@ -15,7 +15,7 @@ SAYS = {
     "02_tiers": "found 896 tokens: {'cpu': 0, 'file': 896}",
     "03_custom_backend": "loaded from dict://, bit for bit",
     "04_portal": "b: 256 tokens loaded, {'cpu': 0, 'file': 256}",
-    "05_simulator": "20 schedules: every answer right, and in time",
+    "06_simulator": "20 schedules: every answer right, and in time",
 }
 
 
