@@ -75,8 +75,8 @@ class Cache:
 
         With ``ranks`` the tensors are in other processes: ``layout`` is that of all ranks together,
         views are ``RemoteView``, and what a rank failed to move is in the reports. ``make_stager``
-        is for an engine whose memory no layout describes: called with the layout and a number of
-        threads, it returns what gathers and scatters there.
+        is for an engine whose memory no layout describes: called with the layout, the slab and a
+        number of threads, it returns what gathers and scatters there.
 
         On a clean exit everything stored reaches the lower tiers first (at most
         ``config.close_seconds``); on an exception only what is being written ends.

@@ -72,7 +72,7 @@ class Control:
         stack = self._cache.stack
         lower = self._lower(tier)
         chain = self._cache.chain(tokens, scope)
-        await stack.find(chain)  # what other processes stored goes, too
+        await stack.finder.find(chain)  # what other processes stored goes, too
         hashes = [*chain.hashes, *(tail.hash for tail in chain.tails(len(chain)))]
         with stack.planner.lock:
             chunks = [stack.planner.directory.chunk(h) for h in hashes]

@@ -28,7 +28,7 @@ async def explain(cache: Cache, tokens: Tokens, scope: Scope) -> Explanation:
     """
     packed = memoryview(token_bytes(tokens)).cast("I")
     chain = cache.chain(packed, scope)
-    match = await cache.stack.find(chain)
+    match = await cache.stack.finder.find(chain)
     others = await _other_namespaces(cache, chain, match.tokens)
     plain = cache.chain(packed, Scope()) if scope.extras() else chain
     misses: list[MissedChunk] = []

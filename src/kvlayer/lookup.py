@@ -180,7 +180,7 @@ class Lookups:
         return Lookup(self._planner, scope.owner, hit)
 
     async def _find(self, chain: ChunkChain, started: float) -> PrefixHit:
-        hit = self._leased(await self._stack.find(chain))
+        hit = self._leased(await self._stack.finder.find(chain))
         self._count(chain, hit)
         if self._emit:
             self._report(chain, hit, self._clock() - started)
@@ -188,7 +188,7 @@ class Lookups:
 
     def _at_once(self, chain: ChunkChain) -> PrefixHit | None:
         with self._planner.lock:  # nothing may go between being found and being leased
-            match = self._stack.find_at_once(chain)
+            match = self._stack.finder.find_at_once(chain)
             return None if match is None else self._leased(match)
 
     async def _settle(self, lookup: Lookup, chain: ChunkChain, started: float) -> None:

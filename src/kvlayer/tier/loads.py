@@ -15,12 +15,13 @@ from kvlayer.results import Cause, Failure
 from kvlayer.tier.directory import Host, ObjectRecord
 from kvlayer.tier.flight import Flight, Flights, outcome_of
 from kvlayer.tier.guard import Call, Lane, Refused
+from kvlayer.tier.matcher import Match
 from kvlayer.tier.messages import Outcome
 from kvlayer.tier.mover import Mover
 from kvlayer.tier.planner import Planner, Reservation
 from kvlayer.tier.tier import LowerTier, Tier
 
-__all__ = ["LATE", "Loads", "Wanted", "down"]
+__all__ = ["LATE", "Loads", "Wanted", "down", "wanted_of"]
 
 _AT_ONCE = 2  # flights begun per turn of the loop: with its first steps each takes some 0.5 ms
 
@@ -310,3 +311,11 @@ class Loads:
                 tier.fails(Cause.DEADLINE, "quarantine did not end in time")
             elif call.error is not None:
                 tier.fails(Cause.TIER_DOWN, f"{type(call.error).__name__}: {call.error}")
+
+
+def wanted_of(match: Match) -> Wanted:
+    """What a match needs, span by span."""
+    return [
+        (span, [record for cover in covers for record in cover])
+        for span, covers in zip(match.spans, match.covers, strict=True)
+    ]

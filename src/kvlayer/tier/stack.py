@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +16,11 @@ from kvlayer.layout import HitRule, KVView
 from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
 from kvlayer.tier import plan
 from kvlayer.tier.demotion import Demotion
-from kvlayer.tier.directory import Host, ObjectRecord
+from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.estimate import Rate
-from kvlayer.tier.guard import Call, Refused
+from kvlayer.tier.finder import Finder
 from kvlayer.tier.lease import Lease
-from kvlayer.tier.loads import Loads, Wanted, down
+from kvlayer.tier.loads import Loads, Wanted, wanted_of
 from kvlayer.tier.matcher import Match
 from kvlayer.tier.messages import Outcome, Piece
 from kvlayer.tier.mover import Mover
@@ -65,6 +65,7 @@ class Stack:
         """How fast the engine recomputes what is not loaded."""
         self._clock = clock
         self.loads = Loads(planner, mover, host, lower, clock)
+        self.finder = Finder(planner, mover, self.loads, lower, prefill=self.prefill, clock=clock)
         self.spills = Spills(planner, mover, lower)
         self.demotion = Demotion(
             planner, self.spills, host, lower, high=high_watermark, low=low_watermark
@@ -78,120 +79,6 @@ class Stack:
     def inflight(self) -> int:
         """Calls to lower tiers that run or wait their turn."""
         return sum(tier.guard.inflight for tier in self.lower)
-
-    # -- lookup ----------------------------------------------------------------------------------
-
-    async def find(self, chain: ChunkChain, *, at_any_price: bool = False) -> Match:
-        """The longest prefix worth loading. Asks lower tiers what the directory does not know.
-
-        Tiers are asked side by side, so a lookup pays one deadline at most, the longest.
-        ``at_any_price``: nobody waits for the loading, so that it is worth any time.
-        """
-        asked = [tier for tier in self.lower if tier.must_ask]
-        until = self._clock() + max((tier.guard.deadline for tier in asked), default=0.0)
-        for probes in (self.planner.probes, self.planner.tail_probes):
-            if asked and (keys := probes(chain)):
-                asked = await self._ask(asked, keys, until)
-        rate = None if at_any_price else self.prefill.tokens_per_second
-        return self._worth_loading(self.planner.match(chain), rate)
-
-    def find_at_once(self, chain: ChunkChain) -> Match | None:
-        """What :meth:`find` would answer, or None when a tier must be asked first.
-
-        In any thread, with the planner's lock held until the match is leased.
-        """
-        match = self.planner.match(chain)
-        must_ask = any(tier.must_ask and tier.guard.serves for tier in self.lower)
-        if must_ask and not self.planner.is_final(match):
-            return None
-        return self._worth_loading(match, self.prefill.tokens_per_second)
-
-    async def _ask(
-        self, tiers: Sequence[LowerTier], keys: Sequence[ObjectKey], until: float
-    ) -> list[LowerTier]:
-        """Note what tiers hold of ``keys``; those that answered."""
-        calls: list[tuple[LowerTier, Call[list[ObjectKey]]]] = []
-        answered: list[LowerTier] = []
-        try:
-            for tier in tiers:
-                try:
-                    ask = partial(self.mover.contains, tier.index, keys)
-                    calls.append((tier, tier.guard.start(ask)))
-                except Refused as no:
-                    tier.refused(no.cause)
-            patience = until - self._clock()
-            ended = await asyncio.gather(*(t.guard.wait(call, patience) for t, call in calls))
-            for (tier, call), in_time in zip(calls, ended, strict=True):
-                if not in_time:
-                    if call.was_late:
-                        tier.fails(Cause.DEADLINE, f"no answer within {tier.guard.deadline} s")
-                    else:
-                        tier.refused(Cause.DEADLINE)  # the first question took most of the time
-                elif isinstance(call.error, Refused):
-                    tier.refused(call.error.cause)
-                elif call.error is not None:
-                    tier.fails(Cause.TIER_DOWN, f"{type(call.error).__name__}: {call.error}")
-                else:
-                    tier.works()
-                    self.planner.note(call.result(), tier.index)
-                    answered.append(tier)
-        finally:
-            for _, call in calls:
-                call.cancel()
-        return answered
-
-    def _worth_loading(self, match: Match, rate: float | None) -> Match:
-        """``match`` cut where a tier is not asked for now, or where recomputing is faster."""
-        dead = down(self.lower)
-        if not dead and rate is None:
-            return match
-        best, most = self.planner.shortened(match, 0), 0.0
-        while match.spans:
-            needs = self._needs(match, dead)
-            stops = [span.stop for span in match.spans[: len(needs)]]
-            saved = plan.savings(stops, needs, self._takes if rate else _no_time, rate or 1.0)
-            # A shorter hit may need other windows and save less than the longer one did.
-            if len(needs) == len(match.spans) and saved[-1] > most:
-                best, most = match, saved[-1]
-            count = plan.worthwhile(saved)
-            if count == len(match.spans):
-                break
-            match = self.planner.shortened(match, count)
-        return best
-
-    def _needs(self, match: Match, dead: int) -> list[dict[int, int]]:
-        """Bytes each span needs from each lower tier, up to the first that no tier can give."""
-        needs: list[dict[int, int]] = []
-        for span, records in _wanted(match):
-            need: dict[int, int] = {}
-            for record in records:
-                if record.host is Host.READY:
-                    continue
-                live = record.tiers & ~dead
-                if not live or self.loads.stuck(record):
-                    return needs
-                tier = (live & -live).bit_length() - 1
-                nbytes = self.planner.payload(record.part, span.tokens).nbytes
-                need[tier] = need.get(tier, 0) + nbytes
-            needs.append(need)
-        return needs
-
-    def _takes(self, tier: int, nbytes: int) -> float:
-        return self.lower[tier - 1].estimate.seconds(nbytes, self._clock())
-
-    def _budget(self, wanted: Wanted, deadline: float | None) -> float | None:
-        """When a load has cost as much as computing it anew, so that it never costs twice that.
-
-        Without the first span that is not in host memory all behind it is of no use.
-        """
-        ends = [] if deadline is None else [self._clock() + deadline]
-        rate = self.prefill.tokens_per_second
-        if rate is not None:
-            absent = (s for s, found in wanted if any(r.host is not Host.READY for r in found))
-            first = next(absent, None)
-            tokens = 0 if first is None else wanted[-1][0].stop - first.start
-            ends.append(self._clock() + tokens / rate)
-        return min(ends, default=None)
 
     # -- store -----------------------------------------------------------------------------------
 
@@ -215,7 +102,11 @@ class Stack:
             pieces = [slot.piece for slot in todo.gathers]
             if len(pieces) > _SLICE:
                 await asyncio.sleep(0)
-            missed = await self._gather(view, pieces, window)
+            missed = (  # stays None when cancelled: then nothing was gathered
+                await _moved(self.mover.gather(view, pieces, window.start), pieces)
+                if pieces
+                else ()
+            )
         finally:
             failed = self.planner.gathered(todo, missed)
             self.host.lost(
@@ -232,15 +123,6 @@ class Stack:
         failed += await self._send_down(chain, todo)
         report = StoreReport(len(todo.spans), len(todo.skipped), len(todo.dropped), tuple(failed))
         return report, todo
-
-    async def _gather(
-        self, view: KVView, pieces: Sequence[Piece], window: Window
-    ) -> Sequence[Outcome]:
-        """What was missed, which is everything when the cache is closed meanwhile."""
-        try:
-            return await self.mover.gather(view, pieces, window.start) if pieces else ()
-        except ClosedError as exc:
-            return [Outcome(piece.key, Cause.BUSY, str(exc), 0, 0.0) for piece in pieces]
 
     async def _send_down(self, chain: ChunkChain, todo: StorePlan) -> list[Failure]:
         moves = [(slot.span, slot.record) for slot in todo.gathers]
@@ -272,20 +154,23 @@ class Stack:
         bound = Window(window.start, stop - stop % self._native_step)
         wanted = [
             (span, records)
-            for span, records in _wanted(match)
+            for span, records in wanted_of(match)
             if span.start < bound.stop and span.stop > bound.start
         ]
         trouble: list[Failure] = []
         done = 0
         path = [record for _, records in wanted for record in records]
         self.planner.pin(path)
-        until = self._budget(wanted, deadline)
+        until = self.finder.budget(wanted, deadline)
         try:
             async with aclosing(self.loads.arrive(wanted, trouble, until)) as arrivals:
                 async for batch in arrivals:
                     pieces = [_piece(span, r) for span, records in batch for r in records]
                     is_last = done + len(batch) == len(wanted)  # layers are complete only then
-                    missed = await self._scatter(view, pieces, bound, landed if is_last else None)
+                    scatter = self.mover.scatter(
+                        view, pieces, bound.start, bound.stop, landed if is_last else None
+                    )
+                    missed = await _moved(scatter, pieces)
                     whole = _before(batch, missed, self.host.name, trouble)
                     done += whole
                     self.host.hits += len(pieces)
@@ -299,15 +184,6 @@ class Stack:
         if done == len(wanted):
             return RetrieveReport(max(bound.stop, bound.start))
         return RetrieveReport(self._usable(match, wanted[0][0], done, bound), tuple(trouble))
-
-    async def _scatter(
-        self, view: KVView, pieces: Sequence[Piece], bound: Window, landed: Landed | None
-    ) -> Sequence[Outcome]:
-        """What was missed, which is everything when the cache is closed meanwhile."""
-        try:
-            return await self.mover.scatter(view, pieces, bound.start, bound.stop, landed)
-        except ClosedError as exc:
-            return [Outcome(piece.key, Cause.BUSY, str(exc), 0, 0.0) for piece in pieces]
 
     def _usable(self, match: Match, first: Span, done: int, bound: Window) -> int:
         """Tokens of the correct prefix after ``done`` spans from ``first`` on were scattered."""
@@ -327,7 +203,7 @@ class Stack:
 
         Nothing stays leased when this raises or is cancelled.
         """
-        match = await self.find(chain, at_any_price=True)
+        match = await self.finder.find(chain, at_any_price=True)
         lease = self.planner.lease(match, owner=owner, seconds=seconds)
         held = False
         try:
@@ -346,7 +222,7 @@ class Stack:
         until = None if deadline is None else self._clock() + deadline
         self.planner.pin(path)  # the lease may run out before everything is there
         try:
-            async with aclosing(self.loads.arrive(_wanted(match), trouble, until)) as arrivals:
+            async with aclosing(self.loads.arrive(wanted_of(match), trouble, until)) as arrivals:
                 async for batch in arrivals:
                     done += len(batch)
         finally:
@@ -414,16 +290,12 @@ class Stack:
             await tier.guard.aclose()
 
 
-def _no_time(_tier: int, _nbytes: int) -> float:
-    """What loading takes where nobody knows what computing takes."""
-    return 0.0
-
-
-def _wanted(match: Match) -> Wanted:
-    return [
-        (span, [record for cover in covers for record in cover])
-        for span, covers in zip(match.spans, match.covers, strict=True)
-    ]
+async def _moved(move: Awaitable[Sequence[Outcome]], pieces: Sequence[Piece]) -> Sequence[Outcome]:
+    """What a move missed, which is everything when the cache is closed meanwhile."""
+    try:
+        return await move
+    except ClosedError as exc:
+        return [Outcome(piece.key, Cause.BUSY, str(exc)) for piece in pieces]
 
 
 def _piece(span: Span, record: ObjectRecord) -> Piece:

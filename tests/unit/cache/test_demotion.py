@@ -211,7 +211,10 @@ async def test_random_operations_with_cancellations_keep_accounts_exact(
     # Room for ten objects of a page each on the host and sixteen on disk: all moves all the time.
     settings = demoting(tmp_path, host="40KiB", file_options="&capacity=128KiB", policy=policy)
     async with Cache.open(settings, layout()) as cache:
-        for turn in range(200):
+        for turn in range(2000):
+            # How much is demoted in so many turns depends on the disk.
+            if turn >= 200 and cache.control.stats().tiers[0].demoted > 10:
+                break
             seed, length = rng.randrange(8), rng.randrange(1, 49)
             work: Coroutine[Any, Any, Any]
             choice = rng.random()
@@ -232,7 +235,7 @@ async def test_random_operations_with_cancellations_keep_accounts_exact(
                 stats = cache.control.stats()
                 assert (stats.tiers[0].pinned_nbytes, stats.leases) == (0, 0)
                 assert stats.tiers[0].used_nbytes == stats.tiers[0].objects * PAGE
-        assert cache.control.stats().tiers[0].demoted > 0  # how many depends on the disk
+        assert cache.control.stats().tiers[0].demoted > 10
         await cache.control.clear()
         assert cache.control.stats().tiers[0].used_nbytes == 0
     assert stored_files(tmp_path) == []

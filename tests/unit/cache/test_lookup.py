@@ -314,7 +314,7 @@ def test_a_lookup_that_breaks_is_a_miss_and_says_so(
         async def broken(*_: object) -> None:
             raise ZeroDivisionError
 
-        monkeypatch.setattr(portal.cache.stack, "find", broken)
+        monkeypatch.setattr(portal.cache.stack.finder, "find", broken)
         with portal.lookup(tokens(48)) as lookup:
             assert lookup.wait(10).tokens == 0
             assert lookup.state is LookupState.MISS

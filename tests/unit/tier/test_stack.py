@@ -207,10 +207,10 @@ async def test_an_answer_of_a_shared_tier_is_a_sign_of_life() -> None:
     rig.planner.vanished(list(rig.backend.objects), 1, "", Cause.EVICTED)
     assert rig.planner.match(chain).tokens == 0
     rig.backend.raises = BackendError("down")
-    assert (await rig.stack.find(chain)).tokens == 0
+    assert (await rig.stack.finder.find(chain)).tokens == 0
     assert not rig.tier.health().ok
     rig.backend.raises = None
-    assert (await rig.stack.find(chain)).tokens == 32
+    assert (await rig.stack.finder.find(chain)).tokens == 32
     assert rig.tier.health().ok
     await rig.aclose()
 
@@ -219,7 +219,7 @@ async def test_an_answer_of_a_shared_tier_is_a_sign_of_life() -> None:
 async def test_a_tier_that_does_not_answer_in_time_is_a_miss() -> None:
     rig, chain = make_rig(shared=True, deadline=2.0), chain_of(CHUNK)
     rig.backend.gate = asyncio.Event()
-    assert (await rig.stack.find(chain)).tokens == 0
+    assert (await rig.stack.finder.find(chain)).tokens == 0
     assert rig.tier.misses[Cause.DEADLINE] >= 1
     await rig.aclose()
 
