@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from kvlayer.keys import ChunkChain, Scope, Tokens, token_bytes
 from kvlayer.layout import KVLayout, KVView
 from kvlayer.lookup import Lookup, Lookups
 from kvlayer.namespace import Namespace
+from kvlayer.prefetch import Prefetch
 from kvlayer.registry import BACKENDS, Registry
 from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
 from kvlayer.tier.matcher import Match
@@ -27,7 +28,7 @@ from kvlayer.tier.ranks import Ranks
 from kvlayer.tier.sources import Sources
 from kvlayer.tier.stack import Window
 
-__all__ = ["Cache", "Prefetch"]
+__all__ = ["Cache"]
 
 PUBLIC = Scope()
 
@@ -390,21 +391,3 @@ async def _to_the_end(parts: opening.Parts, *, flush: bool) -> None:
     if cancelled is not None and (closing.cancelled() or closing.exception() is None):
         raise cancelled
     closing.result()
-
-
-class Prefetch:
-    """A running promotion: poll it from an engine step, cancel it, or await its report."""
-
-    def __init__(self, task: asyncio.Task[RetrieveReport]) -> None:
-        self._task = task
-
-    def done(self) -> bool:
-        """Whether it has ended."""
-        return self._task.done()
-
-    def cancel(self) -> None:
-        """Stop it and unpin what it held. What other requests wait for goes on."""
-        self._task.cancel()
-
-    def __await__(self) -> Generator[Any, None, RetrieveReport]:
-        return asyncio.shield(self._task).__await__()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from asyncio import CancelledError
 from collections.abc import Callable, Coroutine, Iterable
+from contextlib import suppress
 from math import inf
 from random import Random
 from sys import maxsize
@@ -183,10 +184,7 @@ class Guard:
             turns.late -= 1
 
     def _conclude(self, trial: Call[Any], turns: Turns) -> None:
-        """A trial is over: whoever booked it may have had nothing to say about the tier.
-
-        Without a verdict the breaker would stay half-open, and nothing would try again.
-        """
+        """A trial is over. Without a verdict the breaker would stay half-open for ever."""
         turns.trial = None
         if not turns.breaker.is_half_open:
             return
@@ -232,10 +230,8 @@ class Guard:
 
     def hint(self, call: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """Run ``call()`` for no one: not at all when busy, cancelled at the deadline."""
-        try:
+        with suppress(Refused):
             self.start(call).left_alone(cancel=True)
-        except Refused:
-            return
 
     # -- waiting ---------------------------------------------------------------------------------
 
