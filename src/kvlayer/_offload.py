@@ -146,7 +146,11 @@ class Offload:
         while (work := todo.take()) is not None:
             if self._closed:
                 raise ClosedError(f"the thread pool {self._name!r} was closed")
-            work()
+            try:
+                work()
+            except BaseException:
+                todo.stop()  # at once: the loop hears of it later
+                raise
             del work  # it may hold what the next waits for
             if self._waiting:
                 return False

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvlayer._offload import Offload
+from kvlayer._offload import Offload, _Todo
 from kvlayer.errors import ClosedError
 
 
@@ -359,3 +359,13 @@ async def test_work_that_no_thread_took_is_refused_and_never_done_later(
     await offload.run(done.append, "taken")
     offload.close()
     assert done == ["taken"]
+
+
+def test_nothing_starts_after_a_failure_although_the_loop_has_not_heard_of_it() -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    offload, todo = Offload(1, "test"), _Todo([fail, list])
+    with pytest.raises(ZeroDivisionError):
+        offload._work_off(todo)  # as a thread of the pool does
+    assert todo.take() is None
