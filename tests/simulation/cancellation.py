@@ -14,7 +14,8 @@ from world import Below, Client, World
 
 from kvlayer.abc.backend import Capability
 from kvlayer.testing import invariants
-from kvlayer.testing.faults import Late, Lying, Slow
+from kvlayer.testing.faults import Late, Slow
+from kvlayer.testing.lying import Lying
 from kvlayer.testing.memory import MemoryBackend
 from kvlayer.testing.sim import Awaits
 

@@ -11,7 +11,8 @@ import asyncio
 from world import Below, Client, World
 
 from kvlayer.abc.backend import Capability
-from kvlayer.testing.faults import Dying, Flaky, Late, Lying, Slow
+from kvlayer.testing.faults import Dying, Flaky, Late, Slow
+from kvlayer.testing.lying import Lying
 from kvlayer.testing.memory import MemoryBackend
 
 SHARED = (Capability.LIST, Capability.SHARED)

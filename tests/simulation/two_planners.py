@@ -7,12 +7,25 @@ the other: right bytes or a shorter prefix, and what turned out to be gone is no
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from world import PAGE, Below, Client, Process, World
 
-from kvlayer.testing.faults import Slow
+from kvlayer.keys import ObjectKey
+from kvlayer.testing.faults import Slow, Wrapper
 from kvlayer_backends.file.backend import FileBackend
 from kvlayer_backends.file.options import FileOptions
+
+
+class Watched(Wrapper):
+    """Says when a damaged object has left the directory: its event comes before that."""
+
+    world: World
+
+    async def quarantine(self, keys: Sequence[ObjectKey], /) -> None:
+        await super().quarantine(keys)
+        for process in self.world.processes:
+            process.gives_up(*(key.chunk for key in keys))
 
 
 async def play(world: World) -> None:
@@ -21,7 +34,9 @@ async def play(world: World) -> None:
 
     def below() -> Below:
         files = FileBackend(str(world.directory), options)
-        slow = Slow(files, chance, world.log, seconds=(0.0, 0.02))
+        watched = Watched(files, chance, world.log)
+        watched.world = world
+        slow = Slow(watched, chance, world.log, seconds=(0.0, 0.02))
         return Below(slow, {"write": chance.choice(["through", "back"])})
 
     async with (

@@ -121,6 +121,11 @@ class World:
     def bytes_of(self, key: ObjectKey) -> bytes | None:
         return self.right.get(key.chunk)
 
+    def lies_in_directory(self, chunk_hash: bytes) -> bool:
+        """Whether there is a file of this chunk below the directory, whoever wrote it."""
+        text = chunk_hash.hex()
+        return any((self.directory / "v1").glob(f"*/{text[:2]}/*.{text}.*"))
+
     def check_stored(self, objects: dict[ObjectKey, bytes]) -> None:
         """What lies on a tier below is right, too."""
         for key, stored in objects.items():
@@ -175,6 +180,8 @@ class Process:
         self._moment = 0
         self._committed: dict[bytes, int] = {}
         self._given_up: dict[bytes, int] = {}
+        self._taken_by_others: set[bytes] = set()
+        """What other processes took from a shared tier, some time."""
 
     @property
     def patience(self) -> float:
@@ -197,10 +204,9 @@ class Process:
             return
         chunks = [key.chunk for key in keys]
         if isinstance(event, ObjectsEvicted) and event.tier == self.cache.stack.host.name:
-            self.gives_up(*(each for each in chunks if not self.holds(each)))
-        else:  # what left a shared tier left it for all
-            for process in self.world.processes:
-                process.gives_up(*chunks)
+            self.leaves_host(chunks)
+        else:
+            self.takes_below(chunks)
 
     def holds(self, chunk_hash: bytes, *, in_host: bool = False) -> bool:
         """Whether the cache believes that it can serve all of a chunk."""
@@ -217,6 +223,33 @@ class Process:
     def gives_up(self, *hashes: bytes) -> None:
         """Somebody else took these away, and may: they are not missed."""
         self._given_up |= dict.fromkeys(hashes, self.now())
+
+    def takes_below(self, hashes: list[bytes]) -> None:
+        """What this process took from a shared tier has left it for all."""
+        for process in self.world.processes:
+            process.gives_up(*hashes)
+            if process is not self:
+                process._taken_by_others.update(hashes)
+
+    def leaves_host(self, hashes: list[bytes]) -> None:
+        """What host memory dropped is missed, if a tier below is to have it.
+
+        But the directory's word on a shared tier is a hint: a store of what lies in host memory
+        does not ask there again. Where another process had taken the copy away, host memory
+        dropped the last one, and may. Nothing is excused that is there now, or that nobody took.
+        """
+        self.gives_up(
+            *(
+                each
+                for each in hashes
+                if not self.holds(each)
+                or (
+                    each in self._taken_by_others
+                    and not self.holds(each, in_host=True)
+                    and not self.world.lies_in_directory(each)
+                )
+            )
+        )
 
     def committed(self) -> list[bytes]:
         """What has to be there: committed, and given up by no one since it was stored."""
@@ -380,9 +413,10 @@ class Client:
             work = self.cache.control.evict(prompt.tokens[:length], tier=tier)
             await self.process.timed("evict", work, within)
         finally:
-            gone = [each for each in hashes if not self.process.holds(each)]
-            for process in self.world.processes if tier is None else [self.process]:
-                process.gives_up(*(hashes if tier is None else gone))
+            if tier is None:
+                self.process.takes_below(hashes)
+            else:
+                self.process.leaves_host(hashes)
 
     async def prefetch(self, prompt: Prompt, length: int = LONGEST, *, seconds: float) -> None:
         job = self.cache.prefetch(prompt.tokens[:length], deadline=seconds)

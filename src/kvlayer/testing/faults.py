@@ -1,6 +1,8 @@
-"""Backends that stand in front of another one and spoil it: slow, flaky, lying, late, dying.
+"""Backends that stand in front of another one and spoil it: slow, flaky, late, dying.
 
-They compose, draw from a source of chance that the test seeds, and write down what they did::
+One that lies is in :mod:`~kvlayer.testing.lying`.
+
+All compose, draw from a source of chance that the test seeds, and write down what they did::
 
     log: list[Injected] = []
     chance = random.Random(seed)
@@ -18,11 +20,11 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from functools import cached_property
 from random import Random
 from typing import Any, ClassVar, Self, TypeAlias, TypeVar
 
-from kvlayer.abc.backend import Backend, Hit, Listed, Miss, Read, ReadResult, Write, WriteResult
+from kvlayer.abc.backend import Backend, Listed, Read, ReadResult, Write, WriteResult
 from kvlayer.errors import BackendError, BackendUnavailableError, UnsupportedError
 from kvlayer.keys import ObjectKey
 from kvlayer.urls import BackendURL
@@ -32,8 +34,6 @@ __all__ = [
     "Flaky",
     "Injected",
     "Late",
-    "Lie",
-    "Lying",
     "Slow",
     "Trespassing",
     "Wrapper",
@@ -232,111 +232,6 @@ class Flaky(Wrapper):
         return error("injected: the item failed")
 
 
-class Lie(StrEnum):
-    """What a backend may say that is not so."""
-
-    FLIPPED = "flipped"
-    """A read has one bit wrong."""
-    SHORTENED = "shortened"
-    """A read says it filled less than it did."""
-    LENGTHENED = "lengthened"
-    """A read says it filled a page more than the object has, or than it was lent."""
-    EMPTY = "empty"
-    """A read fills nothing and says it filled all."""
-    SWAPPED = "swapped"
-    """A read fills in another object."""
-    DENIED = "denied"
-    """It says that it lacks what it has."""
-    CLAIMED = "claimed"
-    """It says that it has what it lacks."""
-    DROPPED = "dropped"
-    """A write says it stored the object, and did not."""
-
-
-class Lying(Wrapper):
-    """A ``share`` of what can be lied about is: one of ``lies``, drawn.
-
-    Bytes are spoiled within what was lent, and sizes are those of the object's neighbourhood: it
-    is plausible, and wrong.
-    """
-
-    def __init__(
-        self,
-        inner: Backend,
-        chance: Random,
-        log: list[Injected] | None = None,
-        *,
-        share: float = 0.1,
-        lies: Sequence[Lie] = tuple(Lie),
-    ) -> None:
-        super().__init__(inner, chance, log)
-        self.share = share
-        self.lies = lies
-        self._seen: list[ObjectKey] = []
-        """Some keys that were written, to swap."""
-
-    def _draw(self, *possible: Lie) -> Lie | None:
-        lies = [lie for lie in possible if lie in self.lies]
-        return self.chance.choice(lies) if lies and self.strikes(self.share) else None
-
-    async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
-        sizes = await super().contains(keys)
-        for at, key in enumerate(keys):
-            lie = self._draw(Lie.CLAIMED if sizes[at] is None else Lie.DENIED)
-            if lie is not None:
-                self.note("contains", lie, key)
-                sizes[at] = 8192 if lie is Lie.CLAIMED else None
-        return sizes
-
-    async def get(self, reads: Sequence[Read], /) -> list[ReadResult]:
-        return [await self._get(read) for read in reads]
-
-    async def _get(self, read: Read) -> ReadResult:
-        lie = self._draw(
-            Lie.FLIPPED, Lie.SHORTENED, Lie.LENGTHENED, Lie.EMPTY, Lie.SWAPPED, Lie.DENIED
-        )
-        if lie is Lie.EMPTY:
-            self.note("get", lie, read.key)
-            return Hit(read.nbytes)
-        (result,) = await super().get([read])
-        if lie is None or not isinstance(result, Hit) or not result.nbytes:
-            return result
-        self.note("get", lie, read.key)
-        match lie:
-            case Lie.FLIPPED:
-                self._flip(read, result.nbytes)
-            case Lie.SHORTENED:
-                return Hit(self.chance.randrange(result.nbytes))
-            case Lie.LENGTHENED:
-                return Hit(result.nbytes + 4096)
-            case Lie.SWAPPED:
-                other = self.chance.choice(self._seen) if self._seen else read.key
-                await super().get([Read(other, read.regions, read.offset)])
-            case _:
-                return Miss()
-        return result
-
-    def _flip(self, read: Read, nbytes: int) -> None:
-        at = self.chance.randrange(nbytes)
-        for region in read.regions:
-            if at < region.nbytes:
-                region[at] ^= 1 << self.chance.randrange(8)
-                return
-            at -= region.nbytes
-
-    async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
-        todo: list[Write] = []
-        for write in writes:
-            lie = self._draw(Lie.DROPPED)
-            if lie is None:
-                todo.append(write)
-            else:
-                self.note("put", lie, write.key)
-        done = dict(zip([w.key for w in todo], await super().put(todo), strict=True))
-        self._seen = [*self._seen[-15:], *done]
-        return [done.get(write.key) for write in writes]
-
-
 class Late(Wrapper):
     """A ``share`` of reads and writes is carried out ``seconds`` after it was asked for.
 
@@ -403,17 +298,9 @@ class Trespassing(Late):
     later all the same, wherever that is by then. A test that uses it must fail.
     """
 
-    def __init__(
-        self,
-        inner: Backend,
-        chance: Random,
-        log: list[Injected] | None = None,
-        *,
-        share: float = 0.2,
-        seconds: tuple[float, float] = (1.0, 3.0),
-    ) -> None:
-        super().__init__(inner, chance, log, share=share, seconds=seconds)
-        self._running: set[asyncio.Task[Any]] = set()
+    @cached_property
+    def _running(self) -> set[asyncio.Task[Any]]:
+        return set()
 
     def _lent_reads(self, reads: Sequence[Read]) -> Sequence[Read]:
         # Views of its own, as a pointer is: they outlive what the lender releases.

@@ -22,14 +22,13 @@ from kvlayer.testing.faults import (
     Flaky,
     Injected,
     Late,
-    Lie,
-    Lying,
     Slow,
     Trespassing,
     Wrapper,
     given,
     tally,
 )
+from kvlayer.testing.lying import Lie, Lying
 from kvlayer.testing.memory import MemoryBackend
 from kvlayer.testing.sim import in_virtual_time, run
 from kvlayer.urls import BackendURL

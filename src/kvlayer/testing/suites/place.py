@@ -63,7 +63,10 @@ class BackendPlace(Suite):
 
         Override it where that can be done; the place is ``directory``.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot shorten {key}: override truncate(), or leave out the "
+            "promises that need it, as why_not() does"
+        )
 
     def _of(self, url: str) -> Backend:
         if not url:
