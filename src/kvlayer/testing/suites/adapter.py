@@ -178,6 +178,7 @@ class AdapterSuite(Suite):
             expect(found >= len(trial.prompt) // self.tokens_per_chunk * self.tokens_per_chunk,
                    True, f"every full chunk of {len(trial.prompt)} tokens to be found")  # fmt: skip
             loaded = engine.load(trial.prompt, Scope())
+        expect(bool(loaded), True, "something of it to be loaded")
         for whole, part in zip(stored, loaded, strict=False):
             expect(len(part), len(whole), "the bytes of a token")
 
