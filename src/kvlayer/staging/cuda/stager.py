@@ -106,6 +106,7 @@ class CudaStager(Stager):
         return self._devices.pinned_nbytes
 
     async def aclose(self) -> None:
+        """End what opens or pins, then free and unpin everything. No call may be running."""
         running = [*self._openings.values(), *filter(None, [self._pinning])]
         for task in running:
             task.cancel()
