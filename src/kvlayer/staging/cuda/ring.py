@@ -29,7 +29,8 @@ class Ring:
         self.nbytes = nbytes
         self._runtime = runtime
         self._slots = [
-            Slot(runtime.malloc(nbytes), Event(runtime), Event(runtime)) for _ in range(count)
+            Slot(address, Event(runtime), Event(runtime))
+            for address in _allocated(runtime, count, nbytes)
         ]
         self._turns: Iterator[Slot] = cycle(self._slots)
 
@@ -40,23 +41,35 @@ class Ring:
     def hold(self, nbytes: int) -> None:
         """Make every slot at least this large. Rare: only a layer that is larger asks for it.
 
-        Blocks until what uses the slots has ended.
+        Blocks until what uses the slots has ended. When it raises, the slots are as they were:
+        another call may be using them.
         """
         if nbytes <= self.nbytes:
             return
-        for slot in self._slots:
+        addresses = _allocated(self._runtime, len(self._slots), nbytes)
+        for slot, address in zip(self._slots, addresses, strict=True):
             slot.free.synchronize()
             self._runtime.free(slot.address)
-            slot.address = 0
-        for slot in self._slots:
-            slot.address = self._runtime.malloc(nbytes)
+            slot.address = address
         self.nbytes = nbytes
 
     def close(self) -> None:
         """Free the memory. Nothing may be queued that uses it."""
         for slot in self._slots:
-            if slot.address:
-                self._runtime.free(slot.address)
+            self._runtime.free(slot.address)
             slot.full.close()
             slot.free.close()
         self._slots.clear()
+
+
+def _allocated(runtime: Runtime, count: int, nbytes: int) -> list[int]:
+    """Addresses of ``count`` times ``nbytes`` bytes of device memory: all of them, or none."""
+    addresses: list[int] = []
+    try:
+        for _ in range(count):
+            addresses.append(runtime.malloc(nbytes))  # noqa: PERF401  # known when one fails
+    except BaseException:
+        for address in addresses:
+            runtime.free(address)
+        raise
+    return addresses

@@ -70,7 +70,6 @@ class CudaStager(Stager):
         self._openings: dict[int, asyncio.Task[Pipeline | None]] = {}
         self._pinning: asyncio.Task[None] | None = None
         self._failed: set[int] = set()
-        self._is_closed = False
 
     def check(self, view: KVView) -> None:
         self._reader.read(view)
@@ -116,9 +115,13 @@ class CudaStager(Stager):
         self._pinning = None
         await self._torch.aclose()
         self._offload.close()
-        if running and not self._is_closed:
-            self._is_closed = True
-            await self._background.run(self._devices.close)
+        if running:
+            try:
+                await self._background.run(self._devices.close)
+            finally:
+                # Once more, which does nothing, unless that was cancelled before it began: the
+                # slab must not be unmapped while it is pinned.
+                self._devices.close()
         self._background.close()
 
     # -- which device ------------------------------------------------------------------------------

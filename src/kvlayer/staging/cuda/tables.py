@@ -71,7 +71,12 @@ class Arena:
                 return block
         size = max(nbytes, _BLOCK_NBYTES)
         host = self._runtime.hostAlloc(size, _PORTABLE)
-        self._blocks.append(_Block(host, self._runtime.malloc(size), size))
+        try:
+            device = self._runtime.malloc(size)
+        except BaseException:
+            self._runtime.freeHost(host)
+            raise
+        self._blocks.append(_Block(host, device, size))
         return self._blocks[-1]
 
 
