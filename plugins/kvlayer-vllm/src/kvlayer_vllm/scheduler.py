@@ -3,6 +3,9 @@
 It runs in vLLM's scheduling loop and never waits: lookups are polled, copies are jobs on the
 portal's loop. What a step computed is stored only after vLLM has accepted the step's output, and
 only as far as vLLM counts it as computed: a step that ran on a failed load is not.
+
+Longer than other files: what is loaded, stored and let go of is decided from the same few tables of
+requests, in the order of vLLM's hooks, and read apart the rules would hide each other.
 """
 
 from __future__ import annotations
