@@ -100,10 +100,10 @@ def resident(serving: Serving, chunks: int) -> Any:
     return made, len(cache.stack.planner.directory)
 
 
-def longest_hook(serving: Serving, prompts: list[list[int]], tokens: int) -> Any:
-    """Answer prompts; milliseconds of thread CPU time of the longest call of each hook."""
+def hook_times(serving: Serving, prompts: list[list[int]], tokens: int) -> Any:
+    """Answer prompts; milliseconds of thread CPU time of every call of each hook, in order."""
     connector = serving.connector
-    longest: dict[str, float] = {}
+    times: dict[str, list[float]] = {}
 
     def timed(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -111,8 +111,7 @@ def longest_hook(serving: Serving, prompts: list[list[int]], tokens: int) -> Any
             try:
                 return hook(*args)
             finally:
-                took = (time.thread_time_ns() - began) / 1e6
-                longest[name] = max(longest.get(name, 0.0), took)
+                times.setdefault(name, []).append((time.thread_time_ns() - began) / 1e6)
 
         return call
 
@@ -129,7 +128,7 @@ def longest_hook(serving: Serving, prompts: list[list[int]], tokens: int) -> Any
     answers = ask(serving, prompts, tokens)
     for name in names:
         delattr(connector, name)
-    return longest, answers
+    return times, answers
 
 
 def reset(serving: Serving) -> Any:
@@ -152,7 +151,7 @@ VERBS = {
         explain,
         state,
         resident,
-        longest_hook,
+        hook_times,
         reset,
         close,
     )

@@ -212,6 +212,64 @@ def test_a_hook_that_raises_is_a_miss(
         assert connector.troubles > 4
 
 
+@pytest.mark.parametrize(
+    ("half", "hook"),
+    [
+        ("scheduler", "allocated"),
+        ("scheduler", "step"),
+        ("scheduler", "_overtaken"),  # within a step, whose loads no worker was told of yet
+        ("scheduler", "_let_go"),  # and with the loads in it
+        ("hands", "view"),  # within the allocation, once the load is promised
+        ("load", "begin"),
+        ("worker", "before_step"),
+        ("worker", "load"),
+        ("worker", "layer"),
+        ("worker", "_end_loads"),
+        ("worker", "invalid_blocks"),
+        ("worker", "answers"),
+    ],
+)
+def test_a_hook_that_raises_after_a_promise_is_computed(
+    half: str, hook: str, asking: Asking, truth: Any
+) -> None:
+    """Each of them while a prompt in memory is loaded into blocks that hold nonsense."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    asking()  # in memory now
+    asking.engine.forget()
+    for layer in asking.engine.half._hands.caches[0]:
+        layer.fill_(7.5)
+    worker = get_kv_transfer_group()
+    owners = {
+        "scheduler": asking.engine.half,
+        "hands": type(asking.engine.half._hands),
+        "load": Load,
+        "worker": worker._worker,
+    }
+    connectors = asking.engine.serving.connector, worker
+    raised: list[None] = []
+    whole = getattr(owners[half], hook)
+
+    def broken_once(*args: Any, **how: Any) -> Any:
+        if raised:
+            return whole(*args, **how)
+        raised.append(None)
+        raise RuntimeError("broken on purpose")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for connector in connectors:
+            patch.setattr(connector, "troubles", 1)  # one is logged, with its traceback
+        patch.setattr(owners[half], hook, broken_once)
+        assert asking().tokens == truth
+        assert raised and sum(connector.troubles for connector in connectors) == 3
+    asking.engine.forget()
+    assert asking.engine.half.tracked == 0 and not asking.engine.serving.core.scheduler.requests
+    before = asking.engine.loaded
+    again = asking()  # nothing wrong was stored, and the prompt is found
+    assert again.tokens == truth and again.cached == len(asking.prompt) // 32 * 32
+    assert asking.engine.loaded - before >= again.cached
+
+
 def test_an_aborted_request_leaves_nothing_behind(engine: Any, prompts: Any) -> None:
     from vllm import SamplingParams
 

@@ -169,12 +169,18 @@ def test_the_scheduler_is_never_held(tiny: Path, tmp_path: Path, engine_process:
     assert made == 100_000 and known >= made
     prompts = [prompt_of(2000, seed) for seed in (11, 12)]
     process("ask", prompts, 4)
-    found: dict[str, float] = {}
-    for _ in range(3):  # the shortest of three: a thread is also charged for being interrupted
-        longest, answers = process("longest_hook", prompts, 40)
+    rounds: list[dict[str, list[float]]] = []
+    for _ in range(5):
+        times, answers = process("hook_times", prompts, 40)
         assert all(cached == 1984 for _, cached in answers)
-        found = {name: min(took, found.get(name, took)) for name, took in longest.items()}
-    assert len(found) == 6 and max(found.values()) < 1.0, found
+        rounds.append(times)
+    assert len(rounds[0]) == 6
+    for name in rounds[0]:
+        # Every round makes the same calls. Of each the shortest: a thread is also charged for
+        # being interrupted, and one of forty always is on a busy machine.
+        calls = list(zip(*(times[name] for times in rounds), strict=True))
+        longest = max(map(min, calls))
+        assert longest < 1.0, (name, longest, rounds)
     process.close()
 
 

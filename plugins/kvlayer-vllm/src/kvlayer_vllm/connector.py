@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from kvlayer.errors import UnsupportedError
@@ -78,13 +79,21 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         _log.warning("kvlayer is off: %s", why)
 
     def _safely(self, otherwise: T, hook: Callable[..., T], *args: Any) -> T:
+        return self._rescued(lambda: otherwise, hook, *args)
+
+    def _rescued(self, rescue: Callable[[], T], hook: Callable[..., T], *args: Any) -> T:
+        """The hook, or where it raises ``rescue``, which makes of it a miss that vLLM hears of.
+
+        What ``rescue`` raises is the engine's: going on could mean answering from wrong KV.
+        """
         try:
             return hook(*args)
-        except Exception:  # noqa: BLE001  # law 1: a cache fails into a miss, not into the engine
+        # Whatever it is: a cache fails into a miss, and this is where it would reach the engine.
+        except Exception:  # noqa: BLE001
             self.troubles += 1
             if self.troubles == 1:
                 _log.exception("a hook of kvlayer failed and is answered as a miss (told once)")
-            return otherwise
+            return rescue()
 
     # -- scheduler -------------------------------------------------------------------------------
 
@@ -122,12 +131,20 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
     def update_state_after_alloc(
         self, request: Request, blocks: Any, num_external_tokens: int
     ) -> None:
-        if self._scheduler is not None:
-            # Not safely: what was promised must be loaded or reported.
-            self._scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
+        if self._scheduler is None:
+            return
+        # What was promised must be loaded or reported.
+        told = request, blocks.get_block_ids(), num_external_tokens
+        self._rescued(
+            partial(self._scheduler.not_allocated, *told), self._scheduler.allocated, *told
+        )
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
-        return Step() if self._scheduler is None else self._scheduler.step(scheduler_output)
+        step = Step()
+        if self._scheduler is not None:
+            rescue = partial(self._scheduler.rest_of, step)
+            self._rescued(rescue, self._scheduler.step, scheduler_output, step)
+        return step
 
     def update_connector_output(self, connector_output: Any) -> None:
         if self._scheduler is not None:
@@ -148,7 +165,7 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         return self._safely(False, self._scheduler.finished, request, block_ids), None
 
     def reset_cache(self) -> bool | None:
-        return None if self._scheduler is None else self._scheduler.reset()
+        return None if self._scheduler is None else self._safely(False, self._scheduler.reset)
 
     # -- worker ----------------------------------------------------------------------------------
 
@@ -164,15 +181,18 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if self._worker is not None:
-            self._worker.before_step(_step(kv_connector_metadata))
+            step = _step(kv_connector_metadata)
+            self._rescued(partial(self._worker.give_up, step), self._worker.before_step, step)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
-            self._worker.load(_step(self._get_connector_metadata()))
+            step = _step(self._get_connector_metadata())
+            self._rescued(partial(self._worker.give_up, step), self._worker.load, step)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         if self._worker is not None:
-            self._worker.layer(layer_name)
+            step = _step(self._get_connector_metadata())
+            self._rescued(partial(self._worker.give_up, step), self._worker.layer, layer_name)
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
@@ -193,10 +213,12 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
     def get_block_ids_with_load_errors(self) -> set[int]:
         if self._worker is None:
             return set()
-        return self._worker.invalid_blocks(_step(self._get_connector_metadata()))
+        step = _step(self._get_connector_metadata())
+        rescue = partial(self._worker.all_blocks, step)
+        return self._rescued(rescue, self._worker.invalid_blocks, step)
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        return None if self._worker is None else self._worker.answers()
+        return None if self._worker is None else self._safely(None, self._worker.answers)
 
     # -- both ------------------------------------------------------------------------------------
 

@@ -162,6 +162,10 @@ def _refuse(what: str) -> NoReturn:
 
 
 def refuse_parallel(vllm_config: VllmConfig) -> None:
+    """Raise ``UnsupportedError``, naming the option, for KV of several ranks or of a draft model.
+
+    A draft by ``ngram`` has no model, and no KV of its own.
+    """
     parallel = vllm_config.parallel_config
     for name in (
         "tensor_parallel_size",

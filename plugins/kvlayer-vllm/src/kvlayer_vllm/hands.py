@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 from kvlayer import KVView
 from kvlayer.results import Cause
-from kvlayer.tier.messages import Completion, Order, Outcome, Verb
+from kvlayer.tier.messages import Completion, Order, Outcome
 from kvlayer.tier.ranks import Ranks, RemoteView
 from kvlayer_vllm.messages import Answers, Errand, Step
 from kvlayer_vllm.moves import Load, Save, Slots
 
-__all__ = ["Hands", "LocalHands", "RemoteHands"]
+__all__ = ["Hands", "LocalHands", "RemoteHands", "given_up"]
 
 
 class Hands(Protocol):
@@ -94,7 +94,7 @@ class RemoteHands:
         for order in self._ranks.take():
             known = self._slots.get(order.view)
             if known is None:
-                self._ranks.complete(_given_up(order))
+                self._ranks.complete(given_up(order, "the blocks are not the request's any more"))
             else:
                 step.errands.append(Errand(order.to_bytes(), known[0]))
 
@@ -110,8 +110,7 @@ class RemoteHands:
                 del self._slots[name]
 
 
-def _given_up(order: Order) -> bytes:
-    what = "read" if order.verb is Verb.GATHER else "written"
-    detail = f"the blocks to be {what} are not the request's any more"
+def given_up(order: Order, detail: str) -> bytes:
+    """The answer to an order that is not carried out."""
     outcomes = tuple(Outcome(piece.key, Cause.RANK_DOWN, detail) for piece in order.pieces)
     return Completion(order.number, order.rank, outcomes).to_bytes()

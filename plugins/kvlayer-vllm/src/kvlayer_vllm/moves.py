@@ -110,7 +110,7 @@ class Load:
     def __init__(
         self,
         request_id: str,
-        lookup: Lookup,
+        lookup: Lookup | None,
         *,
         first: int,
         promised: int,
@@ -135,18 +135,15 @@ class Load:
         """``start(landed)`` begins the copy: not before what else uses the blocks has ended."""
         self._start = start
 
-    @property
-    def lookup(self) -> Lookup:
-        """What is loaded, leased."""
-        return self._lookup
-
     def begin(self) -> None:
-        """Start to write into the blocks."""
-        assert self._start is not None
+        """Start to write into the blocks; a load that was never prepared is over at once."""
+        if self._start is None or self._is_refused:
+            self._is_refused = True  # nothing is loaded, and that is reported
+            return
         try:
             self._job = self._start(self._layer_landed)
         except (ClosedError, ForkedError):
-            self._is_refused = True  # nothing is loaded, and that is reported
+            self._is_refused = True
         else:
             self._job.add_done_callback(lambda _: self._wake())
 
@@ -166,8 +163,9 @@ class Load:
                 self._changed.wait(_POLL_SECONDS)
 
     def distrust(self) -> None:
-        """The step did not wait for it: nothing that was computed with it counts."""
+        """Nothing that is computed with it counts. One that has not begun does not begin."""
         self._is_distrusted = True
+        self._is_refused = self._job is None
 
     @property
     def is_over(self) -> bool:
@@ -208,4 +206,5 @@ class Load:
 
     def release(self) -> None:
         """Let go of what was loaded."""
-        self._lookup.release()
+        if self._lookup is not None:
+            self._lookup.release()

@@ -3,6 +3,9 @@
 It runs in vLLM's scheduling loop and never waits: lookups are polled, copies are jobs on the
 portal's loop. What a step computed is stored only after vLLM has accepted the step's output, and
 only as far as vLLM counts it as computed: a step that ran on a failed load is not.
+
+Longer than other files: what is loaded, stored and let go of is decided from the same few tables of
+requests, in the order of vLLM's hooks, and read apart the rules would hide each other.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from kvlayer import Cache, Portal
 from kvlayer.errors import IdentityError, KVLayerError, UnsupportedError
 from kvlayer.job import Job
 from kvlayer.layout import HitRule
+from kvlayer.lookup import Lookup
 from kvlayer.tier.ranks import Ranks
 from kvlayer_vllm.engine import KVCacheConfig, Request, VllmConfig
 from kvlayer_vllm.groups import engine_groups, refuse_parallel
@@ -196,19 +200,11 @@ class SchedulerHalf:
                 tracked.search.release()
             return
         lookup = tracked.search.take()
-        promised = min(tracked.found, request.num_tokens - 1)
-        first = promised - more
+        load = self._promised(tracked, block_ids, more, lookup)
+        first = load.first
         # All that was found: the last token is computed again, into a block that is whole by then.
         held = min(len(ids) * size for ids, size in zip(block_ids, self._block_sizes, strict=True))
         stop = min(tracked.found, held)
-        load = Load(
-            request.request_id,
-            lookup,
-            first=first,
-            promised=promised,
-            blocks=tuple(block_ids[0]) if len(block_ids) == 1 else None,
-            tokens_per_block=self._block_sizes[0],
-        )
         slots = [
             slots_of(ids, size, first, stop)
             for ids, size in zip(block_ids, self._block_sizes, strict=True)
@@ -224,16 +220,42 @@ class SchedulerHalf:
                 on_layer=landed if is_layerwise else None,
             )
         )
+        tracked.saved = stop
+
+    def not_allocated(
+        self, request: Request, block_ids: Sequence[Sequence[int]], more: int
+    ) -> None:
+        """:meth:`allocated` has failed: what was promised is going to be a load that failed."""
+        tracked = self._tracked.get(request.request_id)
+        if more and tracked is not None and tracked.load is None:
+            self._promised(tracked, block_ids, more, None)
+
+    def _promised(
+        self,
+        tracked: Tracked,
+        block_ids: Sequence[Sequence[int]],
+        more: int,
+        lookup: Lookup | None,
+    ) -> Load:
+        """What vLLM relies on from here on: unless the load is prepared, it is one that failed."""
+        promised = min(tracked.found, tracked.request.num_tokens - 1)
+        load = Load(
+            tracked.request.request_id,
+            lookup,
+            first=promised - more,
+            promised=promised,
+            blocks=tuple(block_ids[0]) if len(block_ids) == 1 else None,
+            tokens_per_block=self._block_sizes[0],
+        )
         tracked.load = load
         tracked.is_doubtful = True
-        tracked.saved = stop
         self._starting.append(tracked)
+        return load
 
     # -- a step goes out -------------------------------------------------------------------------
 
-    def step(self, scheduler_output: Any) -> Step:
-        """What the workers are to do with this step."""
-        step = Step()
+    def step(self, scheduler_output: Any, step: Step) -> None:
+        """Say in ``step`` what the workers are to do with it."""
         self._scheduled = tuple(scheduler_output.num_scheduled_tokens)
         step.is_idle = self._is_asked and not self._scheduled
         self._is_asked = False
@@ -253,13 +275,45 @@ class SchedulerHalf:
         self._starting = []
         if self._is_async:
             self._land(step)
+        self._let_go(step)
+        if not self._hands.is_local:
+            step.saves = []  # these workers get orders
+
+    def rest_of(self, step: Step) -> None:
+        """:meth:`step` has failed: add what vLLM must hear, whatever is in ``step`` by now.
+
+        Loads that no worker was told of are over; any block may be let go of in this step.
+        """
+        for tracked in self._starting:
+            load = tracked.load
+            assert load is not None
+            self._loading[load.request_id] = tracked
+            if load in step.loads:
+                continue
+            load.distrust()
+            if not self._is_async:
+                step.invalid |= load.invalid_blocks()
+        self._starting = []
+        step.must_wait = not self._is_async
+        step.saves = [
+            save
+            for tracked in (*self._tracked.values(), *self._leaving.values())
+            for save in tracked.running_saves()
+        ]
+        if not self._hands.is_local:
+            for save in step.saves:
+                self._hands.revoke(save)
+            step.saves = []
+        if self._is_async:
+            self._land(step)
+        self._let_go(step)
+
+    def _let_go(self, step: Step) -> None:
+        """Report the finished requests whose blocks nothing reads any more."""
         for request_id, tracked in list(self._leaving.items()):
             if not tracked.running_saves():
                 del self._leaving[request_id]
                 step.sent.add(request_id)
-        if not self._hands.is_local:
-            step.saves = []  # these workers get orders
-        return step
 
     def _overtaken(self, preempted: Sequence[str]) -> list[Save]:
         """Saves that are not over, of blocks that the engine has let go of."""
@@ -277,13 +331,13 @@ class SchedulerHalf:
             if load in step.loads or not load.is_over:
                 step.is_idle = step.is_idle or not self._scheduled
                 continue
-            del self._loading[request_id]
-            step.received.add(request_id)
-            if not load.is_whole:
+            if not load.is_whole:  # said first: what is not whole must never count as received
                 if len(self._block_sizes) > 1:
                     step.failed.add(request_id)
                 else:
                     step.invalid |= load.invalid_blocks()
+            step.received.add(request_id)
+            del self._loading[request_id]
             self._loaded(tracked, load)
 
     def _loaded(self, tracked: Tracked, load: Load) -> None:

@@ -15,8 +15,9 @@ from kvlayer.rank import Rank
 from kvlayer.tier.messages import Order, Verb
 from kvlayer_vllm.engine import KVCacheConfig, VllmConfig
 from kvlayer_vllm.groups import engine_groups
+from kvlayer_vllm.hands import given_up
 from kvlayer_vllm.layouts import RankLayout, caches_of, rank_layout
-from kvlayer_vllm.messages import Answers, Errand, Handshake, Step
+from kvlayer_vllm.messages import Answers, Handshake, Step
 from kvlayer_vllm.moves import Load
 from kvlayer_vllm.settings import Settings
 
@@ -73,9 +74,7 @@ class WorkerHalf:
                 make_stager=self._held.make_stager(),
             )
             self._answers.joined.add(self._number)
-        for errand in step.errands:
-            if self._order(errand).verb is Verb.GATHER:
-                self._carry_out(errand)
+        self._carry_out(step, Verb.GATHER)
 
     def load(self, step: Step) -> None:
         """Fill blocks. Returns when those are there that this step computes with."""
@@ -86,9 +85,7 @@ class WorkerHalf:
             if not self._is_layerwise:
                 for load in self._loads:
                     load.wait()
-        for errand in step.errands:
-            if self._order(errand).verb is Verb.SCATTER:
-                self._carry_out(errand)
+        self._carry_out(step, Verb.SCATTER)
         if step.is_idle:
             time.sleep(_IDLE_SECONDS)
 
@@ -115,20 +112,44 @@ class WorkerHalf:
                 self._invalid |= load.invalid_blocks()
         self._loads = []
 
-    def _order(self, errand: Errand) -> Order:
-        return Order.from_bytes(errand.order)
+    def _carry_out(self, step: Step, verb: Verb) -> None:
+        """Carry out the step's orders of one kind; those that are left are not answered yet."""
+        for errand in tuple(step.errands):
+            if Order.from_bytes(errand.order).verb is not verb:
+                continue
+            assert self._rank is not None
+            slots = [np.frombuffer(each, np.int64) for each in errand.slots]
+            view = KVView(self._caches, slots)
+            self._answers.completions.append(self._rank.call(Rank.carry_out, errand.order, view))
+            step.errands.remove(errand)
 
-    def _carry_out(self, errand: Errand) -> None:
-        assert self._rank is not None
-        slots = [np.frombuffer(each, np.int64) for each in errand.slots]
-        view = KVView(self._caches, slots)
-        self._answers.completions.append(self._rank.call(Rank.carry_out, errand.order, view))
+    def give_up(self, step: Step) -> None:
+        """A hook of this step has failed: none of its loads counts, and every order is answered."""
+        for save in step.saves:
+            save.wait()
+        for load in step.loads:
+            load.distrust()
+        if step.must_wait:
+            self._loads = step.loads
+        for errand in step.errands:
+            order = Order.from_bytes(errand.order)
+            self._answers.completions.append(given_up(order, "the worker's hook has failed"))
+        step.errands = []
 
     def invalid_blocks(self, step: Step) -> set[int]:
         """Blocks that were to be loaded by now and were not."""
         self._end_loads()
         found, self._invalid = self._invalid | step.invalid, set()
         return found
+
+    def all_blocks(self, step: Step) -> set[int]:
+        """:meth:`invalid_blocks` has failed: every block that was to be loaded by now."""
+        self.give_up(step)
+        loads, self._loads = self._loads, []
+        for load in loads:
+            load.wait()
+        found, self._invalid = self._invalid | step.invalid, set()
+        return found.union(*(load.invalid_blocks() for load in loads))
 
     def answers(self) -> Answers | None:
         """What the scheduler is to hear."""
