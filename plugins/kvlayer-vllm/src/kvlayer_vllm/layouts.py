@@ -119,8 +119,10 @@ def caches_of(
             tensor = tensors.get(name)
             if tensor is None:
                 raise UnsupportedError(f"the engine registered no KV tensor for layer {name!r}")
-            if not hasattr(tensor, "shape") or len(tensor.shape) != len(held.axes):
-                shape = tuple(getattr(tensor, "shape", ()))
+            shape = tuple(getattr(tensor, "shape", ()))
+            if each.group.kind is AttentionKind.MLA and shape[1:2] == (1,):
+                tensor, shape = tensor.squeeze(1), shape[:1] + shape[2:]  # the one head it has
+            if len(shape) != len(held.axes):
                 raise UnsupportedError(
                     f"layer {name!r}: expected a KV tensor with axes {held.axes}, found {shape}"
                 )
