@@ -54,7 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def dose(pytestconfig: pytest.Config) -> Dose:
     """How much to do: see :class:`Dose`."""
     full_wanted = bool(pytestconfig.getoption("--campaign"))
@@ -65,7 +65,7 @@ def dose(pytestconfig: pytest.Config) -> Dose:
     return choose
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def figures(pytestconfig: pytest.Config) -> Figures:
     """Where to write what was counted: see :class:`Figures`."""
 

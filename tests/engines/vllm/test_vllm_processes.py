@@ -11,9 +11,15 @@ from typing import Any
 
 import pytest
 from vllm_process import EngineProcess
+from zygote import Zygote
 
 ANSWER = 12
-TINY_OPTIONS: dict[str, Any] = {"dtype": "float32", "max_num_batched_tokens": 512}
+TINY_OPTIONS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_num_batched_tokens": 512,
+    "max_model_len": 2048,
+    "num_gpu_blocks_override": 200,  # what starting an engine takes is zeroing its memory
+}
 
 
 def prompt_of(tokens: int, seed: int) -> list[int]:
@@ -39,19 +45,21 @@ USABLE = [672, 288, 384, 64]
 
 
 @pytest.fixture(scope="session")
-def cold(tiny: Path) -> list[list[int]]:
+def cold(tiny: Path, zygote: Zygote) -> list[list[int]]:
     """What the engine answers without kvlayer."""
-    process = EngineProcess(tiny, None, **TINY_OPTIONS)
+    process = EngineProcess(zygote, tiny, None, **TINY_OPTIONS)
     answers = [process("ask", [prompt], ANSWER)[0][0] for prompt in PROMPTS]
     process.close()
     return answers
 
 
 @pytest.fixture(scope="session")
-def stored(tiny: Path, cold: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stored(
+    tiny: Path, zygote: Zygote, cold: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A directory that another engine has filled, and left."""
     directory = tmp_path_factory.mktemp("stored")
-    process = EngineProcess(tiny, cache_in(directory), **TINY_OPTIONS)
+    process = EngineProcess(zygote, tiny, cache_in(directory), **TINY_OPTIONS)
     answers = [process("ask", [prompt], ANSWER)[0] for prompt in PROMPTS]
     assert [tokens for tokens, _ in answers] == cold
     assert answers[0][1] == 0
