@@ -54,9 +54,7 @@ def cold(tiny: Path, zygote: Zygote) -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def stored(
-    tiny: Path, zygote: Zygote, cold: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def stored(tiny: Path, zygote: Zygote, cold: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory that another engine has filled, and left."""
     directory = tmp_path_factory.mktemp("stored")
     process = EngineProcess(zygote, tiny, cache_in(directory), **TINY_OPTIONS)
