@@ -32,12 +32,20 @@ class Kind:
     rules: tuple[str, ...]
     """Of its groups, sorted."""
     form: str
-    options: dict[str, Any] = field(default_factory=dict[str, Any])
     dtype: str = "float32"
-    block: int = 32
+    tail: int = 32
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def cached(self, tokens: int) -> int:
-        return min(tokens // self.block * self.block, tokens - 1)
+        return tokens // self.tail * self.tail
+
+
+KINDS = {
+    # The windows' blocks before the last 128 tokens are gone when a prompt is stored, and stay
+    # empty when it is loaded.
+    "mixed": Kind(vllm_models.mixed, ("every-chunk", *["trailing"] * 3), "native"),
+    "windowed": Kind(vllm_models.windowed, ("trailing",), "native"),
+}
 
 
 def _has_tiles() -> bool:
@@ -46,23 +54,16 @@ def _has_tiles() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
-KINDS = {
-    # A load of several groups that fails is computed from the start; the windows' blocks before
-    # the last 128 tokens are gone when it is stored, and stay empty when it is loaded.
-    "mixed": Kind(vllm_models.mixed, ("every-chunk", *["trailing"] * 3), "native"),
-    "windowed": Kind(vllm_models.windowed, ("trailing",), "native"),
-    "latent": Kind(
+if _has_tiles():  # vLLM's attention over latents that knows prefixes: bf16, and only where AMX is
+    KINDS["latent"] = Kind(
         vllm_models.latent,
         ("every-chunk",),
         "canonical",
-        # vLLM's reference: any processor, any dtype; no prefix cache of its own, blocks of 16.
-        {"attention_backend": "CPU_MLA", "enable_prefix_caching": False},
-        block=16,
-    ),
-}
-if _has_tiles():  # vLLM's other backend for latents computes in bf16, and only where AMX is
-    KINDS["latent-amx"] = Kind(
-        vllm_models.latent, ("every-chunk",), "canonical", dtype="bfloat16"
+        dtype="bfloat16",
+        # Its answer depends on where a pass begins, also with its own prefix cache: computed in
+        # steps of 64 tokens and loaded in multiples of them, passes begin at the same tokens.
+        tail=64,
+        options={"max_num_batched_tokens": 64},
     )
 
 
@@ -82,7 +83,7 @@ def test_each_kind_of_kv_is_stored_and_loaded(
     options = {**OPTIONS, "dtype": kind.dtype, **kind.options}
     cache = {
         "tokens_per_chunk": 64,
-        "tokens_per_tail": kind.block,
+        "tokens_per_tail": kind.tail,
         "tiers": [
             {"url": "cpu://?capacity=256MiB"},
             {"url": f"file://{tmp_path}/kv", "write": "back", "deadline_seconds": 60.0},
@@ -120,8 +121,7 @@ def test_each_kind_of_kv_is_stored_and_loaded(
     assert compared.wrong == 0
 
     # The negative control: what is loaded is attended to.
-    if options["enable_prefix_caching"]:
-        second("forget")
+    second("forget")
     assert second("alter", [prompts()[0]]) > 0
     (found,) = second("answers", [prompts()[0]], ANSWER)
     altered = Comparison(kind.dtype)
@@ -139,12 +139,26 @@ def test_each_kind_of_kv_is_stored_and_loaded(
     )
 
 
-def test_an_engine_of_states_starts_without_kvlayer(tmp_path: Path, engine_process: Any) -> None:
-    """vLLM's CPU build has no operation for a Mamba's scan, so that nothing is asked of it."""
-    model = vllm_models.state(tmp_path / "state")
+@pytest.mark.parametrize(
+    ("make", "options", "answers"),
+    [
+        # vLLM's CPU build has no operation for a Mamba's scan, so that nothing is asked of it.
+        pytest.param(vllm_models.state, {}, False, id="state"),
+        # vLLM's reference attention over latents, for any processor: no prefixes, its own neither.
+        pytest.param(
+            vllm_models.latent, {"attention_backend": "CPU_MLA"}, True, id="latent-in-one-pass"
+        ),
+    ],
+)
+def test_what_is_refused_is_served_without_kvlayer(
+    make: Any, options: dict[str, Any], answers: bool, tmp_path: Path, engine_process: Any
+) -> None:
+    model = make(tmp_path / "model")
     cache = {"tiers": [{"url": "cpu://?capacity=64MiB"}]}
-    process = engine_process(
-        model, cache, **{**OPTIONS, "dtype": "float32", "enable_prefix_caching": False}
-    )
+    options = {**OPTIONS, "dtype": "float32", "enable_prefix_caching": False, **options}
+    process = engine_process(model, cache, **options)
     assert process("state") == {"on": False}
+    if answers:
+        found = [process("ask", [prompts()[2]], ANSWER)[0] for _ in range(2)]
+        assert found[0] == found[1] and found[0][1] == 0
     process.close()
