@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from damage import damage_file
 
 from kvlayer import Cache, Scope
 from kvlayer_vllm.bench.serving import Serving
@@ -197,19 +198,6 @@ def hook_times(serving: Serving, prompts: list[list[int]], tokens: int) -> Any:
 def reset(serving: Serving) -> Any:
     serving.rest()
     return serving.core.reset_prefix_cache(False, True)
-
-
-def damage_file(path: Path, damage: str) -> None:
-    """``truncated``, ``flipped`` or ``deleted``."""
-    raw = bytearray(path.read_bytes())
-    match damage:
-        case "truncated":
-            path.write_bytes(raw[: len(raw) // 3])
-        case "flipped":
-            raw[len(raw) // 2] ^= 16
-            path.write_bytes(raw)
-        case _:
-            path.unlink()
 
 
 def close(serving: Serving) -> Any:

@@ -1,4 +1,4 @@
-"""KV that is not a Llama's: sliding windows, several groups, latents; and a state, which is refused.
+"""KV that is not a Llama's: sliding windows, several groups, latents; a state, which is refused.
 
 Each model is small and random. The engine runs it alone, then with kvlayer, then in another process
 over the same directory.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from damage import damage_file
 from vllm_process import EngineProcess
 from zygote import Zygote
 
@@ -147,14 +148,7 @@ def test_damaged_files_are_misses(
     files = sorted(path for path in directory.rglob("*native*") if path.is_file())
     assert len(files) > 10
     for path in files[::2]:
-        raw = bytearray(path.read_bytes())
-        if damage == "truncated":
-            path.write_bytes(raw[: len(raw) // 3])
-        elif damage == "flipped":
-            raw[len(raw) // 2] ^= 16
-            path.write_bytes(raw)
-        else:
-            path.unlink()
+        damage_file(path, damage)
     process = engine_process(tiny, cache_in(directory), **TINY_OPTIONS)
     for prompt, answer, usable in zip(PROMPTS, cold, USABLE, strict=True):
         found = [-1]
@@ -164,6 +158,31 @@ def test_damaged_files_are_misses(
             found.append(cached)
             process("leave_memory", prompt)
         assert found[-1] == usable
+    process.close()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted"])
+def test_files_damaged_between_lookup_and_load_are_misses(
+    damage: str, tiny: Path, stored: Path, cold: Any, tmp_path: Path, engine_process: Any
+) -> None:
+    """The second process has found the whole prompt when every other file changes under it."""
+    directory = tmp_path / "copy"
+    shutil.copytree(stored, directory)
+    process = engine_process(tiny, cache_in(directory), **TINY_OPTIONS)
+    assert process("damage_before_load", str(directory), damage) > 10
+    ((tokens, cached),) = process("ask", [PROMPTS[0]], ANSWER)
+    assert process("damaged") > 5
+    assert tokens == cold[0] and cached < USABLE[0]
+    process("leave_memory", PROMPTS[0])
+    for prompt, answer, usable in zip(PROMPTS, cold, USABLE, strict=True):
+        found = [-1]
+        while found[-1] < usable:
+            ((tokens, cached),) = process("ask", [prompt], ANSWER)
+            assert tokens == answer and cached > found[-1]
+            found.append(cached)
+            process("leave_memory", prompt)
+    state = process("state")
+    assert (state["troubles"], state["leases"], state["pinned"]) == (0, 0, 0)
     process.close()
 
 
