@@ -20,6 +20,10 @@ class EngineProcess:
         self.has_ended = False
         assert self._victim.told() == "ready"
 
+    @property
+    def pid(self) -> int:
+        return self._victim.pid
+
     def __call__(self, verb: str, *arguments: Any) -> Any:
         self.begin(verb, *arguments)
         return self._victim.told()
