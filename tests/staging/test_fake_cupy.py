@@ -54,7 +54,7 @@ def two_streams(mode: str, *, waits: bool) -> tuple[Gpu, int]:
     gpu = Gpu(mode)
     with fake_cupy.install(gpu, calls=Calls()):
         cuda = import_module("cupy.cuda.runtime")
-        first, second = cuda.streamCreateWithFlags(1), cuda.streamCreateWithFlags(1)
+        first, second = cuda.streamCreateWithPriority(1, -1), cuda.streamCreateWithPriority(1, -1)
         event, device = cuda.eventCreateWithFlags(3), cuda.malloc(64)
         host, back = cuda.hostAlloc(64, 1), cuda.hostAlloc(64, 1)
         bytes_at(host, 64)[:] = 7
@@ -82,7 +82,7 @@ def test_cudas_rules_are_kept() -> None:
     start = memory.ctypes.data
     with fake_cupy.install(gpu):
         cuda = import_module("cupy.cuda.runtime")
-        stream, device = cuda.streamCreateWithFlags(1), cuda.malloc(4096)
+        stream, device = cuda.streamCreateWithPriority(1, -1), cuda.malloc(4096)
         cuda.hostRegister(start, 2048, 1)
         cuda.hostRegister(start + 2048, 2048, 1)
         cuda.memcpyAsync(device, start, 2048, 1, stream)

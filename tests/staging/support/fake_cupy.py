@@ -131,7 +131,7 @@ class _Runtime(ModuleType):
         if into is not None:
             self._gpu.copy(dst, src, size, into, to_host=kind == self.memcpyDeviceToHost)
 
-    def streamCreateWithFlags(self, flags: int) -> int:
+    def streamCreateWithPriority(self, flags: int, priority: int) -> int:
         if flags != 1:
             raise FakeCudaError("a stream of the product must not wait for the default stream")
         handle = self._gpu.new_stream()

@@ -23,9 +23,10 @@ from kvlayer.staging.kernels.tables import Layer, Piece
 from kvlayer.staging.lazy import np
 from kvlayer.staging.slots import BlockRun, SlotRuns
 
-__all__ = ["Figures", "bare_copy", "choose", "measure"]
+__all__ = ["SLOTS", "Figures", "bare_copy", "choose", "choose_slot", "measure"]
 
-_SLOTS = tuple(1 << n for n in range(20, 26))  # 1 to 32 MiB
+SLOTS = tuple(1 << n for n in range(22, 27))  # 4 to 64 MiB
+
 _RUNS = tuple(1 << n for n in range(12, 21))  # 4 KiB to 1 MiB
 _COUNTS = (2, 4, 8, 16, 32, 64, 128)
 _BLOCKS = (4, 8, 16, 32, 64, 128)
@@ -40,8 +41,6 @@ class Figures:
     to_host: float
     to_device: float
     """One long copy between pinned and device memory."""
-    by_slot: dict[int, float]
-    """Copies of this many bytes, one after the other, to the host."""
     by_run: dict[int, float]
     """The same bytes to the device in runs this long, handed over in the better way."""
     single_seconds: dict[int, float]
@@ -52,19 +51,17 @@ class Figures:
 
 
 def choose(figures: Figures) -> Calibration:
-    """Thresholds for a device. Pure.
+    """Thresholds for a device, but for the slot's size. Pure.
 
-    The smallest slot and the fewest thread blocks that keep the link busy; straight loads from
-    where a run costs less than a tenth more than one long copy.
+    As few thread blocks as are half as fast as any number: they wait for multiprocessors that the
+    engine has taken, so they must be done soon once they have them. Straight loads from where a run
+    costs less than a tenth more than one long copy.
     """
-    fastest = max(figures.by_slot.values())
-    link = max(figures.to_host, figures.to_device)
+    fastest = max(figures.by_blocks.values())
     shortest = min(figures.by_run)
     run_seconds = shortest / figures.by_run[shortest] - shortest / figures.to_device
     return Calibration(
-        slot_nbytes=_first(figures.by_slot, lambda _, rate: rate >= 0.97 * fastest)
-        or max(figures.by_slot),
-        blocks=_first(figures.by_blocks, lambda _, rate: rate >= 2 * link)
+        blocks=_first(figures.by_blocks, lambda _, rate: rate >= fastest / 2)
         or max(figures.by_blocks),
         direct_nbytes=_first(figures.by_run, lambda _, rate: rate >= 0.9 * figures.to_device)
         or 2 * max(figures.by_run),
@@ -75,6 +72,15 @@ def choose(figures: Figures) -> Calibration:
         or 1 << 30,
         gap_nbytes=min(max(int(run_seconds * figures.to_device), 0), 1 << 20) >> 10 << 10,
     )
+
+
+def choose_slot(seconds: dict[int, float]) -> int:
+    """The smallest slot with which a store and a load take at most 3 % longer than with the best.
+
+    What a slot costs is the CPU's doing and the copy engine's, so ``seconds`` are of whole calls.
+    """
+    best = min(seconds.values())
+    return min(slot for slot, taken in seconds.items() if taken <= 1.03 * best)
 
 
 def measure(
@@ -102,7 +108,6 @@ def measure(
         return Figures(
             nbytes / bench.copies(whole, None, to_host=True),
             nbytes / bench.copies(whole, None),
-            {n: nbytes / bench.copies(bench.runs(n), None, to_host=True) for n in _SLOTS},
             {n: nbytes / bench.copies(bench.runs(n), better) for n in _RUNS},
             single,
             batched,
