@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from threading import Event as Gate
 from typing import Any
 
@@ -37,6 +38,7 @@ from kvlayer.payload import Payload
 from kvlayer.staging.cuda import stager as stager_module
 from kvlayer.staging.cuda.calibration import Calibration
 from kvlayer.staging.cuda.devices import Devices
+from kvlayer.staging.cuda.pipeline import Pipeline
 from kvlayer.staging.cuda.stager import CudaStager
 
 BLOCKS = 24
@@ -165,6 +167,31 @@ async def test_a_cancelled_call_starts_nothing_more_and_leaves_nothing_in_flight
         on.host(copies, write=7)
         gpu.drain()
         on.expect("of host memory", on.host(copies), [np.full(4096, 7, np.uint8)] * 5)
+    assert not on.faults
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("verb", ["gather", "scatter"])
+async def test_what_the_engine_queues_after_a_call_began_holds_up_none_of_its_batches(
+    verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stager_module, "_BATCH_NBYTES", 4096)
+    gpu, releases = Gpu("lazy"), []
+    carry_out = getattr(Pipeline, verb)
+
+    def then_held(pipeline: Pipeline, *args: Any) -> None:
+        carry_out(pipeline, *args)
+        gpu.device = 0
+        releases.append(gpu.hold(on.engine.stream))
+
+    monkeypatch.setattr(Pipeline, verb, then_held)
+    async with stage(gpu, Calls(), PAGED, thresholds=replace(SMALL, group_slots=1)) as on:
+        slots, copies = on.engine.engine.slots(80), on.copies(5)
+        on.engine.write(on.engine.noise(1))
+        await getattr(on.stager, verb)(on.engine.view(slots), copies)
+        assert len(releases) > 2, "batches"
+        for release in releases:
+            release()
     assert not on.faults
 
 

@@ -15,7 +15,7 @@ from kvlayer.staging.address import Side, Strip
 from kvlayer.staging.cuda.calibration import Calibration
 from kvlayer.staging.cuda.copies import BatchCopy
 from kvlayer.staging.cuda.pipeline import Launcher
-from kvlayer.staging.cuda.runs import Run
+from kvlayer.staging.cuda.runs import Runs
 from kvlayer.staging.cuda.runtime import Event, Runtime, Stream
 from kvlayer.staging.geometry import CacheGeometry, Plane
 from kvlayer.staging.kernels.plan import gather_plan
@@ -98,7 +98,7 @@ def measure(
     Allocates twice as much device memory and as much pinned host memory, and frees it.
     """
     with _bench(runtime, number, nbytes, rounds, clock) as bench:
-        whole = [Run(bench.host, bench.device, nbytes)]
+        whole = Runs([bench.host], [bench.device], [nbytes])
         single = {n: bench.copies(bench.runs(_BATCHED_NBYTES, n), None) for n in _COUNTS}
         batched = {
             n: bench.copies(bench.runs(_BATCHED_NBYTES, n), batch)
@@ -120,7 +120,7 @@ def bare_copy(
 ) -> float:
     """Seconds of one long copy between pinned and device memory: the ceiling of everything."""
     with _bench(runtime, number, nbytes, rounds, time.perf_counter) as bench:
-        return bench.copies([Run(bench.host, bench.device, nbytes)], None, to_host=to_host)
+        return bench.copies(Runs([bench.host], [bench.device], [nbytes]), None, to_host=to_host)
 
 
 @contextmanager
@@ -156,23 +156,24 @@ class _Bench:
         self.stream.close()
         self.end.close()
 
-    def runs(self, nbytes: int, count: int | None = None) -> list[Run]:
+    def runs(self, nbytes: int, count: int | None = None) -> Runs:
         """Runs of this length, every other one of their memory where that is large enough."""
         step = 2 * nbytes if count is not None else nbytes
-        found = range(0, self.nbytes - nbytes + 1, step)
-        return [Run(self.host + at, self.device + at, nbytes) for at in found][:count]
+        found = range(0, self.nbytes - nbytes + 1, step)[:count]
+        hosts, devices = [self.host + at for at in found], [self.device + at for at in found]
+        return Runs(hosts, devices, [nbytes] * len(found))
 
-    def copies(self, runs: list[Run], batch: BatchCopy | None, *, to_host: bool = False) -> float:
+    def copies(self, runs: Runs, batch: BatchCopy | None, *, to_host: bool = False) -> float:
         """Seconds until all runs have been copied; they are given from host to device."""
         runtime = self._runtime
         kind = runtime.memcpyDeviceToHost if to_host else runtime.memcpyHostToDevice
-        ends = [(b, a, n) if to_host else (a, b, n) for a, b, n in runs]
+        ends = (runs.targets, runs.sources) if to_host else (runs.sources, runs.targets)
 
         def queue() -> None:
             if batch is not None:
                 batch(runs, self.stream.ptr)
                 return
-            for source, target, nbytes in ends:
+            for source, target, nbytes in zip(*ends, runs.nbytes, strict=True):
                 runtime.memcpyAsync(target, source, nbytes, kind, self.stream.ptr)
 
         return self._least(queue)

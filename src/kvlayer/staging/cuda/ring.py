@@ -38,6 +38,10 @@ class Ring:
         """The slot that was used longest ago; its ``free`` says when."""
         return next(self._turns)
 
+    def take(self, count: int) -> list[Slot]:
+        """The next ``count`` of them, in their order: slots come again."""
+        return [self.next() for _ in range(count)]
+
     def hold(self, nbytes: int) -> None:
         """Make every slot at least this large. Rare: only a layer that is larger asks for it.
 

@@ -22,7 +22,7 @@ from kvlayer.layout import KVLayout, KVView
 from kvlayer.memory.slab import Slab
 from kvlayer.staging.cuda.devices import Devices
 from kvlayer.staging.cuda.fills import LayerGroup, layer_groups
-from kvlayer.staging.cuda.pipeline import Pipeline
+from kvlayer.staging.cuda.pipeline import Call, Pipeline
 from kvlayer.staging.cuda.runtime import cuda_errors
 from kvlayer.staging.device_cache import engine_order
 from kvlayer.staging.lazy import torch
@@ -183,8 +183,9 @@ class CudaStager(Stager):
     ) -> bool:
         """Whether the device did it; if not, nothing is in use any more."""
         failures: tuple[type[Exception], ...] = (UnsupportedError, *cuda_errors())
+        call = pipeline.call(view, gather=gather)
         try:
-            rest = await self._offload.run(self._start, pipeline, view, copies, gather)
+            rest = await self._offload.run(self._start, pipeline, call, copies, gather)
             await self._offload.run_all(rest)
         except failures as exc:
             clear_frames(exc.__traceback__)
@@ -194,21 +195,25 @@ class CudaStager(Stager):
             # As in TorchStager: frames in the traceback would keep the host memory exported.
             clear_frames(error.__traceback__)
             raise
+        finally:
+            pipeline.end(call)
         return True
 
     def _start(
-        self, pipeline: Pipeline, view: KVView, copies: Sequence[HostCopy], gather: bool
+        self, pipeline: Pipeline, call: Call, copies: Sequence[HostCopy], gather: bool
     ) -> list[Callable[[], None]]:
         """Check everything, move it if it is one batch, return the batches that are left."""
+        view = call.view
         with _slots_order(view):
             geometries = self._reader.read(view)
             planned = plan_moves(self._layout, view, geometries, copies, gather=gather)
             moves = [move for move in planned if _has_rows(move)]
         if not moves:
             return []
+        pipeline.begin(call)
         if gather:
             works = [
-                partial(pipeline.gather, view, batch) for batch in batches(moves, _BATCH_NBYTES)
+                partial(pipeline.gather, call, batch) for batch in batches(moves, _BATCH_NBYTES)
             ]
         else:
             tokens = (min(c.first for c in copies), max(c.first + c.tokens for c in copies))
@@ -219,7 +224,7 @@ class CudaStager(Stager):
                 least_nbytes=thresholds.group_slots * thresholds.slot_nbytes,
                 direct_nbytes=thresholds.direct_nbytes,
             )
-            works = [partial(pipeline.scatter, view, batch) for batch in _group_batches(groups)]
+            works = [partial(pipeline.scatter, call, batch) for batch in _group_batches(groups)]
         if len(works) > 1:
             return [*works]
         works[0]()

@@ -1,21 +1,24 @@
-"""Memory for the tables that launches read: pinned where they are written, and on the device.
+"""Memory for the tables that launches read: pinned where it is written, and on the device.
 
-A batch takes an arena, puts every table of its launches into it, and gives it back when its work
-has ended: a table is never overwritten while a copy or a kernel may still read it, and nothing but
-the end of a batch has to be waited for.
+A batch takes an arena, puts its table into it, and gives it back when its work has ended: a table
+is never overwritten while a copy or a kernel may still read it, and nothing but the end of a batch
+has to be waited for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from ctypes import memmove
 from dataclasses import dataclass
 from threading import Lock
+from typing import TYPE_CHECKING
 
-from kvlayer.staging.cuda.runs import Run
+from kvlayer.staging.cuda.runs import Runs
 from kvlayer.staging.cuda.runtime import ALIGNMENT, PORTABLE, Runtime
-from kvlayer.staging.kernels.plan import Plan
+
+if TYPE_CHECKING:
+    from numpy import uint8
+    from numpy.typing import NDArray
 
 __all__ = ["Arena", "Arenas"]
 
@@ -39,19 +42,13 @@ class Arena:
         self._runtime = runtime
         self._blocks: list[_Block] = []
 
-    def place(self, plans: Sequence[Plan]) -> tuple[Run, list[int]]:
-        """Write the plans' tables side by side: the copy they need, and their device addresses."""
-        offsets: list[int] = []
-        nbytes = 0
-        for plan in plans:
-            offsets.append(nbytes)
-            nbytes += -(-plan.table.nbytes // ALIGNMENT) * ALIGNMENT
-        block = self._room(nbytes)
+    def place(self, table: NDArray[uint8]) -> tuple[Runs, int]:
+        """Write a table: the copy it needs, and its address on the device."""
+        block = self._room(table.nbytes)
         host, device = block.host + block.used, block.device + block.used
-        block.used += nbytes
-        for plan, offset in zip(plans, offsets, strict=True):
-            memmove(host + offset, plan.table.ctypes.data, plan.table.nbytes)
-        return Run(host, device, nbytes), [device + offset for offset in offsets]
+        block.used += -(-table.nbytes // ALIGNMENT) * ALIGNMENT
+        memmove(host, table.ctypes.data, table.nbytes)
+        return Runs([host], [device], [table.nbytes]), device
 
     def clear(self) -> None:
         """Start over. Nothing may read the tables any more."""

@@ -81,7 +81,7 @@ def _plan(
             f"bytes, found {row_nbytes}"
         )
     planes = _int8_planes(planes_of(strips, layers), layers, payload)
-    tables = Tables(planes, bases_of(pieces), rows_of(pieces))
+    tables = Tables(planes, bases_of(pieces), rows_of([piece.runs for piece in pieces]))
     cache, stage = alignment(tables, heads)
     if (
         cache < VECTOR_NBYTES
