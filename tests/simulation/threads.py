@@ -14,14 +14,14 @@ from typing import Any
 
 from world import CHUNK, PUBLIC, World, simulate
 
-from kvlayer import Cache, lookup, opening
+from kvlayer import Cache, lookup, opening, parts
 from kvlayer.results import Cause
 from kvlayer.testing import invariants
 from kvlayer.testing.schedule import Schedule
 from kvlayer.tier import directory, evict, host, lease, matcher, planner, stack
 from kvlayer.tier.directory import Host, ObjectRecord
 
-WATCHED = [directory, evict, host, lease, lookup, matcher, opening, planner, stack]
+WATCHED = [directory, evict, host, lease, lookup, matcher, opening, parts, planner, stack]
 LOOKUPS = 4
 STORES = 5
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import fake_cupy
 import pytest
@@ -11,21 +10,15 @@ import torch
 from gpu_engine import DeviceTensor
 from gpu_scenarios import NoTorch
 from gpu_sim import Gpu
+from llama_8k import IN_ORDER, PAYLOAD_NBYTES, SHUFFLED, layout, lent
 
-from kvlayer.abc.stager import HostCopy
-from kvlayer.keys import Part
-from kvlayer.layout import NHD, NHD_BLOCK_FIRST, AttentionKind, Axes, KVGroup, KVLayout, KVView
-from kvlayer.memory.slab import Slab
-from kvlayer.payload import Payload
+from kvlayer.layout import NHD_BLOCK_FIRST, KVLayout
 from kvlayer.staging.cuda import stager as stager_module
 from kvlayer.staging.cuda.calibration import Calibration
 from kvlayer.staging.cuda.devices import Devices
 from kvlayer.staging.cuda.pinned import PIECE_NBYTES
 from kvlayer.staging.cuda.stager import CudaStager
 
-LLAMA = KVGroup(AttentionKind.MHA, tuple(range(32)), "bfloat16", 8, 128)
-BLOCK, CHUNK, TOKENS = 16, 256, 8192
-PAYLOAD_NBYTES = 1 << 30  # 128 KiB a token
 DEFAULTS = Calibration()
 SLOTS_FILLED = PAYLOAD_NBYTES // DEFAULTS.slot_nbytes
 BATCHES = PAYLOAD_NBYTES // stager_module._BATCH_NBYTES
@@ -36,36 +29,17 @@ async def moved(
 ) -> Gpu:
     """One store or load of the whole prompt, from or to these blocks."""
     gpu = Gpu("count")
-    (held,) = layout.groups
-    form, part = held.form, Part(0, (0, 32), (0, 8), held.form)
-    payload = Payload.of(LLAMA, part, CHUNK)
-    extent = {"kv": 2, "block": TOKENS // BLOCK, "token": BLOCK, "head": 8, "dim": 128}
-    shape = [extent[axis] for axis in held.axes]
-    cache: Any = torch.empty(shape, dtype=torch.bfloat16).as_subclass(DeviceTensor)  # untouched
-    slots = (blocks[:, None] * BLOCK + torch.arange(BLOCK)).reshape(-1)
-    assert form in ("canonical", "native:nhd-b16")
-    slab = Slab(PAYLOAD_NBYTES)
+    lending = lent(layout, blocks, DeviceTensor)
     with fake_cupy.install(gpu):
-        stager = CudaStager(layout, devices=Devices(slab, thresholds), torch_stager=NoTorch())
+        stager = CudaStager(
+            layout, devices=Devices(lending.slab, thresholds), torch_stager=NoTorch()
+        )
         assert await stager.ready()
-        assert await stager.pinned() == slab.nbytes
-        copies = [
-            HostCopy(payload, slab.view(at * payload.nbytes, payload.nbytes), at * CHUNK, CHUNK)
-            for at in range(TOKENS // CHUNK)
-        ]
-        view = KVView.single([cache] * 32, slots)
-        await (stager.gather if verb == "store" else stager.scatter)(view, copies)
+        assert await stager.pinned() == lending.slab.nbytes
+        await (stager.gather if verb == "store" else stager.scatter)(lending.view, lending.copies)
         await stager.aclose()
-    slab.close()
+    lending.close()
     return gpu
-
-
-def layout(axes: Axes = NHD, form: str = "canonical") -> KVLayout:
-    return KVLayout.single(LLAMA, axes, tokens_per_block=BLOCK, form=form)
-
-
-SHUFFLED = torch.randperm(TOKENS // BLOCK, generator=torch.Generator().manual_seed(1))
-IN_ORDER = torch.arange(TOKENS // BLOCK)
 
 
 @pytest.mark.asyncio

@@ -14,11 +14,11 @@ import pytest
 from engine import Engine
 from fake_cupy import Calls
 from gpu_engine import GpuEngine
-from gpu_scenarios import PAGED, SMALL, NoTorch, check_store, oracle, stage, twin
+from gpu_scenarios import PAGED, SMALL, NoTorch, check_load, check_store, oracle, stage, twin
 from gpu_sim import Gpu, bytes_at
 
 from kvlayer.abc.stager import HostCopy
-from kvlayer.errors import LayoutError
+from kvlayer.errors import LayoutError, UnsupportedError
 from kvlayer.keys import Part
 from kvlayer.layout import (
     FUSED_HND,
@@ -35,10 +35,13 @@ from kvlayer.layout import (
 )
 from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload
+from kvlayer.staging.cuda import devices as devices_module
 from kvlayer.staging.cuda import stager as stager_module
 from kvlayer.staging.cuda.calibration import Calibration
 from kvlayer.staging.cuda.devices import Devices
 from kvlayer.staging.cuda.pipeline import Pipeline
+from kvlayer.staging.cuda.programs import Programs
+from kvlayer.staging.cuda.runs import Runs
 from kvlayer.staging.cuda.stager import CudaStager
 
 BLOCKS = 24
@@ -168,6 +171,49 @@ async def test_a_cancelled_call_starts_nothing_more_and_leaves_nothing_in_flight
         gpu.drain()
         on.expect("of host memory", on.host(copies), [np.full(4096, 7, np.uint8)] * 5)
     assert not on.faults
+
+
+@pytest.mark.asyncio
+async def test_layers_are_told_in_order_whichever_thread_is_sooner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first batch is worked out last."""
+    monkeypatch.setattr(stager_module, "_BATCH_NBYTES", 4096)
+    gpu, told, later = Gpu("eager"), list[tuple[int, int]](), Gate()
+    work_out = Programs.of
+
+    def first_last(programs: Programs, fills: Any, hosts: Any) -> Any:
+        found = work_out(programs, fills, hosts)
+        if fills[0].places[0].move.layers[0][0] == 0:
+            assert later.wait(20)
+        later.set()
+        return found
+
+    monkeypatch.setattr(Programs, "of", first_last)
+    thresholds = replace(SMALL, group_slots=1)
+    async with stage(gpu, Calls(), PAGED, threads=2, thresholds=thresholds) as on:
+        slots, copies = on.engine.engine.slots(80), on.copies(5)
+        view = on.engine.view(slots, lambda layers: told.append(layers.layers))
+        await on.stager.scatter(view, copies)
+    assert told == [(0, 1), (1, 2), (2, 3), (3, 4)] and not on.faults
+
+
+@pytest.mark.asyncio
+async def test_a_driver_that_has_no_batches_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu, asked = Gpu("lazy"), list[Runs]()
+
+    def refused(runs: Runs, stream: int) -> None:
+        asked.append(runs)
+        raise UnsupportedError("cudaMemcpyBatchAsync failed: cudaErrorCallRequiresNewerDriver")
+
+    monkeypatch.setattr(devices_module, "find_batch_copy", lambda: refused)
+    async with stage(gpu, Calls(), PAGED, thresholds=replace(SMALL, batch_runs=1)) as on:
+        await check_store(on, on.engine.engine.slots(80), on.copies(5), 3)
+        await check_load(on, on.engine.engine.slots(80), on.copies(5), 4)
+    assert len(asked) == 1 and not on.faults
+    assert len(caplog.records) == 1 and "one by one" in caplog.text
 
 
 @pytest.mark.asyncio

@@ -6,6 +6,7 @@ most of the half microsecond of CPU that a run costs otherwise.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, TypeAlias
@@ -16,12 +17,18 @@ from kvlayer.staging.cuda.runtime import Runtime, Stream
 
 __all__ = ["BatchCopy", "Copier", "find_batch_copy"]
 
+_log = logging.getLogger(__name__)
+
 BatchCopy: TypeAlias = Callable[[Runs, int], None]
 """Queue all runs on the stream of this handle, in any order among them."""
 
 
 class Copier:
-    """Queues copies on streams. ``batch_runs`` runs and more go to ``batch`` where there is one."""
+    """Queues copies on streams. ``batch_runs`` runs and more go to ``batch`` where there is one.
+
+    A batch that is refused, as by a driver that is older than the bindings, is the last one: the
+    runs are copied one by one from then on, and the log says so.
+    """
 
     def __init__(self, runtime: Runtime, batch: BatchCopy | None, batch_runs: int) -> None:
         self._runtime = runtime
@@ -38,8 +45,13 @@ class Copier:
 
     def _copy(self, stream: Stream, runs: Runs, kind: int) -> None:
         if self._batch is not None and len(runs.nbytes) >= self._batch_runs:
-            self._batch(runs, stream.ptr)
-            return
+            try:
+                self._batch(runs, stream.ptr)
+            except UnsupportedError as exc:
+                self._batch = None
+                _log.warning("%s: runs are copied one by one, which takes more of the CPU", exc)
+            else:
+                return
         copy, queue = self._runtime.memcpyAsync, stream.ptr
         for source, target, nbytes in zip(*runs, strict=True):
             copy(target, source, nbytes, kind, queue)

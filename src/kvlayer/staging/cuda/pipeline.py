@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from threading import Lock
+from threading import Condition, Lock
 from typing import NamedTuple, Protocol
 
 from kvlayer.layout import KVView
@@ -55,6 +55,7 @@ class Call:
         self.view = view
         self.programs = programs
         self.marks = marks
+        self.turns = Turns()
         self.hosts: dict[int, int] = {}
         """Addresses of host memory, by the identity of its memoryview."""
 
@@ -134,14 +135,15 @@ class Pipeline:
                 done = batch.marks.marked(self._down.ptr)
             done.synchronize()
 
-    def scatter(self, call: Call, groups: Sequence[LayerGroup]) -> None:
-        """Copy from host memory into the cache, layer group by layer group.
+    def scatter(self, call: Call, number: int, groups: Sequence[LayerGroup]) -> None:
+        """Copy from host memory into the cache, layer group by layer group: the call's batch
+        ``number``, which queues behind those before it.
 
         Once all is queued, ``view.loaded`` is told of each group's event, in the order of the
         groups. Blocks until nothing is in use any more, also when it raises.
         """
         moves = [move for group in groups for move in group.moves]
-        with self._batch(call, moves) as batch:
+        with self._batch(call, moves) as batch, call.turns.of(number) as turn:
             nbytes = self._slot_nbytes(m for g in groups if not g.is_direct for m in g.moves)
             works = [
                 call.programs.straight(group.moves, call.hosts)
@@ -151,6 +153,7 @@ class Pipeline:
             ]
             is_straight = any(group.is_direct for group in groups)
             is_ringed = not all(group.is_direct for group in groups)
+            turn.wait()
             with self._queueing():
                 if is_straight:
                     self._up.wait(call.ready)
@@ -167,6 +170,7 @@ class Pipeline:
             if call.view.loaded is not None:
                 for group, mark in zip(groups, marks, strict=True):
                     call.view.loaded(group.told(mark.ptr))
+            turn.end()
             for end in ends:
                 end.synchronize()
 
@@ -273,6 +277,47 @@ class Pipeline:
         if self._events:
             return self._events.pop()
         return self._made.enter_context(closing(Event(self._runtime)))
+
+
+class Turns:
+    """The order of a call's batches, which threads work out at once. They begin in that order."""
+
+    def __init__(self) -> None:
+        self._ended: set[int] = set()
+        self._changed = Condition()
+
+    @contextmanager
+    def of(self, number: int) -> Generator[Turn]:
+        """Turn ``number``, counted from 0. It ends with the block at the latest."""
+        turn = Turn(self, number)
+        try:
+            yield turn
+        finally:
+            turn.end()
+
+    def wait(self, number: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended.issuperset(range(number)))
+
+    def end(self, number: int) -> None:
+        with self._changed:
+            self._ended.add(number)
+            self._changed.notify_all()
+
+
+class Turn(NamedTuple):
+    """One batch's place in the order."""
+
+    turns: Turns
+    number: int
+
+    def wait(self) -> None:
+        """Block until all turns before this one have ended."""
+        self.turns.wait(self.number)
+
+    def end(self) -> None:
+        """Let the next one begin. Idempotent."""
+        self.turns.end(self.number)
 
 
 class Marks:

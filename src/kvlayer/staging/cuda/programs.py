@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 from kvlayer.layout import KVView
 from kvlayer.staging.address import Strip
@@ -26,8 +26,8 @@ from kvlayer.staging.cuda.runs import (
     whole_layer,
 )
 from kvlayer.staging.cuda.runtime import ALIGNMENT
-from kvlayer.staging.kernels.plan import CopyPlanes, CopyRows, Plan, Shape, are_whole, copy_shape
-from kvlayer.staging.kernels.tables import Layer, packed
+from kvlayer.staging.kernels.plan import CopyPlanes, Plan, Shape, are_whole, copy_shape
+from kvlayer.staging.kernels.tables import VECTOR_NBYTES, Layer, Rows, packed, rows_of
 from kvlayer.staging.lazy import np
 from kvlayer.staging.moves import Move, Transfer
 from kvlayer.staging.slots import IntArray
@@ -132,6 +132,8 @@ class Programs:
         self._gap = 0 if gather else gap
         self._cut = cut
         self._known = _Known()
+        self._kinds: dict[int, _Kind] = {}
+        self._sections: dict[tuple[object, ...], _Section] = {}
 
     def of(self, fills: Sequence[Fill], hosts: Mapping[int, int]) -> Program:
         """``hosts``: addresses of host memory, by ``id(move.host)``."""
@@ -164,8 +166,8 @@ class Programs:
             nbytes.append(np.tile(np.concatenate([spans.nbytes for _, spans in mine]), len(ats)))
         ends = np.concatenate(sources), np.concatenate(targets)
         parts = self._in_parts(ends[0], np.concatenate(nbytes))
-        found_ends = [(end[parts.whole] + parts.offsets).tolist() for end in ends]
-        return Runs(*found_ends, parts.nbytes.tolist())
+        first, second = ((end[parts.whole] + parts.offsets).tolist() for end in ends)
+        return Runs(first, second, parts.nbytes.tolist())
 
     # -- copies ------------------------------------------------------------------------------------
 
@@ -219,10 +221,9 @@ class Programs:
             for planes, is_whole, pieces in _alike(fill.places, mine):
                 runs = [transfer.runs for transfer, _ in pieces]
                 key = ("rows", is_whole, *map(id, runs))
-                rows = self._known.once(key, CopyRows.of, runs, whole=is_whole)
-                key = ("shape", id(planes), id(rows))
-                shape = self._known.once(key, copy_shape, planes, rows, ALIGNMENT)
-                draft = book.add(planes.planes), len(places), book.add(rows.rows), shape
+                rows = self._known.once(key, rows_of, runs, whole_blocks=is_whole)
+                shape = self._shape(planes, rows)
+                draft = book.add(planes.planes), len(places), book.add(rows), shape
                 drafts[-1].append(draft)
                 places += [(number, at) for _, at in pieces]
         table, starts = packed((*book.arrays, np.empty(len(places), np.uint64)))
@@ -241,17 +242,24 @@ class Programs:
         bases = table[first : first + 8 * len(places)].view(np.uint64)
         return launches, table, bases, _InSlots(columns[:, 0], columns[:, 1])
 
+    def _shape(self, planes: CopyPlanes, rows: Rows) -> Shape:
+        of = len(rows) if planes.width(ALIGNMENT) == VECTOR_NBYTES else id(rows)
+        return self._known.once(("shape", id(planes), of), copy_shape, planes, rows, ALIGNMENT)
+
     # -- what payloads have in common --------------------------------------------------------------
 
     def _section(self, move: Move) -> _Section:
         """What moves of some layers, and where: but for its rows and addresses, mostly known."""
         if move.same is not None:
-            kinds = [self._kind(move, move.same)]
+            kinds: tuple[_Kind, ...] = (self._kind(move, move.same),)
         else:
-            kinds = [self._kind(move, transfer) for _, _, transfer in move.layers]
+            kinds = tuple(self._kind(move, transfer) for _, _, transfer in move.layers)
         local, at, _ = move.layers[0]
-        of = move.group, id(move.payload), local, at, len(move.layers)
-        return self._known.once(("section", *of, *map(id, kinds)), self._make_section, move)
+        key = kinds, move.group, id(move.payload), local, at, len(move.layers)
+        found = self._sections.get(key)
+        if found is None:
+            found = self._sections.setdefault(key, self._make_section(move))
+        return found
 
     def _make_section(self, move: Move) -> _Section:
         first = move.layers[0][1]
@@ -269,7 +277,10 @@ class Programs:
         return _Section(joined, tuple((planes, kind.is_whole) for planes, kind in launches))
 
     def _kind(self, move: Move, transfer: Transfer) -> _Kind:
-        return self._known.once(("kind", id(transfer)), self._make_kind, move, transfer)
+        found = self._kinds.get(id(transfer))
+        if found is None:
+            found = self._kinds.setdefault(id(transfer), self._make_kind(move, transfer))
+        return found
 
     def _make_kind(self, move: Move, transfer: Transfer) -> _Kind:
         strips, runs = transfer.strips, transfer.runs
@@ -336,10 +347,9 @@ class _Known:
 
     def once(self, key: Hashable, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """``work(*args, **kwargs)``, unless that is known under this key: everybody gets one."""
-        found: T | None = self._found.get(key)
-        if found is None:
-            found = self._found.setdefault(key, work(*args, **kwargs))
-        return found
+        if key in self._found:
+            return cast(T, self._found[key])
+        return cast(T, self._found.setdefault(key, work(*args, **kwargs)))
 
 
 class _Book:

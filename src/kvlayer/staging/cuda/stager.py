@@ -185,8 +185,10 @@ class CudaStager(Stager):
         failures: tuple[type[Exception], ...] = (UnsupportedError, *cuda_errors())
         call = pipeline.call(view, gather=gather)
         try:
-            rest = await self._offload.run(self._start, pipeline, call, copies, gather)
-            await self._offload.run_all(rest)
+            # No name for the batches: this frame would hold their memory as long as an error lives.
+            await self._offload.run_all(
+                await self._offload.run(self._start, pipeline, call, copies, gather)
+            )
         except failures as exc:
             clear_frames(exc.__traceback__)
             self._give_up(pipeline.number, exc)
@@ -224,7 +226,10 @@ class CudaStager(Stager):
                 least_nbytes=thresholds.group_slots * thresholds.slot_nbytes,
                 direct_nbytes=thresholds.direct_nbytes,
             )
-            works = [partial(pipeline.scatter, call, batch) for batch in _group_batches(groups)]
+            works = [
+                partial(pipeline.scatter, call, number, batch)
+                for number, batch in enumerate(_group_batches(groups))
+            ]
         if len(works) > 1:
             return [*works]
         works[0]()

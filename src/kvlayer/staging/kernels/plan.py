@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kvlayer.errors import LayoutError
 from kvlayer.staging.address import Strip
 from kvlayer.staging.kernels.tables import (
+    VECTOR_NBYTES,
     Addresses,
     Layer,
     Piece,
@@ -31,7 +32,6 @@ from kvlayer.staging.kernels.tables import (
     widest,
 )
 from kvlayer.staging.lazy import np
-from kvlayer.staging.slots import SlotRuns
 
 if TYPE_CHECKING:
     from numpy import uint8
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CopyPlanes",
-    "CopyRows",
     "Plan",
     "Shape",
     "are_whole",
@@ -111,23 +110,9 @@ class CopyPlanes(NamedTuple):
         longest, row_nbytes = _row_nbytes(planes)
         return cls(planes, heads, plane_steps(planes), longest, row_nbytes)
 
-
-class CopyRows(NamedTuple):
-    """Rows for ``copy.cu`` and what counts of them: several plans may share them."""
-
-    rows: Rows
-    steps: RowSteps
-
-    @classmethod
-    def of(cls, runs: Sequence[SlotRuns], *, whole: bool) -> CopyRows:
-        """The rows of pieces with these runs; ``whole`` as for their planes."""
-        return cls.counted(rows_of(runs, whole_blocks=whole))
-
-    @classmethod
-    def counted(cls, rows: Rows) -> CopyRows:
-        """Any rows."""
-        _check_counts(1, len(rows))
-        return cls(rows, row_steps(rows))
+    def width(self, base: int) -> int:
+        """The widest vectors that the addresses of any rows allow, whatever their numbers."""
+        return min(widest(self.steps, RowSteps(1, 1, 1, 1), base, self.heads))
 
 
 def are_whole(strips: Sequence[Strip]) -> bool:
@@ -150,32 +135,34 @@ def _copy_plan(
 ) -> Plan:
     runs = [piece.runs for piece in pieces]
     whole = are_whole(strips) and all(each.loose is None for each in runs)
-    planes, rows = CopyPlanes.of(strips, layers, whole=whole), CopyRows.of(runs, whole=whole)
+    planes, rows = CopyPlanes.of(strips, layers, whole=whole), rows_of(runs, whole_blocks=whole)
     return _alone(kernel, planes, rows, bases_of(pieces))
 
 
 def copy_tables(kernel: str, tables: Tables, heads: int) -> Plan:
     """A plan of ``copy.cu`` from its tables."""
-    planes, rows = CopyPlanes.counted(tables.planes, heads), CopyRows.counted(tables.rows)
-    return _alone(kernel, planes, rows, tables.bases)
+    return _alone(kernel, CopyPlanes.counted(tables.planes, heads), tables.rows, tables.bases)
 
 
-def _alone(kernel: str, planes: CopyPlanes, rows: CopyRows, bases: Addresses) -> Plan:
+def _alone(kernel: str, planes: CopyPlanes, rows: Rows, bases: Addresses) -> Plan:
     """A plan with tables of its own."""
+    _check_counts(1, len(rows))
     shape = copy_shape(planes, rows, int(np.gcd.reduce(bases)))
-    table, starts = packed((planes.planes, bases, rows.rows))
+    table, starts = packed((planes.planes, bases, rows))
     return Plan("copy", kernel, table, starts, *shape)
 
 
-def copy_shape(planes: CopyPlanes, rows: CopyRows, base: int) -> Shape:
+def copy_shape(planes: CopyPlanes, rows: Rows, base: int) -> Shape:
     """These rows of these planes, by the widest vectors that every row's address allows.
 
     ``base`` divides the bases of all pieces.
     """
-    width = min(widest(planes.steps, rows.steps, base, planes.heads))
+    width = planes.width(base)
+    if width < VECTOR_NBYTES:
+        width = min(widest(planes.steps, row_steps(rows), base, planes.heads))
     vectors = -(-planes.longest // width)
     lanes = lanes_log2(vectors)
-    counts = len(planes.planes), len(rows.rows), planes.heads
+    counts = len(planes.planes), len(rows), planes.heads
     nbytes = planes.longest, planes.row_nbytes
     return _shape(counts, nbytes, lanes, (-(-vectors >> lanes), width))
 
