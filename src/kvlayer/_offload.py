@@ -11,7 +11,7 @@ from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar, cast
 
 from kvlayer.errors import ClosedError
 
-__all__ = ["Offload"]
+__all__ = ["Offload", "settled"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -105,7 +105,7 @@ class Offload:
             return cast(T, await asyncio.shield(future))  # None only for work that was dropped
         except asyncio.CancelledError:
             if not call.drop():
-                await _settled(future)
+                await settled(future)
             if future.cancelled() and not _is_cancelled():
                 raise ClosedError(f"the thread pool {self._name!r} was closed") from None
             raise
@@ -217,10 +217,10 @@ async def _dropped(running: _Running) -> None:
     started = [future for future, call in running.items() if not call.drop()]
     running.clear()
     for future in started:
-        await _settled(future)
+        await settled(future)
 
 
-async def _settled(future: asyncio.Future[T]) -> None:
+async def settled(future: asyncio.Future[T]) -> None:
     """Wait until ``future`` is done whatever its outcome, outliving further cancellations."""
     while not future.done():
         try:

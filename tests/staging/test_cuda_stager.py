@@ -252,6 +252,21 @@ async def test_closing_twice_is_closing_once_and_everything_is_given_back() -> N
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("turns", range(5))
+async def test_closing_that_is_cancelled_has_closed_when_it_raises(turns: int) -> None:
+    gpu = Gpu("eager")
+    async with stage(gpu, Calls(), PAGED) as on:
+        closing = asyncio.ensure_future(on.stager.aclose())
+        for _ in range(turns + 1):
+            await asyncio.sleep(0)
+        assert not closing.done()
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        assert gpu.held == {"stream": 1}, "the slab is not pinned when it is unmapped"
+
+
+@pytest.mark.asyncio
 async def test_memory_that_cannot_be_pinned_is_copied_all_the_same(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import kernel_oracle
 from gpu_sim import FakeCudaError, Gpu
 
-__all__ = ["Calls", "Mutant", "Site", "install"]
+__all__ = ["Calls", "Mutant", "Site", "install", "place"]
 
 _WRAPPERS = {"runtime.py", "copies.py", "tables.py", "marked", "_launch"}
 """Files and functions that others call to reach CUDA: the line in question is their caller's."""
@@ -57,14 +57,14 @@ class Calls:
 
     def __call__(self, what: str, stream: int) -> int | None:
         number = self.streams.index(stream) if stream in self.streams else -1
-        site = Site(what, _place(), number)
+        site = Site(what, place(), number)
         self.seen[site] = self.seen.get(site, 0) + 1
         if self.mutant is None or site != self.mutant.site:
             return stream
         return None if self.mutant.stream is None else self.streams[self.mutant.stream]
 
 
-def _place() -> str:
+def place() -> str:
     """The innermost function of the pipeline on the stack, and the line in it."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

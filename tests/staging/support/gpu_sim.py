@@ -375,6 +375,12 @@ class Gpu:
             while busy := [s for s in self._streams.values() if s.queue]:
                 assert sum(self._step(stream) for stream in busy), "streams wait for each other"
 
+    def forget(self) -> None:
+        """Lose everything that is queued: what is left of a device after an error that sticks."""
+        with self.lock:
+            for stream in self._streams.values():
+                stream.queue.clear()
+
     # -- inside ------------------------------------------------------------------------------------
 
     def _host_block(self, address: int, nbytes: int) -> _Block | None:

@@ -12,14 +12,13 @@ from typing import NamedTuple
 from kvlayer.layout import KVView, LoadedLayers
 from kvlayer.staging.address import Strip
 from kvlayer.staging.cuda.runs import Run, Spans, joined, mean_nbytes, spans
+from kvlayer.staging.cuda.runtime import ALIGNMENT
 from kvlayer.staging.kernels.plan import Plan
 from kvlayer.staging.kernels.tables import Layer, Piece
 from kvlayer.staging.moves import Move, Transfer
 from kvlayer.staging.torch_view import tensors_of
 
 __all__ = ["Fill", "LayerGroup", "Place", "layer_groups", "pack", "plans_of", "reads", "writes"]
-
-_ALIGNMENT = 256  # a place begins like an allocation does: vectors of any width fit
 
 
 class Place(NamedTuple):
@@ -91,7 +90,7 @@ def _fitting(layers: Sequence[tuple[int, int, Transfer]], nbytes: int, room: int
 
 
 def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT  # vectors of any width fit
 
 
 def layer_groups(

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from threading import Lock
 
 from kvlayer.staging.cuda.runs import Run
-from kvlayer.staging.cuda.runtime import Runtime, cuda_errors
+from kvlayer.staging.cuda.runtime import PORTABLE, Runtime, cuda_errors
 
 __all__ = ["PIECE_NBYTES", "PinnedSlab"]
 
@@ -21,7 +22,6 @@ _log = logging.getLogger(__name__)
 
 PIECE_NBYTES = 64 << 20
 """Pinned at once: tens of milliseconds, and a copy in sixty-four of a slab's layers is cut."""
-_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of the process
 
 
 class PinnedSlab:
@@ -77,15 +77,16 @@ class PinnedSlab:
 
     def close(self) -> None:
         """Unpin everything. No copy may be running. Idempotent."""
-        with self._lock:
+        with self._lock, ExitStack() as unpinning:  # a piece that stays pinned stops no other
             self._waiting.clear()
             while self._pinned:
-                self._runtime.hostUnregister(self._extent(self._pinned.pop())[0])
+                address, _ = self._extent(self._pinned.pop())
+                unpinning.callback(self._runtime.hostUnregister, address)
 
     def _pin(self, piece: int) -> None:
         address, nbytes = self._extent(piece)
         try:
-            self._runtime.hostRegister(address, nbytes, _PORTABLE)
+            self._runtime.hostRegister(address, nbytes, PORTABLE)
         except cuda_errors() as exc:
             self._is_refused = True
             _log.warning(

@@ -15,8 +15,8 @@ host. So the link stays busy while Python is slow, and what is cancelled ends wi
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from threading import Lock
 from typing import Protocol
 
@@ -68,14 +68,17 @@ class Pipeline:
         self._kernels = kernels
         self._pinned = pinned
         self._copier = Copier(runtime, batch_copy, calibration.batch_runs)
-        runtime.setDevice(number)
-        self._streams = tuple(Stream(runtime) for _ in range(3))
-        self._compute, self._down, self._up = self._streams
-        self._ring = Ring(runtime, calibration.slots, calibration.slot_nbytes)
-        self._arenas = Arenas(runtime)
         self._events: list[Event] = []
         self._turn = Lock()
-        self._is_closed = False
+        runtime.setDevice(number)
+        with ExitStack() as made:
+            self._streams = [made.enter_context(closing(Stream(runtime))) for _ in range(3)]
+            self._compute, self._down, self._up = self._streams
+            self._ring = Ring(runtime, calibration.slots, calibration.slot_nbytes)
+            made.callback(self._ring.close)
+            self._arenas = Arenas(runtime)
+            made.callback(self._arenas.close)
+            self._made = made.pop_all()
 
     def gather(self, view: KVView, moves: Sequence[Move]) -> None:
         """Copy the moves' rows into their host memory, behind what the engine has queued.
@@ -115,26 +118,16 @@ class Pipeline:
                 ]
                 ends = [batch.marked(self._up.ptr)] if straight else []
                 ends += [batch.marked(self._compute.ptr)] if ringed else []
-            try:
-                if view.loaded is not None:
-                    for group, mark in zip(groups, marks, strict=True):
-                        view.loaded(group.told(mark.ptr))
-            finally:
-                for end in ends:
-                    end.synchronize()
+            if view.loaded is not None:
+                for group, mark in zip(groups, marks, strict=True):
+                    view.loaded(group.told(mark.ptr))
+            for end in ends:
+                end.synchronize()
 
     def close(self) -> None:
         """Free everything. No batch may be running. Idempotent."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        self._runtime.setDevice(self.number)
-        self._ring.close()
-        self._arenas.close()
-        for event in self._events:
-            event.close()
-        for stream in self._streams:
-            stream.close()
+        with self._made:  # whatever is refused meanwhile, the rest is freed
+            self._runtime.setDevice(self.number)
 
     # -- one fill ----------------------------------------------------------------------------------
 
@@ -192,12 +185,15 @@ class Pipeline:
         if self._pinned is not None:
             for move in moves:
                 self._pinned.ensure(hosts[id(move.host)], move.payload.nbytes)
-        batch = _Batch(self._runtime, hosts, self._arenas.take(), self._events)
+        batch = _Batch(hosts, self._arenas.take(), self._event)
         try:
             yield batch
+        except BaseException:
+            self._drain()  # what it uses is somebody else's next
+            raise
         finally:
             self._arenas.give(batch.arena)
-            batch.end()
+            self._events += batch.events
 
     @contextmanager
     def _queueing(self) -> Generator[None]:
@@ -207,39 +203,42 @@ class Pipeline:
                 yield
             except BaseException:
                 # A slot may be half used, with nobody's event behind it: before the next batch
-                # comes, everything queued has ended. A device that fails at that runs nothing.
-                for stream in self._streams:
-                    with suppress(*cuda_errors()):
-                        stream.synchronize()
+                # comes, everything queued has ended.
+                self._drain()
                 raise
+
+    def _drain(self) -> None:
+        """Block until everything that is queued has ended. A device that refuses runs nothing."""
+        for stream in self._streams:
+            with suppress(*cuda_errors()):
+                stream.synchronize()
+
+    def _event(self) -> Event:
+        """An event that nobody uses. Whoever asks has the right to queue."""
+        if self._events:
+            return self._events.pop()
+        return self._made.enter_context(closing(Event(self._runtime)))
 
 
 class _Batch:
     """What belongs to one batch while it is in flight."""
 
-    def __init__(
-        self, runtime: Runtime, hosts: dict[int, int], arena: Arena, idle: list[Event]
-    ) -> None:
+    def __init__(self, hosts: dict[int, int], arena: Arena, event: Callable[[], Event]) -> None:
         self.hosts = hosts
         """Addresses of host memory, by the identity of its memoryview."""
         self.arena = arena
         self.spans: dict[int, Spans] = {}
         self.straight: dict[int, DirectSpans] = {}
-        self._runtime = runtime
-        self._idle = idle
-        self._events: list[Event] = []
+        self.events: list[Event] = []
+        """Its own until it ends."""
+        self._event = event
 
     def marked(self, stream: int) -> Event:
         """An event behind what is queued on a stream by now; the batch's until it ends."""
-        event = self._idle.pop() if self._idle else Event(self._runtime)
-        self._events.append(event)
+        event = self._event()
+        self.events.append(event)
         event.record(stream)
         return event
-
-    def end(self) -> None:
-        """Give the events back: others may record them."""
-        self._idle += self._events
-        self._events = []
 
 
 def _largest(moves: Iterable[Move]) -> int:

@@ -13,7 +13,20 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, Protocol, cast
 
-__all__ = ["Event", "Runtime", "Stream", "cuda_errors", "cupy_runtime"]
+__all__ = [
+    "ALIGNMENT",
+    "PORTABLE",
+    "Event",
+    "Runtime",
+    "Stream",
+    "cuda_errors",
+    "cupy_runtime",
+]
+
+ALIGNMENT = 256
+"""What an allocation begins on a multiple of: what lies in one at such a place is as aligned."""
+PORTABLE = 1
+"""``cudaHostAllocPortable``, ``cudaHostRegisterPortable``: pinned for every device."""
 
 _NON_BLOCKING = 1  # cudaStreamNonBlocking: does not wait for the legacy default stream
 _HIGHEST = -1000  # lower is higher; CUDA takes its own highest where a number is beyond

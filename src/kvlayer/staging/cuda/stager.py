@@ -15,7 +15,7 @@ from functools import partial
 from traceback import clear_frames
 from typing import Any
 
-from kvlayer._offload import Offload
+from kvlayer._offload import Offload, settled
 from kvlayer.abc.stager import HostCopy, Landed, Stager
 from kvlayer.errors import KVLayerError, UnsupportedError
 from kvlayer.layout import KVLayout, KVView
@@ -105,7 +105,19 @@ class CudaStager(Stager):
         return self._devices.pinned_nbytes
 
     async def aclose(self) -> None:
-        """End what opens or pins, then free and unpin everything. No call may be running."""
+        """End what opens or pins, then free and unpin everything. No call may be running.
+
+        Cancelled, it does so all the same before it raises: the slab must not be unmapped while it
+        is pinned.
+        """
+        closing = asyncio.ensure_future(self._close())
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            await settled(closing)
+            raise
+
+    async def _close(self) -> None:
         running = [*self._openings.values(), *filter(None, [self._pinning])]
         for task in running:
             task.cancel()
@@ -116,12 +128,7 @@ class CudaStager(Stager):
         await self._torch.aclose()
         self._offload.close()
         if running:
-            try:
-                await self._background.run(self._devices.close)
-            finally:
-                # Once more, which does nothing, unless that was cancelled before it began: the
-                # slab must not be unmapped while it is pinned.
-                self._devices.close()
+            await self._background.run(self._devices.close)
         self._background.close()
 
     # -- which device ------------------------------------------------------------------------------

@@ -8,19 +8,18 @@ the end of a batch has to be waited for.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from ctypes import memmove
 from dataclasses import dataclass
 from threading import Lock
 
 from kvlayer.staging.cuda.runs import Run
-from kvlayer.staging.cuda.runtime import Runtime
+from kvlayer.staging.cuda.runtime import ALIGNMENT, PORTABLE, Runtime
 from kvlayer.staging.kernels.plan import Plan
 
 __all__ = ["Arena", "Arenas"]
 
 _BLOCK_NBYTES = 1 << 20
-_ALIGNMENT = 256
-_PORTABLE = 1  # cudaHostAllocPortable
 
 
 @dataclass(slots=True)
@@ -46,7 +45,7 @@ class Arena:
         nbytes = 0
         for plan in plans:
             offsets.append(nbytes)
-            nbytes += -(-plan.table.nbytes // _ALIGNMENT) * _ALIGNMENT
+            nbytes += -(-plan.table.nbytes // ALIGNMENT) * ALIGNMENT
         block = self._room(nbytes)
         host, device = block.host + block.used, block.device + block.used
         block.used += nbytes
@@ -60,9 +59,11 @@ class Arena:
             block.used = 0
 
     def close(self) -> None:
-        for block in self._blocks:
-            self._runtime.freeHost(block.host)
-            self._runtime.free(block.device)
+        """Free everything. Nothing may read the tables any more."""
+        with ExitStack() as freeing:
+            for block in self._blocks:
+                freeing.callback(self._runtime.freeHost, block.host)
+                freeing.callback(self._runtime.free, block.device)
         self._blocks.clear()
 
     def _room(self, nbytes: int) -> _Block:
@@ -70,13 +71,11 @@ class Arena:
             if block.nbytes - block.used >= nbytes:
                 return block
         size = max(nbytes, _BLOCK_NBYTES)
-        host = self._runtime.hostAlloc(size, _PORTABLE)
-        try:
-            device = self._runtime.malloc(size)
-        except BaseException:
-            self._runtime.freeHost(host)
-            raise
-        self._blocks.append(_Block(host, device, size))
+        with ExitStack() as made:
+            host = self._runtime.hostAlloc(size, PORTABLE)
+            made.callback(self._runtime.freeHost, host)
+            self._blocks.append(_Block(host, self._runtime.malloc(size), size))
+            made.pop_all()
         return self._blocks[-1]
 
 
@@ -99,6 +98,7 @@ class Arenas:
             self._idle.append(arena)
 
     def close(self) -> None:
-        for arena in self._idle:
-            arena.close()
+        with ExitStack() as closing:
+            for arena in self._idle:
+                closing.callback(arena.close)
         self._idle.clear()
