@@ -17,6 +17,7 @@ class Need(StrEnum):
     """What a promise can only be looked at with. The value says so in a report."""
 
     LIST = "the backend does not list (Capability.LIST)"
+    NO_LIST = "the backend lists (Capability.LIST)"
     PERSISTENT = "objects do not outlive the process (Capability.PERSISTENT)"
     SHARED = "the backend is not shared (Capability.SHARED)"
     URL = "it is not built from a URL"

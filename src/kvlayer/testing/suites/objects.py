@@ -152,14 +152,16 @@ class ObjectPromises(BackendPlace):
     async def test_a_read_writes_inside_its_regions_only(self, trial: Trial) -> None:
         await trial.store(1, 4 * PAGE)
         for nbytes in (PAGE, 2 * PAGE, 4 * PAGE, 6 * PAGE):
-            _, loan = await trial.get(trial.key(1), nbytes, pages=(1,))
+            result, loan = await trial.get(trial.key(1), nbytes, pages=(1,))
+            expect(result, Hit(min(nbytes, 4 * PAGE)), f"get() of {nbytes} bytes")
             loan.guards_stand()
 
     @promise("The caller keeps them alive and unchanged until put returns.")
     async def test_a_put_leaves_the_callers_bytes_alone(self, trial: Trial) -> None:
         content = noise(1, 4 * PAGE)
         loan = Loan(len(content), content)
-        await trial.backend.put([Write(trial.key(1), loan.regions((1,)))])
+        results = await trial.backend.put([Write(trial.key(1), loan.regions((1,)))])
+        expect(results, [None], "the results of put()")
         loan.holds(content, "the memory that put() was lent")
         loan.guards_stand()
 
