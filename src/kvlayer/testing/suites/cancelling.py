@@ -84,8 +84,9 @@ class CancelPromises(BackendPlace):
             async for _ in _cancelled(put):
                 lent[-1].poison()
                 lent[-1].take_back()
-        found = await trial.load(trial.key(1), nbytes)
-        same_bytes(found or b"", content, "an object whose put() nobody cancelled")
+                if len(lent) == 1:
+                    found = await trial.load(trial.key(1), nbytes)
+                    same_bytes(found or b"", content, "an object whose put() nobody cancelled")
         for number in range(2, len(lent) + 1):
             found = await trial.load(trial.key(number), nbytes)
             if found is not None:

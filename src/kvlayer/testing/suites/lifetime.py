@@ -78,6 +78,8 @@ class LifetimePromises(BackendPlace):
                 answer = await call()
             except (ClosedError, BackendError):
                 continue
+            except Exception as exc:  # noqa: BLE001  # of a backend's own making: the finding
+                broken(f"ClosedError from {name}() of a closed backend", exc)
             is_refused = isinstance(answer, ClosedError | BackendError)
             if is_refused or (name != "put" and answer in (None, [None])):
                 continue
