@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lying_batches
 import lying_cancelling
 import lying_keeping
@@ -41,6 +43,8 @@ def test_a_liar_fails_exactly_the_promise_it_breaks(liar: type[HonestBackend]) -
     assert found_in(liar) == {name: outcome}
 
 
-def test_every_promise_has_a_liar() -> None:
+def test_every_promise_has_a_liar(figures: Any) -> None:
     assert {liar.__module__ for liar in LIARS} == {chapter.__name__ for chapter in CHAPTERS}
-    assert {name for name, _ in LIARS.values()} == {p.name for p in HonestSuite.promises()}
+    promises = {promise.name for promise in HonestSuite.promises()}
+    assert {name for name, _ in LIARS.values()} == promises
+    figures("conformance.liars", promises=len(promises), liars=len(LIARS))
