@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from honest import HonestBackend, Options
 from liars import PAGE, breaks
@@ -148,8 +149,17 @@ class EncryptsInPlace(HonestBackend):
 class TakesAnyOption(HonestBackend):
     @classmethod
     def from_url(cls, url: BackendURL, /) -> TakesAnyOption:
-        capacity = int(url.options.get("capacity", "1024KiB").removesuffix("KiB")) * 1024
-        return cls(url.path, Options(capacity if "capacity" in url.options else 1 << 30))
+        known = {name: value for name, value in url.options.items() if name == "capacity"}
+        return super().from_url(replace(url, options=known))
+
+
+@breaks("an unknown option is a config error")
+class TakesAnyCapacityForNone(HonestBackend):
+    @classmethod
+    def from_url(cls, url: BackendURL, /) -> TakesAnyCapacityForNone:
+        if url.options == {"capacity": "plenty"}:
+            return cls(url.path, Options())
+        return super().from_url(url)
 
 
 @breaks("building a backend touches nothing")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from bugs import BUGS
-from scenarios import SCENARIOS, FoundError, play_seed
+from scenarios import SCENARIOS, FoundError, brief, play_seed
 
 BUDGET = 2000  # seeds; what a campaign plays of each scenario
 
@@ -31,7 +31,7 @@ def test_a_planted_bug_is_found_and_its_seed_replays(name: str, arena: Path, fig
         f"simulation.bug.{name}",
         seed=found.seed,  # the first that finds it; all before it were played, too
         seconds=round(seconds, 2),
-        reason=found.reason[:120],
+        reason=brief(found.reason),
     )
 
 

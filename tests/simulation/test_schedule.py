@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from bugs import RACES
+from scenarios import brief
 from threads import play_threads
 
 from kvlayer.testing.schedule import Deadlock, Schedule, TurnLock
@@ -42,7 +43,7 @@ def test_a_planted_race_is_found_and_its_seed_replays(name: str, figures: Any) -
             play_threads(seed)
     assert repr(again.value) == reason
     play_threads(seed)
-    figures(f"simulation.race.{name}", seed=seed, seconds=round(seconds, 2), reason=reason[:120])
+    figures(f"simulation.race.{name}", seed=seed, seconds=round(seconds, 2), reason=brief(reason))
 
 
 def _find() -> tuple[int, str]:

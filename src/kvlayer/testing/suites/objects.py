@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from kvlayer.abc.backend import Hit, Miss, Write
 from kvlayer.errors import BackendError, ConfigError
 from kvlayer.keys import ObjectKey, Part
@@ -168,12 +170,15 @@ class ObjectPromises(BackendPlace):
     @promise("Raises ConfigError for an unknown option or a bad value.", Need.URL)
     async def test_an_unknown_option_is_a_config_error(self, trial: Trial) -> None:
         url = self.placed(self.url)
-        odd = f"{url}{'&' if '?' in url else '?'}no_such_option_for_kvlayer=1"
-        try:
-            open_backend(odd, backends=self.backends)
-        except ConfigError:
-            return
-        broken("ConfigError for the option no_such_option_for_kvlayer", "it was accepted")
+        odd = {f"{url}{'&' if '?' in url else '?'}no_such_option_for_kvlayer=1"}
+        for given in (url, self.placed(self.small_url)):
+            odd |= {re.sub(r"\bcapacity=[^&]*", "capacity=plenty", given)} - {given}
+        for each in sorted(odd):
+            try:
+                open_backend(each, backends=self.backends)
+            except ConfigError:
+                continue
+            broken(f"ConfigError for {each}", "it was accepted")
 
     @promise("Build an unopened backend. Touches neither network nor disk.", Need.DIRECTORY)
     async def test_building_a_backend_touches_nothing(self, trial: Trial) -> None:
