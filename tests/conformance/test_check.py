@@ -79,8 +79,9 @@ def test_a_live_directory_is_looked_at_and_left_as_it_was(tmp_path: Path) -> Non
 
 def test_what_cannot_be_undone_is_done_only_where_nothing_is_worth_keeping(tmp_path: Path) -> None:
     url = f"file://{tmp_path}?capacity=64MiB"
-    _, said = check(url, "--only", "quarantined")
+    code, said = check(url, "--only", "quarantined")
     assert said.count("not run") == 3  # two promises, and the summary
+    assert code == 2, "nothing was asked, which proves nothing"
     assert "--disposable, where nothing in it is worth keeping, tries 2 more" in said
     _, said = check(url, "--only", "quarantined", "--disposable")
     assert "2 kept" in said

@@ -75,7 +75,6 @@ def check(*, url: str, path: Path | None, disposable: bool, only: str, limit: fl
         click.echo("\n".join(_lines(verdicts[-1])))
         if not verdicts[-1].is_good:
             _sweep(suite, limit)
-    is_kept = all(each.is_good for each in verdicts)
     took = perf_counter() - began
     click.echo(f"\n{_summary(verdicts)}; {took:.1f} seconds")
     more = sum(each.found == Need.DISPOSABLE for each in verdicts)
@@ -84,7 +83,12 @@ def check(*, url: str, path: Path | None, disposable: bool, only: str, limit: fl
     if path is not None:
         report = _report(url, suite, verdicts, took)
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    if not is_kept:
+    if all(each.outcome is Outcome.NOT_RUN for each in verdicts):
+        raise ConfigError(
+            f"none of {len(verdicts)} promises can be asked of this backend",
+            hint="each line says why; a longer list is asked without --only",
+        )
+    if not _is_kept(verdicts):
         _leave(verdicts)
 
 
@@ -126,6 +130,12 @@ def _suite(url: BackendURL, limit: float, *, disposable: bool) -> BackendSuite:
             hint="the largest object tried is 16 MiB, and several calls run at once: 64MiB will do",
         )
     return Live()
+
+
+def _is_kept(verdicts: list[Verdict]) -> bool:
+    """Something was asked, and all of it is kept."""
+    found = {each.outcome for each in verdicts}
+    return Outcome.KEPT in found and all(each.is_good for each in verdicts)
 
 
 def _leave(verdicts: list[Verdict]) -> None:
@@ -188,7 +198,7 @@ def _report(url: str, suite: BackendSuite, verdicts: list[Verdict], took: float)
         "url": url,
         "capabilities": sorted(suite.capabilities),
         "disposable": suite.is_disposable,
-        "ok": all(each.is_good for each in verdicts),
+        "ok": _is_kept(verdicts),
         "seconds": round(took, 1),
         "counts": {outcome.value: n for outcome, n in _counts(verdicts).items()},
         "verdicts": rows,
