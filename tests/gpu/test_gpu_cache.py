@@ -18,6 +18,7 @@ from kvlayer.staging.cuda.stager import CudaStager
 from kvlayer.staging.sample import paged_view
 
 TOKENS = caches.tokens(4096 + 40, seed=3)
+KEPT = 4096 + 32  # whole chunks, and the whole tails of 16
 
 
 @pytest.mark.asyncio
@@ -29,7 +30,11 @@ async def test_what_a_device_stored_comes_back_from_a_file_bit_for_bit(
 ) -> None:
     layout = KVLayout.single(LLAMA, axes, tokens_per_block=16, form=form)
     config = caches.config(
-        tmp_path, host="1GiB", tokens_per_chunk=256, file_options="&capacity=2GiB"
+        tmp_path,
+        host="1GiB",
+        tokens_per_chunk=256,
+        tokens_per_tail=16,
+        file_options="&capacity=2GiB",
     )
     writer, reader = (
         replace(lent, slots=(lent.slots[0][: len(TOKENS)],))
@@ -42,20 +47,20 @@ async def test_what_a_device_stored_comes_back_from_a_file_bit_for_bit(
             assert isinstance(stager, CudaStager)
             assert await stager.ready(device)
             report = await cache.store(TOKENS, writer)
-            assert report.stored == 16 and not report.failed
+            assert report.stored == 17 and not report.failed
             await cache.flush()
             await cache.control.clear("cpu")
             async with cache.lookup(TOKENS) as hit:
-                assert hit.by_tier == {"cpu": 0, "file": 4096}
+                assert hit.by_tier == {"cpu": 0, "file": KEPT}
                 report = await cache.retrieve(hit, reader)
-            assert report.tokens == 4096 and not report.failed
+            assert report.tokens == KEPT and not report.failed
     assert "copied by torch" not in caplog.text
     to_row = [axis for axis in axes if axis not in ("block", "token")]
     for ours, theirs in zip(writer.caches[0], reader.caches[0], strict=True):
         written, read = rows(ours, axes, to_row), rows(theirs, axes, to_row)
         assert torch.equal(
-            written[writer.slots[0][:4096].to(written.device)],
-            read[reader.slots[0][:4096].to(read.device)],
+            written[writer.slots[0][:KEPT].to(written.device)],
+            read[reader.slots[0][:KEPT].to(read.device)],
         )
 
 

@@ -82,7 +82,7 @@ async def test_whole_blocks_go_straight_into_the_cache_and_neighbours_in_one_run
     blocks: torch.Tensor, runs: int
 ) -> None:
     native = layout(NHD_BLOCK_FIRST, "native:nhd-b16")
-    gpu = await moved(native, blocks, "load")
+    gpu = await moved(native, blocks, "load", replace(DEFAULTS, direct_nbytes=64 << 10))
     assert not gpu.counts["launches"]
     assert gpu.counts["to_device_nbytes"] == PAYLOAD_NBYTES
     # A shuffled neighbour is one by chance; a copy is cut where two pieces of the slab meet.

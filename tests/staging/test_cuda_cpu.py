@@ -27,7 +27,8 @@ LAYOUTS = {
     "hnd": layout(HND),
     "native": layout(NHD_BLOCK_FIRST, "native:nhd-b16"),
 }
-FILLS = PAYLOAD_NBYTES // Calibration().slot_nbytes
+THRESHOLDS = Calibration(direct_nbytes=64 << 10)  # blocks are long enough to go straight
+FILLS = PAYLOAD_NBYTES // THRESHOLDS.slot_nbytes
 
 
 def calls_of(work: Callable[[], Any]) -> int:
@@ -61,15 +62,17 @@ async def test_a_fill_costs_few_calls(verb: str, what: str, most: int, dose, fig
     held = LAYOUTS[what]
     lending = lent(held, SHUFFLED)
     with null_cupy.install():
-        stager = CudaStager(held, devices=Devices(lending.slab), torch_stager=NoTorch())
+        stager = CudaStager(held, devices=Devices(lending.slab, THRESHOLDS), torch_stager=NoTorch())
         pipeline = stager._devices.open(0)
         while stager._devices.pin_next():
             pass
 
         def whole() -> None:
             call = pipeline.call(lending.view, gather=verb == "store")
-            for work in stager._start(pipeline, call, lending.copies, verb == "store"):
-                work()
+            if verb == "store":
+                pipeline.gather(call, stager._stores(pipeline, call, lending.copies))
+            else:
+                pipeline.scatter(call, stager._loads(pipeline, call, lending.copies))
             pipeline.end(call)
 
         whole()

@@ -98,7 +98,7 @@ def rotate(emulator: Emulator, rng: np.random.Generator) -> None:
     case = random_case(rng, gather=False, floats=True, vectors=bool(rng.integers(3)))
     group, payload = case.layout.group, case.payload
     size = group.head_size
-    pairs = int(rng.choice([p for p in (1, 4, 5, 8, 16, 20, 32, 64) if 2 * p <= size]))
+    pairs = int(rng.choice([p for p in (1, 4, 5, 8, 16, 20, 24, 32, 40, 64) if 2 * p <= size]))
     first = int(rng.choice([0, 0, size - 2 * pairs]))
     style = ("neox", "gptj")[rng.integers(2)]
     rotation = Rotation(style, tuple(1e4 ** (-np.arange(pairs) / pairs)), first)

@@ -77,6 +77,8 @@ def pack(moves: Sequence[Move], slot_nbytes: int) -> Iterator[Fill]:
 def _fitting(layers: Sequence[tuple[int, int, Transfer]], nbytes: int, room: int) -> int:
     """How many of the layers lie within ``room`` bytes of the first one's beginning."""
     first = layers[0][1]
+    if layers[-1][1] - first + nbytes <= room:
+        return len(layers)
     count = 0
     for _, at, _ in layers:
         if at - first + nbytes > room:

@@ -29,7 +29,7 @@ SLOTS = tuple(1 << n for n in range(22, 27))  # 4 to 64 MiB
 
 _RUNS = tuple(1 << n for n in range(12, 21))  # 4 KiB to 1 MiB
 _COUNTS = (2, 4, 8, 16, 32, 64, 128)
-_BLOCKS = (4, 8, 16, 32, 64, 128)
+_BLOCKS = (8, 16, 32, 64, 128, 256)
 _BATCHED_NBYTES = 32 << 10
 _ROW_NBYTES, _ROWS = 2048, 16  # a block of 16 tokens of 8 heads of 128 16-bit floats
 
@@ -53,7 +53,7 @@ class Figures:
 def choose(figures: Figures) -> Calibration:
     """Thresholds for a device, but for the slot's size. Pure.
 
-    As few thread blocks as are half as fast as any number: they wait for multiprocessors that the
+    As few thread blocks as are nearly as fast as any number: they wait for multiprocessors that the
     engine has taken, so they must be done soon once they have them. Straight loads from where a run
     costs less than a tenth more than one long copy.
     """
@@ -61,7 +61,7 @@ def choose(figures: Figures) -> Calibration:
     shortest = min(figures.by_run)
     run_seconds = shortest / figures.by_run[shortest] - shortest / figures.to_device
     return Calibration(
-        blocks=_first(figures.by_blocks, lambda _, rate: rate >= fastest / 2)
+        blocks=_first(figures.by_blocks, lambda _, rate: rate >= 0.8 * fastest)
         or max(figures.by_blocks),
         direct_nbytes=_first(figures.by_run, lambda _, rate: rate >= 0.9 * figures.to_device)
         or 2 * max(figures.by_run),

@@ -10,18 +10,18 @@
     slot.free   its reader has ended:  copy down, scatter -> the next gather or copy up
     done        the last of a batch has ended: the thread that queued it, and nobody else, sleeps
 
-Work is queued a batch at a time, far ahead of the device; nothing in it waits for the host. What a
-batch does is worked out beforehand (:mod:`programs`), so that the lock it is queued under is not
-held for long. So the link stays busy while Python is slow, and what is cancelled ends with its
-batch.
+Work is queued a batch at a time, under a lock, one batch ahead of the device; nothing in it waits
+for the host. So the link stays busy while Python is slow, and what is cancelled ends with at most
+two batches. What a batch does is worked out before it takes the lock (:mod:`programs`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from threading import Condition, Lock
-from typing import NamedTuple, Protocol
+from functools import partial
+from threading import Lock
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 from kvlayer.layout import KVView
 from kvlayer.staging.cuda.calibration import Calibration
@@ -37,7 +37,12 @@ from kvlayer.staging.kernels.plan import Plan
 from kvlayer.staging.lazy import np
 from kvlayer.staging.moves import Move
 
-__all__ = ["Call", "Launcher", "Pipeline"]
+__all__ = ["Call", "Landed", "Launcher", "Pipeline"]
+
+T = TypeVar("T")
+
+Landed: TypeAlias = Callable[[LayerGroup], None]
+"""Told, on the thread that waits, that the layers of a group are there. Must return at once."""
 
 
 class Launcher(Protocol):
@@ -55,7 +60,6 @@ class Call:
         self.view = view
         self.programs = programs
         self.marks = marks
-        self.turns = Turns()
         self.hosts: dict[int, int] = {}
         """Addresses of host memory, by the identity of its memoryview."""
 
@@ -68,8 +72,10 @@ class Call:
 class Pipeline:
     """Carries out batches on device ``number``. In any thread; batches queue one after the other.
 
-    A call is ``call``, ``begin``, its batches (``gather``, ``scatter``) and, whatever happens,
-    ``end``. Everything it allocates, it allocates here or when a batch first needs it, and frees in
+    A call is ``call``, ``begin``, ``gather`` or ``scatter`` of its batches, at once or in parts,
+    and, whatever happens, ``end``.
+
+    Everything it allocates, it allocates here or when a batch first needs it, and frees in
     ``close``: a ring of ``slots * slot_nbytes`` bytes of device memory, and for each batch that was
     ever in flight at once a few MiB of tables, pinned and on the device.
     """
@@ -115,69 +121,90 @@ class Pipeline:
             call.marks.marked(call.view.stream)
 
     def end(self, call: Call) -> None:
-        """None of its batches is running, or will."""
+        """None of its batches is under way, or will be."""
         self._events += call.marks.taken
 
-    def gather(self, call: Call, moves: Sequence[Move]) -> None:
+    def gather(self, call: Call, batches: Iterable[Sequence[Move]]) -> None:
         """Copy the moves' rows into their host memory.
 
-        Blocks until nothing is in use any more, also when it raises.
+        A batch is queued while the one before is under way. Blocks until nothing is in use any
+        more, also when it raises.
         """
-        with self._batch(call, moves) as batch:
-            nbytes = self._slot_nbytes(moves)
-            program = call.programs.of([*pack(moves, nbytes)], call.hosts)
-            with self._queueing():
-                self._compute.wait(call.ready)
-                table, fillings = self._placed(program, batch, nbytes, to_host=True)
-                self._copier.to_device(self._compute, table)
-                for filling in fillings:
-                    self._store(filling)
-                done = batch.marks.marked(self._down.ptr)
-            done.synchronize()
+        self._one_ahead(batches, partial(self._queue_gather, call))
 
-    def scatter(self, call: Call, number: int, groups: Sequence[LayerGroup]) -> None:
-        """Copy from host memory into the cache, layer group by layer group: the call's batch
-        ``number``, which queues behind those before it.
+    def scatter(
+        self, call: Call, batches: Iterable[Sequence[LayerGroup]], landed: Landed | None = None
+    ) -> None:
+        """Copy from host memory into the cache, layer group by layer group.
 
-        Once all is queued, ``view.loaded`` is told of each group's event, in the order of the
-        groups. Blocks until nothing is in use any more, also when it raises.
+        Once a batch is queued, ``view.loaded`` is told of each group's event, and ``landed`` of
+        each group that is there, both in the order of the groups. Blocks like :meth:`gather`.
         """
-        moves = [move for group in groups for move in group.moves]
-        with self._batch(call, moves) as batch, call.turns.of(number) as turn:
-            nbytes = self._slot_nbytes(m for g in groups if not g.is_direct for m in g.moves)
-            works = [
-                call.programs.straight(group.moves, call.hosts)
-                if group.is_direct
-                else call.programs.of([*pack(group.moves, nbytes)], call.hosts)
-                for group in groups
-            ]
-            is_straight = any(group.is_direct for group in groups)
-            is_ringed = not all(group.is_direct for group in groups)
-            turn.wait()
-            with self._queueing():
-                if is_straight:
-                    self._up.wait(call.ready)
-                if is_ringed:
-                    self._compute.wait(call.ready)
-                marks = [
-                    self._load_direct(batch, work)
-                    if isinstance(work, Runs)
-                    else self._load_group(batch, work, nbytes)
-                    for work in works
-                ]
-                ends = [batch.marks.marked(self._up.ptr)] if is_straight else []
-                ends += [batch.marks.marked(self._compute.ptr)] if is_ringed else []
-            if call.view.loaded is not None:
-                for group, mark in zip(groups, marks, strict=True):
-                    call.view.loaded(group.told(mark.ptr))
-            turn.end()
-            for end in ends:
-                end.synchronize()
+        self._one_ahead(batches, partial(self._queue_scatter, call, landed))
 
     def close(self) -> None:
         """Free everything. No batch may be running. Idempotent."""
         with self._made:  # whatever is refused meanwhile, the rest is freed
             self._runtime.setDevice(self.number)
+
+    # -- one batch after the other -----------------------------------------------------------------
+
+    def _one_ahead(self, batches: Iterable[T], queue: Callable[[ExitStack, T], None]) -> None:
+        """``queue`` puts on a stack what waits for the batch and gives back what it used."""
+        before = ExitStack()
+        try:
+            for batch in batches:
+                with ExitStack() as fresh:
+                    queue(fresh, batch)
+                    before.close()
+                    before = fresh.pop_all()
+        finally:
+            before.close()
+
+    def _queue_gather(self, call: Call, stack: ExitStack, moves: Sequence[Move]) -> None:
+        batch = stack.enter_context(self._batch(call, moves))
+        nbytes = self._slot_nbytes(moves)
+        program = call.programs.of([*pack(moves, nbytes)], call.hosts)
+        with self._queueing():
+            self._compute.wait(call.ready)
+            table, fillings = self._placed(program, batch, nbytes, to_host=True)
+            self._copier.to_device(self._compute, table)
+            for filling in fillings:
+                self._store(filling)
+            done = batch.marks.marked(self._down.ptr)
+        stack.callback(done.synchronize)
+
+    def _queue_scatter(
+        self,
+        call: Call,
+        landed: Landed | None,
+        stack: ExitStack,
+        groups: Sequence[LayerGroup],
+    ) -> None:
+        moves = [move for group in groups for move in group.moves]
+        batch = stack.enter_context(self._batch(call, moves))
+        nbytes = self._slot_nbytes(m for g in groups if not g.is_direct for m in g.moves)
+        works = [
+            call.programs.straight(group.moves, call.hosts)
+            if group.is_direct
+            else call.programs.of([*pack(group.moves, nbytes)], call.hosts)
+            for group in groups
+        ]
+        with self._queueing():
+            if any(group.is_direct for group in groups):
+                self._up.wait(call.ready)
+            if not all(group.is_direct for group in groups):
+                self._compute.wait(call.ready)
+            marks = [
+                self._load_direct(batch, work)
+                if isinstance(work, Runs)
+                else self._load_group(batch, work, nbytes)
+                for work in works
+            ]
+        if call.view.loaded is not None:
+            for group, mark in zip(groups, marks, strict=True):
+                call.view.loaded(group.told(mark.ptr))
+        stack.callback(_wait_for, groups, marks, landed)
 
     # -- what is queued ----------------------------------------------------------------------------
 
@@ -279,47 +306,6 @@ class Pipeline:
         return self._made.enter_context(closing(Event(self._runtime)))
 
 
-class Turns:
-    """The order of a call's batches, which threads work out at once. They begin in that order."""
-
-    def __init__(self) -> None:
-        self._ended: set[int] = set()
-        self._changed = Condition()
-
-    @contextmanager
-    def of(self, number: int) -> Generator[Turn]:
-        """Turn ``number``, counted from 0. It ends with the block at the latest."""
-        turn = Turn(self, number)
-        try:
-            yield turn
-        finally:
-            turn.end()
-
-    def wait(self, number: int) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._ended.issuperset(range(number)))
-
-    def end(self, number: int) -> None:
-        with self._changed:
-            self._ended.add(number)
-            self._changed.notify_all()
-
-
-class Turn(NamedTuple):
-    """One batch's place in the order."""
-
-    turns: Turns
-    number: int
-
-    def wait(self) -> None:
-        """Block until all turns before this one have ended."""
-        self.turns.wait(self.number)
-
-    def end(self) -> None:
-        """Let the next one begin. Idempotent."""
-        self.turns.end(self.number)
-
-
 class Marks:
     """Events that are one batch's, or one call's, until it ends: then others may record them."""
 
@@ -349,6 +335,14 @@ class _Filling(NamedTuple):
     plans: Sequence[Plan]
     table: int
     copies: Runs
+
+
+def _wait_for(groups: Sequence[LayerGroup], marks: Sequence[Event], landed: Landed | None) -> None:
+    """Block until the groups are there, one after the other, and tell of each."""
+    for group, mark in zip(groups, marks, strict=True):
+        mark.synchronize()
+        if landed is not None:
+            landed(group)
 
 
 def _address(host: memoryview) -> int:

@@ -27,10 +27,10 @@ from kvlayer.staging.cuda.runs import (
 )
 from kvlayer.staging.cuda.runtime import ALIGNMENT
 from kvlayer.staging.kernels.plan import CopyPlanes, Plan, Shape, are_whole, copy_shape
-from kvlayer.staging.kernels.tables import VECTOR_NBYTES, Layer, Rows, packed, rows_of
+from kvlayer.staging.kernels.tables import VECTOR_NBYTES, Layer, packed, rows_of
 from kvlayer.staging.lazy import np
 from kvlayer.staging.moves import Move, Transfer
-from kvlayer.staging.slots import IntArray
+from kvlayer.staging.slots import IntArray, SlotRuns
 from kvlayer.staging.torch_view import tensors_of
 
 if TYPE_CHECKING:
@@ -102,11 +102,22 @@ class _Kind:
 
 
 class _Alike(NamedTuple):
-    """Launches of these layers share their planes. Bytes count from a place's beginning."""
+    """What launches have in common that share their planes."""
 
     group: int
     kind: _Kind
     layers: _Layers
+    """Bytes count from a place's beginning."""
+
+
+class _Launch(NamedTuple):
+    """A launch, but for its rows."""
+
+    planes: CopyPlanes
+    is_whole: bool
+    """A block is a row."""
+    is_wide: bool
+    """Its vectors are the widest, whatever the rows."""
 
 
 class _Section(NamedTuple):
@@ -114,8 +125,8 @@ class _Section(NamedTuple):
 
     spans: Spans
     """What is copied, counted from the place's beginning."""
-    launches: tuple[tuple[CopyPlanes, bool], ...]
-    """For each transfer its planes, and whether a block is a row."""
+    launches: list[_Launch]
+    """One for each transfer. Equal ones are one object."""
 
 
 class Programs:
@@ -218,14 +229,14 @@ class Programs:
         places: list[tuple[int, int]] = []
         for number, (fill, mine) in enumerate(zip(fills, sections, strict=True)):
             drafts.append([])
-            for planes, is_whole, pieces in _alike(fill.places, mine):
-                runs = [transfer.runs for transfer, _ in pieces]
-                key = ("rows", is_whole, *map(id, runs))
-                rows = self._known.once(key, rows_of, runs, whole_blocks=is_whole)
-                shape = self._shape(planes, rows)
-                draft = book.add(planes.planes), len(places), book.add(rows), shape
-                drafts[-1].append(draft)
-                places += [(number, at) for _, at in pieces]
+            for launch, runs, ats in _launched(fill.places, mine):
+                key = ("rows", launch.is_whole, *map(id, runs))
+                rows = self._known.once(key, rows_of, runs, whole_blocks=launch.is_whole)
+                planes = launch.planes
+                key = ("shape", id(planes), len(rows) if launch.is_wide else id(rows))
+                shape = self._known.once(key, copy_shape, planes, rows, ALIGNMENT)
+                drafts[-1].append((book.add(planes.planes), len(places), book.add(rows), shape))
+                places += [(number, at) for at in ats]
         table, starts = packed((*book.arrays, np.empty(len(places), np.uint64)))
         first = starts[-1]
         kernel = "kv_gather" if self._gather else "kv_scatter"
@@ -241,10 +252,6 @@ class Programs:
         columns = np.array(places, np.int64)
         bases = table[first : first + 8 * len(places)].view(np.uint64)
         return launches, table, bases, _InSlots(columns[:, 0], columns[:, 1])
-
-    def _shape(self, planes: CopyPlanes, rows: Rows) -> Shape:
-        of = len(rows) if planes.width(ALIGNMENT) == VECTOR_NBYTES else id(rows)
-        return self._known.once(("shape", id(planes), of), copy_shape, planes, rows, ALIGNMENT)
 
     # -- what payloads have in common --------------------------------------------------------------
 
@@ -273,8 +280,7 @@ class Programs:
             _Alike(move.group, kind, tuple((local, at - first) for local, at in layers))
             for kind, layers in parts
         ]
-        launches = [(self._known.once(each, self._planes, each), each.kind) for each in alike]
-        return _Section(joined, tuple((planes, kind.is_whole) for planes, kind in launches))
+        return _Section(joined, [self._known.once(each, self._launch, each) for each in alike])
 
     def _kind(self, move: Move, transfer: Transfer) -> _Kind:
         found = self._kinds.get(id(transfer))
@@ -294,9 +300,11 @@ class Programs:
         key = "kinds", strips, runs.geometry, is_whole, id(copied)
         return self._known.once(key, _Kind, strips, is_whole, copied)
 
-    def _planes(self, alike: _Alike) -> CopyPlanes:
+    def _launch(self, alike: _Alike) -> _Launch:
         layers = [Layer(self._addresses(alike.group, local), at) for local, at in alike.layers]
-        return CopyPlanes.of(alike.kind.strips, layers, whole=alike.kind.is_whole)
+        is_whole = alike.kind.is_whole
+        planes = CopyPlanes.of(alike.kind.strips, layers, whole=is_whole)
+        return _Launch(planes, is_whole, planes.width(ALIGNMENT) == VECTOR_NBYTES)
 
     def _parts(self, move: Move) -> list[tuple[Transfer, _Layers]]:
         """The move's layers by what moves in them."""
@@ -328,14 +336,16 @@ def _transfers(move: Move) -> list[Transfer]:
     return [*{id(transfer): transfer for _, _, transfer in move.layers}.values()]
 
 
-def _alike(
+def _launched(
     places: Sequence[Place], sections: Sequence[_Section]
-) -> list[tuple[CopyPlanes, bool, list[tuple[Transfer, int]]]]:
-    """For each launch its planes, whether a block is a row, what moves and where in the slot."""
-    found: dict[int, tuple[CopyPlanes, bool, list[tuple[Transfer, int]]]] = {}
+) -> list[tuple[_Launch, list[SlotRuns], list[int]]]:
+    """The launches of a fill: of each piece its rows, and where it begins in the slot."""
+    found: dict[int, tuple[_Launch, list[SlotRuns], list[int]]] = {}
     for (move, start), section in zip(places, sections, strict=True):
-        for transfer, (planes, is_whole) in zip(_transfers(move), section.launches, strict=True):
-            found.setdefault(id(planes), (planes, is_whole, []))[2].append((transfer, start))
+        for transfer, launch in zip(_transfers(move), section.launches, strict=True):
+            _, runs, ats = found.setdefault(id(launch), (launch, [], []))
+            runs.append(transfer.runs)
+            ats.append(start)
     return [*found.values()]
 
 
