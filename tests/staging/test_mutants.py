@@ -193,6 +193,12 @@ MUTANTS = [
         "WHOLE_WARP = 0x0000ffffu",
     ),
     Mutant(
+        "NaN taken for the largest of its row",
+        "quantize",
+        "largest = fmaxf(largest, fabsf(x[i]))",
+        "largest = fabsf(x[i]) <= largest ? largest : fabsf(x[i])",
+    ),
+    Mutant(
         "rounded toward zero",
         "quantize",
         "__float2int_rn(x[i] * inverse)",

@@ -185,7 +185,7 @@ def quantize(emulator: Emulator, rng: np.random.Generator) -> None:
     sizes = [layer * case.payload.num_layers] * len(case.spans)
     with lent(emulator, case.nbytes()) as caches, lent(emulator, sizes) as stages:
         for cache in caches:
-            cache.array[:] = random_floats(rng, cache.nbytes, dtype)
+            cache.array[:] = random_floats(rng, cache.nbytes, dtype, finite=False)
         for stage in stages:
             stage.array[:] = 0xCD
         arrays = [cache.array for cache in caches]
@@ -235,10 +235,12 @@ def int8_form(host: Any, payload: Payload, fill: int) -> Any:
         at, scale_at = 0, scales_at
         for plane in range(len(planes)):
             rows = _rows(host, payload, layer, plane).float().numpy()
-            largest = np.abs(rows).max(-1, keepdims=True)
+            largest = np.fmax.reduce(np.abs(rows), -1, keepdims=True, initial=np.float32(0))
             tiny = largest < np.float32(2.0**-100)
             inverse = np.float32(127) / np.where(tiny, np.float32(1), largest)
-            q = np.rint(rows * np.where(tiny, np.float32(0), inverse)).astype(np.int8)
+            with np.errstate(invalid="ignore"):  # infinity * 0
+                scaled = np.rint(rows * np.where(tiny, np.float32(0), inverse))
+            q = np.where(np.isnan(scaled), np.float32(0), scaled).astype(np.int8)
             scale = np.where(tiny, np.float32(0), largest / np.float32(127))
             place[at : at + q.size] = q.reshape(-1).view(np.uint8)
             place[scale_at : scale_at + scale.nbytes] = scale.reshape(-1).view(np.uint8)
