@@ -320,9 +320,7 @@ def random_bytes(rng: np.random.Generator, nbytes: int) -> Any:
     return rng.integers(0, 256, nbytes, dtype=np.uint8)
 
 
-def random_floats(
-    rng: np.random.Generator, nbytes: int, dtype: str, *, finite: bool = True
-) -> Any:
+def random_floats(rng: np.random.Generator, nbytes: int, dtype: str, *, finite: bool = True) -> Any:
     """Bytes of numbers of very different sizes, zeros among them; or of what is no number too."""
     count = math.ceil(nbytes / DTYPE_NBYTES[dtype])
     sizes = np.repeat(rng.choice([0, 1e-37, 1e-3, 1, 1, 1, 40], count // 8 + 1), 8)[:count]
