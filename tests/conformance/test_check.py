@@ -62,8 +62,15 @@ def test_a_live_directory_is_looked_at_and_left_as_it_was(tmp_path: Path) -> Non
     assert "kept      a large object is read back to the byte\n" in said
     assert "not run   a truncated object reads short: nothing can shorten" in said
     assert [path.name for path in directory.rglob("*") if path.is_file()] == ["janitor.lock"]
+    assert said.startswith(f"file://{directory}  (list, persistent, shared)\n")
     written = json.loads(report.read_text())
+    assert written["format"] == 1
     assert written["ok"] is True
+    assert written["disposable"] is False
+    kept = sum(row["outcome"] == "kept" for row in written["verdicts"])
+    left_out = len(written["verdicts"]) - kept
+    wanted = {"kept": kept, "broken": 0, "failed": 0, "hung": 0, "not run": left_out}
+    assert written["counts"] == wanted
     assert written["capabilities"] == ["list", "persistent", "shared"]
     rows = {row["promise"]: row for row in written["verdicts"]}
     assert rows["touching changes no object"]["outcome"] == "kept"
@@ -72,8 +79,10 @@ def test_a_live_directory_is_looked_at_and_left_as_it_was(tmp_path: Path) -> Non
 
 def test_what_cannot_be_undone_is_done_only_where_nothing_is_worth_keeping(tmp_path: Path) -> None:
     url = f"file://{tmp_path}?capacity=64MiB"
-    _, said = check(url, "--only", "quarantined")
+    code, said = check(url, "--only", "quarantined")
     assert said.count("not run") == 3  # two promises, and the summary
+    assert code == 2, "nothing was asked, which proves nothing"
+    assert "--disposable, where nothing in it is worth keeping, tries 2 more" in said
     _, said = check(url, "--only", "quarantined", "--disposable")
     assert "2 kept" in said
     _, said = check("cpu://?capacity=64MiB", "--only", "quarantined is never")
@@ -89,6 +98,8 @@ def test_what_cannot_be_undone_is_done_only_where_nothing_is_worth_keeping(tmp_p
         (("cpu://", "--only", "nothing like it"), 2, "no promise"),
         (("nowhere://",), 3, "nowhere"),
         (("file:///proc/1/nobody/may",), 1, "/proc/1/nobody"),
+        (("cpu://", "--json", "/nowhere/report.json"), 2, "there is no directory /nowhere"),
+        (("cpu://", "--json", "/proc"), 2, "directory"),
     ],
 )
 def test_what_cannot_be_looked_at_is_an_error_with_the_programs_exit_code(

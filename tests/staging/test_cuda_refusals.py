@@ -27,7 +27,7 @@ KINDS = {
     "freeHost": "pinned",
     "hostRegister": "registered",
     "hostUnregister": "registered",
-    "streamCreateWithFlags": "stream",
+    "streamCreateWithPriority": "stream",
     "streamDestroy": "stream",
     "eventCreateWithFlags": "event",
     "eventDestroy": "event",

@@ -13,7 +13,7 @@ import pytest
 from engine import Engine
 from fake_cupy import Calls
 from gpu_engine import GpuEngine
-from gpu_scenarios import PAGED, SMALL, NoTorch, check_store, oracle, stage, twin
+from gpu_scenarios import PAGED, SMALL, WHOLE, NoTorch, check_store, oracle, stage, twin
 from gpu_sim import Gpu, bytes_at
 
 from kvlayer.abc.stager import HostCopy
@@ -161,7 +161,7 @@ async def test_a_cancelled_call_starts_nothing_more_and_leaves_nothing_in_flight
         gate.set()
         with pytest.raises(asyncio.CancelledError):
             await call
-        assert gpu.counts["launches"] == 1
+        assert gpu.counts["launches"] == 2, "the batch under way, and the one queued behind it"
         on.host(copies, write=7)
         gpu.drain()
         on.expect("of host memory", on.host(copies), [np.full(4096, 7, np.uint8)] * 5)
@@ -300,6 +300,33 @@ async def test_memory_that_cannot_be_pinned_is_copied_all_the_same(
         await stager.aclose()
     assert gpu.counts["pageable_copies"] > 0 and not gpu.faults
     assert len(caplog.records) == 1 and "cannot be pinned" in caplog.text
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("mode", ["eager", "lazy", "random"])
+@pytest.mark.parametrize("layout", [PAGED, WHOLE], ids=["ring", "straight"])
+async def test_a_layer_has_landed_when_it_holds_everything_and_in_the_models_order(
+    mode: str, layout: KVLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stager_module, "_BATCH_NBYTES", 4096)  # several batches, whoever waits
+    async with stage(Gpu(mode, seed=5), Calls(), layout, threads=2) as on:
+        slots, copies = on.engine.engine.slots(80), on.copies(5)
+        rng = np.random.default_rng(1)
+        for copy in copies:
+            np.frombuffer(copy.host, np.uint8)[:] = rng.integers(0, 256, copy.host.nbytes, np.uint8)
+        on.host(copies)
+        engine, wanted = twin(on, on.engine.bits())
+        await oracle(engine, slots, copies, gather=False)
+        seen: list[tuple[int, int]] = []
+
+        def landed(group: int, local: int) -> None:
+            seen.append((group, local))
+            found = on.engine.by_layer(on.engine.bits())[local]
+            on.expect(f"of layer {local}", [found], [on.engine.by_layer(wanted)[local]])
+
+        await on.stager.scatter_layers(on.engine.view(slots), copies, landed)
+        assert seen == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    assert not on.faults
 
 
 @pytest.mark.asyncio

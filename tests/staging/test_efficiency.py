@@ -29,8 +29,8 @@ GROUPS = {
     "mla 656 x fp8": KVGroup(AttentionKind.MLA, LAYERS, "fp8_e4m3", head_size=656),
 }
 FLOATS = [name for name, group in GROUPS.items() if not group.dtype.startswith("fp8")]
-# A half of 80 bytes ends inside a sector, which the other half's access touches again. A device may
-# merge the two; here each instruction counts alone.
+# A half of 80 bytes ends inside a sector, which the other half's access touches again. Devices
+# merge such accesses; here each instruction counts alone.
 CUT = {("80 x f16", "neox")}
 
 

@@ -28,7 +28,7 @@ from kvlayer.staging.slots import (
 from kvlayer.staging.steps import Step, gather_steps, scatter_steps
 from kvlayer.staging.torch_view import slot_array
 
-__all__ = ["Move", "Transfer", "batches", "plan_moves"]
+__all__ = ["Move", "Transfer", "batches", "in_model_order", "plan_moves"]
 
 
 class Transfer:
@@ -111,6 +111,16 @@ def plan_moves(
                 transfer = planned[id(geometry)] = Transfer(placed[key], runs)
             layers.append((local, at, transfer))
         yield Move(copy.host, payload, group, layers)
+
+
+def in_model_order(layout: KVLayout) -> list[tuple[int, int]]:
+    """(group, local layer) of all layers, as the model computes them."""
+    numbered = [
+        (number, group, local)
+        for group, held in enumerate(layout.groups)
+        for local, number in enumerate(held.group.layers[slice(*held.layer_range)])
+    ]
+    return [(group, local) for _, group, local in sorted(numbered)]
 
 
 def batches(moves: Sequence[Move], nbytes: int) -> list[list[Move]]:

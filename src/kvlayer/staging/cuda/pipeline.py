@@ -9,16 +9,18 @@
     slot.free   its reader has ended:  copy down, scatter -> the next gather or copy up
     done        the last of a batch has ended: the thread that queued it, and nobody else, sleeps
 
-Work is queued a batch at a time, under a lock, far ahead of the device; nothing in it waits for the
-host. So the link stays busy while Python is slow, and what is cancelled ends with its batch.
+Work is queued a batch at a time, under a lock, one batch ahead of the device; nothing in it waits
+for the host. So the link stays busy while Python is slow, and what is cancelled ends with at most
+two batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from threading import Lock
-from typing import Protocol
+from typing import Protocol, TypeAlias, TypeVar
 
 from kvlayer.layout import KVView
 from kvlayer.staging.cuda.calibration import Calibration
@@ -33,7 +35,12 @@ from kvlayer.staging.kernels.plan import Plan, gather_plan, scatter_plan
 from kvlayer.staging.lazy import np
 from kvlayer.staging.moves import Move
 
-__all__ = ["Launcher", "Pipeline"]
+__all__ = ["Landed", "Launcher", "Pipeline"]
+
+T = TypeVar("T")
+
+Landed: TypeAlias = Callable[[LayerGroup], None]
+"""Told, on the thread that waits, that the layers of a group are there. Must return at once."""
 
 
 class Launcher(Protocol):
@@ -80,54 +87,80 @@ class Pipeline:
             made.callback(self._arenas.close)
             self._made = made.pop_all()
 
-    def gather(self, view: KVView, moves: Sequence[Move]) -> None:
+    def gather(self, view: KVView, batches: Iterable[Sequence[Move]]) -> None:
         """Copy the moves' rows into their host memory, behind what the engine has queued.
 
-        Blocks until nothing is in use any more, also when it raises.
+        A batch is queued while the one before is under way. Blocks until nothing is in use any
+        more, also when it raises.
         """
-        with self._batch(moves) as batch:
-            with self._queueing():
-                self._compute.wait(batch.marked(view.stream))
-                self._ring.hold(_largest(moves))
-                for fill in pack(moves, self._ring.nbytes):
-                    self._store(batch, view, fill)
-                done = batch.marked(self._down.ptr)
-            done.synchronize()
+        self._one_ahead(batches, partial(self._queue_gather, view))
 
-    def scatter(self, view: KVView, groups: Sequence[LayerGroup]) -> None:
+    def scatter(
+        self, view: KVView, batches: Iterable[Sequence[LayerGroup]], landed: Landed | None = None
+    ) -> None:
         """Copy from host memory into the cache, layer group by layer group.
 
-        Once all is queued, ``view.loaded`` is told of each group's event, in the order of the
-        groups. Blocks until nothing is in use any more, also when it raises.
+        Once a batch is queued, ``view.loaded`` is told of each group's event, and ``landed`` of
+        each group that is there, both in the order of the groups. Blocks like :meth:`gather`.
         """
-        straight = [group for group in groups if group.is_direct]
-        ringed = [group for group in groups if not group.is_direct]
-        with self._batch([move for group in groups for move in group.moves]) as batch:
-            with self._queueing():
-                ready = batch.marked(view.stream)
-                if straight:
-                    self._up.wait(ready)
-                if ringed:
-                    self._compute.wait(ready)
-                    self._ring.hold(_largest(move for group in ringed for move in group.moves))
-                marks = [
-                    self._load_direct(batch, view, group)
-                    if group.is_direct
-                    else self._load(batch, view, group)
-                    for group in groups
-                ]
-                ends = [batch.marked(self._up.ptr)] if straight else []
-                ends += [batch.marked(self._compute.ptr)] if ringed else []
-            if view.loaded is not None:
-                for group, mark in zip(groups, marks, strict=True):
-                    view.loaded(group.told(mark.ptr))
-            for end in ends:
-                end.synchronize()
+        self._one_ahead(batches, partial(self._queue_scatter, view, landed))
 
     def close(self) -> None:
         """Free everything. No batch may be running. Idempotent."""
         with self._made:  # whatever is refused meanwhile, the rest is freed
             self._runtime.setDevice(self.number)
+
+    # -- one batch after the other -----------------------------------------------------------------
+
+    def _one_ahead(self, batches: Iterable[T], queue: Callable[[ExitStack, T], None]) -> None:
+        """``queue`` puts on a stack what waits for the batch and gives back what it used."""
+        before = ExitStack()
+        try:
+            for batch in batches:
+                with ExitStack() as fresh:
+                    queue(fresh, batch)
+                    before.close()
+                    before = fresh.pop_all()
+        finally:
+            before.close()
+
+    def _queue_gather(self, view: KVView, stack: ExitStack, moves: Sequence[Move]) -> None:
+        batch = stack.enter_context(self._batch(moves))
+        with self._queueing():
+            self._compute.wait(batch.marked(view.stream))
+            self._ring.hold(_largest(moves))
+            for fill in pack(moves, self._ring.nbytes):
+                self._store(batch, view, fill)
+            done = batch.marked(self._down.ptr)
+        stack.callback(done.synchronize)
+
+    def _queue_scatter(
+        self,
+        view: KVView,
+        landed: Landed | None,
+        stack: ExitStack,
+        groups: Sequence[LayerGroup],
+    ) -> None:
+        straight = [group for group in groups if group.is_direct]
+        ringed = [group for group in groups if not group.is_direct]
+        batch = stack.enter_context(self._batch([move for group in groups for move in group.moves]))
+        with self._queueing():
+            ready = batch.marked(view.stream)
+            if straight:
+                self._up.wait(ready)
+            if ringed:
+                self._compute.wait(ready)
+                self._ring.hold(_largest(move for group in ringed for move in group.moves))
+            marks = [
+                self._load_direct(batch, view, group)
+                if group.is_direct
+                else self._load(batch, view, group)
+                for group in groups
+            ]
+        if view.loaded is not None:
+            for group, mark in zip(groups, marks, strict=True):
+                view.loaded(group.told(mark.ptr))
+        stack.callback(_wait_for, groups, marks, landed)
 
     # -- one fill ----------------------------------------------------------------------------------
 
@@ -239,6 +272,14 @@ class _Batch:
         self.events.append(event)
         event.record(stream)
         return event
+
+
+def _wait_for(groups: Sequence[LayerGroup], marks: Sequence[Event], landed: Landed | None) -> None:
+    """Block until the groups are there, one after the other, and tell of each."""
+    for group, mark in zip(groups, marks, strict=True):
+        mark.synchronize()
+        if landed is not None:
+            landed(group)
 
 
 def _largest(moves: Iterable[Move]) -> int:
