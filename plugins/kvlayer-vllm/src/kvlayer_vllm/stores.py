@@ -128,7 +128,7 @@ class Stores:
 
 
 async def _emptied(cache: Cache, saves: Sequence[Save]) -> bool:
-    """What is under way would be there again once it ends: wait for it, then until nothing is left."""
+    """What is under way would be there again once it ends: that comes first."""
     left = _TRIES
     while left:
         if all(save.has_ended for save in saves):
