@@ -82,8 +82,8 @@ class BlockEvents:
     """A sink of the cache's. Its loop learns and hears, the scheduler's thread takes.
 
     Chunks and tails of different prompts share blocks: a block is stored when the first of them
-    comes to a place, and removed when the last has left it. Beside 2 to 3 KiB for each chunk that
-    a tier holds nothing grows.
+    comes to a place, and removed when the last has left it. A chunk that a tier holds costs some
+    3 KiB; of those that none holds the last few thousand are remembered.
     """
 
     def __init__(self, groups: Sequence[EngineGroup]) -> None:
