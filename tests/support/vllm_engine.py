@@ -27,10 +27,20 @@ for _name in (
     "kvlayer_vllm.connector",
     "vllm.v1.engine.llm_engine",
     "vllm.v1.worker.cpu_worker",
-    "vllm.model_executor.models.llama",
     "compressed_tensors",
 ):
     import_module(_name)  # what every engine imports, before the first is forked
+
+for _name, _file in {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Gemma3ForCausalLM": "gemma3",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
+    "MambaForCausalLM": "mamba",
+}.items():
+    # Of a model that is not imported yet vLLM learns what it can do from another process.
+    _model = getattr(import_module(f"vllm.model_executor.models.{_file}"), _name)
+    import_module("vllm").ModelRegistry.register_model(_name, _model)
 
 
 def ask(serving: Serving, prompts: list[list[int]], tokens: int, salt: str = "") -> Any:
