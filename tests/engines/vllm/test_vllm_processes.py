@@ -73,6 +73,7 @@ def test_a_restarted_engine_loads_what_the_first_has_stored(
     process = engine_process(tiny, cache_in(stored), **TINY_OPTIONS)
     for prompt, usable, answer in zip(PROMPTS, USABLE, cold, strict=True):
         assert process("ask", [prompt], ANSWER) == [[answer, usable]]
+    process("rest")
     found = process("state")
     assert (found["on"], found["troubles"], found["leases"]) == (True, 0, 0)
     process.close()
