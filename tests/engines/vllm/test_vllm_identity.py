@@ -14,6 +14,7 @@ from kvlayer.errors import ConfigError, IdentityError, UnsupportedError
 from kvlayer.keys import ChunkChain
 from kvlayer.layout import HitRule
 from kvlayer.weights import weights_digest
+from kvlayer_vllm.engine import engine_version
 from kvlayer_vllm.groups import engine_groups
 from kvlayer_vllm.identity import namespace_of, overrides_of, weights_of
 from kvlayer_vllm.layouts import rank_layout
@@ -102,7 +103,9 @@ def test_how_the_engine_runs_is_not_identity(vllm_config: Any, groups: Any, chan
 
 def test_numerics_can_pin_the_build(vllm_config: Any, groups: Any) -> None:
     pinned = namespace(vllm_config, groups, numerics="engine")
-    assert pinned.numerics.startswith("engine:vllm-0.32") and pinned.numerics.endswith(".vec")
+    assert pinned.numerics.startswith(
+        f"engine:vllm-{engine_version()}."
+    ) and pinned.numerics.endswith(".vec")
 
 
 def test_overrides_that_nothing_can_name_are_refused(vllm_config: Any, changed: Any) -> None:

@@ -42,7 +42,7 @@ __all__ = [
     "total_kv_heads",
 ]
 
-TESTED: Final = ((0, 32), (0, 32))
+TESTED: Final = ((0, 31), (0, 32))
 """First and last minor version the tests have passed with."""
 
 VllmConfig: TypeAlias = Any
