@@ -36,7 +36,15 @@ async def moved(
         )
         assert await stager.ready()
         assert await stager.pinned() == lending.slab.nbytes
-        await (stager.gather if verb == "store" else stager.scatter)(lending.view, lending.copies)
+        if verb == "load by layers":
+            heard: list[int] = []
+            await stager.scatter_layers(
+                lending.view, lending.copies, lambda _, layer: heard.append(layer)
+            )
+            assert heard == list(range(32))
+        else:
+            move = stager.gather if verb == "store" else stager.scatter
+            await move(lending.view, lending.copies)
         await stager.aclose()
     lending.close()
     return gpu
@@ -63,15 +71,28 @@ async def test_a_load_of_8192_tokens_brings_its_payload_once_in_long_runs(figure
     assert counts["to_device_nbytes"] - counts["table_nbytes"] == PAYLOAD_NBYTES
     assert counts["table_nbytes"] <= PAYLOAD_NBYTES // 500
     assert counts["launches"] == SLOTS_FILLED
-    # One run for all layers that a group has of a chunk, and a table for each group.
-    assert counts["copies_to_device"] == GROUPS * 32 + GROUPS  # 32 chunks
+    assert counts["copies_to_device"] == SLOTS_FILLED + BATCHES
     assert gpu.peak_pinned <= PAYLOAD_NBYTES + (4 << 20)
     figures("staging.load_8k", **counts, pinned=gpu.peak_pinned)
 
 
 @pytest.mark.asyncio
-async def test_with_batches_a_load_of_8192_tokens_is_a_call_per_slot() -> None:
-    counts = (await moved(layout(), SHUFFLED, "load", replace(DEFAULTS, batch_runs=4))).counts
+async def test_a_load_that_somebody_follows_layer_by_layer_brings_it_in_shorter_runs(
+    figures,
+) -> None:
+    gpu = await moved(layout(), SHUFFLED, "load by layers")
+    counts = gpu.counts
+    assert counts["to_device_nbytes"] - counts["table_nbytes"] == PAYLOAD_NBYTES
+    assert counts["launches"] == SLOTS_FILLED
+    # One run for all layers that a group has of each of 32 chunks, and a table for each group.
+    assert counts["copies_to_device"] == GROUPS * 32 + GROUPS
+    figures("staging.load_8k_by_layers", **counts, pinned=gpu.peak_pinned)
+
+
+@pytest.mark.asyncio
+async def test_with_batches_a_load_of_8192_tokens_by_layers_is_a_call_per_slot() -> None:
+    thresholds = replace(DEFAULTS, batch_runs=4)
+    counts = (await moved(layout(), SHUFFLED, "load by layers", thresholds)).counts
     assert counts["batches"] == SLOTS_FILLED
     assert counts["to_device_nbytes"] - counts["table_nbytes"] == PAYLOAD_NBYTES
 
@@ -87,4 +108,4 @@ async def test_whole_blocks_go_straight_into_the_cache_and_neighbours_in_one_run
     assert gpu.counts["to_device_nbytes"] == PAYLOAD_NBYTES
     # A shuffled neighbour is one by chance; a copy is cut where two pieces of the slab meet.
     assert runs * 0.98 <= gpu.counts["copies_to_device"] <= runs + PAYLOAD_NBYTES // PIECE_NBYTES
-    assert gpu.counts["batches"] == GROUPS
+    assert gpu.counts["batches"] == BATCHES

@@ -12,7 +12,7 @@ from kvlayer.layout import LoadedLayers
 from kvlayer.staging.cuda.runs import mean_nbytes
 from kvlayer.staging.cuda.runtime import ALIGNMENT
 from kvlayer.staging.lazy import np
-from kvlayer.staging.moves import Move, Transfer, growing
+from kvlayer.staging.moves import Move, Transfer
 
 __all__ = ["Fill", "LayerGroup", "Place", "layer_groups", "pack"]
 
@@ -92,20 +92,12 @@ def _aligned(nbytes: int) -> int:
 
 
 def layer_groups(
-    moves: Sequence[Move],
-    tokens: tuple[int, int],
-    *,
-    first_nbytes: int,
-    least_nbytes: int,
-    direct_nbytes: int,
+    moves: Sequence[Move], *, tokens: tuple[int, int], sizes: Iterator[int], direct_nbytes: int
 ) -> list[LayerGroup]:
-    """All moves by layers, in layer order.
+    """All moves by layers, in layer order: at a time as few layers as make so many bytes.
 
-    First as few layers as make ``first_nbytes``, then twice as many bytes at a time, up to
-    ``least_nbytes``.
-
-    The layers of a KV group go straight into the cache if their average run is at least
-    ``direct_nbytes`` long.
+    ``sizes`` says how many, and does not end. The layers of a KV group go straight into the cache
+    if their average run is at least ``direct_nbytes`` long.
     """
     found: list[LayerGroup] = []
     for group in dict.fromkeys(move.group for move in moves):
@@ -115,7 +107,6 @@ def layer_groups(
         for move in mine:
             nbytes[_locals(move)] += move.payload.layer_nbytes
         first, held = int(np.flatnonzero(nbytes)[0]), 0
-        sizes = growing(first_nbytes, least_nbytes)
         least = next(sizes)
         for local, each in enumerate(nbytes.tolist()):
             held += each

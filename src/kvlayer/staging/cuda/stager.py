@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import repeat
 from traceback import clear_frames
 from typing import Any
 
@@ -208,7 +210,7 @@ class CudaStager(Stager):
             else:
                 await self._offload.run_over(
                     partial(pipeline.scatter, call, landed=tell),
-                    self._loads(pipeline, call, copies),
+                    self._loads(pipeline, call, copies, is_heard=tell is not None),
                 )
         except failures as exc:
             clear_frames(exc.__traceback__)
@@ -232,22 +234,25 @@ class CudaStager(Stager):
             yield from batches(moves, growing(_FIRST_NBYTES, _BATCH_NBYTES))
 
     def _loads(
-        self, pipeline: Pipeline, call: Call, copies: Sequence[HostCopy]
+        self, pipeline: Pipeline, call: Call, copies: Sequence[HostCopy], *, is_heard: bool = False
     ) -> Iterator[list[LayerGroup]]:
-        """Check everything, then the batches, in the order in which the model needs the layers."""
+        """Check everything, then the batches: by layers where anybody hears of these.
+
+        Otherwise payload by payload, which makes longer runs.
+        """
         moves = self._moves(call.view, copies, gather=False)
         if not moves:
             return
         pipeline.begin(call)
         thresholds = pipeline.calibration
         tokens = (min(c.first for c in copies), max(c.first + c.tokens for c in copies))
-        groups = layer_groups(
-            moves,
-            tokens,
-            first_nbytes=_FIRST_NBYTES,
-            least_nbytes=thresholds.group_slots * thresholds.slot_nbytes,
-            direct_nbytes=thresholds.direct_nbytes,
-        )
+        groups_of = partial(layer_groups, tokens=tokens, direct_nbytes=thresholds.direct_nbytes)
+        if not is_heard and call.view.loaded is None:
+            for batch in batches(moves, growing(_FIRST_NBYTES, _BATCH_NBYTES)):
+                yield groups_of(batch, sizes=repeat(sys.maxsize))
+            return
+        most = thresholds.group_slots * thresholds.slot_nbytes
+        groups = groups_of(moves, sizes=growing(_FIRST_NBYTES, most))
         turn = {layer: at for at, layer in enumerate(in_model_order(self._layout))}
         groups.sort(key=lambda group: turn[group.group, group.first])
         yield from _group_batches(groups)
