@@ -62,7 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
         )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def dose(pytestconfig: pytest.Config) -> Dose:
     """How much to do: see :class:`Dose`."""
     full_wanted = bool(pytestconfig.getoption("--campaign"))
@@ -73,7 +73,7 @@ def dose(pytestconfig: pytest.Config) -> Dose:
     return choose
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def figures(pytestconfig: pytest.Config) -> Figures:
     """Where to write what was counted: see :class:`Figures`."""
 

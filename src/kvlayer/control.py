@@ -121,7 +121,9 @@ class Control:
         planner = self._cache.stack.planner
         gone = 0
         for at in range(0, len(records), _SLICE):
-            gone += len(planner.evict(records[at : at + _SLICE], Cause.CLEARED, detail))
+            dropped = planner.evict(records[at : at + _SLICE], Cause.CLEARED, detail)
+            self._cache.stack.host.removed(dropped)
+            gone += len(dropped)
             await asyncio.sleep(0)
         return gone
 
@@ -208,4 +210,5 @@ class Control:
             lower.fails(Cause.TIER_DOWN, f"{type(call.error).__name__}: {call.error}")
             return 0
         stack.planner.vanished(keys, lower.index, "removed by request", Cause.CLEARED)
+        lower.removed(keys)
         return len(keys)

@@ -20,6 +20,8 @@ __all__ = [
     "LookupDone",
     "ObjectQuarantined",
     "ObjectsEvicted",
+    "ObjectsRemoved",
+    "ObjectsStored",
     "PrefetchDone",
     "RetrieveDone",
     "Sink",
@@ -99,6 +101,18 @@ class TransferDone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectsStored:
+    """Objects were gathered from the engine: host memory, ``tier``, serves them from now on.
+
+    What reaches or comes from a lower tier is in ``TransferDone``.
+    """
+
+    tier: str
+    keys: tuple[ObjectKey, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectsEvicted:
     """Objects left a tier to make room."""
 
@@ -106,6 +120,14 @@ class ObjectsEvicted:
     policy: str
     keys: tuple[ObjectKey, ...]
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectsRemoved:
+    """Objects left a tier because somebody asked for it (``evict``, ``clear``)."""
+
+    tier: str
+    keys: tuple[ObjectKey, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +155,9 @@ Event: TypeAlias = (
     | RetrieveDone
     | PrefetchDone
     | TransferDone
+    | ObjectsStored
     | ObjectsEvicted
+    | ObjectsRemoved
     | ObjectQuarantined
     | TierChanged
 )

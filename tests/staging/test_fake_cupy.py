@@ -14,6 +14,7 @@ from fake_cupy import Calls
 from gpu_sim import FakeCudaError, Gpu, bytes_at
 
 from kvlayer.staging.cuda.runtime import Runtime
+from kvlayer.staging.kernels.build import kernel_source
 
 FUNCTIONS = [
     name
@@ -74,6 +75,16 @@ def test_a_missing_wait_is_wrong_bytes_when_late_and_a_race_when_not() -> None:
     assert clean.races is not None and racing.races is not None
     assert clean.races.found == []
     assert value == 7 and racing.races.found
+
+
+def test_a_module_has_the_kernels_that_its_source_defines_and_no_others() -> None:
+    with fake_cupy.install(Gpu("eager")):
+        make = import_module("cupy").RawModule
+        module = make(code=kernel_source("int8"), options=(), backend="nvrtc")
+        assert module.get_function("kv_quantize_bf16")
+        for name in ("kv_scatter", "kv_quantize", "quantize_tile"):  # all are in its text
+            with pytest.raises(FakeCudaError, match="NOT_FOUND"):
+                module.get_function(name)
 
 
 def test_cudas_rules_are_kept() -> None:

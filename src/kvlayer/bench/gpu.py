@@ -147,8 +147,12 @@ async def _rows(
     found: list[Row] = []
     for verb, gather in (("store", True), ("load", False)):
         bare = partial(bare_copy, runtime, ask.number, bare_nbytes, to_host=gather)
+
+        async def own_call(_: int, gather: bool = gather) -> float:
+            return await call(gather)
+
         own, top = await alternate(
-            lambda _, gather=gather: call(gather),
+            own_call,
             partial(_scaled, bare, moved / bare_nbytes),
             rounds=ask.rounds,
             warm=_WARM,

@@ -18,12 +18,14 @@ from kvlayer._version import version
 from kvlayer.abc.backend import Capability
 from kvlayer.cli.main import EXIT_BAD
 from kvlayer.cli.report_path import ReportPath
-from kvlayer.errors import ConfigError
+from kvlayer.errors import ConfigError, KVLayerError
 from kvlayer.registry import open_backend
 from kvlayer.testing.bounded import run_bounded, seconds
-from kvlayer.testing.promise import Need
+from kvlayer.testing.loan import PAGE
+from kvlayer.testing.promise import Hung, Need
 from kvlayer.testing.suite import Outcome, Verdict
 from kvlayer.testing.suites.backend import BackendSuite
+from kvlayer.testing.trial import Trial
 from kvlayer.urls import BackendURL, parse_bytes
 
 __all__ = ["check"]
@@ -57,7 +59,7 @@ def check(*, url: str, path: Path | None, disposable: bool, only: str, limit: fl
     """Hold the backend behind URL to its contract, one line a promise.
 
     Objects are stored in namespaces nobody else has and deleted again. Exits with 1 when a promise
-    is broken, or when the backend cannot be opened. An object of 16 MiB must fit.
+    is broken, or when the backend cannot be opened or written. An object of 16 MiB must fit.
     """
     suite = _suite(BackendURL.parse(url), limit, disposable=disposable)
     promises = [each for each in suite.promises() if only in each.name]
@@ -65,7 +67,7 @@ def check(*, url: str, path: Path | None, disposable: bool, only: str, limit: fl
         raise ConfigError(
             f"no promise has {only!r} in its name", hint="leave --only out to see all of them"
         )
-    run_bounded(lambda: _answers(suite), seconds(limit))
+    _begin(suite, limit)
     able = ", ".join(sorted(suite.capabilities)) or "no capabilities"
     click.echo(f"{suite.url}  ({able})\n")
     began = perf_counter()
@@ -89,13 +91,29 @@ def check(*, url: str, path: Path | None, disposable: bool, only: str, limit: fl
             hint="each line says why; a longer list is asked without --only",
         )
     if not _is_kept(verdicts):
-        _leave(verdicts)
+        _leave(hangs=any(each.outcome is Outcome.HUNG for each in verdicts))
+
+
+def _begin(suite: BackendSuite, limit: float) -> None:
+    """Open it and store one object: what cannot be opened or written is one error, not fifty."""
+    try:
+        run_bounded(lambda: _answers(suite), seconds(limit))
+    except KVLayerError:
+        raise
+    except Hung as exc:
+        click.echo(f"error: {suite.url} does not answer within {limit:g} seconds", err=True)
+        click.echo(exc.found, err=True)
+        _leave(hangs=True)
+    except Exception:  # noqa: BLE001  # of the backend's own making: the promises say it better
+        return
 
 
 async def _answers(suite: BackendSuite) -> None:
-    """Open and close it once: what cannot be opened is one error, not fifty."""
-    async with suite.build():
-        pass
+    async with Trial.opened(suite.build, clears=True) as trial:
+        refused = await trial.put(trial.key(0), bytes(PAGE))
+        if refused is not None:
+            trial.keys.clear()  # nor can they be deleted, as likely as not
+            raise refused
 
 
 def _sweep(suite: BackendSuite, limit: float) -> None:
@@ -138,11 +156,11 @@ def _is_kept(verdicts: list[Verdict]) -> bool:
     return Outcome.KEPT in found and all(each.is_good for each in verdicts)
 
 
-def _leave(verdicts: list[Verdict]) -> None:
-    """Exit with 1, past threads that hang: the interpreter would wait for them."""
+def _leave(*, hangs: bool) -> None:
+    """Exit with 1, past threads where some hang: the interpreter would wait for them."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if any(each.outcome is Outcome.HUNG for each in verdicts):
+    if hangs:
         os._exit(EXIT_BAD)
     sys.exit(EXIT_BAD)
 

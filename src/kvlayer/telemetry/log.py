@@ -11,6 +11,8 @@ from kvlayer.events import (
     LookupDone,
     ObjectQuarantined,
     ObjectsEvicted,
+    ObjectsRemoved,
+    ObjectsStored,
     PrefetchDone,
     RetrieveDone,
     StoreDone,
@@ -76,6 +78,10 @@ def _sentence(event: Event) -> str:  # noqa: PLR0911  # one sentence per kind of
             return f"{event.direction} {event.tier}: {event.nbytes / 1e6:.1f} MB {event.key}"
         case TransferDone():
             return f"{event.direction} {event.tier}: {_why(event.cause, event.detail)} {event.key}"
+        case ObjectsStored():
+            return f"{event.tier}: {len(event.keys)} objects gathered"
+        case ObjectsRemoved():
+            return f"{event.tier}: {len(event.keys)} objects removed by request"
         case ObjectsEvicted():
             return f"{event.tier}: {event.policy} evicted {len(event.keys)} objects"
         case ObjectQuarantined():

@@ -5,24 +5,13 @@ Needs the extra ``kvlayer-core[prometheus]``; prometheus_client is imported when
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from threading import Lock
 from typing import TYPE_CHECKING
 
 from kvlayer.errors import ConfigError, UnsupportedError
-from kvlayer.events import (
-    Event,
-    LookupDone,
-    ObjectQuarantined,
-    ObjectsEvicted,
-    PrefetchDone,
-    RetrieveDone,
-    StoreDone,
-    TierChanged,
-    TransferDone,
-)
-from kvlayer.results import Failure
 from kvlayer.telemetry import families
+from kvlayer.telemetry.counting import EventCounter
 from kvlayer.telemetry.families import Family
 from kvlayer.telemetry.scrape import Scrape
 
@@ -44,7 +33,7 @@ OTHERS = "(others)"
 """The ``owner`` of all that came after the bound was reached."""
 
 
-class PrometheusSink:
+class PrometheusSink(EventCounter):
     """A sink for one cache, as the label ``cache`` of every metric.
 
     The metrics join ``registry`` (default: ``prometheus_client.REGISTRY``) and stay there. Several
@@ -102,100 +91,30 @@ class PrometheusSink:
                 hint="give each cache a sink of its own: sink.sibling('name')",
             )
 
-    def __call__(self, event: Event) -> None:
-        match event:
-            case LookupDone():
-                self._lookup(event)
-            case StoreDone():
-                self._store(event)
-            case RetrieveDone():
-                self._retrieve(event)
-            case PrefetchDone():
-                self._observe(families.PREFETCH_SECONDS, event.seconds)
-                self._add(families.PREFETCH_TOKENS, event.tokens)
-                self._failures("prefetch", event.failed)
-            case TransferDone():
-                self._transfer(event)
-            case ObjectsEvicted(tier=tier, policy=policy):
-                self._add(families.EVICTED_OBJECTS, len(event.keys), tier, policy)
-                self._add(families.EVICTED_BYTES, event.nbytes, tier, policy)
-            case ObjectQuarantined():
-                self._add(families.QUARANTINED, 1, event.tier, event.cause)
-            case TierChanged():
-                self._add(families.TIER_CHANGES, 1, event.tier, "up" if event.ok else "down")
-
-    # -- one operation each ----------------------------------------------------------------------
-
-    def _lookup(self, event: LookupDone) -> None:
-        found = event.hit_tokens
-        outcome = "full" if found == event.asked_tokens else "partial" if found else "none"
-        self._add(families.LOOKUPS, 1, outcome)
-        self._observe(families.LOOKUP_SECONDS, event.seconds)
-        self._add(families.LOOKUP_ASKED, event.asked_tokens)
-        self._add_by_tier(families.LOOKUP_HIT, event.by_tier)
-        self._own(event.owner, families.OWNER_ASKED, event.asked_tokens)
-        self._own(event.owner, families.OWNER_HIT, found)
-
-    def _store(self, event: StoreDone) -> None:
-        self._observe(families.STORE_SECONDS, event.seconds)
-        for outcome, count in (
-            ("stored", event.stored),
-            ("skipped", event.skipped),
-            ("dropped", event.dropped),
-            ("failed", len(event.failed)),
-        ):
-            self._add(families.STORE_SPANS, count, outcome)
-        self._add(families.STORE_BYTES, event.nbytes)
-        self._failures("store", event.failed)
-        self._own(event.owner, families.OWNER_STORED, event.nbytes)
-
-    def _retrieve(self, event: RetrieveDone) -> None:
-        self._observe(families.RETRIEVE_SECONDS, event.seconds)
-        self._add_by_tier(families.RETRIEVE_TOKENS, event.by_tier)
-        self._add_by_tier(families.RETRIEVE_BYTES, event.nbytes_by_tier)
-        self._failures("retrieve", event.failed)
-        self._own(event.owner, families.OWNER_LOADED, event.nbytes)
-
-    def _transfer(self, event: TransferDone) -> None:
-        if event.cause is not None:
-            self._add(families.TRANSFER_FAILURES, 1, event.tier, event.direction, event.cause)
-            return
-        self._add(families.TRANSFERS, 1, event.tier, event.direction)
-        self._add(families.TRANSFER_BYTES, event.nbytes, event.tier, event.direction)
-        self._observe(families.TRANSFER_SECONDS, event.seconds, event.tier, event.direction)
-
-    def _failures(self, operation: str, failed: Iterable[Failure]) -> None:
-        for failure in failed:
-            self._add(families.FAILURES, 1, operation, failure.tier, failure.cause)
-
     # -- one figure each -------------------------------------------------------------------------
 
-    def _add(self, family: Family, amount: float, *labels: str) -> None:
+    def add(self, family: Family, amount: float, *labels: str) -> None:
         child = self._children.get((family, labels))
         if child is None:  # finding a child by its labels costs more than counting
             child = self._metrics.counters[family].labels(self.cache, *labels)
             self._children[family, labels] = child
         child.inc(amount)
 
-    def _add_by_tier(self, family: Family, amounts: Mapping[str, int]) -> None:
-        for tier, amount in amounts.items():
-            self._add(family, amount, tier)
-
-    def _observe(self, family: Family, seconds: float, *labels: str) -> None:
+    def observe(self, family: Family, seconds: float, *labels: str) -> None:
         child = self._timers.get((family, labels))
         if child is None:
             child = self._metrics.histograms[family].labels(self.cache, *labels)
             self._timers[family, labels] = child
         child.observe(seconds)
 
-    def _own(self, owner: str, family: Family, amount: float) -> None:
+    def own(self, owner: str, family: Family, amount: float) -> None:
         if not self._max_owners:
             return
         if owner not in self._owners:
             with self._owners_lock:
                 if len(self._owners) < self._max_owners:
                     self._owners.add(owner)
-        self._add(family, amount, owner if owner in self._owners else OTHERS)
+        self.add(family, amount, owner if owner in self._owners else OTHERS)
 
 
 class _Metrics:

@@ -96,9 +96,11 @@ class Stack:
         todo = self.planner.plan_store(chain, window.start, tail=tail, holds=holds, at_once=_SLICE)
         missed: Sequence[Outcome] | None = None
         try:
+            self._evicted(todo)
             while todo.unplanned:
                 await asyncio.sleep(0)
                 self.planner.plan_more(chain, todo, holds, _SLICE)
+                self._evicted(todo)
             pieces = [slot.piece for slot in todo.gathers]
             if len(pieces) > _SLICE:
                 await asyncio.sleep(0)
@@ -109,20 +111,27 @@ class Stack:
             )
         finally:
             failed = self.planner.gathered(todo, missed)
-            self.host.lost(
-                self.planner.host.policy.name,
-                [gone.key for gone in todo.evicted],
-                sum(gone.nbytes for gone in todo.evicted),
-            )
+            self._evicted(todo)  # what a planning that raised had given up
         if on_gathered is not None:
             on_gathered()
-        self.host.stored += len(todo.gathers)
-        self.host.stored_nbytes += sum(slot.piece.nbytes for slot in todo.gathers)
+        self.host.gathers(
+            [slot.record.key for slot in todo.gathers],
+            sum(slot.piece.nbytes for slot in todo.gathers),
+        )
         if todo.dropped:
             self.host.misses[Cause.NO_ROOM] += len(todo.dropped)
         failed += await self._send_down(chain, todo)
         report = StoreReport(len(todo.spans), len(todo.skipped), len(todo.dropped), tuple(failed))
         return report, todo
+
+    def _evicted(self, todo: StorePlan) -> None:
+        """Tell what had to go, before anything else can happen to the same objects."""
+        gone, todo.evicted = todo.evicted, []
+        self.host.lost(
+            self.planner.host.policy.name,
+            [record.key for record in gone],
+            sum(record.nbytes for record in gone),
+        )
 
     async def _send_down(self, chain: ChunkChain, todo: StorePlan) -> list[Failure]:
         moves = [(slot.span, slot.record) for slot in todo.gathers]

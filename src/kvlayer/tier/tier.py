@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from kvlayer.abc.backend import Backend
-from kvlayer.events import Emitter, ObjectsEvicted, TierChanged, TransferDone
+from kvlayer.events import (
+    Emitter,
+    ObjectsEvicted,
+    ObjectsRemoved,
+    ObjectsStored,
+    TierChanged,
+    TransferDone,
+)
 from kvlayer.keys import ObjectKey
 from kvlayer.results import Cause, TierHealth, TierStats
 from kvlayer.tier.directory import ObjectRecord
@@ -53,6 +60,18 @@ class Tier:
             stored_nbytes=self.stored_nbytes,
             demoted=self.demoted,
         )
+
+    def gathers(self, keys: Sequence[ObjectKey], nbytes: int) -> None:
+        """Objects came from the engine."""
+        self.stored += len(keys)
+        self.stored_nbytes += nbytes
+        if self.emit and keys:
+            self.emit(ObjectsStored(tier=self.name, keys=tuple(keys), nbytes=nbytes))
+
+    def removed(self, keys: Sequence[ObjectKey]) -> None:
+        """Objects were taken out by request."""
+        if self.emit and keys:
+            self.emit(ObjectsRemoved(tier=self.name, keys=tuple(keys)))
 
     def lost(self, policy: str, keys: Sequence[ObjectKey], nbytes: int) -> None:
         """Objects were evicted."""

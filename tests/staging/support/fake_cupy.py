@@ -19,6 +19,7 @@ from types import FrameType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import kernel_oracle
+from emulator import kernels_of
 from gpu_sim import FakeCudaError, Gpu
 
 __all__ = ["Calls", "Mutant", "Site", "install", "place"]
@@ -175,7 +176,7 @@ class _Module:
         self._gpu, self._calls, self._code = gpu, calls, code
 
     def get_function(self, name: str) -> Callable[..., None]:
-        if name not in self._code and name.removeprefix("kv_") not in self._code:
+        if name not in kernels_of(self._code):
             raise FakeCudaError(f"CUDA_ERROR_NOT_FOUND: {name}")
 
         def function(

@@ -17,6 +17,8 @@ from kvlayer.events import (
     LookupDone,
     ObjectQuarantined,
     ObjectsEvicted,
+    ObjectsRemoved,
+    ObjectsStored,
     PrefetchDone,
     RetrieveDone,
     StoreDone,
@@ -96,6 +98,16 @@ SAID: list[tuple[Event, int, str]] = [
         ),
         logging.INFO,
         f"store file: busy {KEY}",
+    ),
+    (
+        ObjectsStored(tier="cpu", keys=(KEY, KEY), nbytes=8192),
+        logging.DEBUG,
+        "cpu: 2 objects gathered",
+    ),
+    (
+        ObjectsRemoved(tier="file", keys=(KEY,)),
+        logging.DEBUG,
+        "file: 1 objects removed by request",
     ),
     (
         ObjectsEvicted(tier="cpu", policy="lru", keys=(KEY, KEY), nbytes=8192),

@@ -17,7 +17,9 @@ from kvlayer_vllm.engine import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
+    KVConnectorPromMetrics,
     KVConnectorRole,
+    KVConnectorStats,
     KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
     Request,
@@ -30,6 +32,7 @@ from kvlayer_vllm.engine import (
 from kvlayer_vllm.messages import Answers, Handshake, Step
 from kvlayer_vllm.scheduler import SchedulerHalf
 from kvlayer_vllm.settings import Settings
+from kvlayer_vllm.stats import Figures, PromMetrics
 from kvlayer_vllm.worker import WorkerHalf
 
 __all__ = ["KVLayerConnector"]
@@ -112,7 +115,7 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         self._kv_cache_manager = kv_cache_manager
         if self._scheduler is not None:
-            self._scheduler.bind(kv_cache_manager)
+            self._safely(None, self._scheduler.bind, kv_cache_manager)
 
     def on_new_request(self, request: Request) -> None:
         if self._scheduler is not None and not self._scheduler.is_open:
@@ -163,6 +166,12 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is None:
             return False, None
         return self._safely(False, self._scheduler.finished, request, block_ids), None
+
+    def take_events(self) -> Iterable[Any]:
+        nothing: list[Any] = []
+        if self._scheduler is None:
+            return nothing
+        return self._safely(nothing, self._scheduler.take_events)
 
     def reset_cache(self) -> bool | None:
         return None if self._scheduler is None else self._safely(False, self._scheduler.reset)
@@ -220,10 +229,39 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         return None if self._worker is None else self._safely(None, self._worker.answers)
 
+    # -- where vLLM logs and is scraped ----------------------------------------------------------
+
+    @classmethod
+    def build_kv_connector_stats(
+        cls, data: dict[str, Any] | None = None
+    ) -> KVConnectorStats | None:
+        return Figures(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics | None:
+        try:
+            check_version(engine_version())
+            return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        except UnsupportedError:
+            return None  # the connector says that it is off
+        except Exception:  # noqa: BLE001  # metrics are never worth an engine
+            _log.exception("kvlayer's metrics are not shown")
+            return None
+
     # -- both ------------------------------------------------------------------------------------
 
-    def take_events(self) -> Iterable[Any]:
-        return ()
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """What the cache has counted since the last step; it is beside the scheduler."""
+        if self._scheduler is None:
+            return None
+        nothing: KVConnectorStats | None = None
+        return self._safely(nothing, self._scheduler.figures)
 
     def shutdown(self) -> None:
         if self._scheduler is not None:

@@ -6,6 +6,7 @@ inherits from is declared below as far as it is relied upon; that is what type c
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -17,7 +18,9 @@ __all__ = [
     "KVConnectorBase_V1",
     "KVConnectorHandshakeMetadata",
     "KVConnectorMetadata",
+    "KVConnectorPromMetrics",
     "KVConnectorRole",
+    "KVConnectorStats",
     "KVConnectorTransferResults",
     "KVConnectorWorkerMetadata",
     "KVCacheConfig",
@@ -27,10 +30,15 @@ __all__ = [
     "attention_isa",
     "check_version",
     "engine_version",
-    "module",
+    "event_extra_keys",
+    "external_hash",
     "host_source",
+    "kv_events",
+    "module",
     "platform",
     "register",
+    "resolved_hashes",
+    "tokens_per_hash",
     "total_kv_heads",
 ]
 
@@ -67,6 +75,30 @@ if TYPE_CHECKING:
     class KVConnectorHandshakeMetadata:
         """From a worker's connector to the scheduler's, once."""
 
+    class KVConnectorStats:
+        """What a connector has counted: see ``kv_connector.v1.metrics``."""
+
+        data: dict[str, Any]
+
+        def __init__(self, data: dict[str, Any]) -> None: ...
+
+    class KVConnectorPromMetrics:
+        """What a connector shows of it to Prometheus: see ``kv_connector.v1.metrics``."""
+
+        _counter_cls: Any
+        _gauge_cls: Any
+        _histogram_cls: Any
+        _labelnames: list[str]
+        per_engine_labelvalues: dict[int, list[object]]
+
+        def __init__(
+            self,
+            vllm_config: Any,
+            metric_types: Mapping[Any, Any],
+            labelnames: list[str],
+            per_engine_labelvalues: dict[int, list[object]],
+        ) -> None: ...
+
     KVConnectorRole: Any
     KVConnectorTransferResults: Any
 else:
@@ -82,6 +114,12 @@ else:
     KVConnectorWorkerMetadata = getattr(_base, "KVConnectorWorkerMetadata", object)
     KVConnectorHandshakeMetadata = getattr(_base, "KVConnectorHandshakeMetadata", object)
     KVConnectorTransferResults = getattr(_base, "KVConnectorTransferResults", None)
+    try:
+        _metrics = import_module("vllm.distributed.kv_transfer.kv_connector.v1.metrics")
+    except ImportError:
+        _metrics = None
+    KVConnectorStats = getattr(_metrics, "KVConnectorStats", object)
+    KVConnectorPromMetrics = getattr(_metrics, "KVConnectorPromMetrics", object)
 
 
 def module(path: str = "") -> Any:
@@ -137,6 +175,48 @@ def host_source() -> Any:
         return module("v1.metrics.cache_hit_source").CacheHitSource.HOST
     except ImportError:  # a version that was not tested: the connector will be off
         return None
+
+
+def kv_events() -> Any:
+    """vLLM's KV cache events: ``BlockStored``, ``BlockRemoved`` and the names of media."""
+    return module("distributed.kv_events")
+
+
+def external_hash(block_hash: bytes) -> bytes | int:
+    """A block's hash as events have it."""
+    found: bytes | int = module("v1.core.kv_cache_utils").maybe_convert_block_hash(block_hash)
+    return found
+
+
+def tokens_per_hash(kv_cache_manager: Any) -> int:
+    """How many tokens each of a request's ``block_hashes`` adds."""
+    return int(kv_cache_manager.block_pool.hash_block_size)
+
+
+def resolved_hashes(request: Request, per_hash: int, tokens_per_block: int) -> Sequence[bytes]:
+    """The hashes of a request's full blocks; empty without vLLM's prefix caching."""
+    found: Sequence[bytes] = module("v1.core.kv_cache_utils").resolve_block_hashes(
+        request.block_hashes, per_hash, tokens_per_block
+    )
+    return found
+
+
+def event_extra_keys(
+    request: Request, tokens_per_block: int, first: int, stop: int
+) -> list[tuple[Any, ...] | None] | None:
+    """What the engine mixed into the hashes of blocks ``first .. stop``, as events have it."""
+    if not (request.lora_request or request.mm_features or request.cache_salt):
+        return None
+    utils, image = module("v1.core.kv_cache_utils"), 0
+    found: list[tuple[Any, ...] | None] = []
+    for block in range(first, stop):
+        at = block * tokens_per_block
+        keys, image = utils.generate_block_hash_extra_keys(
+            request, at, at + tokens_per_block, image
+        )
+        found.append(keys)
+    keys_of_events: list[tuple[Any, ...] | None] | None = utils.to_event_extra_keys(found)
+    return keys_of_events
 
 
 def register() -> None:

@@ -164,7 +164,8 @@ def _refuse(what: str) -> NoReturn:
 def refuse_parallel(vllm_config: VllmConfig) -> None:
     """Raise ``UnsupportedError``, naming the option, for KV of several ranks or of a draft model.
 
-    A draft by ``ngram`` has no model, and no KV of its own.
+    A draft by ``ngram`` has no model, and no KV of its own. Nor is a step carried that is scheduled
+    before the last one was accepted: what is stored is what the last accepted step has computed.
     """
     parallel = vllm_config.parallel_config
     for name in (
@@ -179,6 +180,11 @@ def refuse_parallel(vllm_config: VllmConfig) -> None:
                 f"kvlayer cannot carry KV of an engine with {name} = {size} yet",
                 hint="the engine serves without kvlayer",
             )
+    if vllm_config.scheduler_config.async_scheduling:
+        raise UnsupportedError(
+            "kvlayer cannot carry KV of an engine that schedules ahead (async_scheduling) yet",
+            hint="--no-async-scheduling; until then the engine serves without kvlayer",
+        )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram":
         raise UnsupportedError(

@@ -83,8 +83,7 @@ class RemoteHands:
         return RemoteView.of(name, *slots)
 
     def revoke(self, save: Save) -> None:
-        """Sent by now, or never: what was not sent is given up."""
-        save.cancel()
+        """Sent by now, or never: what was sent is gathered, the rest is given up once asked for."""
         for name in [name for name, (_, owner) in self._slots.items() if owner is save]:
             del self._slots[name]
 

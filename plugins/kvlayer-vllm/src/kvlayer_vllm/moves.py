@@ -56,10 +56,11 @@ class Save:
         *,
         first_token: int,
         tail: bool,
+        learn: Callable[[Cache], None] | None = None,
     ) -> None:
-        """Start to store ``view``, which begins at token ``first_token``."""
+        """Start to store ``view``, from token ``first_token`` on, after ``learn(cache)``."""
         self._job = portal.submit(
-            self._run, tokens, view, scope, first_token=first_token, tail=tail
+            self._run, tokens, view, scope, first_token=first_token, tail=tail, learn=learn
         )
 
     async def _run(
@@ -71,8 +72,11 @@ class Save:
         *,
         first_token: int,
         tail: bool,
+        learn: Callable[[Cache], None] | None,
     ) -> None:
         try:
+            if learn is not None:
+                learn(cache)
             await cache.store(
                 tokens,
                 view,
@@ -88,6 +92,11 @@ class Save:
     def is_over(self) -> bool:
         """Whether the blocks are not read any more."""
         return self._gathered.is_set() or (self._job is not None and self._job.has_ended)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is written to any tier any more, but by tiers that write ``back``."""
+        return self._job is not None and self._job.has_ended
 
     def cancel(self) -> None:
         """What is not gathered yet is not stored."""

@@ -14,24 +14,26 @@ __all__ = ["Adapters", "scope_of"]
 
 
 class Adapters:
-    """Digests of LoRA adapters' files, each made once, off the scheduler's thread.
+    """Digests of LoRA adapters' files, made off the scheduler's thread.
 
-    A path whose adapter was replaced in place is looked at again: see :meth:`forget`.
+    Once for each adapter as the engine numbers them: another number at the same path is another
+    adapter, whose files may have been replaced since. One that is replaced in place is looked at
+    again: see :meth:`forget`.
     """
 
     def __init__(self) -> None:
-        self._digests: dict[str, Future[bytes]] = {}
+        self._digests: dict[tuple[int, str], Future[bytes]] = {}
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="kvlayer-adapters")
 
-    def forget(self, path: str) -> None:
+    def forget(self, number: int, path: str) -> None:
         """The files of an adapter have changed."""
-        self._digests.pop(path, None)
+        self._digests.pop((number, path), None)
 
-    def digest(self, path: str) -> bytes | None:
+    def digest(self, number: int, path: str) -> bytes | None:
         """The digest; None while it is being made. Raises ``IdentityError`` where there is none."""
-        if path not in self._digests:
-            self._digests[path] = self._threads.submit(_digest, path)
-        making = self._digests[path]
+        making = self._digests.get((number, path))
+        if making is None:
+            making = self._digests[number, path] = self._threads.submit(_digest, path)
         return making.result() if making.done() else None
 
     def close(self) -> None:
@@ -57,13 +59,13 @@ def scope_of(request: Request, adapters: Adapters) -> Scope | None:
     lora = request.lora_request
     if lora is not None:
         if lora.load_inplace:
-            adapters.forget(lora.lora_path)
+            adapters.forget(lora.lora_int_id, lora.lora_path)
             raise IdentityError(
                 "the request replaces an adapter in place, and until it has run nobody can say "
                 "which files are in use",
                 hint="it is computed; requests after it share KV again",
             )
-        found = adapters.digest(lora.lora_path)
+        found = adapters.digest(lora.lora_int_id, lora.lora_path)
         if found is None:
             return None
         adapter = found

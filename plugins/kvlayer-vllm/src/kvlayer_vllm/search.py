@@ -7,10 +7,13 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 
 from kvlayer import Cache, Portal, RetrieveReport, Scope
+from kvlayer.hit import PrefixHit
 from kvlayer.job import Job
 from kvlayer.lookup import Lookup, LookupState
 
 __all__ = ["Search"]
+
+_SCOPE_SECONDS = 5.0  # by then a request is computed: who names its adapter may hang on a disk
 
 
 class Search:
@@ -28,15 +31,20 @@ class Search:
         *,
         clock: Callable[[], float],
         lease_seconds: float,
+        on_found: Callable[[PrefixHit], None] | None = None,
     ) -> None:
+        """``on_found`` is told what was found, before any of it is moved."""
         self._portal = portal
         self._tokens = tokens
         self._scope = scope
         self._clock = clock
         self._patience = lease_seconds / 2
         """A hit that is older is looked up again: its lease must outlive the load."""
+        self._on_found = on_found
+        self._is_told = False
         self._lookup: Lookup | None = None
         self._since = 0.0
+        self._asked: float | None = None
         self._promotion: Job[RetrieveReport] | None = None
 
     def poll(self) -> int | None:
@@ -44,14 +52,20 @@ class Search:
         if self._lookup is not None and self._is_stale():
             self.release()
         if self._lookup is None:
+            if self._asked is None:
+                self._asked = self._clock()
             scope = self._scope()
             if scope is None:
-                return None
+                return None if self._clock() - self._asked < _SCOPE_SECONDS else 0
             self._lookup = self._portal.lookup(self._tokens(), scope=scope)
             self._since = self._clock()
+            self._is_told = False
         if self._lookup.state is LookupState.PENDING:
             return None
         hit = self._lookup.hit
+        if self._on_found is not None and hit.tokens and not self._is_told:
+            self._is_told = True
+            self._on_found(hit)
         in_memory = next(iter(hit.by_tier.values()), 0)
         if in_memory == hit.tokens:
             return hit.tokens

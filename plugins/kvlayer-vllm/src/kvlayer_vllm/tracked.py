@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 from kvlayer_vllm.engine import Request
@@ -9,6 +10,8 @@ from kvlayer_vllm.moves import Load, Save
 from kvlayer_vllm.search import Search
 
 __all__ = ["Tracked"]
+
+_log = logging.getLogger("vllm.kvlayer")  # below vLLM's, so that its users see it
 
 
 @dataclass(slots=True, eq=False)
@@ -18,11 +21,17 @@ class Tracked:
     request: Request
     search: Search | None
     """Looks for its prefix; None where no KV may be shared with it."""
+    local: int = 0
+    """Tokens that vLLM had itself when it asked what more there is."""
     found: int = 0
     """Tokens of it in host memory, as vLLM was told."""
     load: Load | None = None
+    has_failed: bool = False
+    """A load of it has failed. It is computed: asking again could go on for ever."""
     is_doubtful: bool = False
     """What vLLM counts as computed may not be: a load that concerns it failed, or is under way."""
+    is_awaited: bool = False
+    """vLLM holds its blocks until it hears that the load has ended, and lets go of them then."""
     saved: int = 0
     """Tokens that need not be stored: they were loaded, or are on their way."""
     has_prompt: bool = False
@@ -35,6 +44,22 @@ class Tracked:
 
     @property
     def computed(self) -> int:
-        """Tokens whose KV vLLM takes for right: no step that is still under way."""
+        """Tokens whose KV vLLM takes for right: no step that is still under way.
+
+        vLLM may count drafts that it accepted beyond the token at which the answer stops.
+        """
         request = self.request
-        return int(request.num_computed_tokens - request.num_in_flight_tokens)
+        known = request.num_computed_tokens - request.num_in_flight_tokens
+        return int(min(known, request.num_tokens))
+
+    def exclude(self, why: str) -> None:
+        """Nothing is loaded for it, nor stored of it: no name would be its own."""
+        _log.debug("request %s is computed and not stored: %s", self.request.request_id, why)
+        if self.search is not None:
+            self.search.release()
+            self.search = None
+
+    def start_over(self) -> None:
+        """Its blocks are gone, and with them saves that were not gathered in time."""
+        self.saved = 0
+        self.has_prompt = False

@@ -1,0 +1,197 @@
+"""What vLLM was promised to be loaded, from the promise until it has heard how the load ended.
+
+A promise must end: loaded or reported, whatever fails in between. Until then what vLLM counts as
+computed of the request is doubtful.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from kvlayer import Cache, Portal
+from kvlayer.lookup import Lookup
+from kvlayer_vllm.hands import Hands
+from kvlayer_vllm.messages import Step
+from kvlayer_vllm.moves import Load, slots_of
+from kvlayer_vllm.settings import Loads
+from kvlayer_vllm.tracked import Tracked
+
+__all__ = ["Promises"]
+
+_log = logging.getLogger("vllm.kvlayer")  # below vLLM's, so that its users see it
+
+
+class Promises:
+    """Loads in the order of their lives: promised, sent with a step, over, told. No I/O.
+
+    ``is_async``: requests wait beside the batch, and hear of their load with some later step; else
+    a load is over before the step that it was sent with computes.
+    """
+
+    def __init__(
+        self, portal: Portal, hands: Hands, block_sizes: Sequence[int], loads: Loads
+    ) -> None:
+        self._portal = portal
+        self._hands = hands
+        self._block_sizes = tuple(block_sizes)
+        self._is_layerwise = loads == "layerwise"
+        # No worker of this process could wait in a step, or vLLM could not be told which blocks
+        # failed, where there are several KV groups.
+        self.is_async = loads == "async" or not hands.is_local or len(block_sizes) > 1
+        self._made: list[Tracked] = []
+        """To be loaded with the next step."""
+        self._sent: dict[str, Tracked] = {}
+        self._told: list[Tracked] = []
+        """Whose end is in the step that is under way."""
+
+    def __len__(self) -> int:
+        """Promises that have not ended."""
+        return len(self._made) + len(self._sent)
+
+    # -- made ------------------------------------------------------------------------------------
+
+    def make(self, tracked: Tracked, block_ids: Sequence[Sequence[int]], more: int) -> None:
+        """Promise the ``more`` tokens that vLLM has made room for in these blocks."""
+        assert tracked.search is not None
+        lookup = tracked.search.take()
+        load = self._make(tracked, block_ids, more, lookup)
+        # All that was found: the last token is computed again, into a block that is whole by then.
+        is_all = load.promised == tracked.request.num_tokens - 1
+        held = min(len(ids) * size for ids, size in zip(block_ids, self._block_sizes, strict=True))
+        stop = min(tracked.found, held) if is_all else load.promised
+        slots = [
+            slots_of(ids, size, load.first, stop)
+            for ids, size in zip(block_ids, self._block_sizes, strict=True)
+        ]
+        view = self._hands.view(slots, load)
+        load.prepare(
+            lambda landed: self._portal.submit(
+                Cache.retrieve,
+                lookup.hit,
+                view,
+                first_token=load.first,
+                on_layer=landed if self._is_layerwise else None,
+            )
+        )
+        tracked.saved = stop
+
+    def make_failed(self, tracked: Tracked, block_ids: Sequence[Sequence[int]], more: int) -> None:
+        """:meth:`make` has failed: what was promised is going to be a load that failed."""
+        if tracked.load is None:
+            self._make(tracked, block_ids, more, None)
+
+    def _make(
+        self,
+        tracked: Tracked,
+        block_ids: Sequence[Sequence[int]],
+        more: int,
+        lookup: Lookup | None,
+    ) -> Load:
+        """What vLLM relies on from here on: unless the load is prepared, it is one that failed."""
+        load = Load(
+            tracked.request.request_id,
+            lookup,
+            first=tracked.local,
+            promised=tracked.local + more,
+            blocks=tuple(block_ids[0]) if len(block_ids) == 1 else None,
+            tokens_per_block=self._block_sizes[0],
+        )
+        tracked.load = load
+        tracked.is_doubtful = True
+        tracked.is_awaited = self.is_async
+        self._made.append(tracked)
+        return load
+
+    # -- sent ------------------------------------------------------------------------------------
+
+    def send(self, step: Step) -> None:
+        """Start what was promised, with this step."""
+        step.must_wait = not self.is_async
+        for tracked in self._made:
+            assert tracked.load is not None
+            self._sent[tracked.load.request_id] = tracked
+            if self._hands.is_local:
+                step.loads.append(tracked.load)
+            else:
+                tracked.load.begin()
+                step.is_idle = True
+        self._made = []
+
+    def send_failed(self, step: Step) -> None:
+        """The step went wrong before or while loads were put into it: those left out are over."""
+        step.must_wait = not self.is_async
+        for tracked in self._made:
+            load = tracked.load
+            assert load is not None
+            self._sent[load.request_id] = tracked
+            if load in step.loads:
+                continue
+            load.distrust()
+            if not self.is_async:
+                step.invalid |= load.invalid_blocks()
+        self._made = []
+
+    # -- over, and told ---------------------------------------------------------------------------
+
+    def land(self, step: Step, *, is_computing: bool) -> None:
+        """Tell with this step of the loads beside the batch that have ended."""
+        if not self.is_async:
+            return
+        for request_id, tracked in list(self._sent.items()):
+            load = tracked.load
+            assert load is not None
+            if load in step.loads or not load.is_over:
+                step.is_idle = step.is_idle or not is_computing
+                continue
+            if not load.is_whole:  # said first: what is not whole must never count as received
+                if len(self._block_sizes) > 1:
+                    step.failed.add(request_id)
+                else:
+                    step.invalid |= load.invalid_blocks()
+            step.received.add(request_id)
+            del self._sent[request_id]
+            self._told.append(tracked)
+            tracked.is_doubtful = not load.is_whole  # until vLLM counts less as computed
+            self._end(tracked, load)
+
+    def settle(self) -> bool:
+        """vLLM has heard the step: end the loads it waited for. Whether all of them were whole.
+
+        If one was not, blocks that hold nothing yet may count as computed for any request that
+        shares them: nothing of this step is to be stored.
+        """
+        for tracked in self._told:
+            tracked.is_awaited = False
+        self._told = []
+        if self.is_async:
+            return True
+        is_right = True
+        while self._sent:
+            _, tracked = self._sent.popitem()
+            load = tracked.load
+            assert load is not None
+            is_right = is_right and load.is_over and load.is_whole
+            self._end(tracked, load)
+        return is_right
+
+    def settle_early(self, tracked: Tracked) -> None:
+        """The request is over before its step was accepted: a load that went well is right."""
+        load = tracked.load
+        if load is not None and not self.is_async and load.is_over and load.is_whole:
+            self._sent.pop(load.request_id, None)
+            self._end(tracked, load)
+            tracked.is_doubtful = False
+
+    def _end(self, tracked: Tracked, load: Load) -> None:
+        if not load.is_whole:
+            _log.warning(
+                "request %s: %d of %d tokens were loaded, the rest is computed",
+                load.request_id,
+                load.tokens,
+                load.promised,
+            )
+            tracked.has_failed = True
+            tracked.saved = load.tokens if len(self._block_sizes) == 1 else 0
+        load.release()
+        tracked.load = None

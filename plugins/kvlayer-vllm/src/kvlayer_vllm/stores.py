@@ -1,0 +1,141 @@
+"""What of the requests' KV is stored, and the blocks that it is being read from."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from array import array
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from kvlayer import Cache, CacheConfig, Portal
+from kvlayer.errors import IdentityError, KVLayerError
+from kvlayer.job import Job
+from kvlayer_vllm.block_events import BlockEvents
+from kvlayer_vllm.hands import Hands
+from kvlayer_vllm.moves import Save, slots_of
+from kvlayer_vllm.scopes import Adapters, scope_of
+from kvlayer_vllm.tracked import Tracked
+
+__all__ = ["Stores"]
+
+_log = logging.getLogger("vllm.kvlayer")  # below vLLM's, so that its users see it
+
+_TRIES = 50  # to empty a cache while loads that were given up still end
+_TRY_SECONDS = 0.01
+
+
+class Stores:
+    """Stores what vLLM counts as computed: chunks as they fill, tails at the ends."""
+
+    def __init__(
+        self,
+        portal: Portal,
+        hands: Hands,
+        block_sizes: Sequence[int],
+        config: CacheConfig,
+        *,
+        adapters: Adapters,
+        events: BlockEvents | None,
+    ) -> None:
+        self._portal = portal
+        self._hands = hands
+        self._block_sizes = tuple(block_sizes)
+        self._config = config
+        self._adapters = adapters
+        self._events = events
+        self._running: list[Save] = []
+        """Those that may still write to a tier, whether or not they read blocks."""
+
+    def new(self, tracked: Tracked, block_table: Any) -> None:
+        """A step of the request was accepted: store the chunks it filled, or its whole prompt."""
+        request_id = tracked.request.request_id
+        where = partial(block_table.get_block_ids, request_id)
+        computed = tracked.computed
+        if not tracked.has_prompt and computed >= tracked.request.num_prompt_tokens:
+            tracked.has_prompt = True
+            self._store(tracked, computed, where, tail=True)
+            return
+        chunk = self._config.tokens_per_chunk
+        if computed // chunk > tracked.saved // chunk:
+            self._store(tracked, computed // chunk * chunk, where, tail=False)
+
+    def rest(self, tracked: Tracked, block_ids: Sequence[Sequence[int]]) -> None:
+        """The request is over: store all that it has, tail included."""
+        if not tracked.is_doubtful:
+            self._store(tracked, tracked.computed, lambda: block_ids, tail=True)
+
+    def _store(
+        self,
+        tracked: Tracked,
+        stop: int,
+        where: Callable[[], Sequence[Sequence[int]]],
+        *,
+        tail: bool,
+    ) -> None:
+        """Store tokens up to ``stop`` beyond those that are saved, from the blocks ``where()``."""
+        request = tracked.request
+        if tracked.search is None or tracked.load is not None:
+            return
+        stop -= stop % self._config.tail_tokens
+        if stop <= tracked.saved:
+            return
+        try:
+            scope = scope_of(request, self._adapters)
+        except IdentityError as exc:
+            tracked.exclude(str(exc))
+            return
+        if scope is None:
+            return  # its adapter's digest is still being made
+        chunk = self._config.tokens_per_chunk
+        first = tracked.saved // chunk * chunk
+        slots = [
+            slots_of(each, size, first, stop)
+            for each, size in zip(where(), self._block_sizes, strict=True)
+        ]
+        if min(map(len, slots)) < stop - first:
+            return
+        save = Save(request.request_id)
+        tokens = array("i", request.all_token_ids[:stop])
+        view = self._hands.view(slots, save)
+        learn = None
+        if self._events is not None:
+            learn = partial(
+                self._events.stores, request=request, tokens=tokens, scope=scope, first=first
+            )
+        save.begin(self._portal, tokens, view, scope, first_token=first, tail=tail, learn=learn)
+        tracked.saves.append(save)
+        self._running = [each for each in self._running if not each.has_ended]
+        self._running.append(save)
+        tracked.saved = stop
+
+    def forget(self) -> bool:
+        """Empty the cache, in all tiers, of this namespace. Whether nothing of it is left.
+
+        What is being stored is given up first, or it would be there again. Waits at most
+        ``close_seconds``.
+        """
+        for save in self._running:
+            save.cancel()
+        job: Job[bool] = self._portal.submit(_emptied, [*self._running])
+        try:
+            return job.wait(self._config.close_seconds)
+        except KVLayerError:
+            job.cancel()
+            _log.exception("the cache was not cleared")
+            return False
+
+
+async def _emptied(cache: Cache, saves: Sequence[Save]) -> bool:
+    """What is under way would be there again once it ends: that comes first."""
+    left = _TRIES
+    while left:
+        if all(save.has_ended for save in saves):
+            left -= 1
+            await cache.flush()
+            await cache.control.clear()
+            if not any(tier.objects for tier in cache.control.stats().tiers):
+                return True
+        await asyncio.sleep(_TRY_SECONDS)
+    return False

@@ -1,0 +1,155 @@
+"""An engine whose statistics, metrics and KV events are looked at as its operators would.
+
+``python observed_process.py MODEL DIRECTORY``: the engine's core in a process of its own, so that
+everything crosses as it does under ``vllm serve``. Prints what was seen as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+
+from kvlayer_vllm.bench.serving import Serving, prompt_of
+
+TOKENS, ANSWER, CHUNK, BLOCK = 700, 8, 64, 32
+OBJECTS = 12  # ten chunks and the tail of the prompt, and the chunk that the answer completes
+TRIES = 100
+
+
+class Router:
+    """Listens where the engine publishes."""
+
+    def __init__(self, endpoint: str) -> None:
+        import msgspec
+        import zmq
+        from vllm.distributed.kv_events import KVEventBatch
+
+        self._decode = msgspec.msgpack.Decoder(KVEventBatch).decode
+        self._socket = zmq.Context.instance().socket(zmq.SUB)
+        self._socket.connect(endpoint)
+        self._socket.setsockopt_string(zmq.SUBSCRIBE, "")
+
+    def hear(self, milliseconds: int) -> list[dict[str, Any]]:
+        """What was published, waiting so long for the first batch."""
+        found: list[dict[str, Any]] = []
+        while self._socket.poll(0 if found else milliseconds):
+            _, _, packed = self._socket.recv_multipart()
+            found += [self._plain(event) for event in self._decode(packed).events]
+        return found
+
+    @staticmethod
+    def _plain(event: Any) -> dict[str, Any]:
+        return {
+            "kind": type(event).__name__,
+            "medium": getattr(event, "medium", None),
+            "owner": getattr(event, "ownership", None),
+            "hashes": list(getattr(event, "block_hashes", ())),
+            "tokens": list(getattr(event, "token_ids", ())),
+        }
+
+
+def main(model: str, directory: Path) -> None:
+    says = os.fdopen(os.dup(1), "w")  # the engine's log must not get between
+    os.dup2(2, 1)
+    from prometheus_client import REGISTRY
+    from vllm.config import KVEventsConfig
+
+    endpoint = f"ipc://{directory}/events"
+    router = Router(endpoint)
+    serving = Serving(
+        model,
+        cache={
+            "tokens_per_chunk": CHUNK,
+            "tokens_per_tail": BLOCK,
+            "tiers": [
+                {"url": "cpu://?capacity=256MiB"},
+                {"url": f"file://{directory}/kv", "write": "through", "deadline_seconds": 60.0},
+            ],
+        },
+        dtype="float32",
+        max_num_batched_tokens=512,
+        enable_prefix_caching=True,
+        disable_log_stats=False,
+        kv_events_config=KVEventsConfig(
+            enable_kv_cache_events=True, publisher="zmq", endpoint=endpoint
+        ),
+    )
+    engine = serving.engine
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("vllm").addHandler(handler)
+
+    serving.ask([prompt_of(64, 99, 512)], 2)
+    while not router.hear(100):  # whoever subscribes late has missed what was published before
+        serving.ask([prompt_of(64, 99, 512)], 2)
+        engine.reset_prefix_cache()
+    while not engine.reset_prefix_cache(False, True):
+        serving.ask([[5, 6, 7]], 2)  # until no block is read any more
+    serving.ask([[5, 6, 7]], 2)
+    router.hear(1000)
+    before = values(REGISTRY)
+    prompt = prompt_of(TOKENS, 1, 512)
+    (cold,) = serving.ask([prompt], ANSWER)
+    while not engine.reset_prefix_cache():  # its own; while blocks are gathered it is not free
+        serving.ask([[5, 6, 7]], 2)
+    (warm,) = serving.ask([prompt], ANSWER)
+    stored: list[dict[str, Any]] = []
+    removed: list[dict[str, Any]] = []
+    spans = "kvlayer_store_spans_total stored"
+    for _ in range(TRIES):  # what is under way is told of with the steps after it
+        serving.ask([[5, 6, 7]], 2)
+        stored += router.hear(100)
+        after = values(REGISTRY)
+        if after.get(spans, 0) - before.get(spans, 0) >= OBJECTS and ours(stored) >= 2 * OBJECTS:
+            break
+    engine.do_log_stats()
+    while not engine.reset_prefix_cache(False, True):
+        serving.ask([[5, 6, 7]], 2)
+    for _ in range(TRIES):
+        serving.ask([[5, 6, 7]], 2)
+        removed += router.hear(100)
+        if ours(removed) >= 2 * (OBJECTS - 1):
+            break
+    (again,) = serving.ask([prompt], ANSWER)
+    seen = {
+        "cold": [list(cold.tokens), cold.cached],
+        "warm": [list(warm.tokens), warm.cached],
+        "again": [list(again.tokens), again.cached],
+        "prompt": prompt,
+        "values": {key: value - before.get(key, 0) for key, value in after.items()},
+        "gauges": {key: value for key, value in after.items() if "_tier_" in key},
+        "logged": [line for line in logged if "KV Transfer metrics" in line],
+        "stored": stored,
+        "removed": removed,
+    }
+    says.write(json.dumps(seen) + "\n")
+    says.flush()
+    serving.close()
+
+
+def ours(events: list[dict[str, Any]]) -> int:
+    """How many of them are kvlayer's."""
+    return sum(event["medium"] in ("CPU", "STORAGE") for event in events)
+
+
+def values(registry: Any) -> dict[str, float]:
+    """Every sample of kvlayer's and of vLLM's own count of what connectors gave."""
+    found: dict[str, float] = {}
+    for metric in registry.collect():
+        for sample in metric.samples:
+            labels = [v for k, v in sample.labels.items() if k not in ("model_name", "engine")]
+            found[" ".join([sample.name.removeprefix("vllm:"), *labels])] = sample.value
+    return {key: value for key, value in found.items() if "kvlayer" in key or "external" in key}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(0)  # what an interpreter with an engine in it does when it exits is nobody's concern

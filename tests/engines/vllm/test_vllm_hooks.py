@@ -1,0 +1,418 @@
+"""The order of hooks decides: what is loaded, stored and let go of, without an engine around it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm_desk import Desk
+
+from kvlayer import Cache, RetrieveReport
+from kvlayer.errors import UnsupportedError
+from kvlayer_vllm.scopes import Adapters, scope_of
+from kvlayer_vllm.search import Search
+
+NAMES = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
+PROMPT = list(range(3, 203))  # three chunks of 64 and 8 tokens
+MORE = [*PROMPT[:192], *range(300, 420)]
+
+
+@pytest.fixture
+def desk(vllm_config: Any, spec: Any, kv_cache_config: Any, no_cache_home: None) -> Iterator[Any]:
+    made: list[Desk] = []
+
+    def make(*, windows: bool = False, **how: Any) -> Desk:
+        groups = [(NAMES, spec("FullAttentionSpec"))]
+        if windows:
+            window = spec("SlidingWindowSpec", sliding_window=64)
+            groups = [(NAMES[:1], spec("FullAttentionSpec")), (NAMES[1:], window)]
+        made.append(Desk(vllm_config, kv_cache_config(*groups), **how))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def stored(desk: Desk, request: Any, blocks: list[int]) -> None:
+    """A prompt that was computed and is in the cache."""
+    count = request.num_tokens
+    desk.half.arrived(request)
+    desk.admit(request, blocks)
+    desk.run({request: count})
+    desk.finish(request)
+    desk.rest()
+
+
+@pytest.fixture
+def go_on(desk: Any) -> Iterator[threading.Event]:
+    """``Cache.store`` begins to read blocks only once this is set: see :func:`hanging`."""
+    event = threading.Event()
+    yield event
+    event.set()  # or what a failed test leaves would never end
+
+
+def hanging(monkeypatch: pytest.MonkeyPatch, go_on: threading.Event) -> None:
+    """From now on ``Cache.store`` waits for the event."""
+    store = Cache.store
+
+    async def late(cache: Cache, *args: Any, **how: Any) -> Any:
+        await asyncio.get_running_loop().run_in_executor(None, go_on.wait)
+        return await store(cache, *args, **how)
+
+    monkeypatch.setattr(Cache, "store", late)
+
+
+def failing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``Cache.retrieve`` that loads nothing."""
+
+    async def nothing(cache: Cache, hit: Any, kv: Any, *, first_token: int, **_: Any) -> Any:
+        return RetrieveReport(first_token)
+
+    monkeypatch.setattr(Cache, "retrieve", nothing)
+
+
+@pytest.mark.parametrize("how", [{}, {"loads": "async"}, {"remote": True}, {"windows": True}])
+def test_what_one_request_computed_another_loads(how: Any, desk: Any, request_of: Any) -> None:
+    at = desk(**how)
+    stored(at, request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    was = at.rows([1, 2, 3, 4, 5, 6])
+    again = request_of([*PROMPT, 7], request_id="two")
+    at.half.arrived(again)
+    assert at.admit(again, [11, 12, 13, 14, 15, 16, 17]) == 192
+    steps = [at.run()]
+    while at.half._promises.is_async and "two" not in steps[-1].received:
+        steps.append(at.run())
+    for name, before, now in zip(at.tensors, was, at.rows([11, 12, 13, 14, 15, 16]), strict=True):
+        last = 2 if how.get("windows") and name == NAMES[1] else 6  # what a window needs
+        assert torch.equal(before[-last:], now[-last:]), name
+
+
+# -- a load that fails -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_request_whose_load_failed_is_computed_and_does_not_ask_again(
+    windows: bool, desk: Any, request_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM asks anew for a request of which nothing was loaded: it would never be computed."""
+    at = desk(loads="async", windows=windows)
+    stored(at, request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    failing(monkeypatch)
+    again = request_of([*PROMPT, 7], request_id="two")
+    at.half.arrived(again)
+    assert at.admit(again, [11, 12, 13, 14, 15, 16, 17]) == 192
+    while "two" not in (step := at.run()).received:
+        pass
+    assert step.failed == {"two"} if windows else step.invalid == {11, 12, 13, 14, 15, 16}
+    again.num_computed_tokens = 0  # as vLLM counts from here on
+    assert at.asked(again) == (0, False)
+
+
+def test_vllm_is_told_once_that_it_may_let_go_of_blocks(
+    desk: Any, request_of: Any, go_on: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Aborted between the step that tells of its load and the moment when vLLM hears it.
+
+    What it saved before it was preempted is not over, either; twice would end the engine.
+    """
+    at = desk(remote=True)
+    at.run()  # the worker joins
+    stored(at, request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    hanging(monkeypatch, go_on)
+    longer = request_of(MORE, request_id="two")
+    at.half.arrived(longer)
+    at.admit(longer, [11, 12, 13, 14, 15, 16, 17, 18, 19, 20])
+    while "two" not in at.run().received:
+        pass
+    at.run({longer: 120})
+    at.preempt(longer)
+    at.accept(at.begin(preempted=[longer]))
+    more = at.admit(longer, [21, 22, 23, 24, 25, 26, 27, 28, 29, 30])
+    assert more == 192
+    step = at.begin()
+    while "two" not in step.received:
+        at.accept(step)
+        step = at.begin()
+    assert at.half._tracked["two"].running_saves()
+    assert not at.finish(longer)  # vLLM frees its blocks with this step
+    at.accept(step)
+    go_on.set()
+    at.half.portal.call(Cache.flush)
+    assert not at.run().sent and at.half.tracked == 0
+
+
+def test_a_request_that_ends_in_the_step_after_its_load_is_stored(
+    desk: Any, request_of: Any
+) -> None:
+    """With one token to answer it is over before vLLM tells of the step."""
+    at = desk(loads="async")
+    stored(at, request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    longer = request_of(MORE, request_id="two")
+    at.half.arrived(longer)
+    assert at.admit(longer, [11, 12, 13, 14, 15, 16, 17, 18, 19, 20]) == 192
+    while "two" not in at.run().received:
+        pass
+    assert at.asked(longer, 192)[0] == 0
+    at.half.allocated(longer, at.tables["two"], 0)
+    step = at.begin({longer: 120})
+    longer.num_in_flight_tokens = 0
+    at.finish(longer)
+    at.accept(step)
+    at.rest()
+    assert at.found(MORE) == 288
+
+
+# -- blocks that are another's ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_blocks_of_a_preempted_request_are_gathered_before_they_are_written(
+    is_over: bool,
+    desk: Any,
+    request_of: Any,
+    go_on: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether it waits or was aborted since: vLLM frees running requests' blocks at a reset."""
+    at = desk()
+    hanging(monkeypatch, go_on)
+    request = request_of(PROMPT)
+    at.half.arrived(request)
+    at.admit(request, [1, 2, 3, 4, 5, 6, 7])
+    at.run({request: 200})
+    was = at.rows([1, 2, 3, 4, 5, 6])
+    at.preempt(request)
+    if is_over:
+        at.finish(request)
+    threading.Timer(0.05, go_on.set).start()
+    at.begin(preempted=[request])
+    for tensor in at.tensors.values():
+        tensor[1:7] = 7.5  # another request computes in them
+    at.half.portal.call(Cache.flush)
+    other = request_of([*PROMPT, 7], request_id="two")
+    at.half.arrived(other)
+    assert at.admit(other, [11, 12, 13, 14, 15, 16, 17]) == 192
+    at.run()
+    for before, now in zip(was, at.rows([11, 12, 13, 14, 15, 16]), strict=True):
+        assert torch.equal(before, now)
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_what_was_ordered_before_blocks_are_let_go_of_is_stored(
+    windows: bool, desk: Any, request_of: Any
+) -> None:
+    """Workers elsewhere gather at the start of the step that lets go: the order counts."""
+    at = desk(remote=True, windows=windows)
+    request = request_of(PROMPT)
+    at.half.arrived(request)
+    at.admit(request, [1, 2, 3, 4, 5, 6, 7])
+    at.run()  # the worker joins
+    at.run({request: 200})
+    ranks = at.half._hands._ranks
+    with ranks._changed:
+        assert ranks._changed.wait_for(lambda: ranks._outbox, 60)  # a taken order would be gone
+    step = at.begin(preempted=[request])
+    assert step.errands == [] and not step.saves  # it was carried out
+    at.accept(step)
+    at.preempt(request)
+    at.finish(request)
+    at.rest()
+    assert at.found(PROMPT) == 192
+
+
+def test_a_preempted_request_stores_what_it_computes_anew(
+    desk: Any, request_of: Any, go_on: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its orders came too late the first time."""
+    at = desk(remote=True)
+    hanging(monkeypatch, go_on)
+    request = request_of(PROMPT)
+    at.half.arrived(request)
+    at.admit(request, [1, 2, 3, 4, 5, 6, 7])
+    at.run()
+    at.run({request: 200})
+    at.preempt(request)
+    at.accept(at.begin(preempted=[request]))
+    go_on.set()
+    while at.half._tracked["one"].running_saves():
+        at.run()
+    assert at.found(PROMPT) == 0
+    at.admit(request, [11, 12, 13, 14, 15, 16, 17])
+    at.run({request: 200})
+    at.finish(request)
+    at.rest()
+    assert at.found(PROMPT) == 192
+
+
+# -- counting --------------------------------------------------------------------------------------
+
+
+def test_an_answer_that_stops_within_accepted_drafts_is_stored(desk: Any, request_of: Any) -> None:
+    """vLLM counts the drafts beyond its end as computed, and has no tokens for them."""
+    at = desk()
+    request = request_of(PROMPT)
+    at.half.arrived(request)
+    at.admit(request, [1, 2, 3, 4, 5, 6, 7, 8])
+    at.run({request: 200})
+    request.append_output_token_ids(list(range(400, 430)))
+    request.num_computed_tokens = 256
+    at.finish(request)
+    at.rest()
+    assert at.found([*PROMPT, *range(400, 430)]) == 224
+
+
+def test_the_load_begins_where_vllm_ends_whatever_it_takes_of_what_was_found(
+    desk: Any, request_of: Any
+) -> None:
+    at = desk()
+    stored(at, request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    was = at.rows([3, 4])
+    again = request_of([*PROMPT, 7], request_id="two")
+    at.half.arrived(again)
+    assert at.asked(again, 64) == (128, False)
+    at.tables["two"] = [[11, 12, 13, 14, 15, 16, 17]]
+    before = at.rows([11, 12, 15, 16])
+    at.half.allocated(again, at.tables["two"], 64)  # half of it
+    at.run()
+    for wanted, now in zip(was, at.rows([13, 14]), strict=True):
+        assert torch.equal(wanted, now)
+    for untouched, now in zip(before, at.rows([11, 12, 15, 16]), strict=True):
+        assert torch.equal(untouched, now)
+
+
+def test_a_request_that_wants_all_its_logits_is_given_nothing(desk: Any, request_of: Any) -> None:
+    at = desk()
+    stored(at, request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    again = request_of([*PROMPT, 7], request_id="two")
+    again.skip_reading_prefix_cache = True
+    at.half.arrived(again)
+    assert at.asked(again) == (0, False)
+
+
+# -- identity --------------------------------------------------------------------------------------
+
+
+def test_an_adapter_loaded_anew_from_the_same_path_is_another(
+    request_of: Any, tmp_path: Path, no_cache_home: None
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    weights = tmp_path / "adapter_model.safetensors"
+    adapters = Adapters()
+
+    def scope(number: int) -> Any:
+        lora = LoRARequest(lora_name="served", lora_int_id=number, lora_path=str(tmp_path))
+        request = request_of(PROMPT, lora_request=lora)
+        while (found := scope_of(request, adapters)) is None:
+            pass
+        return found
+
+    weights.write_bytes(b"a" * 64)
+    first = scope(1)
+    weights.write_bytes(b"b" * 65)
+    assert scope(1) == first != scope(2)  # the engine still has the first in memory
+    adapters.close()
+
+
+def test_a_request_whose_adapter_cannot_be_named_in_time_is_computed(desk: Any) -> None:
+    at, now = desk(), [0.0]
+    search = Search(
+        at.half.portal,
+        lambda: pytest.fail("looked up without a name"),
+        lambda: None,
+        clock=lambda: now[0],
+        lease_seconds=30.0,
+    )
+    assert search.poll() is None
+    now[0] = 4.0
+    assert search.poll() is None
+    now[0] = 6.0
+    assert search.poll() == 0
+
+
+def test_an_engine_that_schedules_ahead_is_refused(
+    vllm_config: Any, changed: Any, spec: Any, kv_cache_config: Any
+) -> None:
+    ahead = changed(vllm_config, "scheduler_config", async_scheduling=True)
+    with pytest.raises(UnsupportedError, match="async_scheduling"):
+        Desk(ahead, kv_cache_config((NAMES, spec("FullAttentionSpec"))))
+
+
+# -- reset -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def below(tmp_path: Path) -> list[dict[str, Any]]:
+    return [
+        {"url": "cpu://?capacity=64MiB"},
+        {"url": f"file://{tmp_path}/kv", "write": "through", "deadline_seconds": 30.0},
+    ]
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_after_a_reset_nothing_is_found_whatever_was_under_way(
+    remote: bool, below: Any, desk: Any, request_of: Any
+) -> None:
+    at = desk(tiers=below, remote=remote)
+    for number in range(8):
+        request = request_of([n + 10 * number for n in PROMPT], request_id=str(number))
+        at.half.arrived(request)
+        at.admit(request, [1, 2, 3, 4, 5, 6, 7])
+        at.run({request: 200})
+        at.finish(request)
+    assert at.half.reset()
+    at.rest()
+    at.half.portal.call(Cache.flush)
+    assert [at.found([n + 10 * number for n in PROMPT]) for number in range(8)] == [0] * 8
+    stats = at.half.portal.cache.control.stats()
+    assert [tier.objects for tier in stats.tiers] == [0, 0] and stats.leases == 0
+
+
+def test_a_request_that_a_reset_interrupts_is_not_stored(desk: Any, request_of: Any) -> None:
+    """The model's weights may be others from here on."""
+    at = desk()
+    request = request_of(PROMPT)
+    at.half.arrived(request)
+    at.admit(request, [1, 2, 3, 4, 5, 6, 7])
+    at.run({request: 128})
+    assert at.half.reset()
+    at.run({request: 72})
+    at.finish(request)
+    at.rest()
+    assert at.found(PROMPT) == 0
+
+
+def test_a_request_that_waits_during_a_reset_finds_nothing_old_and_is_stored(
+    desk: Any, request_of: Any
+) -> None:
+    at = desk()
+    stored(at, request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    waiting = request_of([*PROMPT, 7], request_id="two")
+    at.half.arrived(waiting)
+    assert at.asked(waiting) == (192, False)  # and no blocks for it yet
+    assert at.half.reset()
+    assert at.admit(waiting, [11, 12, 13, 14, 15, 16, 17]) == 0
+    at.run({waiting: 201})
+    at.finish(waiting)
+    at.rest()
+    assert at.found(PROMPT) == 192
+
+
+def test_a_reset_says_that_a_load_still_holds_something(
+    desk: Any, request_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = desk(loads="async")
+    stored(at, request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    again = request_of([*PROMPT, 7], request_id="two")
+    at.half.arrived(again)
+    at.admit(again, [11, 12, 13, 14, 15, 16, 17])
+    assert not at.half.reset()
+    while "two" not in at.run().received:
+        pass
+    assert at.half.reset() and at.found(PROMPT) == 0
