@@ -12,7 +12,7 @@ from kvlayer.layout import LoadedLayers
 from kvlayer.staging.cuda.runs import mean_nbytes
 from kvlayer.staging.cuda.runtime import ALIGNMENT
 from kvlayer.staging.lazy import np
-from kvlayer.staging.moves import Move, Transfer
+from kvlayer.staging.moves import Move, Transfer, growing
 
 __all__ = ["Fill", "LayerGroup", "Place", "layer_groups", "pack"]
 
@@ -92,9 +92,17 @@ def _aligned(nbytes: int) -> int:
 
 
 def layer_groups(
-    moves: Sequence[Move], tokens: tuple[int, int], *, least_nbytes: int, direct_nbytes: int
+    moves: Sequence[Move],
+    tokens: tuple[int, int],
+    *,
+    first_nbytes: int,
+    least_nbytes: int,
+    direct_nbytes: int,
 ) -> list[LayerGroup]:
-    """All moves by layers, as few layers at a time as make ``least_nbytes``; in layer order.
+    """All moves by layers, in layer order.
+
+    First as few layers as make ``first_nbytes``, then twice as many bytes at a time, up to
+    ``least_nbytes``.
 
     The layers of a KV group go straight into the cache if their average run is at least
     ``direct_nbytes`` long.
@@ -107,12 +115,14 @@ def layer_groups(
         for move in mine:
             nbytes[_locals(move)] += move.payload.layer_nbytes
         first, held = int(np.flatnonzero(nbytes)[0]), 0
+        sizes = growing(first_nbytes, least_nbytes)
+        least = next(sizes)
         for local, each in enumerate(nbytes.tolist()):
             held += each
-            if held and (held >= least_nbytes or local == len(nbytes) - 1):
+            if held and (held >= least or local == len(nbytes) - 1):
                 cut = _cut(mine, first, local + 1)
                 found.append(LayerGroup(group, first, local + 1, cut, tokens, is_direct))
-                first, held = local + 1, 0
+                first, held, least = local + 1, 0, next(sizes)
     return found
 
 

@@ -26,7 +26,7 @@ from kvlayer.staging.cuda.pipeline import Call, Pipeline
 from kvlayer.staging.cuda.runtime import cuda_errors
 from kvlayer.staging.device_cache import engine_order
 from kvlayer.staging.lazy import torch
-from kvlayer.staging.moves import Move, batches, in_model_order, plan_moves
+from kvlayer.staging.moves import Move, batches, growing, in_model_order, plan_moves
 from kvlayer.staging.torch_stager import TorchStager
 from kvlayer.staging.torch_view import GeometryReader, tensors_of
 
@@ -36,6 +36,9 @@ _log = logging.getLogger(__name__)
 
 _BATCH_NBYTES = 256 << 20
 """Queued at once: some 5 ms of a fast link. The next is queued by then: Python may be that late."""
+_FIRST_NBYTES = 32 << 20
+"""Of a call's first batch: until it has been worked out the link stands still. Others are larger
+and larger, each worked out while the one before is under way."""
 
 
 class CudaStager(Stager):
@@ -226,7 +229,7 @@ class CudaStager(Stager):
         moves = self._moves(call.view, copies, gather=True)
         if moves:
             pipeline.begin(call)
-            yield from batches(moves, _BATCH_NBYTES)
+            yield from batches(moves, growing(_FIRST_NBYTES, _BATCH_NBYTES))
 
     def _loads(
         self, pipeline: Pipeline, call: Call, copies: Sequence[HostCopy]
@@ -241,6 +244,7 @@ class CudaStager(Stager):
         groups = layer_groups(
             moves,
             tokens,
+            first_nbytes=_FIRST_NBYTES,
             least_nbytes=thresholds.group_slots * thresholds.slot_nbytes,
             direct_nbytes=thresholds.direct_nbytes,
         )
@@ -257,15 +261,16 @@ class CudaStager(Stager):
 
 
 def _group_batches(groups: Sequence[LayerGroup]) -> list[list[LayerGroup]]:
-    """Layer groups in batches of about ``_BATCH_NBYTES``, in order."""
+    """Layer groups in batches that grow to about ``_BATCH_NBYTES``, in order."""
     found: list[list[LayerGroup]] = [[]]
-    held = 0
+    sizes = growing(_FIRST_NBYTES, _BATCH_NBYTES)
+    room = next(sizes)
     for group in groups:
-        if held >= _BATCH_NBYTES:
+        if room <= 0:
             found.append([])
-            held = 0
+            room = next(sizes)
         found[-1].append(group)
-        held += sum(len(move.layers) * move.payload.layer_nbytes for move in group.moves)
+        room -= sum(len(move.layers) * move.payload.layer_nbytes for move in group.moves)
     return found
 
 
