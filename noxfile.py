@@ -123,8 +123,8 @@ def gpu(session: nox.Session) -> None:
     parser = argparse.ArgumentParser(prog="nox -s gpu --", allow_abbrev=False)
     parser.add_argument("--json", default="gpu.json", help="write every figure to this file")
     wanted, rest = parser.parse_known_args(session.posargs)
-    install(session, *group("test"), *group("torch"), *group("gpu"))
-    install(session, "-e", ".")
+    install(session, *group("test"), *group("torch"), *group("gpu"), *group("transformers"))
+    install(session, "-e", ".", "-e", "plugins/kvlayer-transformers")
     session.env.update(ENVIRONMENT)
     session.run("pytest", "tests/gpu", "-s", f"--figures={wanted.json}", *rest)
 

@@ -13,7 +13,6 @@ from gpu_sim import Gpu
 from llama_8k import IN_ORDER, PAYLOAD_NBYTES, SHUFFLED, layout, lent
 
 from kvlayer.layout import NHD_BLOCK_FIRST, KVLayout
-from kvlayer.staging.cuda import stager as stager_module
 from kvlayer.staging.cuda.calibration import Calibration
 from kvlayer.staging.cuda.devices import Devices
 from kvlayer.staging.cuda.pinned import PIECE_NBYTES
@@ -21,7 +20,8 @@ from kvlayer.staging.cuda.stager import CudaStager
 
 DEFAULTS = Calibration()
 SLOTS_FILLED = PAYLOAD_NBYTES // DEFAULTS.slot_nbytes
-BATCHES = PAYLOAD_NBYTES // stager_module._BATCH_NBYTES
+BATCHES = 7  # of 32, 64, 128 and 256 MiB, and what is left
+GROUPS = 10  # of one, two and four layers, and what is left
 
 
 async def moved(
@@ -36,7 +36,15 @@ async def moved(
         )
         assert await stager.ready()
         assert await stager.pinned() == lending.slab.nbytes
-        await (stager.gather if verb == "store" else stager.scatter)(lending.view, lending.copies)
+        if verb == "load by layers":
+            heard: list[int] = []
+            await stager.scatter_layers(
+                lending.view, lending.copies, lambda _, layer: heard.append(layer)
+            )
+            assert heard == list(range(32))
+        else:
+            move = stager.gather if verb == "store" else stager.scatter
+            await move(lending.view, lending.copies)
         await stager.aclose()
     lending.close()
     return gpu
@@ -49,7 +57,7 @@ async def test_a_store_of_8192_tokens_sends_its_payload_once_in_a_copy_per_slot(
     assert counts["to_host_nbytes"] == PAYLOAD_NBYTES
     assert counts["copies_to_host"] == SLOTS_FILLED == 64
     assert counts["launches"] == SLOTS_FILLED
-    assert counts["copies_to_device"] == BATCHES == 4  # a table each
+    assert counts["copies_to_device"] == BATCHES  # a table each
     assert counts["to_device_nbytes"] == counts["table_nbytes"] <= PAYLOAD_NBYTES // 4000
     assert gpu.peak_pinned <= PAYLOAD_NBYTES + (4 << 20)
     figures("staging.store_8k", **counts, pinned=gpu.peak_pinned)
@@ -63,15 +71,28 @@ async def test_a_load_of_8192_tokens_brings_its_payload_once_in_long_runs(figure
     assert counts["to_device_nbytes"] - counts["table_nbytes"] == PAYLOAD_NBYTES
     assert counts["table_nbytes"] <= PAYLOAD_NBYTES // 500
     assert counts["launches"] == SLOTS_FILLED
-    # Four layers of four chunks fill a slot, and a table comes with each group of four layers.
-    assert counts["copies_to_device"] == 4 * SLOTS_FILLED + 8
+    assert counts["copies_to_device"] == SLOTS_FILLED + BATCHES
     assert gpu.peak_pinned <= PAYLOAD_NBYTES + (4 << 20)
     figures("staging.load_8k", **counts, pinned=gpu.peak_pinned)
 
 
 @pytest.mark.asyncio
-async def test_with_batches_a_load_of_8192_tokens_is_a_call_per_slot() -> None:
-    counts = (await moved(layout(), SHUFFLED, "load", replace(DEFAULTS, batch_runs=4))).counts
+async def test_a_load_that_somebody_follows_layer_by_layer_brings_it_in_shorter_runs(
+    figures,
+) -> None:
+    gpu = await moved(layout(), SHUFFLED, "load by layers")
+    counts = gpu.counts
+    assert counts["to_device_nbytes"] - counts["table_nbytes"] == PAYLOAD_NBYTES
+    assert counts["launches"] == SLOTS_FILLED
+    # One run for all layers that a group has of each of 32 chunks, and a table for each group.
+    assert counts["copies_to_device"] == GROUPS * 32 + GROUPS
+    figures("staging.load_8k_by_layers", **counts, pinned=gpu.peak_pinned)
+
+
+@pytest.mark.asyncio
+async def test_with_batches_a_load_of_8192_tokens_by_layers_is_a_call_per_slot() -> None:
+    thresholds = replace(DEFAULTS, batch_runs=4)
+    counts = (await moved(layout(), SHUFFLED, "load by layers", thresholds)).counts
     assert counts["batches"] == SLOTS_FILLED
     assert counts["to_device_nbytes"] - counts["table_nbytes"] == PAYLOAD_NBYTES
 
@@ -87,4 +108,4 @@ async def test_whole_blocks_go_straight_into_the_cache_and_neighbours_in_one_run
     assert gpu.counts["to_device_nbytes"] == PAYLOAD_NBYTES
     # A shuffled neighbour is one by chance; a copy is cut where two pieces of the slab meet.
     assert runs * 0.98 <= gpu.counts["copies_to_device"] <= runs + PAYLOAD_NBYTES // PIECE_NBYTES
-    assert gpu.counts["batches"] == 8  # layer groups
+    assert gpu.counts["batches"] == BATCHES

@@ -53,8 +53,8 @@ def calls_of(work: Callable[[], Any]) -> int:
     [
         ("store", "nhd", 250),
         ("store", "hnd", 250),
-        ("load", "nhd", 400),
-        ("load", "hnd", 400),
+        ("load", "nhd", 420),
+        ("load", "hnd", 420),
         ("load", "native", 300),
     ],
 )

@@ -12,11 +12,15 @@ from engine import Engine
 from gpu_layouts import random_copies, random_layout
 from numpy.typing import NDArray
 
-from kvlayer.layout import KVView
+from kvlayer.abc.stager import HostCopy
+from kvlayer.keys import Part
+from kvlayer.layout import NHD_BLOCK_FIRST, AttentionKind, KVGroup, KVLayout, KVView
 from kvlayer.memory.slab import Slab
-from kvlayer.staging.cuda.fills import Fill, pack
+from kvlayer.payload import Payload
+from kvlayer.staging.cuda.fills import Fill, Place, pack
 from kvlayer.staging.cuda.pinned import PinnedSlab
 from kvlayer.staging.cuda.programs import Programs
+from kvlayer.staging.cuda.runs import Spans
 from kvlayer.staging.kernels import tables
 from kvlayer.staging.kernels.plan import Plan, gather_plan
 from kvlayer.staging.kernels.tables import Layer, Piece
@@ -125,6 +129,33 @@ def test_a_program_moves_what_its_copies_ask_for(part: int, dose: Any) -> None:
                     assert np.array_equal(copied[np.isin(copied[:, 1], needed[:, 1])], needed), seed
                     held = copied[np.isin(copied[:, 1], layers[:, 1])]
                     assert np.array_equal(layers[np.isin(layers[:, 1], held[:, 1])], held), seed
+
+
+def test_launches_of_the_same_planes_are_as_wide_as_their_own_rows_allow() -> None:
+    """Blocks of eight bytes: from even ones on, vectors are of sixteen."""
+    group = KVGroup(AttentionKind.MHA, (0,), "int8", 1, 2)
+    layout = KVLayout.single(group, NHD_BLOCK_FIRST, tokens_per_block=2, form="native:x")
+    engine, slab = Engine(layout, BLOCKS), Slab(1 << 20)
+    payload = Payload.of(group, Part(0, (0, 1), (0, 1), "native:x"), 2)
+    copies = [HostCopy(payload, slab.view(at * 4096, payload.nbytes), at * 2, 2) for at in (0, 1)]
+    slots = np.array([8, 9, 6, 7])
+    for order in (slots, np.roll(slots, 2)):
+        view = KVView(engine.caches, [order])
+        geometries = GeometryReader(layout).read(view)
+        moves = [*plan_moves(layout, view, geometries, copies, gather=True)]
+        hosts = {id(move.host): np.frombuffer(move.host, np.uint8).ctypes.data for move in moves}
+        fills = [Fill((Place(move, 0),)) for move in moves]
+        program = Programs(view, gather=True, gap=0, cut=None).of(fills, hosts)
+        program.place([SLOT, SLOT + 4096])
+        wide = [plan.numbers[-1] for (plan,) in program.launches]
+        base = tensors_of(engine.caches[0][0])[0].data_ptr() % 16
+        assert base == 0 and wide == [16 if at % 4 == 0 else 8 for at in order[::2]]
+
+
+def test_spans_are_joined_up_to_the_gap_and_no_further() -> None:
+    apart = Spans(np.array([0, 110, 300]), np.array([100, 200, 301]))
+    assert [each.tolist() for each in apart.joined(9)] == [[0, 110, 300], [100, 200, 301]]
+    assert [each.tolist() for each in apart.joined(10)] == [[0, 300], [200, 301]]
 
 
 def test_no_part_of_a_copy_lies_in_two_pieces_or_partly_in_one() -> None:

@@ -101,6 +101,7 @@ async def test_a_cancelled_call_starts_nothing_more_and_leaves_nothing_in_flight
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stager_module, "_BATCH_NBYTES", 4096)  # a batch is one payload
+    monkeypatch.setattr(stager_module, "_FIRST_NBYTES", 4096)
     gpu, gate = Gpu("lazy"), Gate()
 
     class Waiting:
@@ -155,6 +156,7 @@ async def test_what_the_engine_queues_after_a_call_began_holds_up_none_of_its_ba
     verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stager_module, "_BATCH_NBYTES", 4096)
+    monkeypatch.setattr(stager_module, "_FIRST_NBYTES", 4096)
     gpu, releases = Gpu("lazy"), []
     queue = getattr(Pipeline, f"_queue_{verb}")
 
@@ -315,6 +317,7 @@ async def test_a_layer_has_landed_when_it_holds_everything_and_in_the_models_ord
     mode: str, layout: KVLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stager_module, "_BATCH_NBYTES", 4096)  # several batches, whoever waits
+    monkeypatch.setattr(stager_module, "_FIRST_NBYTES", 4096)
     async with stage(Gpu(mode, seed=5), Calls(), layout, threads=2) as on:
         slots, copies = on.engine.engine.slots(80), on.copies(5)
         rng = np.random.default_rng(1)

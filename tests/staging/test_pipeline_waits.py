@@ -119,7 +119,7 @@ def test_tables_that_overwrite_each_other_are_caught(monkeypatch: pytest.MonkeyP
         return place(arena, table)
 
     monkeypatch.setattr(Arena, "place", overwriting)
-    assert caught_somewhere(("load",))  # a table for each layer group
+    assert caught_somewhere(("load by layers",))  # a table for each layer group
 
 
 def test_batches_that_share_their_memory_for_tables_are_caught(

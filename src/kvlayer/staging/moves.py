@@ -28,7 +28,7 @@ from kvlayer.staging.slots import (
 from kvlayer.staging.steps import Step, gather_steps, scatter_steps
 from kvlayer.staging.torch_view import slot_array
 
-__all__ = ["Move", "Transfer", "batches", "in_model_order", "plan_moves"]
+__all__ = ["Move", "Transfer", "batches", "growing", "in_model_order", "plan_moves"]
 
 
 class Transfer:
@@ -134,16 +134,23 @@ def in_model_order(layout: KVLayout) -> list[tuple[int, int]]:
     return [(group, local) for _, group, local in sorted(numbered)]
 
 
-def batches(moves: Sequence[Move], nbytes: int) -> list[list[Move]]:
-    """Moves in groups of about ``nbytes``, cut between layers; at least one group."""
+def growing(first: int, most: int) -> Iterator[int]:
+    """``first``, then twice as much each time, up to ``most``."""
+    while True:
+        yield min(first, most)
+        first = min(2 * first, most)
+
+
+def batches(moves: Sequence[Move], nbytes: Iterator[int]) -> list[list[Move]]:
+    """Moves in groups of about so many bytes each, cut between layers; at least one group."""
     found: list[list[Move]] = [[]]
-    room = nbytes
+    room = next(nbytes)
     for move in moves:
         layers, each = move.layers, move.payload.layer_nbytes
         while layers:
             if room <= 0:
                 found.append([])
-                room = nbytes
+                room = next(nbytes)
             count = -(-room // each)
             found[-1].append(move.only(layers[:count]))
             room -= len(layers[:count]) * each

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import repeat
 from traceback import clear_frames
 from typing import Any, Protocol, TypeAlias
 
@@ -131,7 +132,7 @@ class TorchStager(Stager):
         moves = self._planned(view, copies, gather)
         nbytes = sum(len(move.layers) * move.payload.layer_nbytes for move in moves)
         share = max(min(-(-nbytes // self._threads), _BATCH_NBYTES), _LEAST_NBYTES)
-        found = batches(moves, share)
+        found = batches(moves, repeat(share))
         if len(found) > 1:
             return found
         self._copy(view, found[0], opened, gather)

@@ -52,16 +52,19 @@ def random_layout(rng: random.Random) -> KVLayout:
 
 
 def random_copies(rng: random.Random, layout: KVLayout, slab: Slab, tokens: int) -> list[HostCopy]:
-    """A prompt in chunks of 16 tokens; the last one is a tail."""
+    """A prompt in chunks of 16 tokens, some in two parts of its layers; the last one is a tail."""
     copies: list[HostCopy] = []
     at = 0
     for index, held in enumerate(layout.groups):
         heads = held.head_range if held.group.kind is AttentionKind.MHA else None
         for first in range(0, tokens, 16):
             count = min(16, tokens - first)
-            part = Part(index, held.layer_range, heads, held.form)
-            payload = Payload.of(held.group, part, count)
-            copies.append(HostCopy(payload, slab.view(at, payload.nbytes), first, count))
-            at += payload.nbytes
+            low, high = held.layer_range
+            middle = rng.choice([low, low, rng.randrange(low, high)])
+            for layers in filter(len, (range(low, middle), range(middle, high))):
+                part = Part(index, (layers.start, layers.stop), heads, held.form)
+                payload = Payload.of(held.group, part, count)
+                copies.append(HostCopy(payload, slab.view(at, payload.nbytes), first, count))
+                at += payload.nbytes
     rng.shuffle(copies)
     return copies

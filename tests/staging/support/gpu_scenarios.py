@@ -328,17 +328,9 @@ async def growing(gpu: Gpu, calls: Calls) -> list[str]:
     return on.faults
 
 
-MIXED = KVLayout(
-    (
-        GroupLayout(GROUP, HND, TOKENS_PER_BLOCK),
-        GroupLayout(
-            KVGroup(AttentionKind.MHA, (4, 5), "bfloat16", 2, 8),
-            NHD_BLOCK_FIRST,
-            TOKENS_PER_BLOCK,
-            form="native:test",
-        ),
-    )
-)
+OTHER = KVGroup(AttentionKind.MHA, (4, 5), "bfloat16", 2, 8)
+STRAIGHT = GroupLayout(OTHER, NHD_BLOCK_FIRST, TOKENS_PER_BLOCK, form="native:test")
+MIXED = KVLayout((GroupLayout(GROUP, HND, TOKENS_PER_BLOCK), STRAIGHT))
 
 
 async def load_mixed(gpu: Gpu, calls: Calls) -> list[str]:

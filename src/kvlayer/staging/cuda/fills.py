@@ -92,12 +92,12 @@ def _aligned(nbytes: int) -> int:
 
 
 def layer_groups(
-    moves: Sequence[Move], tokens: tuple[int, int], *, least_nbytes: int, direct_nbytes: int
+    moves: Sequence[Move], *, tokens: tuple[int, int], sizes: Iterator[int], direct_nbytes: int
 ) -> list[LayerGroup]:
-    """All moves by layers, as few layers at a time as make ``least_nbytes``; in layer order.
+    """All moves by layers, in layer order: at a time as few layers as make so many bytes.
 
-    The layers of a KV group go straight into the cache if their average run is at least
-    ``direct_nbytes`` long.
+    ``sizes`` says how many, and does not end. The layers of a KV group go straight into the cache
+    if their average run is at least ``direct_nbytes`` long.
     """
     found: list[LayerGroup] = []
     for group in dict.fromkeys(move.group for move in moves):
@@ -107,12 +107,13 @@ def layer_groups(
         for move in mine:
             nbytes[_locals(move)] += move.payload.layer_nbytes
         first, held = int(np.flatnonzero(nbytes)[0]), 0
+        least = next(sizes)
         for local, each in enumerate(nbytes.tolist()):
             held += each
-            if held and (held >= least_nbytes or local == len(nbytes) - 1):
+            if held and (held >= least or local == len(nbytes) - 1):
                 cut = _cut(mine, first, local + 1)
                 found.append(LayerGroup(group, first, local + 1, cut, tokens, is_direct))
-                first, held = local + 1, 0
+                first, held, least = local + 1, 0, next(sizes)
     return found
 
 

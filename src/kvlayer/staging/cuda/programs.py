@@ -199,12 +199,9 @@ class Programs:
         ]
         columns = np.repeat(np.array(starts, np.int64), [len(s.firsts) for s in found], axis=0)
         fill, at, host = columns[:, 0], columns[:, 1] + firsts, columns[:, 2] + firsts
-        # Payloads may follow each other in both memories.
-        cuts = joins(
-            (fill[1:] == fill[:-1])
-            & (host[1:] == host[:-1] + nbytes[:-1])
-            & (at[1:] == at[:-1] + nbytes[:-1])
-        )
+        # Payloads may follow each other in both memories; in the next slot, nothing follows.
+        follows = (host[1:] == host[:-1] + nbytes[:-1]) & (at[1:] == at[:-1] + nbytes[:-1])
+        cuts = joins(follows)
         ends = np.append(cuts[1:], len(host)) - 1
         parts = self._in_parts(host[cuts], host[ends] + nbytes[ends] - host[cuts])
         which = cuts[parts.whole]

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import repeat
 from traceback import clear_frames
 from typing import Any
 
@@ -26,7 +28,7 @@ from kvlayer.staging.cuda.pipeline import Call, Pipeline
 from kvlayer.staging.cuda.runtime import cuda_errors
 from kvlayer.staging.device_cache import engine_order
 from kvlayer.staging.lazy import torch
-from kvlayer.staging.moves import Move, batches, in_model_order, plan_moves
+from kvlayer.staging.moves import Move, batches, growing, in_model_order, plan_moves
 from kvlayer.staging.torch_stager import TorchStager
 from kvlayer.staging.torch_view import GeometryReader, tensors_of
 
@@ -36,6 +38,9 @@ _log = logging.getLogger(__name__)
 
 _BATCH_NBYTES = 256 << 20
 """Queued at once: some 5 ms of a fast link. The next is queued by then: Python may be that late."""
+_FIRST_NBYTES = 32 << 20
+"""Of a call's first batch: until it has been worked out the link stands still. Others are larger
+and larger, each worked out while the one before is under way."""
 
 
 class CudaStager(Stager):
@@ -205,7 +210,7 @@ class CudaStager(Stager):
             else:
                 await self._offload.run_over(
                     partial(pipeline.scatter, call, landed=tell),
-                    self._loads(pipeline, call, copies),
+                    self._loads(pipeline, call, copies, is_heard=tell is not None),
                 )
         except failures as exc:
             clear_frames(exc.__traceback__)
@@ -226,24 +231,28 @@ class CudaStager(Stager):
         moves = self._moves(call.view, copies, gather=True)
         if moves:
             pipeline.begin(call)
-            yield from batches(moves, _BATCH_NBYTES)
+            yield from batches(moves, growing(_FIRST_NBYTES, _BATCH_NBYTES))
 
     def _loads(
-        self, pipeline: Pipeline, call: Call, copies: Sequence[HostCopy]
+        self, pipeline: Pipeline, call: Call, copies: Sequence[HostCopy], *, is_heard: bool = False
     ) -> Iterator[list[LayerGroup]]:
-        """Check everything, then the batches, in the order in which the model needs the layers."""
+        """Check everything, then the batches: by layers where anybody hears of these.
+
+        Otherwise payload by payload, which makes longer runs.
+        """
         moves = self._moves(call.view, copies, gather=False)
         if not moves:
             return
         pipeline.begin(call)
         thresholds = pipeline.calibration
         tokens = (min(c.first for c in copies), max(c.first + c.tokens for c in copies))
-        groups = layer_groups(
-            moves,
-            tokens,
-            least_nbytes=thresholds.group_slots * thresholds.slot_nbytes,
-            direct_nbytes=thresholds.direct_nbytes,
-        )
+        groups_of = partial(layer_groups, tokens=tokens, direct_nbytes=thresholds.direct_nbytes)
+        if not is_heard and call.view.loaded is None:
+            for batch in batches(moves, growing(_FIRST_NBYTES, _BATCH_NBYTES)):
+                yield groups_of(batch, sizes=repeat(sys.maxsize))
+            return
+        most = thresholds.group_slots * thresholds.slot_nbytes
+        groups = groups_of(moves, sizes=growing(_FIRST_NBYTES, most))
         turn = {layer: at for at, layer in enumerate(in_model_order(self._layout))}
         groups.sort(key=lambda group: turn[group.group, group.first])
         yield from _group_batches(groups)
@@ -257,15 +266,16 @@ class CudaStager(Stager):
 
 
 def _group_batches(groups: Sequence[LayerGroup]) -> list[list[LayerGroup]]:
-    """Layer groups in batches of about ``_BATCH_NBYTES``, in order."""
+    """Layer groups in batches that grow to about ``_BATCH_NBYTES``, in order."""
     found: list[list[LayerGroup]] = [[]]
-    held = 0
+    sizes = growing(_FIRST_NBYTES, _BATCH_NBYTES)
+    room = next(sizes)
     for group in groups:
-        if held >= _BATCH_NBYTES:
+        if room <= 0:
             found.append([])
-            held = 0
+            room = next(sizes)
         found[-1].append(group)
-        held += sum(len(move.layers) * move.payload.layer_nbytes for move in group.moves)
+        room -= sum(len(move.layers) * move.payload.layer_nbytes for move in group.moves)
     return found
 
 
