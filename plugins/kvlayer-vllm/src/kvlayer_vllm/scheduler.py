@@ -304,7 +304,7 @@ class SchedulerHalf:
 
     def figures(self) -> Figures | None:
         """What has happened since the last call, for vLLM's statistics."""
-        return None if self._portal is None else self._stats.take(self._portal.cache)
+        return self._stats.take(self.portal.cache)
 
     def take_events(self) -> list[Any]:
         """What has happened to blocks in kvlayer's tiers since the last call; none unless asked."""
