@@ -178,7 +178,7 @@ class SchedulerHalf:
         )
 
     def _found(self, events: BlockEvents, request: Request, hit: PrefixHit) -> None:
-        self.portal.submit(events.learns, request, hit.spans)
+        self.portal.submit(events.learn, request, hit.spans)
 
     def matched(self, request: Request, computed: int) -> tuple[int | None, bool]:
         """Tokens beyond ``computed`` that can be loaded, None while that is not known.
