@@ -48,13 +48,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 _ROWS = pytest.StashKey[list[dict[str, float | str | bool]]]()
+_LONG_SECONDS = 3600
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
+    limit = float(config.getini("faulthandler_timeout") or 0)
+    if config.getoption("--campaign") and 0 < limit < _LONG_SECONDS:
+        raise pytest.UsageError(
+            f"--campaign: a test with its full dose takes longer than faulthandler_timeout, and "
+            f"after {limit:.0f} seconds that ends the run\n"
+            "nox -s campaign sets it; so does -o faulthandler_timeout=14400"
+        )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def dose(pytestconfig: pytest.Config) -> Dose:
     """How much to do: see :class:`Dose`."""
     full_wanted = bool(pytestconfig.getoption("--campaign"))
@@ -65,7 +73,7 @@ def dose(pytestconfig: pytest.Config) -> Dose:
     return choose
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def figures(pytestconfig: pytest.Config) -> Figures:
     """Where to write what was counted: see :class:`Figures`."""
 
@@ -92,8 +100,19 @@ def pytest_terminal_summary(
             for name in ("passed", "failed", "skipped", "error")
         }
         skipped = [str(each.longrepr) for each in terminalreporter.stats.get("skipped", ())]
-        found = {"rows": rows, "outcomes": outcomes, "skipped": skipped}
+        failures = [
+            f"{each.nodeid}: {_reason(each)}"
+            for name in ("failed", "error")
+            for each in terminalreporter.stats.get(name, ())
+        ]
+        found = {"rows": rows, "outcomes": outcomes, "skipped": skipped, "failures": failures}
         path.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _reason(failed: pytest.TestReport | pytest.CollectReport) -> str:
+    """The exception and what it says: of a simulation, the seed and how to play it again."""
+    crash = getattr(failed.longrepr, "reprcrash", None)
+    return str(failed.longrepr if crash is None else crash.message)
 
 
 def _condemn(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -34,6 +34,7 @@ CAMPAIGN = {
         "tests/staging/test_cuda_stager.py",
         "tests/staging/test_cuda_counters.py",
     ],
+    "vllm": ["tests/engines/vllm"],
 }
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 PLUGIN = "plugins/kvlayer-transformers"
@@ -116,8 +117,8 @@ def gpu(session: nox.Session) -> None:
     parser = argparse.ArgumentParser(prog="nox -s gpu --", allow_abbrev=False)
     parser.add_argument("--json", default="gpu.json", help="write every figure to this file")
     wanted, rest = parser.parse_known_args(session.posargs)
-    install(session, *group("test"), *group("torch"), *group("gpu"))
-    install(session, "-e", ".")
+    install(session, *group("test"), *group("torch"), *group("gpu"), *group("transformers"))
+    install(session, "-e", ".", "-e", "plugins/kvlayer-transformers")
     session.env.update(ENVIRONMENT)
     session.run("pytest", "tests/gpu", "-s", f"--figures={wanted.json}", *rest)
 
@@ -151,7 +152,8 @@ def campaign(session: nox.Session) -> None:
     parts = dict.fromkeys(wanted.part or CAMPAIGN)
     more = [name for part in parts if part in ("fuzz", "kernels") for name in group(part)]
     install(session, *group("test"), *more)
-    install_product(session)
+    # The engine's environment has everything of the product, with a narrower choice of versions.
+    (install_vllm if "vllm" in parts else install_product)(session)
     runs = [f"--run={part}={','.join(CAMPAIGN[part])}" for part in parts]
     report = [f"--json={wanted.json}"] if wanted.json else []
     session.run("python", "tests/support/campaign.py", *report, *runs, *rest)

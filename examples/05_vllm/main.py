@@ -33,7 +33,11 @@ def serve(model: str, directory: str) -> None:
         kv_connector_extra_config={
             "tiers": [
                 {"url": "cpu://?capacity=256MiB"},
-                {"url": f"file://{directory}?capacity=1GiB", "write": "back"},
+                {
+                    "url": f"file://{directory}?capacity=1GiB",
+                    "write": "back",
+                    "deadline_seconds": 60.0,  # a disk slower than that is a miss
+                },
             ]
         },
     )

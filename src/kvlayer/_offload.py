@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from traceback import clear_frames
@@ -11,10 +11,11 @@ from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar, cast
 
 from kvlayer.errors import ClosedError
 
-__all__ = ["Offload"]
+__all__ = ["Offload", "settled"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 class _Call(Generic[T]):
@@ -60,6 +61,29 @@ class _Todo:
             self._is_stopped = True
 
 
+class _Items(Generic[T]):
+    """What one thread after the other goes over, in order."""
+
+    def __init__(self, items: Iterable[T], offload: Offload) -> None:
+        self._items = iter(items)
+        self._offload = offload
+        self._is_stopped = False
+        self.is_done = False
+
+    def some(self) -> Iterator[T]:
+        """On a thread: at least one, if there are any; fewer than all where others wait for it."""
+        for item in self._items:
+            yield item
+            self._offload.check_open()
+            if self._is_stopped or self._offload.is_wanted:
+                return
+        self.is_done = True
+
+    def stop(self) -> None:
+        """There are no more."""
+        self._is_stopped = True
+
+
 class _NoThreadError(RuntimeError):
     """The system starts no thread, and there is none."""
 
@@ -99,20 +123,39 @@ class Offload:
 
         Raises what the work raises, and ``ClosedError`` when the pool closes before it starts.
         """
-        call: _Call[T] = _Call(lambda: work(*args, **kwargs), self._waiting)
+        return await self._run(lambda: work(*args, **kwargs), None)
+
+    async def run_over(
+        self, work: Callable[[Iterator[Item]], object], items: Iterable[Item]
+    ) -> None:
+        """Run ``work`` over ``items``, which are made on its thread as it asks for them.
+
+        Cancelling ends the items; like ``run``, this then waits for the work before it re-raises.
+        Where others wait for a thread the items end early, too, and ``work`` is called again with
+        those that are left. It must take all it is given. Raises what the work raises, and
+        ``ClosedError`` when the pool closes before everything has been taken.
+        """
+        left = _Items(items, self)
+        while not left.is_done:
+            await self._run(lambda: work(left.some()), left.stop)
+
+    async def _run(self, work: Callable[[], T], on_cancel: Callable[[], None] | None) -> T:
+        call: _Call[T] = _Call(work, self._waiting)
         future = self._submit(call)
         try:
             return cast(T, await asyncio.shield(future))  # None only for work that was dropped
         except asyncio.CancelledError:
+            if on_cancel is not None:
+                on_cancel()
             if not call.drop():
-                await _settled(future)
+                await settled(future)
             if future.cancelled() and not _is_cancelled():
                 raise ClosedError(f"the thread pool {self._name!r} was closed") from None
             raise
         finally:
             # An exception's traceback refers to this frame, and the future to the exception: left
             # alone, the cycle would keep lent memory alive until the garbage collector comes by.
-            del future, call
+            del future, call, work, on_cancel
 
     async def run_all(self, works: Sequence[Callable[[], object]]) -> None:
         """Run ``works`` in order, on all threads that are free.
@@ -144,15 +187,14 @@ class Offload:
     def _work_off(self, todo: _Todo) -> bool:
         """On a thread. False: there may be more to do, but others wait for the thread."""
         while (work := todo.take()) is not None:
-            if self._closed:
-                raise ClosedError(f"the thread pool {self._name!r} was closed")
+            self.check_open()
             try:
                 work()
             except BaseException:
                 todo.stop()  # at once: the loop hears of it later
                 raise
             del work  # it may hold what the next waits for
-            if self._waiting:
+            if self.is_wanted:
                 return False
         return True
 
@@ -193,6 +235,16 @@ class Offload:
             self._pool = _Pool(self._threads, thread_name_prefix=self._name)
         return self._pool
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether something waits for a thread. Threads ask, too."""
+        return bool(self._waiting)
+
+    def check_open(self) -> None:
+        """Raise ``ClosedError`` once the pool has been closed. Threads ask, too."""
+        if self._closed:
+            raise ClosedError(f"the thread pool {self._name!r} was closed")
+
     def begin(self) -> None:
         """Start a thread: while opening, where failing is still an error that somebody handles.
 
@@ -217,10 +269,10 @@ async def _dropped(running: _Running) -> None:
     started = [future for future, call in running.items() if not call.drop()]
     running.clear()
     for future in started:
-        await _settled(future)
+        await settled(future)
 
 
-async def _settled(future: asyncio.Future[T]) -> None:
+async def settled(future: asyncio.Future[T]) -> None:
     """Wait until ``future`` is done whatever its outcome, outliving further cancellations."""
     while not future.done():
         try:

@@ -18,7 +18,7 @@ from kvlayer.events import LookupDone
 from kvlayer.hit import PrefixHit
 from kvlayer.job import Job
 from kvlayer.keys import ChunkChain, Scope, Tokens
-from kvlayer.opening import Parts
+from kvlayer.parts import Parts
 from kvlayer.tier.matcher import Match
 from kvlayer.tier.planner import Planner
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
 
 from kvlayer._offload import Offload
 from kvlayer._version import version
@@ -22,6 +20,7 @@ from kvlayer.keys import PUBLIC_ZONE, ObjectKey
 from kvlayer.layout import KVLayout
 from kvlayer.memory.slab import Slab
 from kvlayer.namespace import Namespace
+from kvlayer.parts import Parts
 from kvlayer.registry import POLICIES, Registry, open_backend
 from kvlayer.results import Cause
 from kvlayer.tier.estimate import Rate
@@ -35,74 +34,6 @@ from kvlayer.weights import parse_weights, process_weights
 
 __all__ = ["Parts", "Stack", "build"]
 
-T = TypeVar("T")
-
-
-@dataclass(slots=True, eq=False)
-class Parts:
-    """Everything an open cache consists of."""
-
-    config: CacheConfig
-    namespace: Namespace
-    stack: Stack
-    emit: Emitter
-    clock: Callable[[], float]
-    ranks: Ranks | None
-    resources: AsyncExitStack
-    lookups: int = 0
-    asked_tokens: int = 0
-    hit_tokens: int = 0
-    _jobs: set[asyncio.Task[Any]] = field(default_factory=set)
-    _flushing: asyncio.Task[None] | None = None
-    _is_hurried: bool = False
-
-    def count_lookup(self, asked: int, hit: int) -> None:
-        """Keep the totals that ``Control.stats`` reports. In any thread."""
-        with self.stack.planner.lock:
-            self.lookups += 1
-            self.asked_tokens += asked
-            self.hit_tokens += hit
-
-    def spawn(self, job: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run a background job that ends with the cache at the latest."""
-        task = asyncio.get_running_loop().create_task(job)
-        self._jobs.add(task)
-        task.add_done_callback(self._jobs.discard)
-        return task
-
-    async def aclose(self, *, flush: bool) -> None:
-        """End jobs, flush if asked (bounded), take all lent memory back, close the tiers.
-
-        Must not be cancelled: see :meth:`stop_flushing`.
-        """
-        self.part_from_ranks()
-        for job in tuple(self._jobs):
-            job.cancel()
-        if self._jobs:
-            await asyncio.wait(tuple(self._jobs))
-        if flush and not self._is_hurried:
-            self._flushing = asyncio.ensure_future(self.stack.flush(drain=True))
-            # What is not written in time is a miss later; closing must not hang.
-            await asyncio.wait({self._flushing}, timeout=self.config.close_seconds)
-            self._flushing.cancel()
-            await asyncio.wait({self._flushing})
-        try:
-            await self.stack.aclose()
-        finally:
-            await self.resources.aclose()
-
-    def part_from_ranks(self) -> None:
-        """Wait for no rank any more: the cache closes."""
-        if self.ranks is not None:
-            self.stack.planner.retire()  # a rank may be writing into what it was lent all the same
-            self.ranks.close()
-
-    def stop_flushing(self) -> None:
-        """Whoever closes has no time left: give up what is not written yet."""
-        self._is_hurried = True
-        if self._flushing is not None:
-            self._flushing.cancel()
-
 
 async def build(
     config: CacheConfig,
@@ -115,49 +46,26 @@ async def build(
     make_stager: MakeStager,
 ) -> Parts:
     """Open everything, or nothing: a failure closes what was opened before it."""
-    loop = asyncio.get_running_loop()
     async with AsyncExitStack() as resources:
         if namespace is None:
             namespace = await _identify(config, layout, resources)
         _check_namespace(namespace, layout)
         backends = [open_backend(tier.url, backends=registry) for tier in config.tiers]
-        host = backends[0]
-        if not isinstance(host, HostMemory):
-            raise ConfigError(
-                f"the first tier must be host memory, found {config.tiers[0].url}",
-                hint='start the list with url = "cpu://?capacity=8GiB"',
-            )
+        host = _host_memory(config, backends)
         _check_sharing(namespace, backends)
-        names = _names(backends)
         emit = Emitter(sinks)
-        await resources.enter_async_context(host)
-        lower = [
-            _lower_tier(
-                Tier(index, names[index], emit), backend, tier, max_nbytes=host.slab.nbytes // 2
-            )
-            for index, (backend, tier) in enumerate(zip(backends, config.tiers, strict=True))
-            if index
-        ]
-        planner = Planner(
-            namespace.digest,
+        await resources.enter_async_context(backends[0])
+        top, lower = _tiers(config, backends, emit, max_nbytes=host.slab.nbytes // 2)
+        planner = _make_planner(
+            config,
             layout,
-            tiers=names,
+            namespace,
             capacity=host.slab.nbytes,
-            policy=POLICIES.load(config.policy)(),
-            tokens_per_chunk=namespace.tokens_per_chunk,
-            tokens_per_tail=namespace.tokens_per_tail,
-            head_shards=config.head_shards,
-            ranks=() if ranks is None else ranks.layouts,
-            clock=loop.time,
-            wall_clock=time.time,
+            tiers=[top, *lower],
+            ranks=ranks,
         )
         for tier in lower:
-            await _open_tier(tier)
-            resources.push_async_callback(_close_tier, tier, config.close_seconds)
-            resources.push_async_callback(tier.guard.aclose)
-            tier.backend.on_evicted = partial(_evicted, planner, tier)
-            described = partial(tier.backend.describe, namespace.digest, namespace.canonical())
-            tier.guard.hint(described)  # for people and explain
+            await _enter_tier(tier, planner, namespace, config.close_seconds, resources)
         mover = _make_mover(
             config,
             layout,
@@ -170,22 +78,9 @@ async def build(
         )
         resources.callback(mover.close)
         mover.begin()
-        stack = Stack(
-            planner,
-            mover,
-            Tier(0, names[0], emit),
-            lower,
-            clock=loop.time,
-            prefill=Rate(config.prefill_tokens_per_second),
-            high_watermark=config.high_watermark,
-            low_watermark=config.low_watermark,
-        )
-        nothing = ObjectKey.of(namespace.digest, PUBLIC_ZONE, bytes(32), planner.directory.needs[0])
-        for tier in lower:
-            tier.guard.probe = partial(mover.probe, tier.index, nothing)
-            if Capability.LIST in tier.backend.capabilities:
-                stack.recover(tier)
-        return Parts(config, namespace, stack, emit, loop.time, ranks, resources.pop_all())
+        stack = _make_stack(config, namespace, planner, mover, top=top, lower=lower)
+        clock = asyncio.get_running_loop().time
+        return Parts(config, namespace, stack, emit, clock, ranks, resources.pop_all())
 
 
 async def _identify(config: CacheConfig, layout: KVLayout, resources: AsyncExitStack) -> Namespace:
@@ -244,7 +139,27 @@ def _check_sharing(namespace: Namespace, backends: list[Backend]) -> None:
             )
 
 
-def _names(backends: list[Backend]) -> list[str]:
+def _host_memory(config: CacheConfig, backends: Sequence[Backend]) -> HostMemory:
+    """The first tier."""
+    host = backends[0]
+    if not isinstance(host, HostMemory):
+        raise ConfigError(
+            f"the first tier must be host memory, found {config.tiers[0].url}",
+            hint='start the list with url = "cpu://?capacity=8GiB"',
+        )
+    return host
+
+
+def _tiers(
+    config: CacheConfig, backends: Sequence[Backend], emit: Emitter, *, max_nbytes: int
+) -> tuple[Tier, list[LowerTier]]:
+    """Host memory and what is below it, as the stack sees them."""
+    top, *places = (Tier(index, name, emit) for index, name in enumerate(_names(backends)))
+    below = zip(places, backends[1:], config.tiers[1:], strict=True)
+    return top, [_lower_tier(*each, max_nbytes=max_nbytes) for each in below]
+
+
+def _names(backends: Sequence[Backend]) -> list[str]:
     """Tier names for reports: the scheme, numbered from its second use on."""
     seen: dict[str, int] = {}
     names: list[str] = []
@@ -271,6 +186,22 @@ def _lower_tier(place: Tier, backend: Backend, tier: TierConfig, *, max_nbytes: 
         is_shared=Capability.SHARED in backend.capabilities,
         is_recovered=Capability.PERSISTENT not in backend.capabilities,
     )
+
+
+async def _enter_tier(
+    tier: LowerTier,
+    planner: Planner,
+    namespace: Namespace,
+    close_seconds: float,
+    resources: AsyncExitStack,
+) -> None:
+    """Open a tier. It closes with ``resources`` and tells the planner what it gives up."""
+    await _open_tier(tier)
+    resources.push_async_callback(_close_tier, tier, close_seconds)
+    resources.push_async_callback(tier.guard.aclose)
+    tier.backend.on_evicted = partial(_evicted, planner, tier)
+    described = partial(tier.backend.describe, namespace.digest, namespace.canonical())
+    tier.guard.hint(described)  # for people and explain
 
 
 async def _open_tier(tier: LowerTier) -> None:
@@ -304,6 +235,30 @@ def _evicted(
     keys = [key for key, _ in gone]
     planner.vanished(keys, tier.index, f"evicted from {tier.name} by {policy}")
     tier.lost(policy, keys, sum(nbytes for _, nbytes in gone))
+
+
+def _make_planner(
+    config: CacheConfig,
+    layout: KVLayout,
+    namespace: Namespace,
+    *,
+    capacity: int,
+    tiers: Sequence[Tier],
+    ranks: Ranks | None,
+) -> Planner:
+    return Planner(
+        namespace.digest,
+        layout,
+        tiers=[tier.name for tier in tiers],
+        capacity=capacity,
+        policy=POLICIES.load(config.policy)(),
+        tokens_per_chunk=namespace.tokens_per_chunk,
+        tokens_per_tail=namespace.tokens_per_tail,
+        head_shards=config.head_shards,
+        ranks=() if ranks is None else ranks.layouts,
+        clock=asyncio.get_running_loop().time,
+        wall_clock=time.time,
+    )
 
 
 def _make_mover(
@@ -346,6 +301,34 @@ def _make_mover(
         build=build,
         retries=retries,
     )
+
+
+def _make_stack(
+    config: CacheConfig,
+    namespace: Namespace,
+    planner: Planner,
+    mover: Mover,
+    *,
+    top: Tier,
+    lower: list[LowerTier],
+) -> Stack:
+    """The stack. Tiers that can list what they hold begin to; it knows how to ask a tier again."""
+    stack = Stack(
+        planner,
+        mover,
+        top,
+        lower,
+        clock=asyncio.get_running_loop().time,
+        prefill=Rate(config.prefill_tokens_per_second),
+        high_watermark=config.high_watermark,
+        low_watermark=config.low_watermark,
+    )
+    nothing = ObjectKey.of(namespace.digest, PUBLIC_ZONE, bytes(32), planner.directory.needs[0])
+    for tier in lower:
+        tier.guard.probe = partial(mover.probe, tier.index, nothing)
+        if Capability.LIST in tier.backend.capabilities:
+            stack.recover(tier)
+    return stack
 
 
 def make_stager(layout: KVLayout, slab: Slab, threads: int = 2) -> Stager:

@@ -63,6 +63,30 @@ class TestLiar(BackendSuite):
     assert "1 failed" in done.stdout, done.stdout
     assert "expected contains() to be [4096, " in done.stdout
     assert 'the contract: "Encoded size in bytes of each object, or None."' in done.stdout
+    # The promise's own lines, and nothing of the kit's threads and loops before them.
+    assert ">       expect(found, [count * PAGE for count in pages]" in done.stdout
+    assert "bounded.py" not in done.stdout
+
+
+def test_an_exception_is_shown_from_the_promise_down_to_the_backend(tmp_path: Path) -> None:
+    source = """
+from kvlayer.registry import BACKENDS
+from kvlayer.testing import BackendSuite
+from kvlayer_backends.cpu import CpuBackend
+
+class Liar(CpuBackend):
+    async def contains(self, keys, /):
+        return len(keys) / 0
+
+class TestLiar(BackendSuite):
+    backends = BACKENDS.extended({"liar": Liar})
+    url = "liar://"
+"""
+    done = pytest_of(tmp_path, source, "-k", "exact_size")
+    assert "ZeroDivisionError" in done.stdout
+    assert ">       return len(keys) / 0" in done.stdout
+    assert "clearing up after it failed: ZeroDivisionError" in done.stdout
+    assert "bounded.py" not in done.stdout
 
 
 def test_promises_run_whatever_an_asyncio_plugin_would_do(tmp_path: Path) -> None:

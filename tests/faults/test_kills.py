@@ -161,7 +161,11 @@ def test_a_kill_while_room_is_made_leaves_the_capacity_exact(
     assert capacity // 2 < found["used_nbytes"] <= capacity
     assert found["tokens"][str(directory.begun - 1)] == COUNT
     figures(
-        "faults.kill_while_evicting", seed=SEED, kills_in_stores=kills, wrong=0, leaked_nbytes=0
+        "faults.kill_while_evicting",
+        seed=SEED,
+        kills_in_stores=kills,
+        wrong=directory.wrong,
+        leaked_nbytes=directory.leaked_nbytes,
     )
 
 

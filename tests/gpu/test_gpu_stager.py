@@ -91,7 +91,7 @@ async def test_an_engine_that_multiplies_matrices_is_hardly_disturbed(
         view = KVView(lent.caches, lent.slots)
         torch.cuda.synchronize()
         copies = payloads(layout, slab, 32)
-        alone = median([engine(stream) for _ in range(5)])
+        alone = median([engine(stream) for _ in range(9)][4:])  # the first ones find it asleep
         for verb, call in (("store", stager.gather), ("load", stager.scatter)):
             moving, slowed = await beside(stream, call, view, copies)
             idle = time.perf_counter()

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 
-from world import PAGE, Below, Client, World
+from clients import Client
+from processes import Below, opened
+from settling import settle
+from world import PAGE, World
 
 from kvlayer.testing.faults import Slow
 from kvlayer.testing.memory import MemoryBackend
@@ -25,7 +28,7 @@ async def play(world: World) -> None:
         "pause_seconds": 0.2,
     }
     below = Below(Slow(shelf, chance, world.log, seconds=(0.05, 0.6)), settings)
-    async with world.process(below, pages=10, high=chance.choice([1.0, 0.5])) as cache:
+    async with opened(world, below, pages=10, high=chance.choice([1.0, 0.5])) as cache:
 
         async def work() -> None:
             client = Client(cache)
@@ -51,5 +54,5 @@ async def play(world: World) -> None:
         await asyncio.wait({watching})
         if not watching.cancelled():
             watching.result()
-        await cache.settle()
+        await settle(cache)
         world.check_stored(shelf.objects)

@@ -10,7 +10,10 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from world import Below, Client, World
+from clients import Client
+from processes import Below, opened
+from settling import settle
+from world import World
 
 from kvlayer.abc.backend import Capability
 from kvlayer.testing import invariants
@@ -32,7 +35,7 @@ async def play(world: World) -> None:
         Slow(late, chance, log, seconds=(0.0, 0.02)),
         {"write": "through", "deadline_seconds": 0.25, "pause_seconds": 0.1},
     )
-    async with world.process(below, pages=10) as cache:
+    async with opened(world, below, pages=10) as cache:
         client = Client(cache)
         control = cache.cache.control
 
@@ -80,7 +83,7 @@ async def play(world: World) -> None:
             if left:
                 raise invariants.Broken(f"{left} leases are left by requests that have ended")
         world.check_stored(shelf.objects)
-        await cache.settle(is_lossless=False)
+        await settle(cache, is_lossless=False)
 
 
 async def _whole(steps: Awaits[Any]) -> None:

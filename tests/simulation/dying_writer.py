@@ -10,7 +10,10 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
-from world import Below, Client, World
+from clients import Client
+from processes import Below, opened
+from settling import settle
+from world import World
 
 from kvlayer.abc.backend import Capability
 from kvlayer.testing.faults import Dying, Slow
@@ -36,12 +39,12 @@ async def play(world: World) -> None:
         deaths=chance.randrange(3),
     )
     settings = {"deadline_seconds": 0.5, "pause_seconds": 0.1}
-    async with world.process(Below(mine, settings), name="reader") as reader:
+    async with opened(world, Below(mine, settings), name="reader") as reader:
 
         async def write() -> None:
             with suppress(Died):
                 below = Below(theirs, {**settings, "write": chance.choice(["through", "back"])})
-                async with world.process(below, name="writer") as writer:
+                async with opened(world, below, name="writer") as writer:
                     clients = [Client(writer) for _ in range(2)]
                     for _ in range(3):
                         tasks = [asyncio.ensure_future(c.store(*world.pick())) for c in clients]
@@ -70,4 +73,4 @@ async def play(world: World) -> None:
             group.create_task(write())
             group.create_task(read())
         world.check_stored(shelf.objects)
-        await reader.settle()
+        await settle(reader)

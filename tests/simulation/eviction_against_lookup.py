@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 
-from world import Below, Client, World
+from clients import Client
+from processes import Below, opened
+from settling import settle
+from world import World
 
 from kvlayer.testing.faults import Slow
 from kvlayer.testing.memory import MemoryBackend
@@ -23,8 +26,8 @@ async def play(world: World) -> None:
     )
     high = chance.choice([1.0, 0.8, 0.6])
     policy = chance.choice(["prefix-lru", "lru", "arc"])
-    async with world.process(
-        below, pages=chance.randrange(4, 12), policy=policy, high=high
+    async with opened(
+        world, below, pages=chance.randrange(4, 12), policy=policy, high=high
     ) as cache:
 
         async def work() -> None:
@@ -41,5 +44,5 @@ async def play(world: World) -> None:
         async with asyncio.TaskGroup() as group:
             for _ in range(3):
                 group.create_task(work())
-        await cache.settle()
+        await settle(cache)
         world.check_stored(shelf.objects)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 
-from world import Below, Client, World
+from clients import Client
+from processes import Below, opened
+from settling import settle
+from world import World
 
 from kvlayer.abc.backend import Capability
 from kvlayer.testing.faults import Dying, Flaky, Late, Slow
@@ -46,7 +49,7 @@ async def play(world: World) -> None:
             },
         ),
     ]
-    async with world.process(*tiers, pages=8, high=chance.choice([1.0, 0.7])) as cache:
+    async with opened(world, *tiers, pages=8, high=chance.choice([1.0, 0.7])) as cache:
 
         async def work() -> None:
             client = Client(cache)
@@ -68,4 +71,4 @@ async def play(world: World) -> None:
         world.check_stored(near.objects)
         world.check_stored(far.objects)
         # What a write-back tier lied about having stored is lost when host memory lets go of it.
-        await cache.settle(is_lossless=lies.share == 0.0)
+        await settle(cache, is_lossless=lies.share == 0.0)

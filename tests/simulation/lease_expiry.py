@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 
-from world import LEASE, Below, Client, World
+from clients import Client
+from processes import LEASE, Below, opened
+from settling import settle
+from world import World
 
 from kvlayer.testing.faults import Slow
 from kvlayer.testing.memory import MemoryBackend
@@ -21,7 +24,7 @@ async def play(world: World) -> None:
         Slow(shelf, chance, world.log, seconds=(0.0, 0.05)),
         {"write": chance.choice(["through", "back", "never"])},
     )
-    async with world.process(below, pages=chance.randrange(5, 9)) as cache:
+    async with opened(world, below, pages=chance.randrange(5, 9)) as cache:
 
         async def late() -> None:
             """Retrieves around the moment at which its lease ends."""
@@ -45,5 +48,5 @@ async def play(world: World) -> None:
         async with asyncio.TaskGroup() as group:
             for work in (late, late, busy):
                 group.create_task(work())
-        await cache.settle()
+        await settle(cache)
         world.check_stored(shelf.objects)

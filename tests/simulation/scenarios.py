@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import back_pressure
@@ -14,7 +15,7 @@ import lease_expiry
 import two_planners
 from world import Scenario, World, play
 
-__all__ = ["SCENARIOS", "FoundError", "play_seed"]
+__all__ = ["SCENARIOS", "FoundError", "brief", "play_seed"]
 
 SCENARIOS: dict[str, Scenario] = {
     "eviction_against_lookup": eviction_against_lookup.play,
@@ -40,6 +41,11 @@ class FoundError(AssertionError):
             f"seed {seed} of {name} breaks an invariant\n  {self.reason}\n"
             f"replay it: pytest tests/simulation/test_simulation.py -k {name} --seed {seed}"
         )
+
+
+def brief(reason: str) -> str:
+    """A reason for a row of figures: names of objects are cut to what tells them apart."""
+    return re.sub(r"([0-9a-f]{8})[0-9a-f]{24,}", r"\1..", reason)[:200]
 
 
 def play_seed(name: str, seed: int, arena: Path, trace: list[str] | None = None) -> World:

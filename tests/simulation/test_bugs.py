@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pytest
 from bugs import BUGS
-from scenarios import SCENARIOS, FoundError, play_seed
+from scenarios import SCENARIOS, FoundError, brief, play_seed
 
 BUDGET = 2000  # seeds; what a campaign plays of each scenario
 
@@ -19,12 +20,19 @@ def test_every_scenario_has_its_bug() -> None:
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_found_and_its_seed_replays(name: str, arena: Path, figures: Any) -> None:
     with BUGS[name].planted():
+        began = perf_counter()
         found = _find(name, arena)
+        seconds = perf_counter() - began
         with pytest.raises(FoundError) as again:
             play_seed(name, found.seed, arena)
     assert again.value.reason == found.reason
     play_seed(name, found.seed, arena)  # and it was the bug
-    figures(f"simulation.bug.{name}", seeds_needed=found.seed + 1, reason=found.reason[:120])
+    figures(
+        f"simulation.bug.{name}",
+        seed=found.seed,  # the first that finds it; all before it were played, too
+        seconds=round(seconds, 2),
+        reason=brief(found.reason),
+    )
 
 
 def _find(name: str, arena: Path) -> FoundError:

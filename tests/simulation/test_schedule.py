@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import Any
 
 import pytest
 from bugs import RACES
+from scenarios import brief
 from threads import play_threads
 
 from kvlayer.testing.schedule import Deadlock, Schedule, TurnLock
@@ -34,12 +36,14 @@ def test_what_is_leased_stays_whoever_plans(
 @pytest.mark.parametrize("name", RACES)
 def test_a_planted_race_is_found_and_its_seed_replays(name: str, figures: Any) -> None:
     with RACES[name].planted():
+        began = perf_counter()
         seed, reason = _find()
+        seconds = perf_counter() - began
         with pytest.raises(Exception) as again:  # noqa: PT011  # the very same, whatever it is
             play_threads(seed)
     assert repr(again.value) == reason
     play_threads(seed)
-    figures(f"simulation.race.{name}", seeds_needed=seed + 1, reason=reason[:120])
+    figures(f"simulation.race.{name}", seed=seed, seconds=round(seconds, 2), reason=brief(reason))
 
 
 def _find() -> tuple[int, str]:

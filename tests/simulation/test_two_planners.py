@@ -9,8 +9,11 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from clients import Client
+from processes import Below, opened
+from settling import settle
 from two_planners import Watched
-from world import LONGEST, Below, Client, Prompt, World, play
+from world import LONGEST, Prompt, World, play
 
 from kvlayer.abc.backend import Backend
 from kvlayer.keys import ObjectKey
@@ -44,13 +47,13 @@ async def pair(world: World, first: Backend | None = None) -> AsyncGenerator[Pai
     """Two processes of one directory, and a prompt that the second has stored there."""
     through = {"write": "through"}
     async with (
-        world.process(Below(first or files(world), through), name="one") as one,
-        world.process(Below(files(world), through), name="other") as other,
+        opened(world, Below(first or files(world), through), name="one") as one,
+        opened(world, Below(files(world), through), name="other") as other,
     ):
         prompt = world.prompts[0]
         await Client(other).store(prompt)
         yield Client(one), Client(other), prompt
-        await other.settle()
+        await settle(other)
 
 
 def files_of(world: World, prompt: Prompt, cache: Client) -> list[Path]:

@@ -12,16 +12,17 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from world import CHUNK, PUBLIC, World, simulate
+from processes import CHUNK, opened
+from world import PUBLIC, World, simulate
 
-from kvlayer import Cache, lookup, opening
+from kvlayer import Cache, lookup, opening, parts
 from kvlayer.results import Cause
 from kvlayer.testing import invariants
 from kvlayer.testing.schedule import Schedule
 from kvlayer.tier import directory, evict, host, lease, matcher, planner, stack
 from kvlayer.tier.directory import Host, ObjectRecord
 
-WATCHED = [directory, evict, host, lease, lookup, matcher, opening, planner, stack]
+WATCHED = [directory, evict, host, lease, lookup, matcher, opening, parts, planner, stack]
 LOOKUPS = 4
 STORES = 5
 
@@ -31,7 +32,7 @@ def play_threads(seed: int) -> list[int]:
     world, turns = World(seed, Path()), list[int]()
 
     async def whole() -> None:
-        async with world.process(pages=5) as process:
+        async with opened(world, pages=5) as process:
             cache = process.cache
             schedule = Schedule(seed, watched=WATCHED)
             real, cache.stack.planner.lock = cache.stack.planner.lock, schedule.lock()  # type: ignore[assignment]

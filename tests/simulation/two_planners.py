@@ -9,7 +9,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from world import PAGE, Below, Client, Process, World
+from clients import Client
+from processes import Below, Process, opened
+from settling import settle
+from world import PAGE, World
 
 from kvlayer.keys import ObjectKey
 from kvlayer.testing.faults import Slow, Wrapper
@@ -40,8 +43,8 @@ async def play(world: World) -> None:
         return Below(slow, {"write": chance.choice(["through", "back"])})
 
     async with (
-        world.process(below(), pages=6, name="one") as one,
-        world.process(below(), pages=6, name="other") as other,
+        opened(world, below(), pages=6, name="one") as one,
+        opened(world, below(), pages=6, name="other") as other,
     ):
 
         async def work(process: Process) -> None:
@@ -63,8 +66,8 @@ async def play(world: World) -> None:
         async with asyncio.TaskGroup() as group:
             for process in (one, other):
                 group.create_task(work(process))
-        await one.settle()
-        await other.settle()
+        await settle(one)
+        await settle(other)
 
 
 def _damage(world: World) -> None:

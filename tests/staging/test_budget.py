@@ -11,11 +11,13 @@ import json
 import os
 import re
 import subprocess
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from emulator import kernels_of
 
 from kvlayer.staging.kernels.build import ARCHITECTURES, OPTIONS, SOURCES, kernel_source
 
@@ -24,6 +26,7 @@ THREADS = 256
 MAX_REGISTERS = 64  # four blocks of 256 threads on a multiprocessor
 MAX_SHARED = 4096
 LOCAL = {"LDL", "STL"}
+BUILT_WITH = (*OPTIONS, "-ftz=true", "--device-as-default-execution-space")  # as CuPy does
 COPIES = {"kv_gather", "kv_scatter"}
 
 ACCESS = re.compile(r"\b(LDL|STL|LDG|STG|LD|ST)\.E?\.?([A-Z0-9.]*)")
@@ -52,7 +55,7 @@ def compiled(text: str, name: str, folder: Path, arch: int) -> Path:
     nvrtc = pytest.importorskip("cupy", reason="needs CuPy (dependency group `kernels`)").cuda.nvrtc
     program = nvrtc.createProgram(text, f"{name}.cu", (), ())
     try:
-        nvrtc.compileProgram(program, (f"--gpu-architecture=sm_{arch}", *OPTIONS))
+        nvrtc.compileProgram(program, (f"--gpu-architecture=sm_{arch}", *BUILT_WITH))
     except nvrtc.NVRTCError:
         pytest.fail(nvrtc.getProgramLog(program))
     assert not nvrtc.getProgramLog(program).strip("\0 \n"), "the compiler warns"
@@ -126,15 +129,34 @@ def _occupancy(arch: int, registers: int) -> float:
     return round(fit * THREADS / threads, 2)
 
 
+def test_kernels_are_checked_with_the_options_that_cupy_builds_them_with(monkeypatch):
+    pytest.importorskip("cupy", reason="needs CuPy (dependency group `kernels`)")
+    compiler = import_module("cupy.cuda.compiler")
+    seen: list[tuple[str, ...]] = []
+
+    class SeenError(Exception):
+        """Far enough: what follows needs a driver."""
+
+    def note(program: object, options: tuple[str, ...], *rest: object) -> None:
+        seen.append(options)
+        raise SeenError
+
+    monkeypatch.setattr(compiler._NVRTCProgram, "compile", note)
+    monkeypatch.setattr(compiler, "_preprocess", lambda *_: "")
+    arch = ("-arch=sm_90", "cubin")
+    monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda *_: arch)
+    with pytest.raises(SeenError):
+        compiler._compile_with_cache_cuda(
+            kernel_source("copy"), OPTIONS, arch="90", cache_in_memory=True
+        )
+    assert [{*options} - {arch[0], "--pch"} for options in seen] == [{*BUILT_WITH}]
+
+
 def test_every_kernel_is_compiled_for_every_architecture(found):
     names = {f"sm_{arch}" for arch in ARCHITECTURES}
     assert {name: set(archs) for name, archs in found.items()} == dict.fromkeys(found, names)
-    listed = {name for source in SOURCES for name in kernels_of(source)}
+    listed = {name for source in SOURCES for name in kernels_of(kernel_source(source))}
     assert set(found) == listed
-
-
-def kernels_of(source: str) -> list[str]:
-    return re.findall(r"_KERNEL\(?\s*(kv_\w+)", kernel_source(source))
 
 
 def test_no_kernel_spills_or_uses_local_memory(found):

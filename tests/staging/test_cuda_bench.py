@@ -19,7 +19,7 @@ from kvlayer.cli.bench import bench
 from kvlayer.layout import KVLayout, KVView
 from kvlayer.staging.cuda import calibration
 from kvlayer.staging.cuda.calibration import Calibration
-from kvlayer.staging.cuda.measure import Figures, choose
+from kvlayer.staging.cuda.measure import Figures, choose, choose_slot
 
 LINK, RUN_SECONDS, BATCH_SECONDS = 50e9, 0.5e-6, 20e-6
 COUNTS = (2, 4, 8, 16, 32, 64, 128)
@@ -35,11 +35,10 @@ def figures(**other: object) -> Figures:
         Figures(
             to_host=LINK,
             to_device=LINK,
-            by_slot={1 << n: rate(1 << n, 8e-6) for n in range(20, 26)},
             by_run={1 << n: rate(1 << n, RUN_SECONDS) for n in range(12, 21)},
             single_seconds={n: n * RUN_SECONDS for n in COUNTS},
             batch_seconds={n: BATCH_SECONDS / 10 + n * RUN_SECONDS / 10 for n in COUNTS},
-            by_blocks={n: n * 10e9 for n in (4, 8, 16, 32, 64, 128)},
+            by_blocks={n: min(n, 128) * 10e9 for n in (8, 16, 32, 64, 128, 256)},
         ),
         **other,  # type: ignore[arg-type]
     )
@@ -47,8 +46,7 @@ def figures(**other: object) -> Figures:
 
 def test_thresholds_follow_from_what_was_measured() -> None:
     found = choose(figures())
-    assert found.slot_nbytes == 16 << 20  # 8 us of 344: at 8 MiB they would be a twentieth
-    assert found.blocks == 16  # 160 GB/s: more than twice the link
+    assert found.blocks == 128  # 1280 GB/s, as 256 move
     assert found.direct_nbytes == 256 << 10  # half a microsecond is a tenth of 5.2
     assert found.batch_runs == 8
     assert found.gap_nbytes == 24 << 10  # what the link moves in half a microsecond
@@ -59,12 +57,19 @@ def test_what_never_wins_is_never_chosen() -> None:
         figures(
             batch_seconds={},
             by_run={1 << n: 1e9 for n in range(12, 21)},
-            by_blocks={4: 1e9, 8: 2e9},
+            by_blocks={4: 1e9, 8: 9e9},
         )
     )
     assert found.batch_runs == 1 << 30
     assert found.direct_nbytes == 2 << 20
     assert found.blocks == 8
+
+
+def test_the_smallest_slot_that_is_as_fast_as_any_is_chosen() -> None:
+    assert choose_slot({4 << 20: 64e-3, 16 << 20: 45.1e-3, 32 << 20: 44e-3}) == 16 << 20
+    assert choose_slot({4 << 20: 64e-3, 16 << 20: 46e-3, 32 << 20: 44e-3, 64 << 20: 44e-3}) == (
+        32 << 20
+    )
 
 
 def test_a_calibration_is_kept_for_its_kind_of_device(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import fake_cupy
 import pytest
@@ -11,22 +10,18 @@ import torch
 from gpu_engine import DeviceTensor
 from gpu_scenarios import NoTorch
 from gpu_sim import Gpu
+from llama_8k import IN_ORDER, PAYLOAD_NBYTES, SHUFFLED, layout, lent
 
-from kvlayer.abc.stager import HostCopy
-from kvlayer.keys import Part
-from kvlayer.layout import NHD, NHD_BLOCK_FIRST, AttentionKind, Axes, KVGroup, KVLayout, KVView
-from kvlayer.memory.slab import Slab
-from kvlayer.payload import Payload
+from kvlayer.layout import NHD_BLOCK_FIRST, KVLayout
 from kvlayer.staging.cuda.calibration import Calibration
 from kvlayer.staging.cuda.devices import Devices
 from kvlayer.staging.cuda.pinned import PIECE_NBYTES
 from kvlayer.staging.cuda.stager import CudaStager
 
-LLAMA = KVGroup(AttentionKind.MHA, tuple(range(32)), "bfloat16", 8, 128)
-BLOCK, CHUNK, TOKENS = 16, 256, 8192
-PAYLOAD_NBYTES = 1 << 30  # 128 KiB a token
 DEFAULTS = Calibration()
 SLOTS_FILLED = PAYLOAD_NBYTES // DEFAULTS.slot_nbytes
+BATCHES = 7  # of 32, 64, 128 and 256 MiB, and what is left
+GROUPS = 10  # of one, two and four layers, and what is left
 
 
 async def moved(
@@ -34,36 +29,25 @@ async def moved(
 ) -> Gpu:
     """One store or load of the whole prompt, from or to these blocks."""
     gpu = Gpu("count")
-    (held,) = layout.groups
-    form, part = held.form, Part(0, (0, 32), (0, 8), held.form)
-    payload = Payload.of(LLAMA, part, CHUNK)
-    extent = {"kv": 2, "block": TOKENS // BLOCK, "token": BLOCK, "head": 8, "dim": 128}
-    shape = [extent[axis] for axis in held.axes]
-    cache: Any = torch.empty(shape, dtype=torch.bfloat16).as_subclass(DeviceTensor)  # untouched
-    slots = (blocks[:, None] * BLOCK + torch.arange(BLOCK)).reshape(-1)
-    assert form in ("canonical", "native:nhd-b16")
-    slab = Slab(PAYLOAD_NBYTES)
+    lending = lent(layout, blocks, DeviceTensor)
     with fake_cupy.install(gpu):
-        stager = CudaStager(layout, devices=Devices(slab, thresholds), torch_stager=NoTorch())
+        stager = CudaStager(
+            layout, devices=Devices(lending.slab, thresholds), torch_stager=NoTorch()
+        )
         assert await stager.ready()
-        assert await stager.pinned() == slab.nbytes
-        copies = [
-            HostCopy(payload, slab.view(at * payload.nbytes, payload.nbytes), at * CHUNK, CHUNK)
-            for at in range(TOKENS // CHUNK)
-        ]
-        view = KVView.single([cache] * 32, slots)
-        await (stager.gather if verb == "store" else stager.scatter)(view, copies)
+        assert await stager.pinned() == lending.slab.nbytes
+        if verb == "load by layers":
+            heard: list[int] = []
+            await stager.scatter_layers(
+                lending.view, lending.copies, lambda _, layer: heard.append(layer)
+            )
+            assert heard == list(range(32))
+        else:
+            move = stager.gather if verb == "store" else stager.scatter
+            await move(lending.view, lending.copies)
         await stager.aclose()
-    slab.close()
+    lending.close()
     return gpu
-
-
-def layout(axes: Axes = NHD, form: str = "canonical") -> KVLayout:
-    return KVLayout.single(LLAMA, axes, tokens_per_block=BLOCK, form=form)
-
-
-SHUFFLED = torch.randperm(TOKENS // BLOCK, generator=torch.Generator().manual_seed(1))
-IN_ORDER = torch.arange(TOKENS // BLOCK)
 
 
 @pytest.mark.asyncio
@@ -72,8 +56,9 @@ async def test_a_store_of_8192_tokens_sends_its_payload_once_in_a_copy_per_slot(
     counts = gpu.counts
     assert counts["to_host_nbytes"] == PAYLOAD_NBYTES
     assert counts["copies_to_host"] == SLOTS_FILLED == 64
-    assert counts["launches"] == counts["copies_to_device"] == SLOTS_FILLED
-    assert counts["to_device_nbytes"] == counts["table_nbytes"] <= PAYLOAD_NBYTES // 1000
+    assert counts["launches"] == SLOTS_FILLED
+    assert counts["copies_to_device"] == BATCHES  # a table each
+    assert counts["to_device_nbytes"] == counts["table_nbytes"] <= PAYLOAD_NBYTES // 4000
     assert gpu.peak_pinned <= PAYLOAD_NBYTES + (4 << 20)
     figures("staging.store_8k", **counts, pinned=gpu.peak_pinned)
 
@@ -86,15 +71,28 @@ async def test_a_load_of_8192_tokens_brings_its_payload_once_in_long_runs(figure
     assert counts["to_device_nbytes"] - counts["table_nbytes"] == PAYLOAD_NBYTES
     assert counts["table_nbytes"] <= PAYLOAD_NBYTES // 500
     assert counts["launches"] == SLOTS_FILLED
-    # Four layers of four chunks fill a slot, and a table comes with each.
-    assert counts["copies_to_device"] == 4 * SLOTS_FILLED + SLOTS_FILLED
+    assert counts["copies_to_device"] == SLOTS_FILLED + BATCHES
     assert gpu.peak_pinned <= PAYLOAD_NBYTES + (4 << 20)
     figures("staging.load_8k", **counts, pinned=gpu.peak_pinned)
 
 
 @pytest.mark.asyncio
-async def test_with_batches_a_load_of_8192_tokens_is_a_call_per_slot() -> None:
-    counts = (await moved(layout(), SHUFFLED, "load", replace(DEFAULTS, batch_runs=4))).counts
+async def test_a_load_that_somebody_follows_layer_by_layer_brings_it_in_shorter_runs(
+    figures,
+) -> None:
+    gpu = await moved(layout(), SHUFFLED, "load by layers")
+    counts = gpu.counts
+    assert counts["to_device_nbytes"] - counts["table_nbytes"] == PAYLOAD_NBYTES
+    assert counts["launches"] == SLOTS_FILLED
+    # One run for all layers that a group has of each of 32 chunks, and a table for each group.
+    assert counts["copies_to_device"] == GROUPS * 32 + GROUPS
+    figures("staging.load_8k_by_layers", **counts, pinned=gpu.peak_pinned)
+
+
+@pytest.mark.asyncio
+async def test_with_batches_a_load_of_8192_tokens_by_layers_is_a_call_per_slot() -> None:
+    thresholds = replace(DEFAULTS, batch_runs=4)
+    counts = (await moved(layout(), SHUFFLED, "load by layers", thresholds)).counts
     assert counts["batches"] == SLOTS_FILLED
     assert counts["to_device_nbytes"] - counts["table_nbytes"] == PAYLOAD_NBYTES
 
@@ -105,9 +103,9 @@ async def test_whole_blocks_go_straight_into_the_cache_and_neighbours_in_one_run
     blocks: torch.Tensor, runs: int
 ) -> None:
     native = layout(NHD_BLOCK_FIRST, "native:nhd-b16")
-    gpu = await moved(native, blocks, "load")
+    gpu = await moved(native, blocks, "load", replace(DEFAULTS, direct_nbytes=64 << 10))
     assert not gpu.counts["launches"]
     assert gpu.counts["to_device_nbytes"] == PAYLOAD_NBYTES
     # A shuffled neighbour is one by chance; a copy is cut where two pieces of the slab meet.
     assert runs * 0.98 <= gpu.counts["copies_to_device"] <= runs + PAYLOAD_NBYTES // PIECE_NBYTES
-    assert gpu.counts["batches"] == 8  # layer groups
+    assert gpu.counts["batches"] == BATCHES

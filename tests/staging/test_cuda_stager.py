@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from threading import Event as Gate
 from typing import Any
 
@@ -13,75 +14,37 @@ import pytest
 from engine import Engine
 from fake_cupy import Calls
 from gpu_engine import GpuEngine
-from gpu_scenarios import PAGED, SMALL, NoTorch, check_store, oracle, stage, twin
+from gpu_layouts import random_copies, random_layout
+from gpu_scenarios import (
+    PAGED,
+    SMALL,
+    WHOLE,
+    NoTorch,
+    check_load,
+    check_store,
+    oracle,
+    stage,
+    twin,
+)
 from gpu_sim import Gpu, bytes_at
 
 from kvlayer.abc.stager import HostCopy
-from kvlayer.errors import LayoutError
+from kvlayer.errors import LayoutError, UnsupportedError
 from kvlayer.keys import Part
 from kvlayer.layout import (
-    FUSED_HND,
-    HND,
-    MLA_BLOCKS,
-    NHD,
-    NHD_BLOCK_FIRST,
-    NHD_PAIR,
-    STATE_BLOCKS,
-    AttentionKind,
-    GroupLayout,
-    KVGroup,
     KVLayout,
 )
 from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload
+from kvlayer.staging.cuda import devices as devices_module
 from kvlayer.staging.cuda import stager as stager_module
 from kvlayer.staging.cuda.calibration import Calibration
 from kvlayer.staging.cuda.devices import Devices
+from kvlayer.staging.cuda.pipeline import Pipeline
+from kvlayer.staging.cuda.runs import Runs
 from kvlayer.staging.cuda.stager import CudaStager
 
 BLOCKS = 24
-
-
-def random_layout(rng: random.Random) -> KVLayout:
-    """One or two groups an engine may have, and a rank that holds all of them or some."""
-    groups: list[GroupLayout] = []
-    per_block = rng.choice([2, 4, 8])
-    for first in range(rng.randint(1, 2)):
-        kind = rng.choice([AttentionKind.MHA] * 4 + [AttentionKind.MLA, AttentionKind.STATE])
-        layers = tuple(range(first * 10, first * 10 + rng.randint(1, 4)))
-        dtype = rng.choice(["bfloat16", "float16", "float32", "fp8_e4m3", "int8"])
-        if kind is AttentionKind.STATE:
-            group = KVGroup(kind, layers, dtype, state_nbytes=rng.choice([48, 400]))
-            groups.append(GroupLayout(group, STATE_BLOCKS, per_block))
-            continue
-        if kind is AttentionKind.MLA:
-            group = KVGroup(kind, layers, dtype, head_size=rng.choice([12, 20]))
-            groups.append(GroupLayout(group, MLA_BLOCKS, per_block))
-            continue
-        heads = rng.choice([1, 2, 4])
-        axes = rng.choice([NHD, NHD_BLOCK_FIRST, NHD_PAIR, HND, FUSED_HND])
-        odd = rng.choice([None, 6]) if axes in (NHD_PAIR, FUSED_HND) else None
-        group = KVGroup(kind, layers, dtype, heads, rng.choice([3, 4, 8, 16]), odd)
-        share = rng.choice([None, (0, 1), (heads - 1, heads)])
-        form = rng.choice(["canonical", "canonical", "native:x"])
-        groups.append(GroupLayout(group, axes, per_block, None, share, form))
-    return KVLayout(tuple(groups))
-
-
-def random_copies(rng: random.Random, layout: KVLayout, slab: Slab, tokens: int) -> list[HostCopy]:
-    """A prompt in chunks of 16 tokens; the last one is a tail."""
-    copies: list[HostCopy] = []
-    at = 0
-    for index, held in enumerate(layout.groups):
-        heads = held.head_range if held.group.kind is AttentionKind.MHA else None
-        for first in range(0, tokens, 16):
-            count = min(16, tokens - first)
-            part = Part(index, held.layer_range, heads, held.form)
-            payload = Payload.of(held.group, part, count)
-            copies.append(HostCopy(payload, slab.view(at, payload.nbytes), first, count))
-            at += payload.nbytes
-    rng.shuffle(copies)
-    return copies
 
 
 def ends_of(rng: random.Random, layout: KVLayout, copies: list[HostCopy]) -> list[HostCopy]:
@@ -138,6 +101,7 @@ async def test_a_cancelled_call_starts_nothing_more_and_leaves_nothing_in_flight
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stager_module, "_BATCH_NBYTES", 4096)  # a batch is one payload
+    monkeypatch.setattr(stager_module, "_FIRST_NBYTES", 4096)
     gpu, gate = Gpu("lazy"), Gate()
 
     class Waiting:
@@ -161,10 +125,54 @@ async def test_a_cancelled_call_starts_nothing_more_and_leaves_nothing_in_flight
         gate.set()
         with pytest.raises(asyncio.CancelledError):
             await call
-        assert gpu.counts["launches"] == 1
+        assert gpu.counts["launches"] == 2, "the batch under way, and the one queued behind it"
         on.host(copies, write=7)
         gpu.drain()
         on.expect("of host memory", on.host(copies), [np.full(4096, 7, np.uint8)] * 5)
+    assert not on.faults
+
+
+@pytest.mark.asyncio
+async def test_a_driver_that_has_no_batches_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu, asked = Gpu("lazy"), list[Runs]()
+
+    def refused(runs: Runs, stream: int) -> None:
+        asked.append(runs)
+        raise UnsupportedError("cudaMemcpyBatchAsync failed: cudaErrorCallRequiresNewerDriver")
+
+    monkeypatch.setattr(devices_module, "find_batch_copy", lambda: refused)
+    async with stage(gpu, Calls(), PAGED, thresholds=replace(SMALL, batch_runs=1)) as on:
+        await check_store(on, on.engine.engine.slots(80), on.copies(5), 3)
+        await check_load(on, on.engine.engine.slots(80), on.copies(5), 4)
+    assert len(asked) == 1 and not on.faults
+    assert len(caplog.records) == 1 and "one by one" in caplog.text
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("verb", ["gather", "scatter"])
+async def test_what_the_engine_queues_after_a_call_began_holds_up_none_of_its_batches(
+    verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stager_module, "_BATCH_NBYTES", 4096)
+    monkeypatch.setattr(stager_module, "_FIRST_NBYTES", 4096)
+    gpu, releases = Gpu("lazy"), []
+    queue = getattr(Pipeline, f"_queue_{verb}")
+
+    def then_held(pipeline: Pipeline, *args: Any) -> None:
+        queue(pipeline, *args)
+        gpu.device = 0
+        releases.append(gpu.hold(on.engine.stream))
+
+    monkeypatch.setattr(Pipeline, f"_queue_{verb}", then_held)
+    async with stage(gpu, Calls(), PAGED, thresholds=replace(SMALL, group_slots=1)) as on:
+        slots, copies = on.engine.engine.slots(80), on.copies(5)
+        on.engine.write(on.engine.noise(1))
+        await getattr(on.stager, verb)(on.engine.view(slots), copies)
+        assert len(releases) > 2, "batches"
+        for release in releases:
+            release()
     assert not on.faults
 
 
@@ -252,6 +260,21 @@ async def test_closing_twice_is_closing_once_and_everything_is_given_back() -> N
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("turns", range(5))
+async def test_closing_that_is_cancelled_has_closed_when_it_raises(turns: int) -> None:
+    gpu = Gpu("eager")
+    async with stage(gpu, Calls(), PAGED) as on:
+        closing = asyncio.ensure_future(on.stager.aclose())
+        for _ in range(turns + 1):
+            await asyncio.sleep(0)
+        assert not closing.done()
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        assert gpu.held == {"stream": 1}, "the slab is not pinned when it is unmapped"
+
+
+@pytest.mark.asyncio
 async def test_memory_that_cannot_be_pinned_is_copied_all_the_same(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -285,6 +308,34 @@ async def test_memory_that_cannot_be_pinned_is_copied_all_the_same(
         await stager.aclose()
     assert gpu.counts["pageable_copies"] > 0 and not gpu.faults
     assert len(caplog.records) == 1 and "cannot be pinned" in caplog.text
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("mode", ["eager", "lazy", "random"])
+@pytest.mark.parametrize("layout", [PAGED, WHOLE], ids=["ring", "straight"])
+async def test_a_layer_has_landed_when_it_holds_everything_and_in_the_models_order(
+    mode: str, layout: KVLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stager_module, "_BATCH_NBYTES", 4096)  # several batches, whoever waits
+    monkeypatch.setattr(stager_module, "_FIRST_NBYTES", 4096)
+    async with stage(Gpu(mode, seed=5), Calls(), layout, threads=2) as on:
+        slots, copies = on.engine.engine.slots(80), on.copies(5)
+        rng = np.random.default_rng(1)
+        for copy in copies:
+            np.frombuffer(copy.host, np.uint8)[:] = rng.integers(0, 256, copy.host.nbytes, np.uint8)
+        on.host(copies)
+        engine, wanted = twin(on, on.engine.bits())
+        await oracle(engine, slots, copies, gather=False)
+        seen: list[tuple[int, int]] = []
+
+        def landed(group: int, local: int) -> None:
+            seen.append((group, local))
+            found = on.engine.by_layer(on.engine.bits())[local]
+            on.expect(f"of layer {local}", [found], [on.engine.by_layer(wanted)[local]])
+
+        await on.stager.scatter_layers(on.engine.view(slots), copies, landed)
+        assert seen == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    assert not on.faults
 
 
 @pytest.mark.asyncio

@@ -29,7 +29,8 @@ GROUPS = {
     "mla 656 x fp8": KVGroup(AttentionKind.MLA, LAYERS, "fp8_e4m3", head_size=656),
 }
 FLOATS = [name for name, group in GROUPS.items() if not group.dtype.startswith("fp8")]
-# A half of 80 bytes ends inside a sector, which the other half's access touches again.
+# A half of 80 bytes ends inside a sector, which the other half's access touches again. Devices
+# merge such accesses; here each instruction counts alone.
 CUT = {("80 x f16", "neox")}
 
 
@@ -97,7 +98,7 @@ def test_kernels_that_transform_use_at_least_90_percent(emulator, name, kernel, 
             more["at"] = lambda number, _, layer=layer: number * layer
         found = efficiency(emulator, case, planner, gather=kernel == "quantize", **more)
         figures(f"sectors.{kernel}.{name}.{layout}", ratio=round(found.ratio, 3))
-        assert found.ratio >= (0.85 if (name, kernel) in CUT else 0.9), (layout, found)
+        assert found.ratio >= (0.89 if (name, kernel) in CUT else 0.9), (layout, found)
 
 
 def test_rows_that_straddle_sectors_are_seen_to_waste_them(emulator):

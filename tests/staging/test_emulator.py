@@ -20,6 +20,14 @@ KV_KERNEL f32_to_bf16(u64 from, u64 to, u32 count) {
     for (u32 i = threadIdx.x; i < count; i += THREADS)
         kv_store<u16>(to + i * 2, (u16)kv_floats_to_bf16(kv_load<float>(from + i * 4), 0.f));
 }
+KV_KERNEL sum(u64 from, u64 to) {
+    if (threadIdx.x) return;
+    for (u32 i = 0; i < 3; i++) {
+        const u64 two = from + i * 8;
+        kv_store<float>(to + i * 4, kv_load<float>(two) + kv_load<float>(two + 4));
+    }
+}
+KV_KERNEL kv_two(u64, u32) {}
 KV_KERNEL load_at(u64 from) { kv_load<uint4>(from); }
 KV_KERNEL store_at(u64 to) { kv_store<u32>(to, 1); }
 KV_KERNEL unset_shared(u64 to) {
@@ -98,7 +106,31 @@ def test_floats_round_to_the_nearest_ties_to_even(probes, kernel, dtype):
     assert np.array_equal(found, wanted)
 
 
-@pytest.mark.parametrize(("at", "nbytes"), [(-16, 16), (32, 16), (24, 32), (1 << 30, 16)])
+def test_subnormal_floats_are_zero_in_kernels_and_nowhere_else(probes):
+    smallest, half = np.float32(2.0**-126), np.float32(2.0**-127)
+    terms = np.array([half, 0, smallest, -half, smallest, half + half], np.float32)
+    assert through(probes, "sum", terms, np.float32)[:3].tolist() == [0, smallest, 2 * smallest]
+    assert half + half == smallest
+
+
+@pytest.mark.parametrize(
+    ("args", "found"),
+    [
+        ((np.uint64(1), np.uint64(2)), "88"),
+        ((np.uint32(1), np.uint32(2)), "44"),
+        ((np.uint64(1),), "8"),
+        ((np.uint64(1), np.uint32(2), np.uint32(3)), "844"),
+    ],
+)
+def test_arguments_that_are_not_the_kernels_are_an_error(probes, args, found):
+    call(probes, "kv_two", np.uint64(1), np.uint32(2))
+    with pytest.raises(EmulatorError, match=f"takes arguments of 84 bytes, found {found}$"):
+        call(probes, "kv_two", *args)
+    with pytest.raises(EmulatorError, match="17 arguments, at most 16"):
+        call(probes, "store_at", *range(17))
+
+
+@pytest.mark.parametrize(("at", "nbytes"), [(-16, 16), (32, 16), (16, 24), (24, 32), (1 << 30, 16)])
 def test_an_access_outside_of_lent_memory_is_an_error(probes, at, nbytes):
     memory = Memory(probes, nbytes)
     with pytest.raises(EmulatorError, match=r"outside of the memory|misaligned"):

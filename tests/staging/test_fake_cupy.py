@@ -14,6 +14,7 @@ from fake_cupy import Calls
 from gpu_sim import FakeCudaError, Gpu, bytes_at
 
 from kvlayer.staging.cuda.runtime import Runtime
+from kvlayer.staging.kernels.build import kernel_source
 
 FUNCTIONS = [
     name
@@ -54,7 +55,7 @@ def two_streams(mode: str, *, waits: bool) -> tuple[Gpu, int]:
     gpu = Gpu(mode)
     with fake_cupy.install(gpu, calls=Calls()):
         cuda = import_module("cupy.cuda.runtime")
-        first, second = cuda.streamCreateWithFlags(1), cuda.streamCreateWithFlags(1)
+        first, second = cuda.streamCreateWithPriority(1, -1), cuda.streamCreateWithPriority(1, -1)
         event, device = cuda.eventCreateWithFlags(3), cuda.malloc(64)
         host, back = cuda.hostAlloc(64, 1), cuda.hostAlloc(64, 1)
         bytes_at(host, 64)[:] = 7
@@ -76,13 +77,23 @@ def test_a_missing_wait_is_wrong_bytes_when_late_and_a_race_when_not() -> None:
     assert value == 7 and racing.races.found
 
 
+def test_a_module_has_the_kernels_that_its_source_defines_and_no_others() -> None:
+    with fake_cupy.install(Gpu("eager")):
+        make = import_module("cupy").RawModule
+        module = make(code=kernel_source("int8"), options=(), backend="nvrtc")
+        assert module.get_function("kv_quantize_bf16")
+        for name in ("kv_scatter", "kv_quantize", "quantize_tile"):  # all are in its text
+            with pytest.raises(FakeCudaError, match="NOT_FOUND"):
+                module.get_function(name)
+
+
 def test_cudas_rules_are_kept() -> None:
     gpu = Gpu("eager", devices=2)
     memory = np.zeros(4096, np.uint8)
     start = memory.ctypes.data
     with fake_cupy.install(gpu):
         cuda = import_module("cupy.cuda.runtime")
-        stream, device = cuda.streamCreateWithFlags(1), cuda.malloc(4096)
+        stream, device = cuda.streamCreateWithPriority(1, -1), cuda.malloc(4096)
         cuda.hostRegister(start, 2048, 1)
         cuda.hostRegister(start + 2048, 2048, 1)
         cuda.memcpyAsync(device, start, 2048, 1, stream)

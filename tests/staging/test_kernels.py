@@ -10,8 +10,12 @@ from cases import NAMED
 from checks import CHECKS
 from emulator import ORDERS, Emulator, Memory
 
+from kvlayer.keys import Part
+from kvlayer.layout import AttentionKind, KVGroup
+from kvlayer.payload import Payload
 from kvlayer.staging.address import Side, Strip
 from kvlayer.staging.geometry import CacheGeometry
+from kvlayer.staging.kernels.int8 import dequantize_plan, int8_layer_nbytes, quantize_plan
 from kvlayer.staging.kernels.launch import Kernels
 from kvlayer.staging.kernels.plan import gather_plan, scatter_plan
 from kvlayer.staging.kernels.tables import Layer, Piece
@@ -86,6 +90,36 @@ def test_null_rows_of_a_table_are_skipped(emulator):
     assert stage.array.reshape(8, row)[:, 0].tolist() == [1, 2, 1, 2, 2, 1, 2, 2]
     for memory in (cache, stage):
         memory.close()
+
+
+def test_what_int8_makes_of_rows_that_are_no_ordinary_numbers(emulator):
+    """As its page says, there and back: NaN is 0, an infinity spoils its row, tiny rows are 0."""
+    size, largest = 8, np.finfo(np.float32).max
+    rows = np.zeros((6, size), np.float32)
+    rows[0, :3] = 127, np.nan, -64
+    rows[1, :3] = np.inf, 1, -2
+    rows[2] = np.nan
+    rows[3, 1] = 2.0**-101
+    rows[4, :2] = 2.0**-100, -(2.0**-101)
+    rows[5, :2] = largest, -largest / 2
+    group = KVGroup(AttentionKind.MLA, (0,), "float32", head_size=size)
+    payload = Payload.of(group, Part(0, (0, 1), None), len(rows))
+    strip = one_plane(row=4 * size, size=1, heads=1, tokens=len(rows))
+    runs = SlotRuns(geometry(1), (BlockRun(0, np.arange(len(rows))),), None)
+    before, after = (Memory(emulator, rows.nbytes) for _ in range(2))
+    stage = Memory(emulator, int8_layer_nbytes(payload))
+    before.array[:] = rows.view(np.uint8).reshape(-1)
+    for make, cache in ((quantize_plan, before), (dequantize_plan, after)):
+        layer, piece = Layer((cache.address,), 0), Piece(runs, stage.address)
+        run(emulator, make((strip,), [layer], [piece], payload=payload), 2)
+    found = after.array.copy().view(np.float32).reshape(rows.shape)
+    for memory in (before, after, stage):
+        memory.close()
+    assert found[0].tolist() == [127, 0, -64, 0, 0, 0, 0, 0]
+    assert np.isnan(found[1]).all()
+    assert not found[2:4].any()
+    assert found[4, :2] == pytest.approx([2.0**-100, -(2.0**-101)], rel=0.01)
+    assert np.isinf(found[5, 0]) and found[5, 1] == pytest.approx(-largest / 2, rel=0.01)
 
 
 def test_the_named_layouts_are_those_of_engines():

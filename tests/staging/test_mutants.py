@@ -132,6 +132,19 @@ MUTANTS = [
         "__fmaf_rn(y, sine[i], x * cosine[i])",
     ),
     Mutant(
+        "angles that have lost the last bits of a float32",
+        "rotate",
+        "load_table<COUNT>(at, cosine);",
+        "load_table<COUNT>(at, cosine);\n"
+        "        for (float& c : cosine) c = __uint_as_float(__float_as_uint(c) & ~15u);",
+    ),
+    Mutant(
+        "an argument that is wider than the plan's",
+        "quantize",
+        "KV_KERNEL NAME(KV_TABLES, KV_COUNTS, u32 tokens)",
+        "KV_KERNEL NAME(KV_TABLES, KV_COUNTS, u64 tokens)",
+    ),
+    Mutant(
         "the second half turned with the first half already turned",
         "rotate",
         "y = __fmaf_rn(x, sine[i], y * cosine[i]);\n        x = turned;",
@@ -178,6 +191,12 @@ MUTANTS = [
         "quantize",
         "WHOLE_WARP = 0xffffffffu",
         "WHOLE_WARP = 0x0000ffffu",
+    ),
+    Mutant(
+        "NaN taken for the largest of its row",
+        "quantize",
+        "largest = fmaxf(largest, fabsf(x[i]))",
+        "largest = fabsf(x[i]) <= largest ? largest : fabsf(x[i])",
     ),
     Mutant(
         "rounded toward zero",

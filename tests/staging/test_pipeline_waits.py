@@ -10,14 +10,17 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 from fake_cupy import Mutant, Site
 from gpu_scenarios import SCENARIOS, run
 
 from kvlayer.staging.cuda.pinned import PinnedSlab
 from kvlayer.staging.cuda.ring import Ring
-from kvlayer.staging.cuda.tables import Arena
+from kvlayer.staging.cuda.runs import Parts
+from kvlayer.staging.cuda.tables import Arena, Arenas
 
 CATCHERS = ("lazy", "race")
 DROPPED = ("wait", "synchronize", "record")
@@ -111,16 +114,35 @@ def test_a_ring_whose_slots_are_one_memory_is_caught(monkeypatch: pytest.MonkeyP
 def test_tables_that_overwrite_each_other_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     place = Arena.place
 
-    def overwriting(arena: Arena, plans: object) -> object:
+    def overwriting(arena: Arena, table: Any) -> object:
         arena.clear()
-        return place(arena, plans)  # type: ignore[arg-type]
+        return place(arena, table)
 
     monkeypatch.setattr(Arena, "place", overwriting)
-    assert caught_somewhere(("store",)) and caught_somewhere(("load",))
+    assert caught_somewhere(("load by layers",))  # a table for each layer group
+
+
+def test_batches_that_share_their_memory_for_tables_are_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    take = Arenas.take
+    first: list[Arena] = []
+
+    def shared(arenas: Arenas) -> Arena:
+        if not first:
+            first.append(take(arenas))
+        first[0].clear()
+        return first[0]
+
+    monkeypatch.setattr(Arenas, "take", shared)
+    assert caught_somewhere(("two at once",))
 
 
 def test_copies_that_are_not_cut_between_registrations_are_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(PinnedSlab, "cut", lambda slab, runs, *, to_host: iter(runs))
+    def whole(slab: PinnedSlab, addresses: Any, nbytes: Any) -> Parts:
+        return Parts(np.arange(len(nbytes)), np.zeros_like(nbytes), nbytes)
+
+    monkeypatch.setattr(PinnedSlab, "cut", whole)
     assert run("growing", "eager")[0]

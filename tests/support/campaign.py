@@ -39,6 +39,8 @@ class Part:
     """Tests by outcome: passed, failed, skipped."""
     skipped: list[str] = field(default_factory=list[str])
     """What was not tested, and why."""
+    failures: list[str] = field(default_factory=list[str])
+    """Each test that failed, and what it said."""
     rows: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     """The figures of its tests."""
 
@@ -47,16 +49,20 @@ class Part:
         return self.exit_code == 0 and self.outcomes.get("passed", 0) > 0
 
 
-def report(parts: Sequence[Part], started: str) -> dict[str, Any]:
+def report(parts: Sequence[Part], started: str, arguments: Sequence[str] = ()) -> dict[str, Any]:
     """The campaign as JSON: machine, versions, parts, and the exit code of the whole."""
     from kvlayer._version import version
     from kvlayer.bench.machine import describe
 
+    machine = describe()
+    for of_measurements in ("torch", "torch_threads"):
+        machine.pop(of_measurements)  # what this process has imported, which measures nothing
     return {
         "format": FORMAT,
         "version": version(),
         "revision": _revision(),
-        "machine": describe(),
+        "machine": machine,
+        "arguments": list(arguments),
         "started": started,
         "seconds": round(sum(part.seconds for part in parts), 1),
         "exit_code": 0 if all(part.is_good for part in parts) else 1,
@@ -77,6 +83,15 @@ def table(parts: Sequence[Part]) -> list[str]:
     return lines
 
 
+def findings(part: Part) -> list[str]:
+    """What a part found: a line for each row of figures, and for each test that failed."""
+    rows = [
+        f"{row['name']}: " + ", ".join(f"{k} {v}" for k, v in row.items() if k != "name")
+        for row in part.rows
+    ]
+    return rows + [f"FAILED {failure}" for failure in part.failures]
+
+
 def run(part: Part, arguments: Sequence[str]) -> None:
     """Run a part's tests; what they print is shown as it comes."""
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +104,7 @@ def run(part: Part, arguments: Sequence[str]) -> None:
         if figures.exists():  # pytest died before it could write them
             found: Mapping[str, Any] = json.loads(figures.read_text())
             part.rows, part.outcomes = found["rows"], found["outcomes"]
-            part.skipped = found["skipped"]
+            part.skipped, part.failures = found["skipped"], found["failures"]
 
 
 def _revision() -> str | None:
@@ -115,8 +130,9 @@ def main(arguments: Sequence[str]) -> int:
     for part in parts:
         run(part, rest)
         if chosen.json is not None:
-            chosen.json.write_text(json.dumps(report(parts, started), indent=2) + "\n")
-    sys.stdout.write("\n".join(["", *table(parts), ""]))
+            chosen.json.write_text(json.dumps(report(parts, started, rest), indent=2) + "\n")
+    found = [line for part in parts for line in findings(part)]
+    sys.stdout.write("\n".join(["", *found, "", *table(parts), ""]))
     return int(report(parts, started)["exit_code"])
 
 

@@ -1,12 +1,14 @@
 """Processes that start in milliseconds: forked from one that has imported everything already.
 
 :class:`Zygote` is a test's end. Run as a script this is the process that forks: it reads orders
-from the socket that is its standard input. What may run in a child is in ``victims.py``.
+from the socket that is its standard input. What may run in a child is in ``victims.py``, or in the
+module that is named.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import select
@@ -15,6 +17,7 @@ import socket
 import subprocess
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -74,21 +77,24 @@ class Victim:
 
 
 class Zygote:
-    """Forks victims until it is closed."""
+    """Forks victims until it is closed; the roles they play are functions of the module ``roles``.
 
-    def __init__(self) -> None:
+    ``environment`` is what that module sees beside this process's own.
+    """
+
+    def __init__(self, roles: str = "victims", **environment: str) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         path = os.pathsep.join(filter(None, sys.path))
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, roles],
             stdin=theirs,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
         )
         theirs.close()
         self._alive: set[Victim] = set()
 
     def start(self, role: str, **arguments: object) -> Victim:
-        """Run ``victims.<role>(**arguments)`` in a process of its own."""
+        """Run ``role(**arguments)``, a coroutine or not, in a process of its own."""
         from_child, said = os.pipe()
         hears, to_child = os.pipe()
         order = json.dumps({"role": role, "arguments": arguments}).encode()
@@ -126,9 +132,9 @@ class Zygote:
         self._process.wait(_SECONDS)
 
 
-def _serve(orders: socket.socket) -> None:
-    import victims  # and torch with it: what takes seconds is done once
-
+def _serve(orders: socket.socket, roles: Any) -> None:
+    gc.collect()
+    gc.freeze()  # what is imported by now is collected in no child
     while True:
         packet, fds, _, _ = socket.recv_fds(orders, _MOST, 2)
         if not packet:
@@ -143,7 +149,7 @@ def _serve(orders: socket.socket) -> None:
             orders.close()
             os.dup2(fds[0], 0)
             os.dup2(fds[1], 1)
-            _play(getattr(victims, order["role"]), order["arguments"])
+            _play(getattr(roles, order["role"]), order["arguments"])
         for fd in fds:
             os.close(fd)
         orders.send(str(pid).encode())
@@ -153,7 +159,9 @@ def _play(role: Any, arguments: dict[str, Any]) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the test's; a victim ends with its pipe
     code = 1
     try:
-        asyncio.run(role(**arguments))
+        result = role(**arguments)
+        if asyncio.iscoroutine(result):
+            asyncio.run(result)
         code = 0
     except BaseException:  # noqa: BLE001  # the boundary of a process
         traceback.print_exc()
@@ -163,4 +171,5 @@ def _play(role: Any, arguments: dict[str, Any]) -> NoReturn:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    _serve(socket.socket(fileno=os.dup(0)))
+    # And torch with it: what takes seconds is done once.
+    _serve(socket.socket(fileno=os.dup(0)), import_module(sys.argv[1]))

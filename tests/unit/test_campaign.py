@@ -64,6 +64,7 @@ def test_a_report_has_the_promised_shape_and_one_bad_part_fails_it_alone(
         "version",
         "revision",
         "machine",
+        "arguments",
         "started",
         "seconds",
         "exit_code",
@@ -71,15 +72,31 @@ def test_a_report_has_the_promised_shape_and_one_bad_part_fails_it_alone(
     }
     assert (found["format"], found["machine"]["python"]) == (1, sys.version.split()[0])
     bad, dies, good, skips = found["parts"]
-    assert set(good) == {"name", "paths", "exit_code", "seconds", "outcomes", "skipped", "rows"}
+    assert set(good) == {
+        *("name", "paths", "exit_code", "seconds"),
+        *("outcomes", "skipped", "failures", "rows"),
+    }
     assert good["rows"] == [{"name": "part.counted", "seeds": 100, "lost": 0}]
     assert good["outcomes"] == {"passed": 2, "failed": 0, "skipped": 0, "error": 0}
     assert (bad["exit_code"], bad["outcomes"]["failed"]) == (1, 1)
+    assert bad["failures"] == ["test_bad.py::test_outcome: ZeroDivisionError"]
+    assert found["arguments"] == ["-p", "no:cacheprovider"]
+    assert "\nFAILED test_bad.py::test_outcome: ZeroDivisionError\n" in shown
+    assert "\npart.counted: seeds 100, lost 0\n" in shown
     assert (dies["exit_code"], dies["outcomes"]) == (7, {})
     assert skips["outcomes"]["skipped"] == 1 and "no such device" in skips["skipped"][0]
     assert found["seconds"] == pytest.approx(sum(p["seconds"] for p in found["parts"]), abs=0.11)
     lines = [line.split()[:2] for line in shown.splitlines()[-4:]]
     assert lines == [["bad", "FAILED"], ["dies", "FAILED"], ["good", "ok"], ["skips", "ok"]]
+
+
+def test_full_doses_are_refused_where_a_limit_would_end_the_run(clone: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "--campaign", "-o", "faulthandler_timeout=120"]
+    done = subprocess.run(
+        [*command, "test_good.py"], cwd=clone, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 4
+    assert "nox -s campaign sets it" in done.stderr
 
 
 def test_a_campaign_of_good_parts_succeeds() -> None:

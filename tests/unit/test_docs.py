@@ -45,5 +45,6 @@ def test_the_ci_script_runs_the_commands_the_readme_names():
         "lint",
         "typecheck",
         "kernels",
+        "vllm",
         "template",
     }

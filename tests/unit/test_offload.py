@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -184,6 +184,71 @@ async def test_many_works_run_each_once_and_wake_the_loop_once_a_thread(threads:
     assert sorted(done) == list(range(40))
     assert woken <= threads
     await offload.run_all([])
+    offload.close()
+
+
+@pytest.mark.asyncio
+async def test_a_work_goes_over_items_that_are_made_on_its_thread() -> None:
+    offload = Offload(1, "kvlayer-test")
+    taken: list[tuple[int, str]] = []
+
+    def work(items: Iterator[tuple[int, str]]) -> None:
+        taken.extend(items)
+
+    made = ((number, threading.current_thread().name) for number in range(4))
+    await offload.run_over(work, made)
+    assert [number for number, _ in taken] == [0, 1, 2, 3]
+    assert all(name.startswith("kvlayer-test") for _, name in taken)
+    with pytest.raises(ZeroDivisionError):
+        await offload.run_over(lambda items: [1 // item for item in items], [1, 0, 1])
+    offload.close()
+    with pytest.raises(ClosedError):
+        await offload.run_over(work, made)
+
+
+@pytest.mark.asyncio
+async def test_whoever_waits_for_the_thread_gets_it_between_two_items() -> None:
+    offload = Offload(1, "kvlayer-test")
+    first, done = Work(), list[object]()
+
+    def work(items: Iterator[Callable[[], object]]) -> None:
+        for item in items:
+            item()
+
+    items = [first, *(partial(done.append, number) for number in range(3))]
+    over = asyncio.create_task(offload.run_over(work, items))
+    await first.has_begun()
+    other = asyncio.create_task(offload.run(done.append, "other"))
+    await asyncio.sleep(0)
+    first.gate.set()
+    await asyncio.gather(over, other)
+    assert done == ["other", 0, 1, 2]
+    offload.close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("times", [1, 3])
+async def test_cancelling_ends_the_items_and_waits_for_the_work(times: int) -> None:
+    offload = Offload(1, "kvlayer-test")
+    first, later, ended = Work(), list[int](), threading.Event()
+
+    def work(items: Iterator[Callable[[], object]]) -> None:
+        try:
+            for item in items:
+                item()
+        finally:
+            ended.set()
+
+    task = asyncio.create_task(offload.run_over(work, [first, partial(later.append, 1)]))
+    await first.has_begun()
+    for _ in range(times):
+        task.cancel()
+        await asyncio.sleep(0)
+    assert not task.done()
+    first.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended.is_set() and not later
     offload.close()
 
 

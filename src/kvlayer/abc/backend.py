@@ -102,7 +102,8 @@ class Backend(ABC):
 
     Calls may run concurrently on one event loop. A batch never raises for one bad item: results
     align with inputs and carry the error. Names are content, so two writers of one key write the
-    same bytes and the first wins.
+    same bytes and the first wins. One with a capacity never holds more, and makes room for what is
+    new.
 
     Cancelling a call leaves every object whole or absent, and the call returns only once every
     buffer it was lent is untouched: memory is reused the moment it does.

@@ -6,9 +6,11 @@ Before that it chooses the thresholds of the device (``staging/cuda/calibration`
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from functools import partial
+from statistics import median
 
 from kvlayer._offload import Offload
 from kvlayer.abc.stager import HostCopy
@@ -22,7 +24,7 @@ from kvlayer.payload import Payload
 from kvlayer.staging.cuda.calibration import Calibration
 from kvlayer.staging.cuda.copies import find_batch_copy
 from kvlayer.staging.cuda.devices import Devices, device_kind
-from kvlayer.staging.cuda.measure import Figures, bare_copy, choose, measure
+from kvlayer.staging.cuda.measure import SLOTS, Figures, bare_copy, choose, choose_slot, measure
 from kvlayer.staging.cuda.runtime import Runtime, cupy_runtime
 from kvlayer.staging.cuda.stager import CudaStager
 from kvlayer.staging.kernels.build import Builder
@@ -32,6 +34,8 @@ from kvlayer.staging.sample import paged_view
 __all__ = ["Measured", "gpu_rows"]
 
 _CHUNK = 256
+_WARM = 2
+_BARE_NBYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,16 @@ class Measured:
     kind: str
     calibration: Calibration
     rows: list[Row]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """What is moved how often, on which device; ``lend`` makes the engine's memory."""
+
+    number: int
+    chunks: int
+    rounds: int
+    lend: Callable[[KVLayout, int], KVView]
 
 
 async def gpu_rows(
@@ -57,25 +71,23 @@ async def gpu_rows(
     Raises ``UnsupportedError`` where the device cannot be used.
     """
     offload = Offload(1, "kvlayer-bench-gpu")
+    chunks = max(nbytes // NBYTES_PER_TOKEN // _CHUNK, 1)
+    ask = _Ask(number, chunks, rounds, view or partial(_torch_view, number))
     try:
         runtime, figures = await offload.run(_figures, number, rounds, probe_nbytes)
         calibration = choose(figures)
+        slots = {
+            slot: await _seconds(ask, replace(calibration, slot_nbytes=slot)) for slot in SLOTS
+        }
+        calibration = replace(calibration, slot_nbytes=choose_slot(slots))
         rows = [
             Row("gpu.copy.to_host", figures.to_host, "B/s"),
             Row("gpu.copy.to_device", figures.to_device, "B/s"),
             Row("gpu.gather", figures.by_blocks[max(figures.by_blocks)], "B/s"),
         ]
         for form in ("canonical", "native"):
-            make = view or partial(_torch_view, number)
-            rows += await _moved(
-                runtime,
-                number,
-                form,
-                calibration=calibration,
-                nbytes=nbytes,
-                rounds=rounds,
-                make=make,
-            )
+            async with _moving(ask, form, calibration) as call:
+                rows += await _rows(runtime, ask, form, call)
         return Measured(device_kind(runtime, number), calibration, rows)
     finally:
         offload.close()
@@ -88,54 +100,65 @@ def _figures(number: int, rounds: int, nbytes: int) -> tuple[Runtime, Figures]:
     return runtime, figures
 
 
-async def _moved(
-    runtime: Runtime,
-    number: int,
-    form: str,
-    *,
-    calibration: Calibration,
-    nbytes: int,
-    rounds: int,
-    make: Callable[[KVLayout, int], KVView],
-) -> list[Row]:
-    """``gpu.store.*`` and ``gpu.load.*`` of one form, interleaved with bare copies."""
-    chunks = max(nbytes // NBYTES_PER_TOKEN // _CHUNK, 1)
-    moved = chunks * _CHUNK * NBYTES_PER_TOKEN
+@asynccontextmanager
+async def _moving(
+    ask: _Ask, form: str, calibration: Calibration
+) -> AsyncGenerator[Callable[[bool], Awaitable[float]]]:
+    """A store (True) or a load of so many chunks, by these thresholds; a call returns seconds."""
     name = "native:nhd-b16" if form == "native" else "canonical"
     layout = KVLayout.single(LLAMA, NHD, tokens_per_block=BLOCK, form=name)
     payload = Payload.of(LLAMA, Part(0, (0, 32), (0, 8), name), _CHUNK)
-    slab = Slab(chunks * payload.nbytes)
+    slab = Slab(ask.chunks * payload.nbytes)
     stager = CudaStager(layout, slab=slab, devices=Devices(slab, calibration))
     try:
-        if not await stager.ready(number):
-            raise UnsupportedError(f"CUDA device {number} cannot be used; the log says why")
+        if not await stager.ready(ask.number):
+            raise UnsupportedError(f"CUDA device {ask.number} cannot be used; the log says why")
         await stager.pinned()
-        kv = make(layout, chunks * _CHUNK // BLOCK)
+        kv = ask.lend(layout, ask.chunks * _CHUNK // BLOCK)
         copies = [
             HostCopy(payload, slab.view(at * payload.nbytes, payload.nbytes), at * _CHUNK, _CHUNK)
-            for at in range(chunks)
+            for at in range(ask.chunks)
         ]
 
-        async def timed(gather: bool, _: int) -> float:
+        async def call(gather: bool) -> float:
             started = time.perf_counter()
             await (stager.gather if gather else stager.scatter)(kv, copies)
             return time.perf_counter() - started
 
-        found: list[Row] = []
-        for verb, gather in (("store", True), ("load", False)):
-            bare = partial(bare_copy, runtime, number, min(moved, 256 << 20), to_host=gather)
-            scale = moved / min(moved, 256 << 20)
-            own, top = await alternate(
-                partial(timed, gather),
-                partial(_scaled, bare, scale),
-                rounds=rounds,
-                warm=2,
-            )
-            found.append(Row(f"gpu.{verb}.{form}", moved / own, "B/s", moved / top))
-        return found
+        yield call
     finally:
         await stager.aclose()
         slab.close()
+
+
+async def _seconds(ask: _Ask, calibration: Calibration) -> float:
+    """Of a store and a load by these thresholds: the median."""
+    async with _moving(ask, "canonical", calibration) as call:
+        taken = [await call(True) + await call(False) for _ in range(_WARM + ask.rounds)]
+    return median(taken[_WARM:])
+
+
+async def _rows(
+    runtime: Runtime, ask: _Ask, form: str, call: Callable[[bool], Awaitable[float]]
+) -> list[Row]:
+    """``gpu.store.*`` and ``gpu.load.*`` of one form, interleaved with bare copies."""
+    moved = ask.chunks * _CHUNK * NBYTES_PER_TOKEN
+    bare_nbytes = min(moved, _BARE_NBYTES)
+    found: list[Row] = []
+    for verb, gather in (("store", True), ("load", False)):
+        bare = partial(bare_copy, runtime, ask.number, bare_nbytes, to_host=gather)
+
+        async def own_call(_: int, gather: bool = gather) -> float:
+            return await call(gather)
+
+        own, top = await alternate(
+            own_call,
+            partial(_scaled, bare, moved / bare_nbytes),
+            rounds=ask.rounds,
+            warm=_WARM,
+        )
+        found.append(Row(f"gpu.{verb}.{form}", moved / own, "B/s", moved / top))
+    return found
 
 
 def _torch_view(number: int, layout: KVLayout, blocks: int) -> KVView:

@@ -20,6 +20,7 @@ from kvlayer.bench.groups import GROUPS, Ask, Group
 from kvlayer.bench.machine import describe, file_system
 from kvlayer.bench.measure import Row
 from kvlayer.bench.report import picture, table
+from kvlayer.cli.report_path import ReportPath
 from kvlayer.errors import ConfigError, UnsupportedError
 from kvlayer.staging.cuda import calibration
 from kvlayer.urls import parse_bytes
@@ -32,8 +33,8 @@ _LLAMA_3_8B = 131_072  # bytes of KV a token: 32 layers, 8 heads of 128, K and V
 
 
 @click.group(invoke_without_command=True)
-@click.option("--json", "path", type=click.Path(path_type=Path), help="Write the rows to a file.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Write a picture to a .svg file.")
+@click.option("--json", "path", type=ReportPath(), help="Write the rows to a file.")
+@click.option("--plot", type=ReportPath(), help="Write a picture to a .svg file.")
 @click.option(
     "--only",
     multiple=True,
@@ -111,7 +112,7 @@ def bench(
 
 @bench.command()
 @click.option("--device", default=0, show_default=True, type=click.IntRange(0), help="Which GPU.")
-@click.option("--json", "path", type=click.Path(path_type=Path), help="Write the rows to a file.")
+@click.option("--json", "path", type=ReportPath(), help="Write the rows to a file.")
 @click.option("--size", default="1GiB", show_default=True, help="Bytes moved at a time.")
 @click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="Samples.")
 @click.option("--save/--no-save", default=True, show_default=True, help="Keep the thresholds.")

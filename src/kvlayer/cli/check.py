@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import click
@@ -16,15 +17,21 @@ import click
 from kvlayer._version import version
 from kvlayer.abc.backend import Capability
 from kvlayer.cli.main import EXIT_BAD
-from kvlayer.errors import ConfigError
+from kvlayer.cli.report_path import ReportPath
+from kvlayer.errors import ConfigError, KVLayerError
 from kvlayer.registry import open_backend
 from kvlayer.testing.bounded import run_bounded, seconds
+from kvlayer.testing.loan import PAGE
+from kvlayer.testing.promise import Hung, Need
 from kvlayer.testing.suite import Outcome, Verdict
 from kvlayer.testing.suites.backend import BackendSuite
+from kvlayer.testing.trial import Trial
 from kvlayer.urls import BackendURL, parse_bytes
 
 __all__ = ["check"]
 
+FORMAT = 1
+"""Of the report; a field less or other is a new one."""
 _LARGEST_SMALL_NBYTES = 256 << 20
 _SMALLEST_NBYTES = 256 << 10
 _ROOM_NBYTES = 64 << 20
@@ -32,7 +39,7 @@ _ROOM_NBYTES = 64 << 20
 
 @click.command()
 @click.argument("url")
-@click.option("--json", "path", type=click.Path(path_type=Path), help="Write every verdict here.")
+@click.option("--json", "path", type=ReportPath(), help="Write every verdict here.")
 @click.option(
     "--disposable",
     is_flag=True,
@@ -52,7 +59,7 @@ def check(*, url: str, path: Path | None, disposable: bool, only: str, limit: fl
     """Hold the backend behind URL to its contract, one line a promise.
 
     Objects are stored in namespaces nobody else has and deleted again. Exits with 1 when a promise
-    is broken. An object of 16 MiB must fit.
+    is broken, or when the backend cannot be opened or written. An object of 16 MiB must fit.
     """
     suite = _suite(BackendURL.parse(url), limit, disposable=disposable)
     promises = [each for each in suite.promises() if only in each.name]
@@ -60,25 +67,53 @@ def check(*, url: str, path: Path | None, disposable: bool, only: str, limit: fl
         raise ConfigError(
             f"no promise has {only!r} in its name", hint="leave --only out to see all of them"
         )
-    run_bounded(lambda: _answers(suite), seconds(limit))
+    _begin(suite, limit)
+    able = ", ".join(sorted(suite.capabilities)) or "no capabilities"
+    click.echo(f"{suite.url}  ({able})\n")
+    began = perf_counter()
     verdicts: list[Verdict] = []
     for each in promises:
         verdicts.append(suite.judge(each))
         click.echo("\n".join(_lines(verdicts[-1])))
         if not verdicts[-1].is_good:
             _sweep(suite, limit)
-    is_kept = all(each.is_good for each in verdicts)
-    click.echo(f"\n{_summary(verdicts)}")
+    took = perf_counter() - began
+    click.echo(f"\n{_summary(verdicts)}; {took:.1f} seconds")
+    more = sum(each.found == Need.DISPOSABLE for each in verdicts)
+    if more:
+        click.echo(f"--disposable, where nothing in it is worth keeping, tries {more} more")
     if path is not None:
-        path.write_text(json.dumps(_report(url, suite, verdicts), indent=2) + "\n")
-    if not is_kept:
-        _leave(verdicts)
+        report = _report(url, suite, verdicts, took)
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if all(each.outcome is Outcome.NOT_RUN for each in verdicts):
+        raise ConfigError(
+            f"none of {len(verdicts)} promises can be asked of this backend",
+            hint="each line says why; a longer list is asked without --only",
+        )
+    if not _is_kept(verdicts):
+        _leave(hangs=any(each.outcome is Outcome.HUNG for each in verdicts))
+
+
+def _begin(suite: BackendSuite, limit: float) -> None:
+    """Open it and store one object: what cannot be opened or written is one error, not fifty."""
+    try:
+        run_bounded(lambda: _answers(suite), seconds(limit))
+    except KVLayerError:
+        raise
+    except Hung as exc:
+        click.echo(f"error: {suite.url} does not answer within {limit:g} seconds", err=True)
+        click.echo(exc.found, err=True)
+        _leave(hangs=True)
+    except Exception:  # noqa: BLE001  # of the backend's own making: the promises say it better
+        return
 
 
 async def _answers(suite: BackendSuite) -> None:
-    """Open and close it once: what cannot be opened is one error, not fifty."""
-    async with suite.build():
-        pass
+    async with Trial.opened(suite.build, clears=True) as trial:
+        refused = await trial.put(trial.key(0), bytes(PAGE))
+        if refused is not None:
+            trial.keys.clear()  # nor can they be deleted, as likely as not
+            raise refused
 
 
 def _sweep(suite: BackendSuite, limit: float) -> None:
@@ -115,11 +150,17 @@ def _suite(url: BackendURL, limit: float, *, disposable: bool) -> BackendSuite:
     return Live()
 
 
-def _leave(verdicts: list[Verdict]) -> None:
-    """Exit with 1, past threads that hang: the interpreter would wait for them."""
+def _is_kept(verdicts: list[Verdict]) -> bool:
+    """Something was asked, and all of it is kept."""
+    found = {each.outcome for each in verdicts}
+    return Outcome.KEPT in found and all(each.is_good for each in verdicts)
+
+
+def _leave(*, hangs: bool) -> None:
+    """Exit with 1, past threads where some hang: the interpreter would wait for them."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if any(each.outcome is Outcome.HUNG for each in verdicts):
+    if hangs:
         os._exit(EXIT_BAD)
     sys.exit(EXIT_BAD)
 
@@ -155,21 +196,28 @@ def _wrapped(head: str, text: str) -> list[str]:
 
 
 def _summary(verdicts: list[Verdict]) -> str:
-    count = {outcome: sum(each.outcome is outcome for each in verdicts) for outcome in Outcome}
-    parts = [f"{n} {outcome}" for outcome, n in count.items() if n or outcome is Outcome.KEPT]
-    return ", ".join(parts)
+    counts = _counts(verdicts).items()
+    return ", ".join(f"{n} {outcome}" for outcome, n in counts if n or outcome is Outcome.KEPT)
 
 
-def _report(url: str, suite: BackendSuite, verdicts: list[Verdict]) -> dict[str, Any]:
+def _counts(verdicts: list[Verdict]) -> dict[Outcome, int]:
+    return {outcome: sum(each.outcome is outcome for each in verdicts) for outcome in Outcome}
+
+
+def _report(url: str, suite: BackendSuite, verdicts: list[Verdict], took: float) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for each in verdicts:
         row = {k: v for k, v in asdict(each).items() if k != "promise"}
         row["seconds"] = round(each.seconds, 4)
         rows.append({"promise": each.promise.name, "contract": each.promise.contract, **row})
     return {
+        "format": FORMAT,
         "kvlayer": version(),
         "url": url,
         "capabilities": sorted(suite.capabilities),
-        "ok": all(each.is_good for each in verdicts),
+        "disposable": suite.is_disposable,
+        "ok": _is_kept(verdicts),
+        "seconds": round(took, 1),
+        "counts": {outcome.value: n for outcome, n in _counts(verdicts).items()},
         "verdicts": rows,
     }

@@ -28,7 +28,7 @@ from kvlayer.staging.slots import (
 from kvlayer.staging.steps import Step, gather_steps, scatter_steps
 from kvlayer.staging.torch_view import slot_array
 
-__all__ = ["Move", "Transfer", "batches", "plan_moves"]
+__all__ = ["Move", "Transfer", "batches", "growing", "in_model_order", "plan_moves"]
 
 
 class Transfer:
@@ -61,13 +61,19 @@ class Transfer:
 class Move(NamedTuple):
     """One checked copy, or some layers of one.
 
-    ``layers`` are (index of the local cache, byte offset in the payload, what moves).
+    ``layers`` are (index of the local cache, byte offset in the payload, what moves), and follow
+    each other in both. ``same`` is what moves in all of them, where that is one.
     """
 
     host: memoryview
     payload: Payload
     group: int
     layers: list[tuple[int, int, Transfer]]
+    same: Transfer | None = None
+
+    def only(self, layers: list[tuple[int, int, Transfer]]) -> Move:
+        """The same copy of some of its layers."""
+        return Move(self.host, self.payload, self.group, layers, self.same)
 
 
 def plan_moves(
@@ -98,33 +104,55 @@ def plan_moves(
         table = tables.get(group)
         if table is None:
             table = tables[group] = _slot_table(view, group, copies)
+        # One object per shape, so identity will do; mostly there is one shape.
+        mine = {
+            id(geometries[group][local]): geometries[group][local] for local, _ in shared.layers
+        }
         planned: dict[int, Transfer] = {}
-        layers: list[tuple[int, int, Transfer]] = []
-        for local, at in shared.layers:
-            geometry = geometries[group][local]  # one object per shape, so identity will do
-            transfer = planned.get(id(geometry))
-            if transfer is None:
-                runs = _slot_runs(copy, table, geometry, gather=gather)
-                key = id(payload), runs.geometry
-                if key not in placed:
-                    placed[key] = strips(runs.geometry, payload, shared)
-                transfer = planned[id(geometry)] = Transfer(placed[key], runs)
-            layers.append((local, at, transfer))
-        yield Move(copy.host, payload, group, layers)
+        for key, geometry in mine.items():
+            runs = _slot_runs(copy, table, geometry, gather=gather)
+            place = id(payload), runs.geometry
+            if place not in placed:
+                placed[place] = strips(runs.geometry, payload, shared)
+            planned[key] = Transfer(placed[place], runs)
+        if len(planned) == 1:
+            (same,) = planned.values()
+            layers = [(local, at, same) for local, at in shared.layers]
+            yield Move(copy.host, payload, group, layers, same)
+        else:
+            layers = [(i, at, planned[id(geometries[group][i])]) for i, at in shared.layers]
+            yield Move(copy.host, payload, group, layers)
 
 
-def batches(moves: Sequence[Move], nbytes: int) -> list[list[Move]]:
-    """Moves in groups of about ``nbytes``, cut between layers; at least one group."""
+def in_model_order(layout: KVLayout) -> list[tuple[int, int]]:
+    """(group, local layer) of all layers, as the model computes them."""
+    numbered = [
+        (number, group, local)
+        for group, held in enumerate(layout.groups)
+        for local, number in enumerate(held.group.layers[slice(*held.layer_range)])
+    ]
+    return [(group, local) for _, group, local in sorted(numbered)]
+
+
+def growing(first: int, most: int) -> Iterator[int]:
+    """``first``, then twice as much each time, up to ``most``."""
+    while True:
+        yield min(first, most)
+        first = min(2 * first, most)
+
+
+def batches(moves: Sequence[Move], nbytes: Iterator[int]) -> list[list[Move]]:
+    """Moves in groups of about so many bytes each, cut between layers; at least one group."""
     found: list[list[Move]] = [[]]
-    room = nbytes
+    room = next(nbytes)
     for move in moves:
         layers, each = move.layers, move.payload.layer_nbytes
         while layers:
             if room <= 0:
                 found.append([])
-                room = nbytes
+                room = next(nbytes)
             count = -(-room // each)
-            found[-1].append(move._replace(layers=layers[:count]))
+            found[-1].append(move.only(layers[:count]))
             room -= len(layers[:count]) * each
             layers = layers[count:]
     return found

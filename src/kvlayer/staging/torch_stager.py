@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import repeat
 from traceback import clear_frames
 from typing import Any, Protocol, TypeAlias
 
@@ -18,7 +19,7 @@ from kvlayer.layout import KVLayout, KVView, Tensor
 from kvlayer.staging.device_cache import DeviceCache, engine_order
 from kvlayer.staging.host_cache import HostCache
 from kvlayer.staging.lazy import np
-from kvlayer.staging.moves import Move, Transfer, batches, plan_moves
+from kvlayer.staging.moves import Move, Transfer, batches, in_model_order, plan_moves
 from kvlayer.staging.steps import Bytes
 from kvlayer.staging.torch_view import GeometryReader, tensors_of
 
@@ -93,7 +94,7 @@ class TorchStager(Stager):
         opened: _Opened = {}
         try:
             moves = await self._offload.run(self._planned, view, copies, False)
-            for group, local in _in_order(self._layout):
+            for group, local in in_model_order(self._layout):
                 layer = [
                     move._replace(layers=[each for each in move.layers if each[0] == local])
                     for move in moves
@@ -131,7 +132,7 @@ class TorchStager(Stager):
         moves = self._planned(view, copies, gather)
         nbytes = sum(len(move.layers) * move.payload.layer_nbytes for move in moves)
         share = max(min(-(-nbytes // self._threads), _BATCH_NBYTES), _LEAST_NBYTES)
-        found = batches(moves, share)
+        found = batches(moves, repeat(share))
         if len(found) > 1:
             return found
         self._copy(view, found[0], opened, gather)
@@ -159,16 +160,6 @@ class TorchStager(Stager):
 
     def _open(self, tensor: Tensor) -> _Cache:
         return HostCache(tensor) if tensor.device.type == "cpu" else DeviceCache(tensor)
-
-
-def _in_order(layout: KVLayout) -> list[tuple[int, int]]:
-    """(group, local layer) of all layers, as the model computes them."""
-    numbered = [
-        (number, group, local)
-        for group, held in enumerate(layout.groups)
-        for local, number in enumerate(held.group.layers[slice(*held.layer_range)])
-    ]
-    return [(group, local) for _, group, local in sorted(numbered)]
 
 
 def _device(view: KVView) -> Any:

@@ -111,10 +111,18 @@ def _stack(task: asyncio.Task[Any]) -> list[str]:
     """Down to the innermost coroutine: ``Task.get_stack`` ends at the outermost."""
     lines: list[str] = []
     awaited: Any = task.get_coro()
-    while (frame := getattr(awaited, "cr_frame", None)) is not None:
+    while (frame := _of("frame", awaited)) is not None:
         lines += traceback.format_stack(frame, limit=1)
-        awaited = awaited.cr_await
+        awaited = _of("await", awaited)
+        if type(awaited).__name__.startswith("async_generator_"):
+            # ``async with`` over a generator: what is awaited does not say whose step it is.
+            awaited = getattr(frame.f_locals.get("self"), "gen", None)
     return lines
+
+
+def _of(what: str, awaited: Any) -> Any:
+    """The frame of a coroutine or of an asynchronous generator, or what it awaits."""
+    return getattr(awaited, f"cr_{what}", None) or getattr(awaited, f"ag_{what}", None)
 
 
 def _raise(error: BaseException) -> Any:

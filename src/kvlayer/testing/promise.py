@@ -17,6 +17,7 @@ class Need(StrEnum):
     """What a promise can only be looked at with. The value says so in a report."""
 
     LIST = "the backend does not list (Capability.LIST)"
+    NO_LIST = "the backend lists (Capability.LIST)"
     PERSISTENT = "objects do not outlive the process (Capability.PERSISTENT)"
     SHARED = "the backend is not shared (Capability.SHARED)"
     URL = "it is not built from a URL"
@@ -93,17 +94,20 @@ def promise(
 
 def broken(expected: str, found: object) -> NoReturn:
     """Say that a promise is broken."""
+    __tracebackhide__ = True
     raise Broken(expected, found if isinstance(found, str) else repr(found))
 
 
 def expect(found: T, expected: T, what: str) -> None:
     """Raise :class:`Broken` unless ``found == expected``; ``what`` says of what."""
+    __tracebackhide__ = True
     if found != expected:
         raise Broken(f"{what} to be {_short(expected)}", _short(found))
 
 
 def same_bytes(found: bytes | bytearray | memoryview, expected: bytes, what: str) -> None:
     """Raise :class:`Broken` unless the bytes are equal, naming the first that is not."""
+    __tracebackhide__ = True
     found = bytes(found)  # compared by memcmp; a memoryview would be, element by element
     if found == expected:
         return

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from time import perf_counter
+from types import TracebackType
 from typing import ClassVar
 from unittest import SkipTest
 
@@ -93,6 +94,7 @@ class Suite(ABC):
             run_bounded(lambda: self.keep(promise), self.patience())
         except Exception as exc:
             exc.add_note(f'the contract: "{promise.contract}"')
+            exc.__traceback__ = _where(exc, promise)
             raise
 
     def judge(self, promise: Promise, /) -> Verdict:
@@ -110,7 +112,7 @@ class Suite(ABC):
             )
         except Exception as exc:  # noqa: BLE001  # whatever the tested thing raises is the finding
             said = "".join(traceback.format_exception_only(exc)).strip()
-            trace = "".join(traceback.format_tb(exc.__traceback__))
+            trace = "".join(traceback.format_tb(_where(exc, promise)))
             elapsed = perf_counter() - began
             return Verdict(promise, Outcome.FAILED, "no exception", said, trace, elapsed)
         return Verdict(promise, Outcome.KEPT, seconds=perf_counter() - began)
@@ -119,3 +121,14 @@ class Suite(ABC):
         """Judge every promise, one after the other."""
         for each in self.promises():
             yield self.judge(each)
+
+
+def _where(error: BaseException, promise: Promise) -> TracebackType | None:
+    """The traceback from the promise on, without the kit's threads and loops before it.
+
+    All of it, where the error came from elsewhere: from building or opening the subject.
+    """
+    at = error.__traceback__
+    while at is not None and at.tb_frame.f_code is not promise.check.__code__:
+        at = at.tb_next
+    return at or error.__traceback__

@@ -50,11 +50,24 @@ class Trial:
             async with trial._open:
                 await trial.start(trial.backend)
                 yield trial
-        finally:
-            if clears and trial.keys:
+        except BaseException as exc:
+            if clears:
+                await trial._clear_after(exc)
+            raise
+        else:
+            if clears:
                 await trial._clear()
 
+    async def _clear_after(self, error: BaseException) -> None:
+        """Clear up behind a broken promise, which stays the finding whatever comes of that."""
+        try:
+            await self._clear()
+        except Exception as exc:  # noqa: BLE001  # of a backend that is broken already
+            error.add_note(f"and clearing up after it failed: {type(exc).__name__}: {exc}")
+
     async def _clear(self) -> None:
+        if not self.keys:
+            return
         async with self._build() as cleaner:
             await cleaner.delete(sorted(self.keys))
             left = [size for size in await cleaner.contains(sorted(self.keys)) if size is not None]

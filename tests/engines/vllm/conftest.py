@@ -7,6 +7,7 @@ it, the session ``tests`` has none.
 from __future__ import annotations
 
 import os
+import random
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 from vllm_process import EngineProcess
+from zygote import Zygote
 
 if find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -24,6 +26,7 @@ else:
     from kvlayer_vllm.bench.serving import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT)  # before anything imports the engine
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # the one thing an eager engine compiles: logprobs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the engine's own, of which there are many
         import vllm.v1.engine.llm_engine  # noqa: F401
@@ -154,18 +157,29 @@ def no_cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
 
 
+# -- engines in processes of their own -------------------------------------------------------------
+
+
+@pytest.fixture(scope="session", autouse=True)
+def zygote() -> Iterator[Zygote]:
+    """Forks engines. For every test, so that it imports vLLM while the first ones run."""
+    forking = Zygote("vllm_engine")
+    yield forking
+    forking.close()
+
+
 @pytest.fixture
-def engine_process() -> Iterator[Any]:
-    """``engine_process(model, cache, **options)``; one at a time: it ends before the next."""
+def engine_process(zygote: Zygote) -> Iterator[Any]:
+    """``engine_process(model, cache, **options)``; what a test leaves running is killed."""
     running: list[EngineProcess] = []
 
     def start(model: Path, cache: Any, **options: Any) -> EngineProcess:
-        running.append(EngineProcess(model, cache, **options))
+        running.append(EngineProcess(zygote, model, cache, **options))
         return running[-1]
 
     yield start
     for each in running:
-        if each.process.poll() is None:
+        if not each.has_ended:
             each.kill()
 
 
@@ -181,24 +195,10 @@ OPTIONS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session")
-def smol() -> Path:
-    """A trained model: SmolLM2-135M-Instruct."""
-    from kvlayer_vllm.bench.models import trained_model
-
-    return trained_model()
-
-
-@pytest.fixture(scope="session")
-def prompts(smol: Path) -> dict[str, list[list[int]]]:
-    """34 prompts of text by what they are for."""
-    from transformers import AutoTokenizer
-
-    from kvlayer_transformers.demo import documents
-
-    folder = Path(documents.__file__).parent / "documents"
-    text = "\n".join(path.read_text() for path in sorted(folder.glob("*.txt")))
-    tokenizer: Any = AutoTokenizer.from_pretrained(smol)
-    words: list[int] = tokenizer(text)["input_ids"]
+def prompts() -> dict[str, list[list[int]]]:
+    """34 prompts by what they are for."""
+    numbers = random.Random(7)
+    words = [numbers.randrange(300, 512) for _ in range(4000)]
 
     def cut(start: int, count: int) -> list[int]:
         return words[start : start + count]
@@ -219,10 +219,10 @@ def prompts(smol: Path) -> dict[str, list[list[int]]]:
 
 @pytest.fixture(scope="session")
 def expected(
-    smol: Path, prompts: dict[str, list[list[int]]]
+    tiny: Path, zygote: Zygote, prompts: dict[str, list[list[int]]]
 ) -> dict[tuple[int, ...], tuple[int, ...]]:
     """What the engine answers without kvlayer, each prompt alone."""
-    process = EngineProcess(smol, None, **OPTIONS)
+    process = EngineProcess(zygote, tiny, None, **OPTIONS)
     every = [prompt for some in prompts.values() for prompt in some]
     answers = [process("ask", [prompt], ANSWER)[0] for prompt in every]
     process.close()
@@ -274,8 +274,8 @@ class Inside:
 
 
 @pytest.fixture(scope="session")
-def engine(smol: Path, expected: Any) -> Iterator[Inside]:
-    """The one engine of this process. ``expected`` comes first: only one runs at a time."""
+def engine(tiny: Path) -> Iterator[Inside]:
+    """The one engine of this process."""
     from kvlayer.bench.sick import SickTier
     from kvlayer.registry import BACKENDS
     from kvlayer_vllm import scheduler
@@ -290,7 +290,7 @@ def engine(smol: Path, expected: Any) -> Iterator[Inside]:
         )
         below = {"write": "through", "deadline_seconds": DEADLINE, "pause_seconds": 0.2}
         serving = Serving(
-            str(smol),
+            str(tiny),
             cache={
                 "tokens_per_chunk": 64,
                 "tokens_per_tail": 32,

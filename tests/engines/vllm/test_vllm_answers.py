@@ -1,4 +1,8 @@
-"""SmolLM2 in vLLM answers the same with kvlayer, token for token, and has really loaded KV."""
+"""vLLM answers the same with kvlayer, token for token, and has really loaded KV.
+
+A small random model, in this process: looked into at every step. A trained one in every mode is in
+``test_vllm_trained.py``.
+"""
 
 from __future__ import annotations
 

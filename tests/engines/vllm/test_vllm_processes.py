@@ -10,10 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from damage import damage_file
 from vllm_process import EngineProcess
+from zygote import Zygote
 
 ANSWER = 12
-TINY_OPTIONS: dict[str, Any] = {"dtype": "float32", "max_num_batched_tokens": 512}
+TINY_OPTIONS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_num_batched_tokens": 512,
+    "max_model_len": 2048,
+    "num_gpu_blocks_override": 200,  # what starting an engine takes is zeroing its memory
+}
 
 
 def prompt_of(tokens: int, seed: int) -> list[int]:
@@ -39,19 +46,19 @@ USABLE = [672, 288, 384, 64]
 
 
 @pytest.fixture(scope="session")
-def cold(tiny: Path) -> list[list[int]]:
+def cold(tiny: Path, zygote: Zygote) -> list[list[int]]:
     """What the engine answers without kvlayer."""
-    process = EngineProcess(tiny, None, **TINY_OPTIONS)
+    process = EngineProcess(zygote, tiny, None, **TINY_OPTIONS)
     answers = [process("ask", [prompt], ANSWER)[0][0] for prompt in PROMPTS]
     process.close()
     return answers
 
 
 @pytest.fixture(scope="session")
-def stored(tiny: Path, cold: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stored(tiny: Path, zygote: Zygote, cold: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory that another engine has filled, and left."""
     directory = tmp_path_factory.mktemp("stored")
-    process = EngineProcess(tiny, cache_in(directory), **TINY_OPTIONS)
+    process = EngineProcess(zygote, tiny, cache_in(directory), **TINY_OPTIONS)
     answers = [process("ask", [prompt], ANSWER)[0] for prompt in PROMPTS]
     assert [tokens for tokens, _ in answers] == cold
     assert answers[0][1] == 0
@@ -141,14 +148,7 @@ def test_damaged_files_are_misses(
     files = sorted(path for path in directory.rglob("*native*") if path.is_file())
     assert len(files) > 10
     for path in files[::2]:
-        raw = bytearray(path.read_bytes())
-        if damage == "truncated":
-            path.write_bytes(raw[: len(raw) // 3])
-        elif damage == "flipped":
-            raw[len(raw) // 2] ^= 16
-            path.write_bytes(raw)
-        else:
-            path.unlink()
+        damage_file(path, damage)
     process = engine_process(tiny, cache_in(directory), **TINY_OPTIONS)
     for prompt, answer, usable in zip(PROMPTS, cold, USABLE, strict=True):
         found = [-1]
@@ -158,6 +158,31 @@ def test_damaged_files_are_misses(
             found.append(cached)
             process("leave_memory", prompt)
         assert found[-1] == usable
+    process.close()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted"])
+def test_files_damaged_between_lookup_and_load_are_misses(
+    damage: str, tiny: Path, stored: Path, cold: Any, tmp_path: Path, engine_process: Any
+) -> None:
+    """The second process has found the whole prompt when every other file changes under it."""
+    directory = tmp_path / "copy"
+    shutil.copytree(stored, directory)
+    process = engine_process(tiny, cache_in(directory), **TINY_OPTIONS)
+    assert process("damage_before_load", str(directory), damage) > 10
+    ((tokens, cached),) = process("ask", [PROMPTS[0]], ANSWER)
+    assert process("damaged") > 5
+    assert tokens == cold[0] and cached < USABLE[0]
+    process("leave_memory", PROMPTS[0])
+    for prompt, answer, usable in zip(PROMPTS, cold, USABLE, strict=True):
+        found = [-1]
+        while found[-1] < usable:
+            ((tokens, cached),) = process("ask", [prompt], ANSWER)
+            assert tokens == answer and cached > found[-1]
+            found.append(cached)
+            process("leave_memory", prompt)
+    state = process("state")
+    assert (state["troubles"], state["leases"], state["pinned"]) == (0, 0, 0)
     process.close()
 
 

@@ -320,9 +320,12 @@ def random_bytes(rng: np.random.Generator, nbytes: int) -> Any:
     return rng.integers(0, 256, nbytes, dtype=np.uint8)
 
 
-def random_floats(rng: np.random.Generator, nbytes: int, dtype: str) -> Any:
-    """Bytes of finite numbers of very different sizes, zeros among them."""
+def random_floats(rng: np.random.Generator, nbytes: int, dtype: str, *, finite: bool = True) -> Any:
+    """Bytes of numbers of very different sizes, zeros among them; or of what is no number too."""
     count = math.ceil(nbytes / DTYPE_NBYTES[dtype])
     sizes = np.repeat(rng.choice([0, 1e-37, 1e-3, 1, 1, 1, 40], count // 8 + 1), 8)[:count]
     values = torch.from_numpy(rng.standard_normal(count) * rng.choice([0, 1, 1], count) * sizes)
+    if not finite:
+        odd = rng.integers(0, count, count // 40)
+        values[odd] = torch.from_numpy(rng.choice([np.nan, np.inf, -np.inf, 3e38, 1e-45], len(odd)))
     return values.to(TORCH_DTYPES[dtype]).view(torch.uint8).numpy()[:nbytes].copy()

@@ -3,7 +3,8 @@
 // Every thread of a block is a fiber; barriers and shuffles are where fibers meet, and the order in
 // which they run is a parameter, so that a missing barrier is a result that depends on it. Shared
 // memory holds NaN before every block. Accesses are checked for alignment and against the memory
-// that was registered, and counted in 32-byte sectors per warp.
+// that was registered, and counted in 32-byte sectors per warp. Subnormal floats are zero, since CuPy
+// builds kernels with -ftz=true.
 #include "emulator.hpp"
 
 #include <algorithm>
@@ -27,6 +28,7 @@ namespace {
 const u32 WARP = 32;
 const size_t STACK_NBYTES = 64 << 10;
 const u32 MAX_ARGUMENTS = 16;
+const u32 SUBNORMALS_ARE_ZERO = 0x8040;  // MXCSR: results (FTZ) and operands (DAZ)
 typedef void (*Kernel)(u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64);
 
 enum class State { NEW, READY, WAITING, DONE };
@@ -281,6 +283,10 @@ extern char __start_kv_shared[] __attribute__((weak)), __stop_kv_shared[] __attr
 // order: 0 forward, 1 reverse, 2 by ``seed``. Returns 0, or 1 with a message in ``error``.
 extern "C" int emulator_run(Kernel kernel, u32 grid, u32 threads, const u64* arguments,
                             u32 num_arguments, int order, u64 seed, char* error, u32 error_nbytes) {
+    if (num_arguments > MAX_ARGUMENTS) {
+        snprintf(error, error_nbytes, "%u arguments, at most %u", num_arguments, MAX_ARGUMENTS);
+        return 1;
+    }
     machine.kernel = kernel;
     memset(machine.arguments, 0, sizeof machine.arguments);
     memcpy(machine.arguments, arguments, num_arguments * sizeof(u64));
@@ -298,15 +304,16 @@ extern "C" int emulator_run(Kernel kernel, u32 grid, u32 threads, const u64* arg
         if (order == 2)
             for (u32 i = (u32)all->size(); i > 1; i--) std::swap((*all)[i - 1], (*all)[random_below(i)]);
     }
+    const u32 control = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr(control | SUBNORMALS_ARE_ZERO);
     for (u32 block : blocks) {
         blockIdx.x = block;
         run_block(fibers, __start_kv_shared, __stop_kv_shared - __start_kv_shared);
-        if (!machine.error.empty()) {
-            snprintf(error, error_nbytes, "%s", machine.error.c_str());
-            return 1;
-        }
+        if (!machine.error.empty()) break;
     }
-    return 0;
+    __builtin_ia32_ldmxcsr(control);
+    snprintf(error, error_nbytes, "%s", machine.error.c_str());
+    return !machine.error.empty();
 }
 
 extern "C" void emulator_register(u64 address, u64 nbytes) { registered[address] = address + nbytes; }

@@ -68,6 +68,12 @@ inline int __float2int_rn(float value) {
     return (int)__builtin_nearbyintf(value);
 }
 
+// Bytes of each argument of a kernel, a digit each: a launch passes them one after the other.
+template <class... Arguments> const char* emulated_widths(void (*)(Arguments...)) {
+    static const char widths[] = {(char)('0' + sizeof(Arguments))..., 0};
+    return widths;
+}
+
 // Conversions of the hardware, by their definition: to the nearest, ties to even.
 float kv_f16_to_float(u16 bits);
 u32 kv_floats_to_f16(float low, float high);

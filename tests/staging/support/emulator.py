@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Generator, Sequence
@@ -20,7 +21,16 @@ import numpy as np
 
 from kvlayer.staging.kernels.build import kernel_source
 
-__all__ = ["ORDERS", "Access", "Efficiency", "Emulator", "EmulatorError", "Memory", "missing"]
+__all__ = [
+    "ORDERS",
+    "Access",
+    "Efficiency",
+    "Emulator",
+    "EmulatorError",
+    "Memory",
+    "kernels_of",
+    "missing",
+]
 
 HERE = Path(__file__).parent
 ORDERS = ("forward", "reverse", "random")
@@ -50,6 +60,11 @@ class Access(NamedTuple):
     address: int
     nbytes: int
     stores: bool
+
+
+def kernels_of(text: str) -> list[str]:
+    """The kernels that a source defines, by the names that plans call them."""
+    return re.findall(r"_KERNEL\(?\s*(kv_\w+)", text)
 
 
 def missing() -> str | None:
@@ -166,6 +181,7 @@ class Emulator:
         stream: Any = None,
     ) -> None:
         library = self._library(source)
+        self._check_widths(library, kernel, args)
         arguments = (ctypes.c_uint64 * len(args))(*(int(value) for value in args))
         error = ctypes.create_string_buffer(500)
         failed = library.emulator_run(
@@ -178,10 +194,26 @@ class Emulator:
         if failed:
             raise EmulatorError(f"{kernel}: {error.value.decode()}")
 
+    @staticmethod
+    def _check_widths(library: ctypes.CDLL, kernel: str, args: Sequence[Any]) -> None:
+        """A device reads the arguments from bytes that follow each other, so widths must agree."""
+        if not kernel.startswith("kv_"):
+            return  # a test's own, called with plain numbers
+        widths = library[f"widths_of_{kernel}"]
+        widths.restype = ctypes.c_char_p
+        wanted, found = widths().decode(), "".join(str(value.itemsize) for value in args)
+        if found != wanted:
+            raise EmulatorError(f"{kernel} takes arguments of {wanted} bytes, found {found}")
+
     def _library(self, source: str) -> ctypes.CDLL:
         if source not in self._libraries:
             file = self._folder / f"{source}.cpp"
-            file.write_text(f'#include "emulator.hpp"\n{self._edit(kernel_source(source))}')
+            text = self._edit(kernel_source(source))
+            widths = (
+                f'extern "C" const char* widths_of_{name}() {{ return emulated_widths({name}); }}\n'
+                for name in kernels_of(text)
+            )
+            file.write_text(f'#include "emulator.hpp"\n{text}\n{"".join(widths)}')
             built = self._compile(file, f"{source}.so", "-shared", str(self.runtime))
             library = self._libraries[source] = ctypes.CDLL(str(built))
             for address, nbytes in self._lent.items():

@@ -19,9 +19,10 @@ from types import FrameType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import kernel_oracle
+from emulator import kernels_of
 from gpu_sim import FakeCudaError, Gpu
 
-__all__ = ["Calls", "Mutant", "Site", "install"]
+__all__ = ["Calls", "Mutant", "Site", "install", "place"]
 
 _WRAPPERS = {"runtime.py", "copies.py", "tables.py", "marked", "_launch"}
 """Files and functions that others call to reach CUDA: the line in question is their caller's."""
@@ -57,14 +58,14 @@ class Calls:
 
     def __call__(self, what: str, stream: int) -> int | None:
         number = self.streams.index(stream) if stream in self.streams else -1
-        site = Site(what, _place(), number)
+        site = Site(what, place(), number)
         self.seen[site] = self.seen.get(site, 0) + 1
         if self.mutant is None or site != self.mutant.site:
             return stream
         return None if self.mutant.stream is None else self.streams[self.mutant.stream]
 
 
-def _place() -> str:
+def place() -> str:
     """The innermost function of the pipeline on the stack, and the line in it."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -131,7 +132,7 @@ class _Runtime(ModuleType):
         if into is not None:
             self._gpu.copy(dst, src, size, into, to_host=kind == self.memcpyDeviceToHost)
 
-    def streamCreateWithFlags(self, flags: int) -> int:
+    def streamCreateWithPriority(self, flags: int, priority: int) -> int:
         if flags != 1:
             raise FakeCudaError("a stream of the product must not wait for the default stream")
         handle = self._gpu.new_stream()
@@ -175,7 +176,7 @@ class _Module:
         self._gpu, self._calls, self._code = gpu, calls, code
 
     def get_function(self, name: str) -> Callable[..., None]:
-        if name not in self._code and name.removeprefix("kv_") not in self._code:
+        if name not in kernels_of(self._code):
             raise FakeCudaError(f"CUDA_ERROR_NOT_FOUND: {name}")
 
         def function(

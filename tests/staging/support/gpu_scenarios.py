@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Barrier
 from typing import Any
 
@@ -328,17 +328,9 @@ async def growing(gpu: Gpu, calls: Calls) -> list[str]:
     return on.faults
 
 
-MIXED = KVLayout(
-    (
-        GroupLayout(GROUP, HND, TOKENS_PER_BLOCK),
-        GroupLayout(
-            KVGroup(AttentionKind.MHA, (4, 5), "bfloat16", 2, 8),
-            NHD_BLOCK_FIRST,
-            TOKENS_PER_BLOCK,
-            form="native:test",
-        ),
-    )
-)
+OTHER = KVGroup(AttentionKind.MHA, (4, 5), "bfloat16", 2, 8)
+STRAIGHT = GroupLayout(OTHER, NHD_BLOCK_FIRST, TOKENS_PER_BLOCK, form="native:test")
+MIXED = KVLayout((GroupLayout(GROUP, HND, TOKENS_PER_BLOCK), STRAIGHT))
 
 
 async def load_mixed(gpu: Gpu, calls: Calls) -> list[str]:
@@ -352,7 +344,8 @@ async def load_mixed(gpu: Gpu, calls: Calls) -> list[str]:
 def failing(verb: str, layout: KVLayout, *, launch: int = 0, copy: int = 0) -> Scenario:
     async def scenario(gpu: Gpu, calls: Calls) -> list[str]:
         """CUDA refuses halfway: when the call raises, nothing touches anything any more."""
-        async with stage(gpu, calls, layout) as on:
+        # Copies of a batch that is refused would be made one by one.
+        async with stage(gpu, calls, layout, thresholds=replace(SMALL, batch_runs=1000)) as on:
             slots, copies = on.engine.engine.slots(80), on.copies(5)
             on.engine.write(on.engine.noise(10))
             gpu.failing_launch, gpu.failing_copy = launch, copy

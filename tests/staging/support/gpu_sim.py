@@ -375,6 +375,24 @@ class Gpu:
             while busy := [s for s in self._streams.values() if s.queue]:
                 assert sum(self._step(stream) for stream in busy), "streams wait for each other"
 
+    def hold(self, stream: int) -> Callable[[], None]:
+        """Something endless on a stream: what comes behind it waits until the result is called."""
+        with self.lock:
+            event = _Event(0)
+            into = self.stream(stream)
+            into.queue.append(_Op("endless", lambda: None, (event, 1, into)))
+
+        def release() -> None:
+            event.passed = 1
+
+        return release
+
+    def forget(self) -> None:
+        """Lose everything that is queued: what is left of a device after an error that sticks."""
+        with self.lock:
+            for stream in self._streams.values():
+                stream.queue.clear()
+
     # -- inside ------------------------------------------------------------------------------------
 
     def _host_block(self, address: int, nbytes: int) -> _Block | None:

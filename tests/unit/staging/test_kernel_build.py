@@ -82,6 +82,16 @@ def test_no_cupy(monkeypatch):
     assert "pip install cupy-cuda13x" in str(error.hint)
 
 
+def test_cupy_that_cannot_make_the_folder_of_its_cache(monkeypatch):
+    def refuse(name: str) -> ModuleType:
+        raise PermissionError(13, "Permission denied", "/home/nobody/.cupy")
+
+    monkeypatch.setattr(build, "import_module", refuse)
+    error = refused()
+    assert "CuPy cannot be imported: [Errno 13] Permission denied" in str(error)
+    assert "CUPY_CACHE_DIR" in str(error.hint)
+
+
 def test_no_driver(install):
     install(Machine([90], driver=False))
     assert "no CUDA driver or device: cudaErrorInsufficientDriver" in str(refused())

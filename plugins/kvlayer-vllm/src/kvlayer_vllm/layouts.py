@@ -71,6 +71,13 @@ def rank_layout(
     if len(kinds) > 1:
         raise UnsupportedError("kvlayer cannot carry latents (MLA) beside keys and values on a CPU")
     if kinds == {AttentionKind.MLA}:
+        if not vllm_config.scheduler_config.enable_chunked_prefill:
+            # vLLM turns it and its own prefix cache off for CPU_MLA: a prompt that is computed
+            # after a prefix has another answer there than one computed in a single pass.
+            raise UnsupportedError(
+                "kvlayer cannot carry latents (MLA) where vLLM computes each prompt in one pass",
+                hint="its attention for AMX does not (bfloat16); the engine serves without kvlayer",
+            )
         rows = [GroupLayout(each.group, MLA_BLOCKS, each.tokens_per_block) for each in groups]
         return RankLayout(KVLayout(tuple(rows)), ())
     cache_dtype = vllm_config.cache_config.cache_dtype
@@ -119,8 +126,10 @@ def caches_of(
             tensor = tensors.get(name)
             if tensor is None:
                 raise UnsupportedError(f"the engine registered no KV tensor for layer {name!r}")
-            if not hasattr(tensor, "shape") or len(tensor.shape) != len(held.axes):
-                shape = tuple(getattr(tensor, "shape", ()))
+            shape = tuple(getattr(tensor, "shape", ()))
+            if each.group.kind is AttentionKind.MLA and shape[1:2] == (1,):
+                tensor, shape = tensor.squeeze(1), shape[:1] + shape[2:]  # the one head it has
+            if len(shape) != len(held.axes):
                 raise UnsupportedError(
                     f"layer {name!r}: expected a KV tensor with axes {held.axes}, found {shape}"
                 )

@@ -82,7 +82,12 @@ class SchedulerHalf:
             )
 
     def open(self, workers: Mapping[int, Handshake]) -> None:
-        """Open the cache for these workers, by their rank. Raises what ``Cache.open`` raises."""
+        """Open the cache for these workers, by their rank. Raises what ``Cache.open`` raises.
+
+        ``UnsupportedError`` where there are none: each has said in its own log why it is off.
+        """
+        if not workers:
+            raise UnsupportedError("no worker of the engine has introduced itself")
         ranks = [workers[number].rank for number in sorted(workers)]
         first = workers[min(workers)]
         namespace = namespace_of(

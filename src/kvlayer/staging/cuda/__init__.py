@@ -9,6 +9,7 @@
 ``stager``      the Stager of an engine: which device, pipeline or torch, batches, cancelling
 ``pipeline``    one device: streams, the order of its work, what waits for what
 ``ring``        slots of device memory between kernels and copy engines
+``programs``    what a batch queues, worked out beforehand: pure arithmetic
 ``fills``       which layers of which payloads share a slot: pure arithmetic
 ``runs``        stretches of bytes for a copy engine: joined, cut: pure arithmetic
 ``copies``      how runs are handed to a copy engine, one by one or in a batch

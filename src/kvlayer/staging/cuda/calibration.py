@@ -1,7 +1,7 @@
 """Thresholds of one kind of device, and the file that keeps them. ``kvlayer bench gpu`` writes it.
 
-The defaults are what published measurements of PCIe 4 and 5 cards suggest. They are starting
-points: what a transfer costs depends on the link, the driver and the host's memory.
+The defaults are what was measured on an H100 behind PCIe 5. They are starting points: what a
+transfer costs depends on the link, the driver, the CPU and the host's memory.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Calibration:
     group_slots: int = 8
     """A load's layer group fills so many slots. Fewer, and the first layers are there sooner, while
     the CPU says more often which rows are whose."""
-    blocks: int = 16
-    """Thread blocks of a gather or scatter: what is disturbed of the engine's multiprocessors."""
-    direct_nbytes: int = 64 << 10
+    blocks: int = 128
+    """Thread blocks of a gather or scatter. Many are done soon: few wait long for the engine."""
+    direct_nbytes: int = 1 << 20
     """A load whose average run into the cache is at least this long goes there without a ring."""
     batch_runs: int = 16
     """Copies of at least so many runs are one ``cudaMemcpyBatchAsync``."""

@@ -1,25 +1,20 @@
-"""Which layers of which payloads share a slot of the ring, and what is launched for them. Pure.
+"""Which layers of which payloads share a slot of the ring, and which load together. Pure.
 
 Layers lie in a slot as in their payload, so one copy moves as many as follow each other there.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from kvlayer.layout import KVView, LoadedLayers
-from kvlayer.staging.address import Strip
-from kvlayer.staging.cuda.runs import Run, Spans, joined, mean_nbytes, spans
-from kvlayer.staging.kernels.plan import Plan
-from kvlayer.staging.kernels.tables import Layer, Piece
+from kvlayer.layout import LoadedLayers
+from kvlayer.staging.cuda.runs import mean_nbytes
+from kvlayer.staging.cuda.runtime import ALIGNMENT
+from kvlayer.staging.lazy import np
 from kvlayer.staging.moves import Move, Transfer
-from kvlayer.staging.torch_view import tensors_of
 
-__all__ = ["Fill", "LayerGroup", "Place", "layer_groups", "pack", "plans_of", "reads", "writes"]
-
-_ALIGNMENT = 256  # a place begins like an allocation does: vectors of any width fit
+__all__ = ["Fill", "LayerGroup", "Place", "layer_groups", "pack"]
 
 
 class Place(NamedTuple):
@@ -71,7 +66,7 @@ def pack(moves: Sequence[Move], slot_nbytes: int) -> Iterator[Fill]:
                 places, used = [], 0
                 continue
             count = max(count, 1)
-            place = Place(move._replace(layers=layers[:count]), used)
+            place = Place(move.only(layers[:count]), used)
             places.append(place)
             used = _aligned(place.offset(layers[count - 1][1]) + nbytes)
             layers = layers[count:]
@@ -82,6 +77,8 @@ def pack(moves: Sequence[Move], slot_nbytes: int) -> Iterator[Fill]:
 def _fitting(layers: Sequence[tuple[int, int, Transfer]], nbytes: int, room: int) -> int:
     """How many of the layers lie within ``room`` bytes of the first one's beginning."""
     first = layers[0][1]
+    if layers[-1][1] - first + nbytes <= room:
+        return len(layers)
     count = 0
     for _, at, _ in layers:
         if at - first + nbytes > room:
@@ -91,104 +88,45 @@ def _fitting(layers: Sequence[tuple[int, int, Transfer]], nbytes: int, room: int
 
 
 def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT  # vectors of any width fit
 
 
 def layer_groups(
-    moves: Sequence[Move], tokens: tuple[int, int], *, least_nbytes: int, direct_nbytes: int
+    moves: Sequence[Move], *, tokens: tuple[int, int], sizes: Iterator[int], direct_nbytes: int
 ) -> list[LayerGroup]:
-    """All moves by layers, as few layers at a time as make ``least_nbytes``; in layer order.
+    """All moves by layers, in layer order: at a time as few layers as make so many bytes.
 
-    The layers of a KV group go straight into the cache if their average run is at least
-    ``direct_nbytes`` long.
+    ``sizes`` says how many, and does not end. The layers of a KV group go straight into the cache
+    if their average run is at least ``direct_nbytes`` long.
     """
     found: list[LayerGroup] = []
     for group in dict.fromkeys(move.group for move in moves):
         mine = [move for move in moves if move.group == group]
         is_direct = mean_nbytes(mine) >= direct_nbytes
-        nbytes: Counter[int] = Counter()
+        nbytes = np.zeros(max(move.layers[-1][0] for move in mine) + 1, np.int64)
         for move in mine:
-            for local, _, _ in move.layers:
-                nbytes[local] += move.payload.layer_nbytes
-        first, held = min(nbytes), 0
-        for local in sorted(nbytes):
-            held += nbytes[local]
-            if held >= least_nbytes or local == max(nbytes):
+            nbytes[_locals(move)] += move.payload.layer_nbytes
+        first, held = int(np.flatnonzero(nbytes)[0]), 0
+        least = next(sizes)
+        for local, each in enumerate(nbytes.tolist()):
+            held += each
+            if held and (held >= least or local == len(nbytes) - 1):
                 cut = _cut(mine, first, local + 1)
                 found.append(LayerGroup(group, first, local + 1, cut, tokens, is_direct))
-                first, held = local + 1, 0
+                first, held, least = local + 1, 0, next(sizes)
     return found
 
 
 def _cut(moves: Sequence[Move], first: int, stop: int) -> list[Move]:
-    cut = [
-        move._replace(layers=[layer for layer in move.layers if first <= layer[0] < stop])
-        for move in moves
-    ]
-    return [move for move in cut if move.layers]
+    cut: list[Move] = []
+    for move in moves:
+        has = _locals(move)
+        layers = move.layers[max(first - has.start, 0) : max(stop - has.start, 0)]
+        if layers:
+            cut.append(move.only(layers))
+    return cut
 
 
-def plans_of(
-    fill: Fill,
-    slot: int,
-    view: KVView,
-    make: Callable[[Sequence[Strip], Sequence[Layer], Sequence[Piece]], Plan],
-) -> list[Plan]:
-    """The launches that fill or empty the slot at address ``slot``: one for each shape of places.
-
-    ``make`` is ``gather_plan`` or ``scatter_plan``.
-    """
-    alike: dict[tuple[object, ...], tuple[Transfer, list[Layer], list[Piece]]] = {}
-    for place in fill.places:
-        by_transfer: dict[int, tuple[Transfer, list[tuple[int, int]]]] = {}
-        for local, at, transfer in place.move.layers:
-            by_transfer.setdefault(id(transfer), (transfer, []))[1].append((local, at))
-        caches, first = view.caches[place.move.group], place.move.layers[0][1]
-        for transfer, layers in by_transfer.values():
-            key = (
-                place.move.group,
-                transfer.strips,
-                transfer.runs.geometry,
-                *((local, at - first) for local, at in layers),
-            )
-            if key not in alike:
-                lying = [
-                    Layer(tuple(t.data_ptr() for t in tensors_of(caches[local])), at - first)
-                    for local, at in layers
-                ]
-                alike[key] = (transfer, lying, [])
-            alike[key][2].append(Piece(transfer.runs, slot + place.at))
-    return [make(transfer.strips, layers, pieces) for transfer, layers, pieces in alike.values()]
-
-
-def writes(fill: Fill, slot: int, hosts: dict[int, int]) -> list[Run]:
-    """The runs that take a gathered slot to host memory. ``hosts``: addresses by ``id(host)``."""
-    runs = (
-        Run(slot + place.offset(at), hosts[id(place.move.host)] + at, nbytes)
-        for place in fill.places
-        for nbytes in (place.move.payload.layer_nbytes,)
-        for _, at, _ in place.move.layers
-    )
-    return list(joined(runs))
-
-
-def reads(
-    fill: Fill, slot: int, hosts: dict[int, int], known: dict[int, Spans], gap: int
-) -> list[Run]:
-    """The runs that bring a slot what is scattered from it, and at most ``gap`` bytes between.
-
-    ``known`` keeps the spans of transfers, by identity, for as long as the transfers live.
-    """
-
-    def pieces() -> Iterator[Run]:
-        for place in fill.places:
-            host = hosts[id(place.move.host)]
-            for _, at, transfer in place.move.layers:
-                found = known.get(id(transfer))
-                if found is None:
-                    found = known[id(transfer)] = spans(transfer, gap)
-                to = slot + place.offset(at)
-                for offset, nbytes in found:
-                    yield Run(host + at + offset, to + offset, nbytes)
-
-    return list(joined(pieces(), gap))
+def _locals(move: Move) -> slice:
+    """The local caches of a move, which follow each other."""
+    return slice(move.layers[0][0], move.layers[-1][0] + 1)

@@ -15,7 +15,7 @@ from kvlayer.staging.address import Side, Strip
 from kvlayer.staging.cuda.calibration import Calibration
 from kvlayer.staging.cuda.copies import BatchCopy
 from kvlayer.staging.cuda.pipeline import Launcher
-from kvlayer.staging.cuda.runs import Run
+from kvlayer.staging.cuda.runs import Runs
 from kvlayer.staging.cuda.runtime import Event, Runtime, Stream
 from kvlayer.staging.geometry import CacheGeometry, Plane
 from kvlayer.staging.kernels.plan import gather_plan
@@ -23,12 +23,13 @@ from kvlayer.staging.kernels.tables import Layer, Piece
 from kvlayer.staging.lazy import np
 from kvlayer.staging.slots import BlockRun, SlotRuns
 
-__all__ = ["Figures", "bare_copy", "choose", "measure"]
+__all__ = ["SLOTS", "Figures", "bare_copy", "choose", "choose_slot", "measure"]
 
-_SLOTS = tuple(1 << n for n in range(20, 26))  # 1 to 32 MiB
+SLOTS = tuple(1 << n for n in range(22, 27))  # 4 to 64 MiB
+
 _RUNS = tuple(1 << n for n in range(12, 21))  # 4 KiB to 1 MiB
 _COUNTS = (2, 4, 8, 16, 32, 64, 128)
-_BLOCKS = (4, 8, 16, 32, 64, 128)
+_BLOCKS = (8, 16, 32, 64, 128, 256)
 _BATCHED_NBYTES = 32 << 10
 _ROW_NBYTES, _ROWS = 2048, 16  # a block of 16 tokens of 8 heads of 128 16-bit floats
 
@@ -40,8 +41,6 @@ class Figures:
     to_host: float
     to_device: float
     """One long copy between pinned and device memory."""
-    by_slot: dict[int, float]
-    """Copies of this many bytes, one after the other, to the host."""
     by_run: dict[int, float]
     """The same bytes to the device in runs this long, handed over in the better way."""
     single_seconds: dict[int, float]
@@ -52,19 +51,17 @@ class Figures:
 
 
 def choose(figures: Figures) -> Calibration:
-    """Thresholds for a device. Pure.
+    """Thresholds for a device, but for the slot's size. Pure.
 
-    The smallest slot and the fewest thread blocks that keep the link busy; straight loads from
-    where a run costs less than a tenth more than one long copy.
+    As few thread blocks as are nearly as fast as any number: they wait for multiprocessors that the
+    engine has taken, so they must be done soon once they have them. Straight loads from where a run
+    costs less than a tenth more than one long copy.
     """
-    fastest = max(figures.by_slot.values())
-    link = max(figures.to_host, figures.to_device)
+    fastest = max(figures.by_blocks.values())
     shortest = min(figures.by_run)
     run_seconds = shortest / figures.by_run[shortest] - shortest / figures.to_device
     return Calibration(
-        slot_nbytes=_first(figures.by_slot, lambda _, rate: rate >= 0.97 * fastest)
-        or max(figures.by_slot),
-        blocks=_first(figures.by_blocks, lambda _, rate: rate >= 2 * link)
+        blocks=_first(figures.by_blocks, lambda _, rate: rate >= 0.8 * fastest)
         or max(figures.by_blocks),
         direct_nbytes=_first(figures.by_run, lambda _, rate: rate >= 0.9 * figures.to_device)
         or 2 * max(figures.by_run),
@@ -75,6 +72,15 @@ def choose(figures: Figures) -> Calibration:
         or 1 << 30,
         gap_nbytes=min(max(int(run_seconds * figures.to_device), 0), 1 << 20) >> 10 << 10,
     )
+
+
+def choose_slot(seconds: dict[int, float]) -> int:
+    """The smallest slot with which a store and a load take at most 3 % longer than with the best.
+
+    What a slot costs is the CPU's doing and the copy engine's, so ``seconds`` are of whole calls.
+    """
+    best = min(seconds.values())
+    return min(slot for slot, taken in seconds.items() if taken <= 1.03 * best)
 
 
 def measure(
@@ -92,7 +98,7 @@ def measure(
     Allocates twice as much device memory and as much pinned host memory, and frees it.
     """
     with _bench(runtime, number, nbytes, rounds, clock) as bench:
-        whole = [Run(bench.host, bench.device, nbytes)]
+        whole = Runs([bench.host], [bench.device], [nbytes])
         single = {n: bench.copies(bench.runs(_BATCHED_NBYTES, n), None) for n in _COUNTS}
         batched = {
             n: bench.copies(bench.runs(_BATCHED_NBYTES, n), batch)
@@ -102,7 +108,6 @@ def measure(
         return Figures(
             nbytes / bench.copies(whole, None, to_host=True),
             nbytes / bench.copies(whole, None),
-            {n: nbytes / bench.copies(bench.runs(n), None, to_host=True) for n in _SLOTS},
             {n: nbytes / bench.copies(bench.runs(n), better) for n in _RUNS},
             single,
             batched,
@@ -115,7 +120,7 @@ def bare_copy(
 ) -> float:
     """Seconds of one long copy between pinned and device memory: the ceiling of everything."""
     with _bench(runtime, number, nbytes, rounds, time.perf_counter) as bench:
-        return bench.copies([Run(bench.host, bench.device, nbytes)], None, to_host=to_host)
+        return bench.copies(Runs([bench.host], [bench.device], [nbytes]), None, to_host=to_host)
 
 
 @contextmanager
@@ -151,23 +156,24 @@ class _Bench:
         self.stream.close()
         self.end.close()
 
-    def runs(self, nbytes: int, count: int | None = None) -> list[Run]:
+    def runs(self, nbytes: int, count: int | None = None) -> Runs:
         """Runs of this length, every other one of their memory where that is large enough."""
         step = 2 * nbytes if count is not None else nbytes
-        found = range(0, self.nbytes - nbytes + 1, step)
-        return [Run(self.host + at, self.device + at, nbytes) for at in found][:count]
+        found = range(0, self.nbytes - nbytes + 1, step)[:count]
+        hosts, devices = [self.host + at for at in found], [self.device + at for at in found]
+        return Runs(hosts, devices, [nbytes] * len(found))
 
-    def copies(self, runs: list[Run], batch: BatchCopy | None, *, to_host: bool = False) -> float:
+    def copies(self, runs: Runs, batch: BatchCopy | None, *, to_host: bool = False) -> float:
         """Seconds until all runs have been copied; they are given from host to device."""
         runtime = self._runtime
         kind = runtime.memcpyDeviceToHost if to_host else runtime.memcpyHostToDevice
-        ends = [(b, a, n) if to_host else (a, b, n) for a, b, n in runs]
+        ends = (runs.targets, runs.sources) if to_host else (runs.sources, runs.targets)
 
         def queue() -> None:
             if batch is not None:
                 batch(runs, self.stream.ptr)
                 return
-            for source, target, nbytes in ends:
+            for source, target, nbytes in zip(*ends, runs.nbytes, strict=True):
                 runtime.memcpyAsync(target, source, nbytes, kind, self.stream.ptr)
 
         return self._least(queue)

@@ -9,19 +9,21 @@ whatever the slab holds.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from threading import Lock
 
-from kvlayer.staging.cuda.runs import Run
-from kvlayer.staging.cuda.runtime import Runtime, cuda_errors
+from kvlayer.staging.cuda.runs import Parts
+from kvlayer.staging.cuda.runtime import PORTABLE, Runtime, cuda_errors
+from kvlayer.staging.lazy import np
+from kvlayer.staging.slots import IntArray
 
 __all__ = ["PIECE_NBYTES", "PinnedSlab"]
 
 _log = logging.getLogger(__name__)
 
+_FAR = (1 << 63) - 1
 PIECE_NBYTES = 64 << 20
 """Pinned at once: tens of milliseconds, and a copy in sixty-four of a slab's layers is cut."""
-_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of the process
 
 
 class PinnedSlab:
@@ -40,6 +42,8 @@ class PinnedSlab:
         self._piece = piece_nbytes
         self._waiting = set(range(-(-nbytes // piece_nbytes)))
         self._pinned: set[int] = set()
+        pieces = range(address, address + nbytes, piece_nbytes)
+        self._edges = np.array([*pieces, address + nbytes], np.int64)
         self._lock = Lock()
         self._is_refused = False
 
@@ -47,6 +51,11 @@ class PinnedSlab:
     def pinned_nbytes(self) -> int:
         """Bytes that are pinned by now."""
         return sum(self._extent(piece)[1] for piece in tuple(self._pinned))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is pinned."""
+        return not self._waiting
 
     def pin_next(self) -> bool:
         """Pin one more piece; whether others are left. Blocks."""
@@ -65,27 +74,31 @@ class PinnedSlab:
                 if piece in self._waiting and not self._is_refused:
                     self._pin(piece)
 
-    def cut(self, runs: Iterable[Run], *, to_host: bool) -> Iterator[Run]:
-        """The same copies, none of which lies in two pieces; the other end is device memory."""
-        for run in runs:
-            host = run.target if to_host else run.source
-            at = 0
-            while at < run.nbytes:
-                nbytes = min(run.nbytes - at, self._room(host + at))
-                yield Run(run.source + at, run.target + at, nbytes)
-                at += nbytes
+    def cut(self, addresses: IntArray, nbytes: IntArray) -> Parts:
+        """Stretches of host memory in parts, none of which lies in two pieces, or partly in one."""
+        stops = addresses + nbytes
+        first = np.searchsorted(self._edges, addresses, "right")
+        counts = np.searchsorted(self._edges, stops, "left") - first + 1
+        whole = np.repeat(np.arange(len(addresses)), counts)
+        after = np.arange(len(whole)) - np.repeat(np.cumsum(counts) - counts, counts)
+        edge = first[whole] + after  # the edge that ends the part, unless the stretch ends before
+        edges = np.concatenate(([0], self._edges, [_FAR]))
+        starts = np.maximum(addresses[whole], edges[edge])
+        offsets = starts - addresses[whole]
+        return Parts(whole, offsets, np.minimum(stops[whole], edges[edge + 1]) - starts)
 
     def close(self) -> None:
         """Unpin everything. No copy may be running. Idempotent."""
-        with self._lock:
+        with self._lock, ExitStack() as unpinning:  # a piece that stays pinned stops no other
             self._waiting.clear()
             while self._pinned:
-                self._runtime.hostUnregister(self._extent(self._pinned.pop())[0])
+                address, _ = self._extent(self._pinned.pop())
+                unpinning.callback(self._runtime.hostUnregister, address)
 
     def _pin(self, piece: int) -> None:
         address, nbytes = self._extent(piece)
         try:
-            self._runtime.hostRegister(address, nbytes, _PORTABLE)
+            self._runtime.hostRegister(address, nbytes, PORTABLE)
         except cuda_errors() as exc:
             self._is_refused = True
             _log.warning(
@@ -107,12 +120,3 @@ class PinnedSlab:
         first = max(address - self._address, 0)
         stop = min(address + nbytes - self._address, self._nbytes)
         return range(first // self._piece, -(-stop // self._piece)) if first < stop else range(0)
-
-    def _room(self, address: int) -> int:
-        """Bytes from ``address`` to the next place where a copy is cut."""
-        offset = address - self._address
-        if offset < 0:
-            return -offset
-        if offset >= self._nbytes:
-            return 1 << 62
-        return min(self._piece - offset % self._piece, self._nbytes - offset)

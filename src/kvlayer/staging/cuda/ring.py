@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -28,15 +29,18 @@ class Ring:
     def __init__(self, runtime: Runtime, count: int, nbytes: int) -> None:
         self.nbytes = nbytes
         self._runtime = runtime
-        self._slots = [
-            Slot(address, Event(runtime), Event(runtime))
-            for address in _allocated(runtime, count, nbytes)
-        ]
+        with ExitStack() as made:
+            self._slots = [_slot(runtime, nbytes, made) for _ in range(count)]
+            self._made = made.pop_all()
         self._turns: Iterator[Slot] = cycle(self._slots)
 
     def next(self) -> Slot:
         """The slot that was used longest ago; its ``free`` says when."""
         return next(self._turns)
+
+    def take(self, count: int) -> list[Slot]:
+        """The next ``count`` of them, in their order: slots come again."""
+        return [self.next() for _ in range(count)]
 
     def hold(self, nbytes: int) -> None:
         """Make every slot at least this large. Rare: only a layer that is larger asks for it.
@@ -46,30 +50,31 @@ class Ring:
         """
         if nbytes <= self.nbytes:
             return
-        addresses = _allocated(self._runtime, len(self._slots), nbytes)
-        for slot, address in zip(self._slots, addresses, strict=True):
-            slot.free.synchronize()
-            self._runtime.free(slot.address)
-            slot.address = address
+        with ExitStack() as fresh:
+            addresses = [_allocated(self._runtime, nbytes, fresh) for _ in self._slots]
+            for slot in self._slots:
+                slot.free.synchronize()
+            fresh.pop_all()
         self.nbytes = nbytes
+        with ExitStack() as stale:
+            for slot, address in zip(self._slots, addresses, strict=True):
+                stale.callback(self._runtime.free, slot.address)
+                slot.address = address
 
     def close(self) -> None:
-        """Free the memory. Nothing may be queued that uses it."""
-        for slot in self._slots:
-            self._runtime.free(slot.address)
-            slot.full.close()
-            slot.free.close()
+        """Free the memory. Nothing may be queued that uses it. Idempotent."""
+        self._made.close()
         self._slots.clear()
 
 
-def _allocated(runtime: Runtime, count: int, nbytes: int) -> list[int]:
-    """Addresses of ``count`` times ``nbytes`` bytes of device memory: all of them, or none."""
-    addresses: list[int] = []
-    try:
-        for _ in range(count):
-            addresses.append(runtime.malloc(nbytes))  # noqa: PERF401  # known when one fails
-    except BaseException:
-        for address in addresses:
-            runtime.free(address)
-        raise
-    return addresses
+def _slot(runtime: Runtime, nbytes: int, made: ExitStack) -> Slot:
+    full, free = (made.enter_context(closing(Event(runtime))) for _ in range(2))
+    slot = Slot(runtime.malloc(nbytes), full, free)
+    made.callback(lambda: runtime.free(slot.address))  # where it lies by then
+    return slot
+
+
+def _allocated(runtime: Runtime, nbytes: int, made: ExitStack) -> int:
+    address = runtime.malloc(nbytes)
+    made.callback(runtime.free, address)
+    return address

@@ -13,9 +13,23 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, Protocol, cast
 
-__all__ = ["Event", "Runtime", "Stream", "cuda_errors", "cupy_runtime"]
+__all__ = [
+    "ALIGNMENT",
+    "PORTABLE",
+    "Event",
+    "Runtime",
+    "Stream",
+    "cuda_errors",
+    "cupy_runtime",
+]
+
+ALIGNMENT = 256
+"""What an allocation begins on a multiple of: what lies in one at such a place is as aligned."""
+PORTABLE = 1
+"""``cudaHostAllocPortable``, ``cudaHostRegisterPortable``: pinned for every device."""
 
 _NON_BLOCKING = 1  # cudaStreamNonBlocking: does not wait for the legacy default stream
+_HIGHEST = -1000  # lower is higher; CUDA takes its own highest where a number is beyond
 _EVENT_FLAGS = 1 | 2  # cudaEventBlockingSync: a waiting thread sleeps; cudaEventDisableTiming
 
 
@@ -38,7 +52,7 @@ class Runtime(Protocol):
     def hostUnregister(self, ptr: int) -> None: ...
     def memcpyAsync(self, dst: int, src: int, size: int, kind: int, stream: int) -> None: ...
 
-    def streamCreateWithFlags(self, flags: int) -> int: ...
+    def streamCreateWithPriority(self, flags: int, priority: int) -> int: ...
     def streamDestroy(self, stream: int) -> None: ...
     def streamSynchronize(self, stream: int) -> None: ...
     def streamWaitEvent(self, stream: int, event: int) -> None: ...
@@ -51,14 +65,16 @@ class Runtime(Protocol):
 class Stream:
     """A stream of the current device that waits for nothing but what it is told to wait for.
 
-    ``ptr`` is its handle, under the name by which CuPy asks for it when a kernel is launched.
+    Its kernels get multiprocessors before those of ordinary streams do, as these become free: they
+    are short, and a link stands still while they wait. ``ptr`` is its handle, under the name by
+    which CuPy asks for it when a kernel is launched.
     """
 
     __slots__ = ("_runtime", "ptr")
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self.ptr = runtime.streamCreateWithFlags(_NON_BLOCKING)
+        self.ptr = runtime.streamCreateWithPriority(_NON_BLOCKING, _HIGHEST)
 
     def wait(self, event: Event) -> None:
         """What is queued from now on follows the last record of ``event`` before this call."""

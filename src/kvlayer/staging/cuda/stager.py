@@ -9,24 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import repeat
 from traceback import clear_frames
 from typing import Any
 
-from kvlayer._offload import Offload
+from kvlayer._offload import Offload, settled
 from kvlayer.abc.stager import HostCopy, Landed, Stager
 from kvlayer.errors import KVLayerError, UnsupportedError
 from kvlayer.layout import KVLayout, KVView
 from kvlayer.memory.slab import Slab
 from kvlayer.staging.cuda.devices import Devices
 from kvlayer.staging.cuda.fills import LayerGroup, layer_groups
-from kvlayer.staging.cuda.pipeline import Pipeline
+from kvlayer.staging.cuda.pipeline import Call, Pipeline
 from kvlayer.staging.cuda.runtime import cuda_errors
 from kvlayer.staging.device_cache import engine_order
 from kvlayer.staging.lazy import torch
-from kvlayer.staging.moves import Move, batches, plan_moves
+from kvlayer.staging.moves import Move, batches, growing, in_model_order, plan_moves
 from kvlayer.staging.torch_stager import TorchStager
 from kvlayer.staging.torch_view import GeometryReader, tensors_of
 
@@ -35,16 +37,20 @@ __all__ = ["CudaStager"]
 _log = logging.getLogger(__name__)
 
 _BATCH_NBYTES = 256 << 20
-"""Queued at once: some 5 ms of a fast link. Others follow at once, so Python may be that late."""
+"""Queued at once: some 5 ms of a fast link. The next is queued by then: Python may be that late."""
+_FIRST_NBYTES = 32 << 20
+"""Of a call's first batch: until it has been worked out the link stands still. Others are larger
+and larger, each worked out while the one before is under way."""
 
 
 class CudaStager(Stager):
     """Copies between payloads and paged torch tensors; those of a CUDA device at its link's speed.
 
-    Batches of calls run on ``threads`` threads, which all calls share: a thread queues a batch and
-    sleeps until the device has done it. Cancelling starts no other batch, and returns once those
-    that are queued have ended. The order is the engine's: copies follow what is queued on
-    ``view.stream`` when the call begins, and are done when it returns.
+    A call is one of ``threads`` threads' work, which all calls share: it queues a batch, and sleeps
+    until the device has done the one before. Where more calls wait than there are threads they take
+    turns. Cancelling starts no other batch, and returns once those that are queued have ended. The
+    order is the engine's: copies follow what is queued on ``view.stream`` when the call begins, and
+    are done when it returns.
 
     ``slab`` is the host memory that payloads mostly lie in; it is pinned in the background once a
     CUDA device is used, and must stay mapped until ``aclose``. Payloads elsewhere are copied as
@@ -89,9 +95,15 @@ class CudaStager(Stager):
     async def scatter_layers(
         self, view: KVView, copies: Sequence[HostCopy], landed: Landed
     ) -> None:
-        """As torch does it where torch does; a pipeline tells ``view.loaded``, not ``landed``."""
+        """As ``TorchStager``; a pipeline moves some layers at once, and tells of them together."""
         pipeline = self._pipeline(view)
-        if pipeline is None or not await self._piped(pipeline, view, copies, False):
+        loop = asyncio.get_running_loop()
+
+        def tell(group: LayerGroup) -> None:
+            for local in range(group.first, group.stop):
+                loop.call_soon_threadsafe(landed, group.group, local)
+
+        if pipeline is None or not await self._piped(pipeline, view, copies, False, tell):
             await self._torch.scatter_layers(view, copies, landed)
 
     async def ready(self, device: int = 0) -> bool:
@@ -105,7 +117,19 @@ class CudaStager(Stager):
         return self._devices.pinned_nbytes
 
     async def aclose(self) -> None:
-        """End what opens or pins, then free and unpin everything. No call may be running."""
+        """End what opens or pins, then free and unpin everything. No call may be running.
+
+        Cancelled, it does so all the same before it raises: the slab must not be unmapped while it
+        is pinned.
+        """
+        closing = asyncio.ensure_future(self._close())
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            await settled(closing)
+            raise
+
+    async def _close(self) -> None:
         running = [*self._openings.values(), *filter(None, [self._pinning])]
         for task in running:
             task.cancel()
@@ -116,12 +140,7 @@ class CudaStager(Stager):
         await self._torch.aclose()
         self._offload.close()
         if running:
-            try:
-                await self._background.run(self._devices.close)
-            finally:
-                # Once more, which does nothing, unless that was cancelled before it began: the
-                # slab must not be unmapped while it is pinned.
-                self._devices.close()
+            await self._background.run(self._devices.close)
         self._background.close()
 
     # -- which device ------------------------------------------------------------------------------
@@ -172,13 +191,27 @@ class CudaStager(Stager):
     # -- one call ----------------------------------------------------------------------------------
 
     async def _piped(
-        self, pipeline: Pipeline, view: KVView, copies: Sequence[HostCopy], gather: bool
+        self,
+        pipeline: Pipeline,
+        view: KVView,
+        copies: Sequence[HostCopy],
+        gather: bool,
+        tell: Callable[[LayerGroup], None] | None = None,
     ) -> bool:
         """Whether the device did it; if not, nothing is in use any more."""
         failures: tuple[type[Exception], ...] = (UnsupportedError, *cuda_errors())
+        call = pipeline.call(view, gather=gather)
         try:
-            rest = await self._offload.run(self._start, pipeline, view, copies, gather)
-            await self._offload.run_all(rest)
+            # No names for the batches: this frame would hold their memory while an error lives.
+            if gather:
+                await self._offload.run_over(
+                    partial(pipeline.gather, call), self._stores(pipeline, call, copies)
+                )
+            else:
+                await self._offload.run_over(
+                    partial(pipeline.scatter, call, landed=tell),
+                    self._loads(pipeline, call, copies, is_heard=tell is not None),
+                )
         except failures as exc:
             clear_frames(exc.__traceback__)
             self._give_up(pipeline.number, exc)
@@ -187,48 +220,62 @@ class CudaStager(Stager):
             # As in TorchStager: frames in the traceback would keep the host memory exported.
             clear_frames(error.__traceback__)
             raise
+        finally:
+            pipeline.end(call)
         return True
 
-    def _start(
-        self, pipeline: Pipeline, view: KVView, copies: Sequence[HostCopy], gather: bool
-    ) -> list[Callable[[], None]]:
-        """Check everything, move it if it is one batch, return the batches that are left."""
+    def _stores(
+        self, pipeline: Pipeline, call: Call, copies: Sequence[HostCopy]
+    ) -> Iterator[list[Move]]:
+        """Check everything, then the batches."""
+        moves = self._moves(call.view, copies, gather=True)
+        if moves:
+            pipeline.begin(call)
+            yield from batches(moves, growing(_FIRST_NBYTES, _BATCH_NBYTES))
+
+    def _loads(
+        self, pipeline: Pipeline, call: Call, copies: Sequence[HostCopy], *, is_heard: bool = False
+    ) -> Iterator[list[LayerGroup]]:
+        """Check everything, then the batches: by layers where anybody hears of these.
+
+        Otherwise payload by payload, which makes longer runs.
+        """
+        moves = self._moves(call.view, copies, gather=False)
+        if not moves:
+            return
+        pipeline.begin(call)
+        thresholds = pipeline.calibration
+        tokens = (min(c.first for c in copies), max(c.first + c.tokens for c in copies))
+        groups_of = partial(layer_groups, tokens=tokens, direct_nbytes=thresholds.direct_nbytes)
+        if not is_heard and call.view.loaded is None:
+            for batch in batches(moves, growing(_FIRST_NBYTES, _BATCH_NBYTES)):
+                yield groups_of(batch, sizes=repeat(sys.maxsize))
+            return
+        most = thresholds.group_slots * thresholds.slot_nbytes
+        groups = groups_of(moves, sizes=growing(_FIRST_NBYTES, most))
+        turn = {layer: at for at, layer in enumerate(in_model_order(self._layout))}
+        groups.sort(key=lambda group: turn[group.group, group.first])
+        yield from _group_batches(groups)
+
+    def _moves(self, view: KVView, copies: Sequence[HostCopy], *, gather: bool) -> list[Move]:
+        """What there is to move, checked."""
         with _slots_order(view):
             geometries = self._reader.read(view)
             planned = plan_moves(self._layout, view, geometries, copies, gather=gather)
-            moves = [move for move in planned if _has_rows(move)]
-        if not moves:
-            return []
-        if gather:
-            works = [
-                partial(pipeline.gather, view, batch) for batch in batches(moves, _BATCH_NBYTES)
-            ]
-        else:
-            tokens = (min(c.first for c in copies), max(c.first + c.tokens for c in copies))
-            thresholds = pipeline.calibration
-            groups = layer_groups(
-                moves,
-                tokens,
-                least_nbytes=thresholds.group_slots * thresholds.slot_nbytes,
-                direct_nbytes=thresholds.direct_nbytes,
-            )
-            works = [partial(pipeline.scatter, view, batch) for batch in _group_batches(groups)]
-        if len(works) > 1:
-            return [*works]
-        works[0]()
-        return []
+            return [move for move in planned if _has_rows(move)]
 
 
 def _group_batches(groups: Sequence[LayerGroup]) -> list[list[LayerGroup]]:
-    """Layer groups in batches of about ``_BATCH_NBYTES``, in order."""
+    """Layer groups in batches that grow to about ``_BATCH_NBYTES``, in order."""
     found: list[list[LayerGroup]] = [[]]
-    held = 0
+    sizes = growing(_FIRST_NBYTES, _BATCH_NBYTES)
+    room = next(sizes)
     for group in groups:
-        if held >= _BATCH_NBYTES:
+        if room <= 0:
             found.append([])
-            held = 0
+            room = next(sizes)
         found[-1].append(group)
-        held += sum(len(move.layers) * move.payload.layer_nbytes for move in group.moves)
+        room -= sum(len(move.layers) * move.payload.layer_nbytes for move in group.moves)
     return found
 
 

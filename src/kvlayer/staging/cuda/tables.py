@@ -1,26 +1,28 @@
-"""Memory for the tables that launches read: pinned where they are written, and on the device.
+"""Memory for the tables that launches read: pinned where it is written, and on the device.
 
-A batch takes an arena, puts every table of its launches into it, and gives it back when its work
-has ended: a table is never overwritten while a copy or a kernel may still read it, and nothing but
-the end of a batch has to be waited for.
+A batch takes an arena, puts its table into it, and gives it back when its work has ended: a table
+is never overwritten while a copy or a kernel may still read it, and nothing but the end of a batch
+has to be waited for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from contextlib import ExitStack
 from ctypes import memmove
 from dataclasses import dataclass
 from threading import Lock
+from typing import TYPE_CHECKING
 
-from kvlayer.staging.cuda.runs import Run
-from kvlayer.staging.cuda.runtime import Runtime
-from kvlayer.staging.kernels.plan import Plan
+from kvlayer.staging.cuda.runs import Runs
+from kvlayer.staging.cuda.runtime import ALIGNMENT, PORTABLE, Runtime
+
+if TYPE_CHECKING:
+    from numpy import uint8
+    from numpy.typing import NDArray
 
 __all__ = ["Arena", "Arenas"]
 
 _BLOCK_NBYTES = 1 << 20
-_ALIGNMENT = 256
-_PORTABLE = 1  # cudaHostAllocPortable
 
 
 @dataclass(slots=True)
@@ -40,19 +42,13 @@ class Arena:
         self._runtime = runtime
         self._blocks: list[_Block] = []
 
-    def place(self, plans: Sequence[Plan]) -> tuple[Run, list[int]]:
-        """Write the plans' tables side by side: the copy they need, and their device addresses."""
-        offsets: list[int] = []
-        nbytes = 0
-        for plan in plans:
-            offsets.append(nbytes)
-            nbytes += -(-plan.table.nbytes // _ALIGNMENT) * _ALIGNMENT
-        block = self._room(nbytes)
+    def place(self, table: NDArray[uint8]) -> tuple[Runs, int]:
+        """Write a table: the copy it needs, and its address on the device."""
+        block = self._room(table.nbytes)
         host, device = block.host + block.used, block.device + block.used
-        block.used += nbytes
-        for plan, offset in zip(plans, offsets, strict=True):
-            memmove(host + offset, plan.table.ctypes.data, plan.table.nbytes)
-        return Run(host, device, nbytes), [device + offset for offset in offsets]
+        block.used += -(-table.nbytes // ALIGNMENT) * ALIGNMENT
+        memmove(host, table.ctypes.data, table.nbytes)
+        return Runs([host], [device], [table.nbytes]), device
 
     def clear(self) -> None:
         """Start over. Nothing may read the tables any more."""
@@ -60,9 +56,11 @@ class Arena:
             block.used = 0
 
     def close(self) -> None:
-        for block in self._blocks:
-            self._runtime.freeHost(block.host)
-            self._runtime.free(block.device)
+        """Free everything. Nothing may read the tables any more."""
+        with ExitStack() as freeing:
+            for block in self._blocks:
+                freeing.callback(self._runtime.freeHost, block.host)
+                freeing.callback(self._runtime.free, block.device)
         self._blocks.clear()
 
     def _room(self, nbytes: int) -> _Block:
@@ -70,13 +68,11 @@ class Arena:
             if block.nbytes - block.used >= nbytes:
                 return block
         size = max(nbytes, _BLOCK_NBYTES)
-        host = self._runtime.hostAlloc(size, _PORTABLE)
-        try:
-            device = self._runtime.malloc(size)
-        except BaseException:
-            self._runtime.freeHost(host)
-            raise
-        self._blocks.append(_Block(host, device, size))
+        with ExitStack() as made:
+            host = self._runtime.hostAlloc(size, PORTABLE)
+            made.callback(self._runtime.freeHost, host)
+            self._blocks.append(_Block(host, self._runtime.malloc(size), size))
+            made.pop_all()
         return self._blocks[-1]
 
 
@@ -99,6 +95,7 @@ class Arenas:
             self._idle.append(arena)
 
     def close(self) -> None:
-        for arena in self._idle:
-            arena.close()
+        with ExitStack() as closing:
+            for arena in self._idle:
+                closing.callback(arena.close)
         self._idle.clear()

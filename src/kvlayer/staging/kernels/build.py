@@ -35,6 +35,7 @@ ARCHITECTURES = (80, 90, 100, 120)
 """Compute capabilities, times ten, that the kernels are compiled and checked for."""
 MIN_ARCH = ARCHITECTURES[0]
 # Contraction would round differently from the emulated kernels: fused steps are written as such.
+# CuPy adds -ftz=true behind these: what is computed with treats subnormal float32 as zero.
 OPTIONS = ("--std=c++17", "--fmad=false")
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)
 _INSTALL = "pip install cupy-cuda13x (or cupy-cuda12x), or stage through torch"
@@ -135,6 +136,11 @@ def _import_cupy() -> Any:
         return import_module("cupy")
     except ImportError as error:
         raise UnsupportedError(f"CuPy cannot be imported: {error}", hint=_INSTALL) from error
+    except OSError as error:  # CuPy makes the folder of its cache while it is imported
+        raise UnsupportedError(
+            f"CuPy cannot be imported: {error}",
+            hint="CUPY_CACHE_DIR names a folder in which CuPy may write, or stage through torch",
+        ) from error
 
 
 def _last_lines(error: Exception) -> str:

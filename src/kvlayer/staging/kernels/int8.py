@@ -4,8 +4,8 @@ The pattern for codecs that change rows on their way. A layer of the int8 form i
 planes as in the canonical payload, an element a byte; then, from the next multiple of 16 on, the
 scales ``[K|V][head][token]``; padded to a multiple of 16. Symmetric: ``scale = max |x| / 127``,
 ``q = round(x * (127 / max |x|))``, ``x' = q * scale``, each step rounded to the nearest float32.
-Rows whose largest element is below 2^-100 become zero; NaN becomes 0, and a row with an infinity
-comes back as NaN and zeros.
+Rows whose largest element is below 2^-100 become zero. NaN becomes 0; a row with an infinity comes
+back as NaN, all of it; the largest float32 may come back as infinity.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _plan(
             f"bytes, found {row_nbytes}"
         )
     planes = _int8_planes(planes_of(strips, layers), layers, payload)
-    tables = Tables(planes, bases_of(pieces), rows_of(pieces))
+    tables = Tables(planes, bases_of(pieces), rows_of([piece.runs for piece in pieces]))
     cache, stage = alignment(tables, heads)
     if (
         cache < VECTOR_NBYTES

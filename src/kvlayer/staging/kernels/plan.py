@@ -9,26 +9,46 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvlayer.errors import LayoutError
 from kvlayer.staging.address import Strip
 from kvlayer.staging.kernels.tables import (
+    VECTOR_NBYTES,
+    Addresses,
     Layer,
     Piece,
+    Planes,
+    PlaneSteps,
+    Rows,
+    RowSteps,
     Tables,
-    alignment,
     bases_of,
     packed,
+    plane_steps,
     planes_of,
+    row_steps,
     rows_of,
+    widest,
 )
+from kvlayer.staging.lazy import np
 
 if TYPE_CHECKING:
     from numpy import uint8
     from numpy.typing import NDArray
 
-__all__ = ["Plan", "copy_tables", "gather_plan", "lanes_log2", "make_plan", "scatter_plan"]
+__all__ = [
+    "CopyPlanes",
+    "Plan",
+    "Shape",
+    "are_whole",
+    "copy_shape",
+    "copy_tables",
+    "gather_plan",
+    "lanes_log2",
+    "make_plan",
+    "scatter_plan",
+]
 
 _MAX_TILE_LOG2 = 6  # MAX_TILE in kv.cuh
 _MAX_LANES_LOG2 = 5  # a warp
@@ -57,35 +77,94 @@ class Plan:
     nbytes: int
 
 
+class Shape(NamedTuple):
+    """What a plan says beside its kernel and where its tables lie: see :class:`Plan`."""
+
+    numbers: tuple[int, ...]
+    tiles: int
+    nbytes: int
+
+
+class CopyPlanes(NamedTuple):
+    """Planes for ``copy.cu`` and what counts of them: several plans may share them.
+
+    ``longest`` is the longest row of a head, ``row_nbytes`` one row of a head of each plane.
+    """
+
+    planes: Planes
+    heads: int
+    steps: PlaneSteps
+    longest: int
+    row_nbytes: int
+
+    @classmethod
+    def of(cls, strips: Sequence[Strip], layers: Sequence[Layer], *, whole: bool) -> CopyPlanes:
+        """``whole``: of blocks that :func:`are_whole`, for pieces that have no loose rows."""
+        blocks = [strip.whole_blocks() for strip in strips] if whole else strips
+        return cls.counted(planes_of(blocks, layers), strips[0].heads)
+
+    @classmethod
+    def counted(cls, planes: Planes, heads: int) -> CopyPlanes:
+        """Any planes."""
+        _check_counts(len(planes), 1)
+        longest, row_nbytes = _row_nbytes(planes)
+        return cls(planes, heads, plane_steps(planes), longest, row_nbytes)
+
+    def width(self, base: int) -> int:
+        """The widest vectors that the addresses of any rows allow, whatever their numbers."""
+        return min(widest(self.steps, RowSteps(1, 1, 1, 1), base, self.heads))
+
+
+def are_whole(strips: Sequence[Strip]) -> bool:
+    """Whether blocks lie in one piece in both memories: then a block that moves whole is a row."""
+    return all(strip.whole_blocks().rows == 1 for strip in strips)
+
+
 def gather_plan(strips: Sequence[Strip], layers: Sequence[Layer], pieces: Sequence[Piece]) -> Plan:
     """Rows from the cache to staging memory, as they lie in the payload."""
-    return copy_tables("kv_gather", *_copied(strips, layers, pieces))
+    return _copy_plan("kv_gather", strips, layers, pieces)
 
 
 def scatter_plan(strips: Sequence[Strip], layers: Sequence[Layer], pieces: Sequence[Piece]) -> Plan:
     """Rows from staging memory, where they lie as in the payload, to the cache."""
-    return copy_tables("kv_scatter", *_copied(strips, layers, pieces))
+    return _copy_plan("kv_scatter", strips, layers, pieces)
 
 
-def _copied(
-    strips: Sequence[Strip], layers: Sequence[Layer], pieces: Sequence[Piece]
-) -> tuple[Tables, int]:
-    """Tables and heads. Blocks that lie in one piece in both memories are one row each."""
-    blocks = [strip.whole_blocks() for strip in strips]
-    whole = all(strip.rows == 1 for strip in blocks) and all(
-        piece.runs.loose is None for piece in pieces
-    )
-    planes = planes_of(blocks if whole else strips, layers)
-    return Tables(planes, bases_of(pieces), rows_of(pieces, whole_blocks=whole)), strips[0].heads
+def _copy_plan(
+    kernel: str, strips: Sequence[Strip], layers: Sequence[Layer], pieces: Sequence[Piece]
+) -> Plan:
+    runs = [piece.runs for piece in pieces]
+    whole = are_whole(strips) and all(each.loose is None for each in runs)
+    planes, rows = CopyPlanes.of(strips, layers, whole=whole), rows_of(runs, whole_blocks=whole)
+    return _alone(kernel, planes, rows, bases_of(pieces))
 
 
 def copy_tables(kernel: str, tables: Tables, heads: int) -> Plan:
-    """A plan of ``copy.cu``: the widest vectors that every row's address allows."""
-    width = min(alignment(tables, heads))
-    vectors = -(-int(tables.planes["row_nbytes"].max()) // width)
+    """A plan of ``copy.cu`` from its tables."""
+    return _alone(kernel, CopyPlanes.counted(tables.planes, heads), tables.rows, tables.bases)
+
+
+def _alone(kernel: str, planes: CopyPlanes, rows: Rows, bases: Addresses) -> Plan:
+    """A plan with tables of its own."""
+    _check_counts(1, len(rows))
+    shape = copy_shape(planes, rows, int(np.gcd.reduce(bases)))
+    table, starts = packed((planes.planes, bases, rows))
+    return Plan("copy", kernel, table, starts, *shape)
+
+
+def copy_shape(planes: CopyPlanes, rows: Rows, base: int) -> Shape:
+    """These rows of these planes, by the widest vectors that every row's address allows.
+
+    ``base`` divides the bases of all pieces.
+    """
+    width = planes.width(base)
+    if width < VECTOR_NBYTES:
+        width = min(widest(planes.steps, row_steps(rows), base, planes.heads))
+    vectors = -(-planes.longest // width)
     lanes = lanes_log2(vectors)
-    segments = -(-vectors >> lanes)
-    return make_plan("copy", kernel, tables, heads, lanes, (segments, width))
+    counts = len(planes.planes), len(rows), planes.heads
+    nbytes = planes.longest, planes.row_nbytes
+    return _shape(counts, nbytes, lanes, (-(-vectors >> lanes), width))
 
 
 def lanes_log2(vectors: int) -> int:
@@ -104,14 +183,31 @@ def make_plan(  # noqa: PLR0917 - a kernel's arguments, in their order
 ) -> Plan:
     """A plan of any kernel: planes, bases, rows, ``arrays``; counts, then ``numbers``."""
     planes, rows = len(tables.planes), len(tables.rows)
-    if not planes or not rows:
-        raise LayoutError("a launch needs at least one plane and one row, found none")
-    nbytes = heads * int(tables.planes["row_nbytes"].sum())  # of one row of all planes
-    most = heads * int(tables.planes["row_nbytes"].max())
-    tile = max(0, min(_MAX_TILE_LOG2, (_TILE_NBYTES // most).bit_length() - 1))
+    _check_counts(planes, rows)
+    shape = _shape((planes, rows, heads), _row_nbytes(tables.planes), lanes, numbers)
+    table, starts = packed((*tables, *arrays))
+    return Plan(source, kernel, table, starts, *shape)
+
+
+def _row_nbytes(planes: Planes) -> tuple[int, int]:
+    """Bytes of the longest row of a head, and of one row of a head of each plane."""
+    nbytes = planes["row_nbytes"]
+    return int(nbytes.max()), int(nbytes.sum())
+
+
+def _shape(
+    counts: tuple[int, int, int], nbytes: tuple[int, int], lanes: int, numbers: tuple[int, ...]
+) -> Shape:
+    """``counts``: planes, rows, heads; ``nbytes``: as of ``_row_nbytes``."""
+    planes, rows, heads = counts
+    longest, row_nbytes = nbytes
+    tile = max(0, min(_MAX_TILE_LOG2, (_TILE_NBYTES // (heads * longest)).bit_length() - 1))
     tiles = planes * -(-rows >> tile)
     if rows >= _MAX_ROWS or tiles >= _MAX_ROWS:
         raise LayoutError(f"a launch moves fewer than 2^31 rows and tiles, found {rows}, {tiles}")
-    table, starts = packed((*tables, *arrays))
-    counts = (planes, rows, heads, tile, lanes)
-    return Plan(source, kernel, table, starts, (*counts, *numbers), tiles, nbytes * rows)
+    return Shape((*counts, tile, lanes, *numbers), tiles, heads * row_nbytes * rows)
+
+
+def _check_counts(planes: int, rows: int) -> None:
+    if not planes or not rows:
+        raise LayoutError("a launch needs at least one plane and one row, found none")

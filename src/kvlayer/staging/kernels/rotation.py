@@ -81,7 +81,11 @@ def rotate_plans(
     plans = [scatter_plan(strips, layers, still)] if still else list[Plan]()
     if moved:
         planes, per_layer = planes_of(strips, layers), len(payload.group.planes())
-        heads, bases, rows = strips[0].heads, bases_of(moved), rows_of(moved)
+        heads, bases, rows = (
+            strips[0].heads,
+            bases_of(moved),
+            rows_of([piece.runs for piece in moved]),
+        )
         keys = Tables(planes[::per_layer], bases, rows)
         plans.append(_rotated(keys, heads, payload, rotation, [p.shift for p in moved]))
         if per_layer > 1:

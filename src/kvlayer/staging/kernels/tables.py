@@ -22,14 +22,19 @@ __all__ = [
     "Addresses",
     "Layer",
     "Piece",
+    "PlaneSteps",
     "Planes",
+    "RowSteps",
     "Rows",
     "Tables",
     "alignment",
     "bases_of",
     "packed",
+    "plane_steps",
     "planes_of",
+    "row_steps",
     "rows_of",
+    "widest",
 ]
 
 Planes: TypeAlias = "NDArray[Any]"
@@ -84,6 +89,27 @@ class Tables(NamedTuple):
     rows: Rows
 
 
+class PlaneSteps(NamedTuple):
+    """What divides a field in all planes: greatest common divisors."""
+
+    cache: int
+    cache_block: int
+    cache_row: int
+    cache_head: int
+    stage: int
+    stage_head: int
+    stage_row: int
+
+
+class RowSteps(NamedTuple):
+    """What divides a column in all rows."""
+
+    block: int
+    inside: int
+    piece: int
+    row: int
+
+
 def planes_of(strips: Sequence[Strip], layers: Sequence[Layer]) -> Planes:
     """The plane table: layer by layer, K before V."""
     found = [
@@ -112,53 +138,75 @@ def bases_of(pieces: Sequence[Piece]) -> Addresses:
     return bases
 
 
-def rows_of(pieces: Sequence[Piece], *, whole_blocks: bool = False) -> Rows:
-    """The row table: a row per token, or one per block where whole blocks are one row."""
-    found: list[Rows] = []
-    for number, piece in enumerate(pieces):
-        size = piece.runs.geometry.rows_per_block
-        for run in piece.runs.runs:
-            first = run.row + np.arange(len(run.ids)) * size
-            if whole_blocks:
-                found.append(_table(run.ids, 0, number, first))
-            else:
-                inside = np.tile(np.arange(size), len(run.ids))
-                ids, at = np.repeat(run.ids, size), np.repeat(first, size)
-                found.append(_table(ids, inside, number, at + inside))
-        loose = piece.runs.loose
-        if loose is not None:
-            found.append(_table(loose.blocks, loose.tokens, number, loose.rows))
-    table: Rows = np.concatenate(found) if found else np.empty((0, 4), np.int32)
+def rows_of(runs: Sequence[SlotRuns], *, whole_blocks: bool = False) -> Rows:
+    """The row table of pieces with these runs: a row per token, or one per block where whole
+    blocks are one row."""
+    counts = [_count(each, whole_blocks) for each in runs]
+    table: Rows = np.empty((sum(counts), 4), np.int32)
+    at = 0
+    for number, (each, count) in enumerate(zip(runs, counts, strict=True)):
+        mine = table[at : at + count]
+        mine[:, 2] = number
+        _fill_rows(mine, each, whole_blocks)
+        at += count
     return table
 
 
-def _table(blocks: Any, inside: Any, piece: int, at: Any) -> Rows:
-    table: Rows = np.empty((len(blocks), 4), np.int32)
-    table[:, 0], table[:, 1], table[:, 2], table[:, 3] = blocks, inside, piece, at
-    return table
+def _count(runs: SlotRuns, whole_blocks: bool) -> int:
+    blocks = sum(len(run.ids) for run in runs.runs)
+    loose = 0 if runs.loose is None else len(runs.loose.rows)
+    return loose + blocks * (1 if whole_blocks else runs.geometry.rows_per_block)
+
+
+def _fill_rows(table: Rows, runs: SlotRuns, whole_blocks: bool) -> None:
+    """All but the pieces' numbers: a block's rows one after the other, loose ones last."""
+    size = runs.geometry.rows_per_block
+    rows = 1 if whole_blocks else size
+    inside = np.arange(rows)
+    at = 0
+    for run in runs.runs:
+        count = len(run.ids)
+        mine = table[at : at + count * rows].reshape(count, rows, 4)
+        mine[:, :, 0] = run.ids[:, None]
+        mine[:, :, 1] = inside
+        mine[:, :, 3] = (run.row + np.arange(count) * size)[:, None] + inside
+        at += count * rows
+    if runs.loose is not None:
+        loose = table[at:]
+        loose[:, 0], loose[:, 1], loose[:, 3] = (
+            runs.loose.blocks,
+            runs.loose.tokens,
+            runs.loose.rows,
+        )
 
 
 def alignment(tables: Tables, heads: int) -> tuple[int, int]:
     """The largest powers of two, up to 16, that divide each row's address: cache, staging."""
-    planes, rows = tables.planes, tables.rows
-    block, inside, row = (int(np.gcd.reduce(rows[:, at])) for at in (0, 1, 3))
+    planes, rows = plane_steps(tables.planes), row_steps(tables.rows)
+    return widest(planes, rows, int(np.gcd.reduce(tables.bases)), heads)
+
+
+def plane_steps(planes: Planes) -> PlaneSteps:
+    words = np.ascontiguousarray(planes).view(np.uint64).reshape(len(planes), -1)
+    # Six fields of eight bytes come first.
+    found = [*np.gcd.reduce(words[:, :6], axis=0).tolist(), np.gcd.reduce(planes["stage_row"])]
+    return PlaneSteps(*map(int, found))
+
+
+def row_steps(rows: Rows) -> RowSteps:
+    return RowSteps(*np.gcd.reduce(rows, axis=0).tolist())
+
+
+def widest(planes: PlaneSteps, rows: RowSteps, base: int, heads: int) -> tuple[int, int]:
+    """As :func:`alignment`; ``base`` divides the base of every piece."""
     head = int(heads > 1)  # the stride of a single head is never taken
-
-    def common(name: str) -> int:
-        return int(np.gcd.reduce(planes[name]))
-
     cache = gcd(
-        common("cache"),
-        block * common("cache_block"),
-        inside * common("cache_row"),
-        head * common("cache_head"),
+        planes.cache,
+        rows.block * planes.cache_block,
+        rows.inside * planes.cache_row,
+        head * planes.cache_head,
     )
-    stage = gcd(
-        common("stage"),
-        row * common("stage_row"),
-        head * common("stage_head"),
-        int(np.gcd.reduce(tables.bases)),
-    )
+    stage = gcd(planes.stage, rows.row * planes.stage_row, head * planes.stage_head, base)
     return gcd(cache, VECTOR_NBYTES), gcd(stage, VECTOR_NBYTES)
 
 

@@ -101,7 +101,10 @@ class AdapterSuite(Suite):
         with trial.open("a") as engine:
             expect(len(engine.load(trial.prompt, _ALICE)), 0, "the tokens loaded from nothing")
 
-    @promise("Stores, finds, moves and reloads KV across requests, processes and restarts.")
+    @promise(
+        "It stores, finds, moves and reloads the attention keys and values of token chunks across "
+        "requests, processes and restarts."
+    )
     async def test_what_one_engine_stored_another_loads_to_the_bit(
         self, trial: AdapterTrial
     ) -> None:
@@ -113,7 +116,7 @@ class AdapterSuite(Suite):
         expect(len(loaded) >= self.tokens_per_chunk, True, "a chunk and more to be loaded")
         _is_prefix(loaded, stored)
 
-    @promise("The usable prefix is what lookup found, and no more.")
+    @promise("Prefix hit: the longest usable prefix, in tokens.")
     async def test_it_never_loads_past_what_a_lookup_finds(self, trial: AdapterTrial) -> None:
         with trial.open("a") as engine:
             engine.store(trial.prompt[:70], Scope())
@@ -146,7 +149,9 @@ class AdapterSuite(Suite):
             expect(len(mine) > 0, True, "the tenant's own KV to be loaded")
             _is_prefix(mine, stored)
 
-    @promise("Two deployments share bytes exactly when everything that shaped them is equal.")
+    @promise(
+        "Two deployments share bytes exactly when everything that shaped those bytes is equal."
+    )
     async def test_another_model_loads_nothing(self, trial: AdapterTrial) -> None:
         with trial.open("a") as engine:
             engine.store(trial.prompt, Scope())

@@ -43,7 +43,7 @@ class BatchPromises(BackendPlace):
             "the results of a shuffled contains()",
         )
 
-    @promise("Batches in, aligned results out.")
+    @promise("Batches of objects in, aligned results out.")
     async def test_a_batch_of_writes_stores_every_one(self, trial: Trial) -> None:
         contents = [noise(n, PAGE * (1 + n % 3)) for n in range(24)]
         writes = [
@@ -56,7 +56,7 @@ class BatchPromises(BackendPlace):
             found = await trial.load(trial.key(number), len(content))
             same_bytes(found or b"", content, f"object {number} of a batch")
 
-    @promise("Batches in, aligned results out.")
+    @promise("Batches of objects in, aligned results out.")
     async def test_an_empty_batch_is_answered(self, trial: Trial) -> None:
         expect(await trial.backend.contains([]), [], "contains([])")
         expect(await trial.backend.get([]), [], "get([])")
@@ -65,7 +65,7 @@ class BatchPromises(BackendPlace):
         await trial.backend.touch([])
         await trial.backend.quarantine([])
 
-    @promise("Batches in, aligned results out.")
+    @promise("Batches of objects in, aligned results out.")
     async def test_a_batch_of_thousands_is_answered(self, trial: Trial) -> None:
         many = self.many_keys
         keys = trial.numbered(range(many))

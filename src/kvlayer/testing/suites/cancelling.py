@@ -84,7 +84,10 @@ class CancelPromises(BackendPlace):
             async for _ in _cancelled(put):
                 lent[-1].poison()
                 lent[-1].take_back()
-        for number in range(1, len(lent) + 1):
+                if len(lent) == 1:
+                    found = await trial.load(trial.key(1), nbytes)
+                    same_bytes(found or b"", content, "an object whose put() nobody cancelled")
+        for number in range(2, len(lent) + 1):
             found = await trial.load(trial.key(number), nbytes)
             if found is not None:
                 same_bytes(found, content, "an object whose put() was cancelled")
@@ -126,11 +129,17 @@ class CancelPromises(BackendPlace):
 
         async def delete() -> None:
             await trial.store_all(range(4), 4 * PAGE)
+            sizes = await trial.backend.contains(keys)
+            expect(sizes, [4 * PAGE] * 4, "contains() of what is about to be deleted")
             deleting.set()
             await trial.backend.delete(keys)
 
         deleting = asyncio.Event()
+        is_undisturbed = True
         async for _ in _cancelled(delete, deleting):
+            if is_undisturbed:
+                await trial.is_absent(keys, 4 * PAGE, "what was deleted, and nobody cancelled it,")
+                is_undisturbed = False
             for n, key in enumerate(keys):
                 (size,) = await trial.backend.contains([key])
                 found = await trial.load(key, 4 * PAGE)

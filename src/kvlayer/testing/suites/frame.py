@@ -104,7 +104,7 @@ class FrameSuite(Suite):
         if any(header[at : at + 16] == before[at : at + 16] for at in range(HEADER_NBYTES - 15)):
             broken("the rest of the header to be zero", "what lay in the page before")
 
-    @promise("An object that is truncated or empty is a miss with that cause.")
+    @promise("There are bytes at all: empty. All of the payload is there: truncated.")
     async def test_a_frame_cut_anywhere_is_refused(self, frame: WrittenFrame) -> None:
         expect(frame.cause(0), Cause.EMPTY, "the cause of an object of no bytes")
         starts = {HEADER_NBYTES + segment.offset for segment in frame.payload.segments()}
@@ -112,7 +112,7 @@ class FrameSuite(Suite):
         for cut in sorted(cuts - {frame.nbytes}):
             expect(frame.cause(cut), Cause.TRUNCATED, f"the cause of {cut} of {frame.nbytes} bytes")
 
-    @promise("A segment verifies alone: xxh3_64 of the encoded bytes.")
+    @promise("A segment verifies alone. Each segment's checksum: corrupt.")
     async def test_a_flipped_bit_of_the_payload_is_corrupt(self, frame: WrittenFrame) -> None:
         for segment in frame.payload.segments():
             for at in (0, segment.nbytes // 2, segment.nbytes - 1):
@@ -131,12 +131,14 @@ class FrameSuite(Suite):
                 broken(f"a cause of damage for a flipped bit in byte {at} of the header", cause)
             frame.header[at] ^= 0x01
 
-    @promise("Another version is a miss, never wrong bytes.")
+    @promise("The frame version: foreign-version.")
     async def test_another_version_is_foreign(self, frame: WrittenFrame) -> None:
         frame.header[8] += 1
         expect(frame.cause(), Cause.FOREIGN_VERSION, "the cause of a frame of the next version")
 
-    @promise("The header repeats the full key: a misplaced object is a miss with that cause.")
+    @promise(
+        "The header repeats the full key. Key, first and tokens are what was asked for: misplaced."
+    )
     async def test_another_objects_frame_is_misplaced(self, frame: WrittenFrame) -> None:
         part = frame.payload.part
         for other in (
@@ -149,7 +151,7 @@ class FrameSuite(Suite):
             cause = frame.cause(first_token=first)
             expect(cause, Cause.MISPLACED, f"the cause at the position {first}")
 
-    @promise("Bytes from outside are never believed.")
+    @promise("Reading a header allocates a bounded amount whatever its bytes say.")
     async def test_noise_is_refused_and_never_an_error(self, frame: WrittenFrame) -> None:
         intact = bytes(frame.header)
         for seed in range(40):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from kvlayer.abc.backend import Hit, Miss, Write
 from kvlayer.errors import BackendError, ConfigError
 from kvlayer.keys import ObjectKey, Part
@@ -152,26 +154,31 @@ class ObjectPromises(BackendPlace):
     async def test_a_read_writes_inside_its_regions_only(self, trial: Trial) -> None:
         await trial.store(1, 4 * PAGE)
         for nbytes in (PAGE, 2 * PAGE, 4 * PAGE, 6 * PAGE):
-            _, loan = await trial.get(trial.key(1), nbytes, pages=(1,))
+            result, loan = await trial.get(trial.key(1), nbytes, pages=(1,))
+            expect(result, Hit(min(nbytes, 4 * PAGE)), f"get() of {nbytes} bytes")
             loan.guards_stand()
 
     @promise("The caller keeps them alive and unchanged until put returns.")
     async def test_a_put_leaves_the_callers_bytes_alone(self, trial: Trial) -> None:
         content = noise(1, 4 * PAGE)
         loan = Loan(len(content), content)
-        await trial.backend.put([Write(trial.key(1), loan.regions((1,)))])
+        results = await trial.backend.put([Write(trial.key(1), loan.regions((1,)))])
+        expect(results, [None], "the results of put()")
         loan.holds(content, "the memory that put() was lent")
         loan.guards_stand()
 
     @promise("Raises ConfigError for an unknown option or a bad value.", Need.URL)
     async def test_an_unknown_option_is_a_config_error(self, trial: Trial) -> None:
         url = self.placed(self.url)
-        odd = f"{url}{'&' if '?' in url else '?'}no_such_option_for_kvlayer=1"
-        try:
-            open_backend(odd, backends=self.backends)
-        except ConfigError:
-            return
-        broken("ConfigError for the option no_such_option_for_kvlayer", "it was accepted")
+        odd = {f"{url}{'&' if '?' in url else '?'}no_such_option_for_kvlayer=1"}
+        for given in (url, self.placed(self.small_url)):
+            odd |= {re.sub(r"\bcapacity=[^&]*", "capacity=plenty", given)} - {given}
+        for each in sorted(odd):
+            try:
+                open_backend(each, backends=self.backends)
+            except ConfigError:
+                continue
+            broken(f"ConfigError for {each}", "it was accepted")
 
     @promise("Build an unopened backend. Touches neither network nor disk.", Need.DIRECTORY)
     async def test_building_a_backend_touches_nothing(self, trial: Trial) -> None:

@@ -97,6 +97,7 @@ class BackendPlace(Suite):
     def why_not(self, promise: Promise, /) -> str | None:
         has = {
             Need.LIST: Capability.LIST in self.capabilities,
+            Need.NO_LIST: Capability.LIST not in self.capabilities,
             Need.PERSISTENT: Capability.PERSISTENT in self.capabilities,
             Need.SHARED: Capability.SHARED in self.capabilities,
             Need.URL: bool(self.url),

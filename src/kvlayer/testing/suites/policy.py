@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import socket
 import sys
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from random import Random
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any, ClassVar
 
 from kvlayer.abc.policy import EvictionPolicy
 from kvlayer.keys import PUBLIC_ZONE, ObjectKey
-from kvlayer.testing.promise import Need, Promise, broken, expect, promise
+from kvlayer.testing.promise import Promise, broken, expect, promise
 from kvlayer.testing.suite import Suite
 from kvlayer.testing.trial import PART
 
@@ -86,9 +82,6 @@ class PolicySuite(Suite):
     """
 
     policy: ClassVar[type[EvictionPolicy]]
-
-    def why_not(self, promise: Promise, /) -> str | None:
-        return next((str(need) for need in promise.needs if need is not Need.LIST), None)
 
     async def keep(self, promise: Promise, /) -> None:
         await promise.check(self, self.policy())
@@ -236,13 +229,15 @@ class PolicySuite(Suite):
 
     @promise("Pure: no clock, no I/O.")
     async def test_it_looks_at_no_clock_and_opens_nothing(self, policy: EvictionPolicy) -> None:
-        keys = [policy_key(n) for n in range(5)]
-        with _forbidden() as touched:
+        steps = list(_steps(Random(1), [policy_key(n) for n in range(5)]))  # noqa: S311  # reproducible
+
+        def play() -> None:
             real = type(policy)()
-            for call, argument in _steps(Random(1), keys):  # noqa: S311  # reproducible
+            for call, argument in steps:
                 getattr(real, call)(argument)
                 real.victim()
-        expect(touched, [], "the clocks and files it touched")
+
+        expect(_outside(play), set[str](), "the clocks, files and loops it touched")
 
 
 def _steps(rng: Random, keys: Sequence[ObjectKey]) -> Iterator[tuple[str, Any]]:
@@ -320,34 +315,34 @@ def _cost(work: Callable[[], object]) -> int:
     return instructions + _CountedKey.lookups
 
 
-@contextmanager
-def _forbidden() -> Generator[list[str]]:
-    """Notes calls of clocks, and what the interpreter audits: files, sockets, subprocesses."""
-    import builtins
+_OUTSIDE = frozenset(
+    {"time", "datetime", "asyncio", "_asyncio", "io", "_io", "pathlib", "os", "posix", "socket"}
+    | {"_socket", "select", "subprocess", "sqlite3", "logging"}
+)
+"""Modules of clocks, files, processes and loops."""
 
-    touched: list[str] = []
-    watched: list[tuple[Any, str]] = [
-        (time, "time"),
-        (time, "monotonic"),
-        (time, "perf_counter"),
-        (time, "time_ns"),
-        (builtins, "open"),
-        (socket, "socket"),
-        (asyncio, "get_running_loop"),
-    ]
-    originals = [(module, name, getattr(module, name)) for module, name in watched]
 
-    def noting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def note(*args: Any, **kwargs: Any) -> Any:
-            touched.append(name)
-            return original(*args, **kwargs)
+def _outside(work: Callable[[], object]) -> set[str]:
+    """What of those ``work`` called, by any name and from anywhere: of this thread alone."""
+    called: set[str] = set()
 
-        return note
+    def profile(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call":
+            module, name = str(frame.f_globals.get("__name__")), frame.f_code.co_qualname
+        elif event == "c_call":
+            owner = getattr(argument, "__self__", None)
+            of = owner if isinstance(owner, ModuleType | type) else type(owner)
+            module = argument.__module__ or getattr(of, "__module__", of.__name__)
+            name = argument.__qualname__
+        else:
+            return
+        if module.partition(".")[0] in _OUTSIDE or name in ("print", "input"):
+            called.add(f"{module}.{name}")
 
-    for module, name, original in originals:
-        setattr(module, name, noting(f"{module.__name__}.{name}", original))
+    before = sys.getprofile()
+    sys.setprofile(profile)
     try:
-        yield touched
+        work()
     finally:
-        for module, name, original in originals:
-            setattr(module, name, original)
+        sys.setprofile(before)
+    return called

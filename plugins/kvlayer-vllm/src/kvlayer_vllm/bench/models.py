@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["random_model", "trained_model"]
+__all__ = ["random_model", "save_random", "trained_model"]
 
 _ENTRIES: dict[str, Any] = {
     "hidden_size": 1024,
@@ -29,18 +29,24 @@ def random_model(folder: Path, **changes: Any) -> Path:
     """A Llama of 0.3 billion parameters (24 KiB of KV a token in bf16), or of other sizes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    if (folder / "config.json").exists():
-        return folder
+    if not (folder / "config.json").exists():
+        save_random(LlamaForCausalLM(LlamaConfig(**{**_ENTRIES, **changes})), folder)
+    return folder
+
+
+def save_random(model: Any, folder: Path, *, embedding: float = 1.0) -> None:
+    """Fill a model of transformers' with random weights, always the same, and save it in bf16.
+
+    ``embedding``: standard deviation of the embeddings.
+    """
     engine: Any = torch
     engine.manual_seed(0)
-    model: Any = LlamaForCausalLM(LlamaConfig(**{**_ENTRIES, **changes}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:  # large enough for the output to depend on the context
-                parameter.normal_(0, 1.0 if "embed" in name else 0.08)
+                parameter.normal_(0, embedding if "embed" in name else 0.08)
     model.to(torch.bfloat16).save_pretrained(folder)
     _save_tokenizer(folder)
-    return folder
 
 
 def _save_tokenizer(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """An engine in a process of its own, driven line by line: one JSON request, one JSON answer.
 
-``python engine_process.py MODEL CACHE OPTIONS`` (JSON; CACHE may be null: without kvlayer). Each
+A role for ``zygote.Zygote``, which has imported vLLM by then: an engine starts in a second. Each
 request is ``[verb, *arguments]``; see the functions below.
 """
 
@@ -8,13 +8,29 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
+from array import array
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from kvlayer import Cache
+import pytest
+from damage import damage_file
+
+from kvlayer import Cache, Scope
 from kvlayer_vllm.bench.serving import Serving
+
+__all__ = ["serve"]
+
+for _name in (
+    "kvlayer_vllm.connector",
+    "vllm.v1.engine.llm_engine",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.llama",
+    "compressed_tensors",
+):
+    import_module(_name)  # what every engine imports, before the first is forked
 
 
 def ask(serving: Serving, prompts: list[list[int]], tokens: int, salt: str = "") -> Any:
@@ -23,9 +39,9 @@ def ask(serving: Serving, prompts: list[list[int]], tokens: int, salt: str = "")
     return [[list(answer.tokens), answer.cached] for answer in answers]
 
 
-def ask_logprobs(serving: Serving, prompts: list[list[int]], tokens: int) -> Any:
-    """Greedy answers with the two best log-probabilities of each token, one prompt at a time."""
-    found = [serving.ask([prompt], tokens, logprobs=2)[0] for prompt in prompts]
+def answers(serving: Serving, prompts: list[list[int]], tokens: int) -> Any:
+    """:func:`ask`, and the two best log-probabilities of each token of an answer, best first."""
+    found = serving.ask(prompts, tokens, logprobs=2)
     return [[list(each.tokens), each.cached, each.logprobs] for each in found]
 
 
@@ -35,6 +51,51 @@ def rest(serving: Serving) -> Any:
     if serving.connector is not None:
         serving.connector.scheduler.portal.call(Cache.flush)
     return None
+
+
+def forget(serving: Serving) -> Any:
+    """The engine's own prefix cache holds nothing any more. How often it has preempted so far."""
+    serving.rest()
+    assert serving.core.scheduler.reset_prefix_cache()
+    return _PREEMPTED[0]
+
+
+def alter(serving: Serving, prompts: list[list[int]]) -> Any:
+    """Overwrite the KV of these prompts in host memory. How many bytes that were."""
+    stack = serving.connector.scheduler.portal.cache.stack
+    altered = 0
+    for prompt in prompts:
+        chain = serving.connector.scheduler.portal.cache.chain(prompt, Scope())
+        for record in stack.planner.match(chain).path():
+            slot = stack.mover.slab.view(record.offset, record.nbytes)
+            slot[:] = bytes(slot.nbytes)
+            altered += slot.nbytes
+    return altered
+
+
+def damage_before_load(serving: Serving, directory: str, damage: str) -> Any:
+    """What is found next is damaged on the disk once it is found, before it is read."""
+    promote = Cache.promote
+    files = sorted(path for path in Path(directory).rglob("*native*") if path.is_file())
+    damaged: list[str] = []
+    patch = pytest.MonkeyPatch()
+
+    async def damages(cache: Cache, hit: Any, **how: Any) -> Any:
+        patch.undo()
+        assert hit.tokens
+        for path in files[::2]:
+            damage_file(path, damage)
+            damaged.append(path.name)
+        return await promote(cache, hit, **how)
+
+    patch.setattr(Cache, "promote", damages)
+    _DAMAGED[:] = [damaged]
+    return len(files)
+
+
+def damaged(_: Serving) -> Any:
+    """How many files :func:`damage_before_load` has damaged by now."""
+    return len(_DAMAGED[0])
 
 
 def leave_memory(serving: Serving, prompt: list[int]) -> Any:
@@ -71,9 +132,16 @@ def state(serving: Serving) -> Any:
         "leases": portal.cache.control.stats().leases,
         "pinned": host.pinned_nbytes,
         "loaded": host.loaded_nbytes,
+        "token_nbytes": _token_nbytes(portal.cache),
         "free_blocks": serving.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
         "tracked": connector.scheduler.tracked,
     }
+
+
+def _token_nbytes(cache: Cache) -> int:
+    """Of one token's KV, in all groups."""
+    planner, size = cache.stack.planner, 1 << 10
+    return sum(planner.payload(part, size).nbytes // size for part in planner.directory.needs)
 
 
 def resident(serving: Serving, chunks: int) -> Any:
@@ -82,10 +150,6 @@ def resident(serving: Serving, chunks: int) -> Any:
 
     async def fill(cache: Cache) -> int:
         planner, step, made = cache.stack.planner, 500, 0
-        from array import array
-
-        from kvlayer import Scope
-
         size = planner.tokens_per_chunk
         for number in range(0, chunks, step):
             tokens = array("i", (number * 7 + i % 9973 for i in range(step * size)))
@@ -141,12 +205,18 @@ def close(serving: Serving) -> Any:
     return None
 
 
+_PREEMPTED = [0]
+_DAMAGED: list[list[str]] = [[]]
 VERBS = {
     each.__name__: each
     for each in (
         ask,
-        ask_logprobs,
+        answers,
         rest,
+        forget,
+        alter,
+        damage_before_load,
+        damaged,
         leave_memory,
         explain,
         state,
@@ -158,18 +228,27 @@ VERBS = {
 }
 
 
-def main() -> None:
+def serve(model: str, cache: Any, options: dict[str, Any]) -> None:
+    """Until it is told to close, or nobody listens any more."""
     says = os.fdopen(os.dup(1), "w")  # the engine's log must not get between the answers
     os.dup2(2, 1)
-    model, cache, options = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
     serving = Serving(model, cache=cache, **options)
+    _count_preemptions(serving.core.scheduler)
     says.write(json.dumps("ready") + "\n")
     says.flush()
-    for line in sys.stdin:
+    for line in os.fdopen(0):
         verb, *arguments = json.loads(line)
         says.write(json.dumps(VERBS[verb](serving, *arguments)) + "\n")
         says.flush()
+        if verb == "close":
+            return
 
 
-if __name__ == "__main__":
-    main()
+def _count_preemptions(scheduler: Any) -> None:
+    preempt = scheduler._preempt_request
+
+    def counted(*args: Any, **how: Any) -> None:
+        _PREEMPTED[0] += 1
+        preempt(*args, **how)
+
+    scheduler._preempt_request = counted
