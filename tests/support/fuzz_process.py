@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import tracemalloc
+from time import process_time
 
 import atheris
 
@@ -20,12 +21,16 @@ def main() -> None:
     target = fuzz_targets.TARGETS[name]
     tracemalloc.start()
     counted = {"inputs": 0, "accepted": 0}
+    due = 0.0
 
     def one(given: bytes) -> None:
+        nonlocal due
         counted["inputs"] += 1
         counted["accepted"] += fuzz_targets.examine(target, given)
-        if counted["inputs"] % 1000 == 0:  # libFuzzer ends the process without a word to Python
-            sys.stderr.write(f"accepted {counted['accepted']} of {counted['inputs']}\n")
+        if process_time() > due:  # often: libFuzzer ends the process without a word to Python
+            due = process_time() + 1.0
+            said = f"accepted {counted['accepted']} of {counted['inputs']}"
+            sys.stderr.write(f"{said} in {process_time():.0f} CPU seconds\n")
 
     # Hangs are measured in CPU seconds, by ``examine``; a busy machine may stop us for a minute.
     limits = [

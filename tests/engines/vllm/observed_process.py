@@ -146,7 +146,8 @@ def values(registry: Any) -> dict[str, float]:
         for sample in metric.samples:
             labels = [v for k, v in sample.labels.items() if k not in ("model_name", "engine")]
             found[" ".join([sample.name.removeprefix("vllm:"), *labels])] = sample.value
-    return {key: value for key, value in found.items() if "kvlayer" in key or "external" in key}
+    shown = {key: n for key, n in found.items() if "kvlayer" in key or "external" in key}
+    return {key: n for key, n in shown.items() if "_created" not in key}  # times of day
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from vllm_desk import Desk
 
 from kvlayer import Cache, RetrieveReport
 from kvlayer.errors import UnsupportedError
+from kvlayer_vllm.identity import overrides_of
 from kvlayer_vllm.scopes import Adapters, scope_of
 from kvlayer_vllm.search import Search
 
@@ -334,6 +335,30 @@ def test_a_request_whose_adapter_cannot_be_named_in_time_is_computed(desk: Any) 
     assert search.poll() is None
     now[0] = 6.0
     assert search.poll() == 0
+
+
+def test_how_an_engine_was_told_to_see_images_is_identity(vllm_config: Any, changed: Any) -> None:
+    """Its hash of an image leaves that out: all requests of one process are treated alike."""
+    from vllm.config.multimodal import MultiModalConfig
+
+    def overrides(**said: Any) -> Any:
+        seen = MultiModalConfig(**said)
+        return overrides_of(changed(vllm_config, "model_config", multimodal_config=seen))
+
+    assert overrides() == overrides_of(vllm_config) == {}
+    resized = [overrides(mm_processor_kwargs={"do_rescale": each}) for each in (True, False)]
+    assert resized[0] != resized[1] and {} not in resized
+    half = overrides(video_pruning_rate=0.5)
+    assert half not in ({}, overrides(video_pruning_rate=0.25))
+    assert half != overrides(video_pruning_rate=0.5, video_pruning_method="vidcom2")
+
+
+def test_weights_that_are_replaced_while_serving_are_refused(
+    vllm_config: Any, changed: Any, spec: Any, kv_cache_config: Any, no_cache_home: None
+) -> None:
+    replaced = changed(vllm_config, "weight_transfer_config", backend="nccl")
+    with pytest.raises(UnsupportedError, match="weight_transfer_config"):
+        Desk(replaced, kv_cache_config((NAMES, spec("FullAttentionSpec"))))
 
 
 def test_an_engine_that_schedules_ahead_is_refused(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from caches import config, layout, tokens
@@ -53,7 +54,7 @@ def _there(cache: Cache) -> dict[str, set[ObjectKey]]:
 
 
 async def _store(cache: Cache, seed: int, length: int = 32) -> None:
-    engine = Engine(layout(), 64)
+    engine = Engine(layout(), 128)
     await cache.store(tokens(length, seed), engine.view(engine.slots(length)))
 
 
@@ -74,3 +75,33 @@ async def test_what_was_told_is_what_is_there(tmp_path: Path) -> None:
         assert {**told.held} == _there(cache) and told.held["file"]
         await cache.control.clear()
         assert {**told.held} == _there(cache) == {"cpu": set(), "file": set()}
+
+
+@pytest.mark.parametrize("oldest", [2, 20])  # chunks; a plan is made in slices of 16
+@pytest.mark.asyncio
+async def test_what_had_to_go_is_told_before_it_can_come_back(
+    oldest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One store gathers into the room it was given; another stores what was there before."""
+    told = Told()
+    room = config(host=f"{4 * (oldest + 4)}KiB")  # a page for each chunk
+    async with Cache.open(room, layout(), sinks=[told]) as cache:
+        await _store(cache, 1, 16 * oldest)
+        await _store(cache, 0)
+        await _store(cache, 3)
+        gather, begun, go_on = cache.stack.mover.gather, asyncio.Event(), asyncio.Event()
+
+        async def late(*args: Any) -> Any:
+            if not begun.is_set():
+                begun.set()
+                await go_on.wait()
+            return await gather(*args)
+
+        monkeypatch.setattr(cache.stack.mover, "gather", late)
+        first = asyncio.create_task(_store(cache, 2, 16 * (oldest + 1)))
+        await begun.wait()
+        assert len(_there(cache)["cpu"]) == 3  # the last of the prompt 0 had to go
+        await _store(cache, 0)
+        go_on.set()
+        await first
+        assert {**told.held} == _there(cache) and len(told.held["cpu"]) == oldest + 4

@@ -74,6 +74,12 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         return self._scheduler
 
     @property
+    def _half(self) -> SchedulerHalf | None:
+        """The scheduler's half while its cache is open."""
+        half = self._scheduler
+        return half if half is not None and half.is_open else None
+
+    @property
     def requires_kv_delivery(self) -> bool:
         return False  # a cache: what is not stored is computed again
 
@@ -126,34 +132,31 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        if self._scheduler is None:
-            return 0, False
         nothing: tuple[int | None, bool] = (0, False)
-        return self._safely(nothing, self._scheduler.matched, request, num_computed_tokens)
+        if (half := self._half) is None:
+            return nothing
+        return self._safely(nothing, half.matched, request, num_computed_tokens)
 
     def update_state_after_alloc(
         self, request: Request, blocks: Any, num_external_tokens: int
     ) -> None:
-        if self._scheduler is None:
+        if (half := self._half) is None:
             return
         # What was promised must be loaded or reported.
         told = request, blocks.get_block_ids(), num_external_tokens
-        self._rescued(
-            partial(self._scheduler.not_allocated, *told), self._scheduler.allocated, *told
-        )
+        self._rescued(partial(half.not_allocated, *told), half.allocated, *told)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         step = Step()
-        if self._scheduler is not None:
-            rescue = partial(self._scheduler.rest_of, step)
-            self._rescued(rescue, self._scheduler.step, scheduler_output, step)
+        if (half := self._half) is not None:
+            self._rescued(partial(half.rest_of, step), half.step, scheduler_output, step)
         return step
 
     def update_connector_output(self, connector_output: Any) -> None:
-        if self._scheduler is not None:
+        if (half := self._half) is not None:
             said = connector_output.kv_connector_worker_meta
             answers = said if isinstance(said, Answers) else None
-            self._safely(None, self._scheduler.heard, answers)
+            self._safely(None, half.heard, answers)
 
     def request_finished(
         self, request: Request, block_ids: list[int]
@@ -163,18 +166,16 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        if self._scheduler is None:
+        if (half := self._half) is None:
             return False, None
-        return self._safely(False, self._scheduler.finished, request, block_ids), None
+        return self._safely(False, half.finished, request, block_ids), None
 
     def take_events(self) -> Iterable[Any]:
         nothing: list[Any] = []
-        if self._scheduler is None:
-            return nothing
-        return self._safely(nothing, self._scheduler.take_events)
+        return nothing if (half := self._half) is None else self._safely(nothing, half.take_events)
 
     def reset_cache(self) -> bool | None:
-        return None if self._scheduler is None else self._safely(False, self._scheduler.reset)
+        return None if (half := self._half) is None else self._safely(False, half.reset)
 
     # -- worker ----------------------------------------------------------------------------------
 
@@ -258,10 +259,8 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         """What the cache has counted since the last step; it is beside the scheduler."""
-        if self._scheduler is None:
-            return None
         nothing: KVConnectorStats | None = None
-        return self._safely(nothing, self._scheduler.figures)
+        return nothing if (half := self._half) is None else self._safely(nothing, half.figures)
 
     def shutdown(self) -> None:
         if self._scheduler is not None:

@@ -45,6 +45,12 @@ def namespace_of(
             "kvlayer cannot carry KV whose scales the engine learns while it runs",
             hint="leave calculate_kv_scales off",
         )
+    if vllm_config.weight_transfer_config is not None:
+        raise UnsupportedError(
+            "kvlayer cannot carry KV of weights that are replaced while the engine serves "
+            "(weight_transfer_config)",
+            hint="the engine serves without kvlayer",
+        )
     return Namespace(
         weights=weights_of(vllm_config, stated.weights),
         groups=tuple(groups),
@@ -95,6 +101,7 @@ def overrides_of(vllm_config: VllmConfig) -> dict[str, Scalar]:
         "load_format": None if load.load_format in _SAME_WEIGHTS else load.load_format,
         "model_loader": load.model_loader_extra_config or None,
         "hf_overrides": _hf_overrides(model.hf_overrides),
+        "multimodal": _media(getattr(model, "multimodal_config", None)),
     }
     return {
         f"vllm.{key}": value if isinstance(value, Scalar) else _canonical(value)
@@ -103,6 +110,20 @@ def overrides_of(vllm_config: VllmConfig) -> dict[str, Scalar]:
     }
 
 
+def _media(config: Any) -> dict[str, Any]:
+    """How the engine was told to see media: vLLM's hash of an image is of what a request said."""
+    found = {name: getattr(config, name, None) for name in _MEDIA}
+    if found["video_pruning_rate"]:
+        found["video_pruning_method"] = config.video_pruning_method
+    return {name: value for name, value in found.items() if value}
+
+
+_MEDIA = (
+    "mm_processor_kwargs",
+    "mm_encoder_attn_dtype",
+    "mm_encoder_fp8_scale_path",
+    "video_pruning_rate",
+)
 _SAME_WEIGHTS = frozenset({"auto", "hf", "safetensors", "pt", "dummy", "mistral", "gguf"})
 """Ways of reading the files that make no difference to what was read."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError
 from threading import Condition, Event
 from typing import TypeAlias
@@ -56,7 +56,7 @@ class Save:
         *,
         first_token: int,
         tail: bool,
-        learn: Callable[[Cache], None] | None = None,
+        learn: Callable[[Cache], Awaitable[None]] | None = None,
     ) -> None:
         """Start to store ``view``, from token ``first_token`` on, after ``learn(cache)``."""
         self._job = portal.submit(
@@ -72,11 +72,11 @@ class Save:
         *,
         first_token: int,
         tail: bool,
-        learn: Callable[[Cache], None] | None,
+        learn: Callable[[Cache], Awaitable[None]] | None,
     ) -> None:
         try:
             if learn is not None:
-                learn(cache)
+                await learn(cache)
             await cache.store(
                 tokens,
                 view,

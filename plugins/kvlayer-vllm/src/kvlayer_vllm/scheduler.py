@@ -183,7 +183,7 @@ class SchedulerHalf:
         )
 
     def _found(self, events: BlockEvents, request: Request, hit: PrefixHit) -> None:
-        self.portal.submit(events.learns, request, hit.spans)
+        self.portal.submit(events.learn, request, hit.spans)
 
     def matched(self, request: Request, computed: int) -> tuple[int | None, bool]:
         """Tokens beyond ``computed`` that can be loaded, None while that is not known.
@@ -309,7 +309,7 @@ class SchedulerHalf:
 
     def figures(self) -> Figures | None:
         """What has happened since the last call, for vLLM's statistics."""
-        return None if self._portal is None else self._stats.take(self._portal.cache)
+        return self._stats.take(self.portal.cache)
 
     def take_events(self) -> list[Any]:
         """What has happened to blocks in kvlayer's tiers since the last call; none unless asked."""
