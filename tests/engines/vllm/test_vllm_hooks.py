@@ -14,7 +14,9 @@ from vllm_desk import Desk
 
 from kvlayer import Cache, RetrieveReport
 from kvlayer.errors import UnsupportedError
+from kvlayer.rank import Rank
 from kvlayer_vllm.identity import overrides_of
+from kvlayer_vllm.messages import Step
 from kvlayer_vllm.scopes import Adapters, scope_of
 from kvlayer_vllm.search import Search
 
@@ -225,6 +227,33 @@ def test_what_was_ordered_before_blocks_are_let_go_of_is_stored(
     at.finish(request)
     at.rest()
     assert at.found(PROMPT) == 192
+
+
+def test_a_worker_that_cannot_join_tries_once_and_its_orders_are_given_up(
+    desk: Any, request_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, tried = desk(remote=True), []
+
+    def cannot(*_: Any, **__: Any) -> Any:
+        tried.append(None)
+        raise OSError("no such process")
+
+    def as_the_connector_does(step: Step) -> None:
+        try:
+            before_step(step)
+        except (AssertionError, OSError):
+            at.worker.give_up(step)
+
+    before_step = at.worker.before_step
+    monkeypatch.setattr(Rank, "start", cannot)
+    monkeypatch.setattr(at.worker, "before_step", as_the_connector_does)
+    request = request_of(PROMPT)
+    at.half.arrived(request)
+    at.admit(request, [1, 2, 3, 4, 5, 6, 7])
+    at.run({request: 200})
+    at.finish(request)
+    at.rest()  # nothing is owed
+    assert len(tried) == 1 and at.found(PROMPT) == 0
 
 
 def test_a_preempted_request_stores_what_it_computes_anew(

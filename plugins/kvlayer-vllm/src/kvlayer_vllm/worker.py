@@ -42,6 +42,7 @@ class WorkerHalf:
         self._is_alone = vllm_config.parallel_config.distributed_executor_backend == "uni"
         self._caches: list[list[Any]] = []
         self._rank: LoopThread[Rank] | None = None
+        self._has_tried = False
         self._answers = Answers()
         self._invalid: set[int] = set()
         self._is_layerwise = settings.loads == "layerwise"
@@ -66,7 +67,8 @@ class WorkerHalf:
         """Nothing has been written yet: what was let go of is gathered now, or never."""
         for save in step.saves:
             save.wait()
-        if step.greeting and self._rank is None:
+        if step.greeting and not self._has_tried:
+            self._has_tried = True  # once: a rank that cannot join would cost something every step
             self._rank = Rank.start(
                 step.greeting,
                 self._held.layout,
