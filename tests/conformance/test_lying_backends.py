@@ -15,6 +15,8 @@ from liars import LIARS, HonestSuite, found_in
 
 from kvlayer.abc.backend import Backend, Capability
 from kvlayer.registry import BACKENDS
+from kvlayer.testing.memory import MemoryBackend
+from kvlayer.testing.promise import Need, Promise
 from kvlayer.testing.suite import Outcome
 
 CHAPTERS = (lying_objects, lying_batches, lying_cancelling, lying_keeping, lying_lifetime)
@@ -35,6 +37,26 @@ def test_two_honest_backends_keep_every_promise() -> None:
     assert [(v.promise.name, v.found) for v in (*with_list, *without) if not v.is_good] == []
     kept = {v.promise.name for v in (*with_list, *without) if v.outcome is Outcome.KEPT}
     assert kept == {promise.name for promise in HonestSuite.promises()}
+
+
+def test_the_simulators_memory_keeps_every_promise_but_those_it_excepts() -> None:
+    class Memory(HonestSuite):
+        url = small_url = ""
+
+        def build(self) -> Backend:
+            return MemoryBackend()
+
+        def why_not(self, promise: Promise, /) -> str | None:
+            return (
+                str(Need.TRUNCATE) if Need.TRUNCATE in promise.needs else super().why_not(promise)
+            )
+
+    verdicts = list(Memory().run())
+    assert {v.promise.name for v in verdicts if not v.is_good} == {
+        "a listing says when an object was last used",
+        "a closed backend says so",
+    }
+    assert sum(v.outcome is Outcome.KEPT for v in verdicts) > 30
 
 
 @pytest.mark.parametrize("liar", LIARS, ids=lambda liar: liar.__name__)

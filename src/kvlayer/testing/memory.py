@@ -26,7 +26,9 @@ class MemoryBackend(Backend):
     """Objects in ``objects``, which the test may look at and change: a dictionary of its own, or
     one that several backends share as processes share a directory.
 
-    Never waits and never fails. ``capabilities`` are what it is to pass for: with ``SHARED`` a
+    Never waits and never fails: it has no clock (what it lists was last used at 0), and one that
+    was closed answers on, for a test that looks afterwards. All else of the contract it keeps.
+    ``capabilities`` are what it is to pass for: with ``SHARED`` a
     cache asks it about what it does not know, with ``LIST`` it is listed when a cache opens.
     """
 
