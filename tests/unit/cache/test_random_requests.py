@@ -68,7 +68,7 @@ class FlakyTier(SickTier):
             fate = self.rng.random()
             if fate < 0.02:
                 results[at] = BackendError("unreadable")
-            elif fate < 0.06:
+            elif fate < 0.3:
                 for region in read.regions:
                     region[-1500:-1000] = b"\xa5" * 500  # damaged: the cache has to notice
         return results
