@@ -78,7 +78,7 @@ def smol() -> Path:
 
 @pytest.fixture(scope="session")
 def texts(smol: Path, dose: Any) -> dict[str, list[list[Tokens]]]:
-    """Batches of text by what they are for: 9 prompts, or 31."""
+    """Batches of text by what they are for: 9 prompts, or 34."""
     from transformers import AutoTokenizer
 
     from kvlayer_transformers.demo import documents
