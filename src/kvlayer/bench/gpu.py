@@ -10,7 +10,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
 
 from kvlayer._offload import Offload
 from kvlayer.abc.stager import HostCopy
@@ -132,10 +131,10 @@ async def _moving(
 
 
 async def _seconds(ask: _Ask, calibration: Calibration) -> float:
-    """Of a store and a load by these thresholds: the median."""
+    """Of a store and a load by these thresholds: the least, for what disturbs only adds."""
     async with _moving(ask, "canonical", calibration) as call:
         taken = [await call(True) + await call(False) for _ in range(_WARM + ask.rounds)]
-    return median(taken[_WARM:])
+    return min(taken[_WARM:])
 
 
 async def _rows(

@@ -75,12 +75,12 @@ def choose(figures: Figures) -> Calibration:
 
 
 def choose_slot(seconds: dict[int, float]) -> int:
-    """The smallest slot with which a store and a load take at most 3 % longer than with the best.
+    """The smallest slot with which a store and a load take at most 2 % longer than with the best.
 
     What a slot costs is the CPU's doing and the copy engine's, so ``seconds`` are of whole calls.
     """
     best = min(seconds.values())
-    return min(slot for slot, taken in seconds.items() if taken <= 1.03 * best)
+    return min(slot for slot, taken in seconds.items() if taken <= 1.02 * best)
 
 
 def measure(
