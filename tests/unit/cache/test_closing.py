@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from pathlib import Path
 
 import pytest
 from caches import config, layout, tokens
+from descriptors import descriptors
 from engine import Engine
 
 from kvlayer import Cache, Scope
@@ -21,7 +21,7 @@ async def test_a_close_that_is_cancelled_at_any_await_still_closes_everything(
 ) -> None:
     engine = Engine(layout(), 32)
     view = engine.view(engine.slots(48))
-    fds, threads = set(os.listdir("/proc/self/fd")), threading.active_count()
+    fds, threads = descriptors(), threading.active_count()
     cut = 0
 
     async def use(directory: Path, leaving: asyncio.Event) -> None:
@@ -42,7 +42,7 @@ async def test_a_close_that_is_cancelled_at_any_await_still_closes_everything(
         await asyncio.wait({task})
         cut += task.cancelled()
         assert threading.active_count() == threads
-        assert set(os.listdir("/proc/self/fd")) == fds
+        assert descriptors() == fds
     assert cut > 3
 
 

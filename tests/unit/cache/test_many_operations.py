@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 
 import pytest
 from caches import WEIGHTS, layout, tokens
+from descriptors import descriptors
 from engine import Engine, same
 
 from kvlayer import Cache, CacheConfig, ModelConfig, Scope, TierConfig
@@ -189,10 +190,6 @@ def resident_nbytes() -> int:
     gc.collect()
     with Path("/proc/self/statm").open() as status:
         return int(status.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 async def settled(cache: Cache) -> None:

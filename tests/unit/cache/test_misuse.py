@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from caches import WEIGHTS, config, layout, tokens
+from descriptors import descriptors
 from engine import Engine
 
 from kvlayer import Cache, CacheConfig, KVLayerError, KVView, ModelConfig, Portal, TierConfig
@@ -94,9 +95,9 @@ async def test_an_unwritable_directory_is_an_error_that_names_it(tmp_path: Path)
 async def test_a_refused_cache_leaves_nothing_open(tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("not a directory")
-    before = set(os.listdir("/proc/self/fd"))
+    before = descriptors()
     await _refused(_with_tiers("cpu://", f"file://{blocker}/kv"), BackendError)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before
 
 
 BAD_TOKENS: dict[str, Any] = {

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from caches import WEIGHTS, layout
+from descriptors import descriptors
 from engine import Engine, same
 from stacks import check_accounts
 
@@ -324,7 +325,7 @@ async def test_random_requests_leave_nothing_behind(tmp_path: Path, seed: int) -
     flaky = FlakyTier.fresh()
     flaky.rng = random.Random(seed)
     backends = BACKENDS.extended({"flaky": flaky})
-    descriptors, threads = set(os.listdir("/proc/self/fd")), threading.active_count()
+    held, threads = descriptors(), threading.active_count()
     async with Cache.open(_settings(tmp_path), layout(), backends=backends) as cache:
         workers = [Worker(i, cache, model, tally, seed) for i in range(AT_ONCE)]
 
@@ -365,7 +366,7 @@ async def test_random_requests_leave_nothing_behind(tmp_path: Path, seed: int) -
         assert lower[0].misses[Cause.CORRUPT] > 0 < lower[0].misses[Cause.TIER_DOWN]
     assert asyncio.all_tasks() == {asyncio.current_task()}
     assert threading.active_count() == threads
-    assert set(os.listdir("/proc/self/fd")) == descriptors
+    assert descriptors() == held
     assert list((tmp_path / "v1" / "tmp").iterdir()) == []
 
 

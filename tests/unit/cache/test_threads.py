@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import sys
 import threading
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from caches import config, layout, tokens
+from descriptors import descriptors
 from engine import Engine, same
 from stacks import check_accounts
 
@@ -134,7 +134,7 @@ def switching(seconds: float) -> Iterator[None]:
 @pytest.mark.parametrize("seed", range(2))
 def test_engine_threads_share_a_cache_that_evicts(tmp_path: Path, tiers: str, seed: int) -> None:
     prompts = Prompts()
-    before = set(os.listdir("/proc/self/fd")), threading.active_count()
+    before = descriptors(), threading.active_count()
     directory = tmp_path if tiers == "cpu-file" else None
     settings = config(directory, host="60KiB", write="back", tokens_per_tail=2)  # 15 objects of 28
     with Portal.open(settings, layout()) as portal, switching(1e-5):
@@ -162,7 +162,7 @@ def test_engine_threads_share_a_cache_that_evicts(tmp_path: Path, tiers: str, se
         assert not portal._inbox
         assert found.tiers[0].evicted > 0
         assert sum(engine.loaded for engine in engines) > 0
-    assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    assert (descriptors(), threading.active_count()) == before
 
 
 async def idle(cache: Cache, portal: Portal) -> Stats:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from descriptors import descriptors
 
 from kvlayer.errors import CapacityError, ClosedError, UnsupportedError
 from kvlayer.memory.handle import SlabHandle
@@ -68,11 +69,11 @@ def test_less_than_a_page_is_refused_with_a_hint(nbytes: int) -> None:
 @linux
 @pytest.mark.parametrize("nbytes", [1 << 61, (1 << 63) - 1, 1 << 64])
 def test_memory_nobody_has_is_refused_and_leaves_no_descriptor(nbytes: int) -> None:
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = descriptors()
     with pytest.raises(CapacityError) as caught:
         Slab(nbytes)
     assert caught.value.hint is not None
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert descriptors() == before
 
 
 def test_a_closed_slab_lends_nothing_and_closes_again() -> None:
@@ -113,10 +114,6 @@ def test_without_memfd_the_memory_is_anonymous(monkeypatch: pytest.MonkeyPatch) 
 
 
 # -- other processes ------------------------------------------------------------------------------
-
-
-def descriptors() -> set[str]:
-    return set(os.listdir("/proc/self/fd"))
 
 
 @linux
