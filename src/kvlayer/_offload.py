@@ -73,6 +73,8 @@ class _Items(Generic[T]):
     def some(self) -> Iterator[T]:
         """On a thread: at least one, if there are any; fewer than all where others wait for it."""
         for item in self._items:
+            if self._is_stopped:  # while it was made
+                return
             yield item
             self._offload.check_open()
             if self._is_stopped or self._offload.is_wanted:

@@ -253,6 +253,21 @@ async def test_cancelling_ends_the_items_and_waits_for_the_work(times: int) -> N
 
 
 @pytest.mark.asyncio
+async def test_an_item_that_is_being_made_when_the_work_is_cancelled_is_not_worked_on() -> None:
+    offload = Offload(1, "kvlayer-test")
+    making, taken = Work(), list[object]()
+    task = asyncio.create_task(offload.run_over(taken.extend, (each() for each in [making])))
+    await making.has_begun()
+    task.cancel()
+    await asyncio.sleep(0)
+    making.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert making.has_ended and not taken
+    offload.close()
+
+
+@pytest.mark.asyncio
 async def test_the_works_of_two_calls_take_turns() -> None:
     offload, first, order = Offload(1, "test"), Work(), list[str]()
     one = [first, *[partial(order.append, f"one {n}") for n in range(3)]]
