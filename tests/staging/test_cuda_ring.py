@@ -53,14 +53,14 @@ def test_a_ring_that_cannot_grow_is_what_it_was_and_one_that_cannot_be_made_leav
     with fake_cupy.install(Gpu("eager"), calls=Calls()):
         scarce = Scarce(import_module("cupy.cuda.runtime"), left=5)
         ring = Ring(scarce, 3, 4096)
-        before = [ring.next().address for _ in range(3)]
+        before = [slot.address for slot in ring.take(3)]
         with pytest.raises(FakeCudaError):
             ring.hold(8192)  # two of three
-        assert ([ring.next().address for _ in range(3)], ring.nbytes) == (before, 4096)
+        assert ([slot.address for slot in ring.take(3)], ring.nbytes) == (before, 4096)
         assert scarce.out == set(before)
         scarce.left = 3
         ring.hold(8192)
-        assert ({ring.next().address for _ in range(3)}, ring.nbytes) == (scarce.out, 8192)
+        assert ({slot.address for slot in ring.take(3)}, ring.nbytes) == (scarce.out, 8192)
         ring.close()
         assert scarce.out == set()
         scarce.left = 2

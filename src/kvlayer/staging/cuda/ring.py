@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, islice
 
 from kvlayer.staging.cuda.runtime import Event, Runtime
 
@@ -34,13 +34,12 @@ class Ring:
             self._made = made.pop_all()
         self._turns: Iterator[Slot] = cycle(self._slots)
 
-    def next(self) -> Slot:
-        """The slot that was used longest ago; its ``free`` says when."""
-        return next(self._turns)
-
     def take(self, count: int) -> list[Slot]:
-        """The next ``count`` of them, in their order: slots come again."""
-        return [self.next() for _ in range(count)]
+        """``count`` slots, the one used longest ago first; each one's ``free`` says when.
+
+        Slots come again where there are more to take than slots.
+        """
+        return list(islice(self._turns, count))
 
     def hold(self, nbytes: int) -> None:
         """Make every slot at least this large. Rare: only a layer that is larger asks for it.
