@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Lock
+from threading import Event, Lock
 from traceback import clear_frames
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar, cast
 
@@ -67,23 +67,23 @@ class _Items(Generic[T]):
     def __init__(self, items: Iterable[T], offload: Offload) -> None:
         self._items = iter(items)
         self._offload = offload
-        self._is_stopped = False
+        self._stopped = Event()
         self.is_done = False
 
     def some(self) -> Iterator[T]:
         """On a thread: at least one, if there are any; fewer than all where others wait for it."""
         for item in self._items:
-            if self._is_stopped:  # while it was made
+            if self._stopped.is_set():  # while it was made
                 return
             yield item
             self._offload.check_open()
-            if self._is_stopped or self._offload.is_wanted:
+            if self._stopped.is_set() or self._offload.is_wanted:
                 return
         self.is_done = True
 
     def stop(self) -> None:
         """There are no more."""
-        self._is_stopped = True
+        self._stopped.set()
 
 
 class _NoThreadError(RuntimeError):
