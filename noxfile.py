@@ -34,6 +34,9 @@ CAMPAIGN = {
         "tests/staging/test_pipeline_waits.py",
         "tests/staging/test_cuda_stager.py",
         "tests/staging/test_cuda_counters.py",
+        "tests/staging/test_cuda_cpu.py",
+        "tests/staging/test_cuda_programs.py",
+        "tests/staging/test_cuda_refusals.py",
     ],
     "vllm": ["tests/engines/vllm"],
 }

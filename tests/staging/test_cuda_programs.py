@@ -90,7 +90,8 @@ def layers_of(fill: Fill, slot: int, hosts: dict[int, int]) -> Bytes:
 
 @pytest.mark.parametrize("part", range(4))
 def test_a_program_moves_what_its_copies_ask_for(part: int, dose: Any) -> None:
-    for seed in range(part, dose(24, 2000), 4):
+    played, seeds = 0, range(part, dose(24, 2000), 4)
+    for seed in seeds:
         rng = random.Random(seed)
         layout = random_layout(rng)
         engine, slab = Engine(layout, BLOCKS), Slab(1 << 20)
@@ -106,6 +107,9 @@ def test_a_program_moves_what_its_copies_ask_for(part: int, dose: Any) -> None:
             layout, view, GeometryReader(layout).read(view), copies, gather=is_gather
         )
         moves = [m for m in planned if m.layers[0][2].runs.runs or m.layers[0][2].runs.loose]
+        if not moves:
+            continue  # holes are all there is, and a stager makes no batch of nothing
+        played += 1
         hosts = {id(move.host): np.frombuffer(move.host, np.uint8).ctypes.data for move in moves}
         nbytes = max(rng.choice([4096, 16384]), *(m.payload.layer_nbytes for m in moves), 0)
         fills = [*pack(moves, nbytes)]
@@ -129,6 +133,7 @@ def test_a_program_moves_what_its_copies_ask_for(part: int, dose: Any) -> None:
                     assert np.array_equal(copied[np.isin(copied[:, 1], needed[:, 1])], needed), seed
                     held = copied[np.isin(copied[:, 1], layers[:, 1])]
                     assert np.array_equal(layers[np.isin(layers[:, 1], held[:, 1])], held), seed
+    assert played > len(seeds) * 0.9
 
 
 def test_launches_of_the_same_planes_are_as_wide_as_their_own_rows_allow() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,9 +107,28 @@ def test_a_campaign_of_good_parts_succeeds() -> None:
     assert report([part, empty], "")["exit_code"] == 1, "nothing was tested"
 
 
-def test_every_part_of_the_campaign_has_tests() -> None:
+def campaign_paths() -> list[str]:
     source = (ROOT / "noxfile.py").read_text()
     table = source[source.index("CAMPAIGN = {") : source.index("}\n", source.index("CAMPAIGN"))]
-    paths = [word for word in table.split('"') if "/" in word]
+    return [word for word in table.split('"') if "/" in word]
+
+
+def test_every_part_of_the_campaign_has_tests() -> None:
+    paths = campaign_paths()
     assert len(paths) >= 3
     assert all((ROOT / path).exists() for path in paths), paths
+
+
+def test_every_test_with_a_full_dose_is_in_a_part() -> None:
+    """A device's own (``nox -s gpu``) are no part of it: a campaign needs none."""
+    tests = (path.relative_to(ROOT) for path in (ROOT / "tests").rglob("*.py"))
+    dosed = [
+        path
+        for path in tests
+        if re.search(r"\bdose\(", (ROOT / path).read_text())
+        and not path.is_relative_to("tests/gpu")
+        and path.name != Path(__file__).name  # its doses are those of a clone
+    ]
+    assert len(dosed) > 10
+    parts = campaign_paths()
+    assert [path for path in dosed if not any(path.is_relative_to(part) for part in parts)] == []

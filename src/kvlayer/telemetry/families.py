@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from kvlayer.results import Health, Stats, TierStats
+
+if TYPE_CHECKING:
+    from kvlayer.cache import Cache
 
 __all__ = [
     "COUNTERS",
@@ -129,6 +132,9 @@ OWNER_COUNTERS = (OWNER_ASKED, OWNER_HIT, OWNER_STORED, OWNER_LOADED)
 # -- what is read at a scrape ----------------------------------------------------------------------
 
 
+_DIGITS = 12  # of the namespace's digest: enough to tell deployments apart
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What one open cache says at a scrape."""
@@ -137,6 +143,11 @@ class Reading:
     """The digest's first digits: caches share KV exactly where the whole digests are equal."""
     stats: Stats
     health: Health
+
+    @classmethod
+    def of(cls, cache: Cache) -> Reading:
+        """What ``cache`` says now. From any thread; raises whatever a backend's own figures do."""
+        return cls(cache.namespace.digest[:_DIGITS], cache.control.stats(), cache.control.health())
 
 
 Samples: TypeAlias = Iterable[tuple[tuple[str, ...], float]]

@@ -19,8 +19,6 @@ __all__ = ["Scrape"]
 
 _log = logging.getLogger(__name__)
 
-_DIGITS = 12  # of the namespace's digest: enough to tell deployments apart
-
 
 class Scrape:
     """A collector of prometheus_client. Called on any thread, whatever the caches are doing.
@@ -68,9 +66,7 @@ def _metrics(readings: Mapping[str, Reading]) -> Iterator[Metric]:
 def _read(name: str, cache: Cache) -> Reading | None:
     """What a cache says now; None when it has nothing to say."""
     try:
-        return Reading(
-            cache.namespace.digest[:_DIGITS], cache.control.stats(), cache.control.health()
-        )
+        return Reading.of(cache)
     except (ClosedError, ForkedError):
         return None
     except Exception:  # noqa: BLE001  # a backend's own figures; other metrics must not suffer

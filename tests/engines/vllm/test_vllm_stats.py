@@ -94,6 +94,23 @@ def test_gauges_are_read_once_a_second_and_misses_are_not_counted_twice(desk: De
     assert second is not None and second.total(families.SCRAPED[-1].family) == 1
 
 
+def test_a_backend_whose_figures_fail_costs_no_count(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    sink, cache = StatsSink(lambda: now[0]), desk.half.portal.cache
+    sink(LookupDone(owner="", asked_tokens=9, hit_tokens=9, seconds=0.5, by_tier={"cpu": 9}))
+    with monkeypatch.context() as broken:
+        broken.setattr(type(cache.control), "stats", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sink.take(cache)
+        found = sink.take(cache)  # the next step, of the same second
+    assert found is not None and found.total(families.LOOKUP_HIT, "cpu") == 9
+    now[0] += 1.0
+    later = sink.take(cache)
+    assert later is not None and later.data["gauges"]
+
+
 def test_intervals_add_up_and_survive_the_way_to_another_process() -> None:
     def interval(tokens: int, tier: str) -> Figures:
         sink = StatsSink(lambda: 0.0)

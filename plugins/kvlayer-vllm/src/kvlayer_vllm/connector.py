@@ -246,6 +246,10 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
     ) -> KVConnectorPromMetrics | None:
+        """The families for vLLM's registry, in the process that is scraped; None while off.
+
+        Never raises: there is no engine to answer a miss, and none may fail to start for a figure.
+        """
         try:
             check_version(engine_version())
             return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

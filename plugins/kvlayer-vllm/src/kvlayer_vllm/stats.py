@@ -25,7 +25,6 @@ _log = logging.getLogger("vllm.kvlayer")  # below vLLM's, so that its users see 
 
 _READ_SECONDS = 1.0  # gauges cost a lock and are scraped every few seconds at most
 _MOST_TIMES = 4096  # of one family between two steps: an engine that idles sends nothing
-_DIGITS = 12  # of the namespace's digest, as at a scrape of the core's own
 
 Sums: TypeAlias = dict[str, float]
 """By a family's name and its labels' values, joined by tabs: what crosses processes is plain."""
@@ -115,17 +114,21 @@ class StatsSink(EventCounter):
                 times.append(seconds)
 
     def take(self, cache: Cache) -> Figures | None:
-        """What happened since it was taken last; None for nothing. Gauges once a second."""
-        with self._lock:
-            taken, self._figures = self._figures, Figures()
+        """What happened since it was taken last; None for nothing. Gauges once a second.
+
+        Raises what a backend's own figures raise, and then what was counted is still there.
+        """
+        reading: Reading | None = None
         if self._clock() - self._read_at >= _READ_SECONDS:
             self._read_at = self._clock()
-            self._read(cache, taken)
+            reading = Reading.of(cache)
+        with self._lock:
+            taken, self._figures = self._figures, Figures()
+        if reading is not None:
+            self._add_read(reading, taken)
         return None if taken.is_empty() else taken
 
-    def _read(self, cache: Cache, into: Figures) -> None:
-        digest = cache.namespace.digest[:_DIGITS]
-        reading = Reading(digest, cache.control.stats(), cache.control.health())
+    def _add_read(self, reading: Reading, into: Figures) -> None:
         for each in families.SCRAPED:
             for labels, value in each.read(reading):
                 key = _key(each.family, labels)
