@@ -17,6 +17,7 @@ from kvlayer.errors import UnsupportedError
 from kvlayer.rank import Rank
 from kvlayer_vllm.identity import overrides_of
 from kvlayer_vllm.messages import Step
+from kvlayer_vllm.moves import Save
 from kvlayer_vllm.scopes import Adapters, scope_of
 from kvlayer_vllm.search import Search
 
@@ -165,8 +166,15 @@ def test_blocks_of_a_preempted_request_are_gathered_before_they_are_written(
     at.preempt(request)
     if is_over:
         at.finish(request)
-    threading.Timer(0.05, go_on.set).start()
-    at.begin(preempted=[request])
+    wait = Save.wait
+
+    def begins_to_wait(save: Save) -> None:
+        go_on.set()
+        wait(save)
+
+    monkeypatch.setattr(Save, "wait", begins_to_wait)
+    step = at.begin(preempted=[request])
+    assert go_on.is_set() and step.saves and all(save.is_over for save in step.saves)
     for tensor in at.tensors.values():
         tensor[1:7] = 7.5  # another request computes in them
     at.half.portal.call(Cache.flush)
