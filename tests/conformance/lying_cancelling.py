@@ -104,11 +104,7 @@ class DeletesInTwoSteps(HonestBackend):
 class LosesATurnPerCancellation(HonestBackend):
     async def open(self) -> None:
         self.turns = 12
-        self.freed = asyncio.Event()
         await super().open()
-
-    async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
-        return await super().contains(keys)
 
     async def get(self, reads: Sequence[Read], /) -> list[ReadResult]:
         if len(reads) != 1 or len(reads[0].regions) != 1 or reads[0].nbytes != 2 * PAGE:

@@ -31,9 +31,7 @@ from gpu_sim import Gpu, bytes_at
 from kvlayer.abc.stager import HostCopy
 from kvlayer.errors import LayoutError, UnsupportedError
 from kvlayer.keys import Part
-from kvlayer.layout import (
-    KVLayout,
-)
+from kvlayer.layout import KVLayout
 from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload
 from kvlayer.staging.cuda import devices as devices_module

@@ -295,12 +295,6 @@ class Rig:
     def backend(self) -> MemoryBackend:
         return self.backends[0]
 
-    def lengthen(self, tier: int, nbytes: int) -> None:
-        """Truncate every object of a tier to ``nbytes`` bytes."""
-        objects = self.backends[tier - 1].objects
-        for key in objects:
-            objects[key] = objects[key][:nbytes]
-
     def write_into(self, slots: Sequence[Reservation]) -> None:
         """What a gather would do to these slots."""
         for slot in slots:

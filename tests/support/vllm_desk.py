@@ -18,9 +18,10 @@ from kvlayer_vllm.scheduler import SchedulerHalf
 from kvlayer_vllm.settings import Settings
 from kvlayer_vllm.worker import WorkerHalf
 
-__all__ = ["BLOCK", "CHUNK", "Desk"]
+__all__ = ["BLOCK", "LAYERS", "Desk"]
 
 BLOCK, CHUNK = 32, 64
+LAYERS = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
 
 
 class Desk:
@@ -120,6 +121,18 @@ class Desk:
         """Until nothing is read or written any more."""
         while self.half.tracked:
             self.run()
+
+    def answer(self, request: Any, blocks: Sequence[int]) -> None:
+        """A whole request: what the cache has of it is loaded, the rest is computed and stored."""
+        self.half.arrived(request)
+        more = self.admit(request, blocks)
+        self.run()  # loads of several groups are beside the batch
+        while self.half._tracked[request.request_id].load is not None:
+            self.run()
+        self.run({request: request.num_tokens - more})
+        self.finish(request)
+        self.rest()
+        self.half.portal.call(Cache.flush)
 
     def found(self, tokens: Sequence[int], **scope: Any) -> int:
         """Tokens of a prompt that the cache has."""

@@ -77,18 +77,15 @@ class Victim:
 
 
 class Zygote:
-    """Forks victims until it is closed; the roles they play are functions of the module ``roles``.
+    """Forks victims until it is closed; their roles are functions of the module ``roles``."""
 
-    ``environment`` is what that module sees beside this process's own.
-    """
-
-    def __init__(self, roles: str = "victims", **environment: str) -> None:
+    def __init__(self, roles: str = "victims") -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         path = os.pathsep.join(filter(None, sys.path))
         self._process = subprocess.Popen(
             [sys.executable, __file__, roles],
             stdin=theirs,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         )
         theirs.close()
         self._alive: set[Victim] = set()
@@ -171,5 +168,5 @@ def _play(role: Any, arguments: dict[str, Any]) -> NoReturn:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    # And torch with it: what takes seconds is done once.
-    _serve(socket.socket(fileno=os.dup(0)), import_module(sys.argv[1]))
+    roles = import_module(sys.argv[1])  # and torch with it: what takes seconds is done once
+    _serve(socket.socket(fileno=os.dup(0)), roles)

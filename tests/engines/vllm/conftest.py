@@ -157,6 +157,38 @@ def no_cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
 
 
+# -- both halves of the adapter, without an engine -------------------------------------------------
+
+
+@pytest.fixture
+def desk(vllm_config: Any, spec: Any, kv_cache_config: Any, no_cache_home: None) -> Iterator[Any]:
+    """``desk(windows=False, **how)``: a ``Desk``, with a window for the second layer or none."""
+    from vllm_desk import LAYERS, Desk
+
+    made: list[Desk] = []
+
+    def make(*, windows: bool = False, **how: Any) -> Desk:
+        groups = [(LAYERS, spec("FullAttentionSpec"))]
+        if windows:
+            window = spec("SlidingWindowSpec", sliding_window=64)
+            groups = [(LAYERS[:1], spec("FullAttentionSpec")), (LAYERS[1:], window)]
+        made.append(Desk(vllm_config, kv_cache_config(*groups), **how))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def below(tmp_path: Path) -> list[dict[str, Any]]:
+    """Tiers for a desk: host memory, and a disk that has at once what is stored."""
+    return [
+        {"url": "cpu://?capacity=64MiB"},
+        {"url": f"file://{tmp_path}/kv", "write": "through", "deadline_seconds": 30.0},
+    ]
+
+
 # -- engines in processes of their own -------------------------------------------------------------
 
 

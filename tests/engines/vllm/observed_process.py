@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ from kvlayer_vllm.bench.serving import Serving, prompt_of
 TOKENS, ANSWER, CHUNK, BLOCK = 700, 8, 64, 32
 OBJECTS = 12  # ten chunks and the tail of the prompt, and the chunk that the answer completes
 TRIES = 100
+
+
+class Logged(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
 class Router:
@@ -57,12 +69,24 @@ class Router:
 def main(model: str, directory: Path) -> None:
     says = os.fdopen(os.dup(1), "w")  # the engine's log must not get between
     os.dup2(2, 1)
-    from prometheus_client import REGISTRY
-    from vllm.config import KVEventsConfig
-
     endpoint = f"ipc://{directory}/events"
     router = Router(endpoint)
-    serving = Serving(
+    serving = started(model, directory, endpoint)
+    logged = Logged()
+    logging.getLogger("vllm").addHandler(logged)
+    meet(serving, router)
+    found = look(serving, router)
+    found["logged"] = [line for line in logged.lines if "KV Transfer metrics" in line]
+    says.write(json.dumps(found) + "\n")
+    says.flush()
+    serving.close()
+
+
+def started(model: str, directory: Path, endpoint: str) -> Serving:
+    """An engine that publishes its events at the endpoint."""
+    from vllm.config import KVEventsConfig
+
+    return Serving(
         model,
         cache={
             "tokens_per_chunk": CHUNK,
@@ -80,58 +104,67 @@ def main(model: str, directory: Path) -> None:
             enable_kv_cache_events=True, publisher="zmq", endpoint=endpoint
         ),
     )
-    engine = serving.engine
-    logged: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("vllm").addHandler(handler)
 
-    serving.ask([prompt_of(64, 99, 512)], 2)
-    while not router.hear(100):  # whoever subscribes late has missed what was published before
-        serving.ask([prompt_of(64, 99, 512)], 2)
-        engine.reset_prefix_cache()
-    while not engine.reset_prefix_cache(False, True):
-        serving.ask([[5, 6, 7]], 2)  # until no block is read any more
-    serving.ask([[5, 6, 7]], 2)
+
+def meet(serving: Serving, router: Router) -> None:
+    """Until the router hears the engine; then everything is forgotten, and was heard of."""
+    for seed in count(99):  # whoever subscribes late has missed what was published before
+        serving.ask([prompt_of(64, seed, 512)], 2)  # another each time: nothing is loaded here
+        if router.hear(100):
+            break
+    forget_everything(serving)
+    step(serving)
     router.hear(1000)
+
+
+def step(serving: Serving) -> None:
+    """What is under way is told of with the steps after it: here is one."""
+    serving.ask([[5, 6, 7]], 2)
+
+
+def forget_everything(serving: Serving) -> None:
+    """kvlayer, too: until no block is read any more."""
+    while not serving.engine.reset_prefix_cache(False, True):
+        step(serving)
+
+
+def look(serving: Serving, router: Router) -> dict[str, Any]:
+    """Ask a prompt cold, from kvlayer, and after everything was forgotten: what could be seen."""
+    from prometheus_client import REGISTRY
+
     before = values(REGISTRY)
     prompt = prompt_of(TOKENS, 1, 512)
     (cold,) = serving.ask([prompt], ANSWER)
-    while not engine.reset_prefix_cache():  # its own; while blocks are gathered it is not free
-        serving.ask([[5, 6, 7]], 2)
+    while not serving.engine.reset_prefix_cache():  # while blocks are gathered it is not free
+        step(serving)
     (warm,) = serving.ask([prompt], ANSWER)
     stored: list[dict[str, Any]] = []
     removed: list[dict[str, Any]] = []
     spans = "kvlayer_store_spans_total stored"
-    for _ in range(TRIES):  # what is under way is told of with the steps after it
-        serving.ask([[5, 6, 7]], 2)
+    for _ in range(TRIES):
+        step(serving)
         stored += router.hear(100)
         after = values(REGISTRY)
         if after.get(spans, 0) - before.get(spans, 0) >= OBJECTS and ours(stored) >= 2 * OBJECTS:
             break
-    engine.do_log_stats()
-    while not engine.reset_prefix_cache(False, True):
-        serving.ask([[5, 6, 7]], 2)
+    serving.engine.do_log_stats()
+    forget_everything(serving)
     for _ in range(TRIES):
-        serving.ask([[5, 6, 7]], 2)
+        step(serving)
         removed += router.hear(100)
         if ours(removed) >= 2 * (OBJECTS - 1):
             break
     (again,) = serving.ask([prompt], ANSWER)
-    seen = {
+    return {
         "cold": [list(cold.tokens), cold.cached],
         "warm": [list(warm.tokens), warm.cached],
         "again": [list(again.tokens), again.cached],
         "prompt": prompt,
         "values": {key: value - before.get(key, 0) for key, value in after.items()},
         "gauges": {key: value for key, value in after.items() if "_tier_" in key},
-        "logged": [line for line in logged if "KV Transfer metrics" in line],
         "stored": stored,
         "removed": removed,
     }
-    says.write(json.dumps(seen) + "\n")
-    says.flush()
-    serving.close()
 
 
 def ours(events: list[dict[str, Any]]) -> int:

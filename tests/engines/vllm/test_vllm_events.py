@@ -3,46 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from vllm_desk import BLOCK, Desk
+from vllm_desk import BLOCK, LAYERS, Desk
 
-from kvlayer import Cache
-
-NAMES = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
 PROMPT = list(range(3, 203))
 
 
 @pytest.fixture
-def below(tmp_path: Any) -> list[dict[str, Any]]:
-    return [
-        {"url": "cpu://?capacity=64MiB"},
-        {"url": f"file://{tmp_path}/kv", "write": "through", "deadline_seconds": 30.0},
-    ]
-
-
-@pytest.fixture
-def desk(vllm_config: Any, spec: Any, kv_cache_config: Any, no_cache_home: None) -> Iterator[Any]:
+def desk(desk: Any, vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Of an engine that publishes KV events."""
     from vllm.config import KVEventsConfig
 
-    made: list[Desk] = []
-
-    def make(*, windows: bool = False, **how: Any) -> Desk:
-        groups = [(NAMES, spec("FullAttentionSpec"))]
-        if windows:
-            window = spec("SlidingWindowSpec", sliding_window=64)
-            groups = [(NAMES[:1], spec("FullAttentionSpec")), (NAMES[1:], window)]
-        made.append(Desk(vllm_config, kv_cache_config(*groups), **how))
-        return made[-1]
-
     events = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vllm_config, "kv_events_config", events)
-        yield make
-    for each in made:
-        each.close()
+    monkeypatch.setattr(vllm_config, "kv_events_config", events)
+    return desk
 
 
 @pytest.fixture
@@ -82,18 +58,6 @@ class Router:
         return {place: set(held) for place, held in self.held.items() if held}
 
 
-def answered(desk: Desk, request: Any, blocks: list[int]) -> None:
-    desk.half.arrived(request)
-    more = desk.admit(request, blocks)
-    desk.run()  # loads of several groups are beside the batch
-    while desk.half._tracked[request.request_id].load is not None:
-        desk.run()
-    desk.run({request: request.num_tokens - more})
-    desk.finish(request)
-    desk.rest()
-    desk.half.portal.call(Cache.flush)
-
-
 def told(block_hashes: Any) -> list[Any]:
     """Hashes as events have them."""
     from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
@@ -109,7 +73,7 @@ def test_blocks_are_named_as_vllm_names_them(desk: Any, hashed: Any, below: Any)
     from vllm.v1.core.block_pool import BlockPool
 
     at, request = desk(tiers=below), hashed(PROMPT, cache_salt="a salt")
-    answered(at, request, [1, 2, 3, 4, 5, 6, 7])
+    at.answer(request, [1, 2, 3, 4, 5, 6, 7])
     pool = BlockPool(16, True, BLOCK, enable_kv_cache_events=True)
     pool.cache_full_blocks(request, pool.get_new_blocks(6), 0, 6, BLOCK, 0)
     (whole,) = pool.take_events()
@@ -133,8 +97,8 @@ def test_blocks_are_named_as_vllm_names_them(desk: Any, hashed: Any, below: Any)
 def test_events_and_tiers_agree_until_nothing_is_left(desk: Any, hashed: Any, below: Any) -> None:
     at, router = desk(tiers=below), Router()
     one, two = hashed(PROMPT), hashed([*PROMPT[:100], *range(300, 400)], request_id="two")
-    answered(at, one, [1, 2, 3, 4, 5, 6, 7])
-    answered(at, two, [11, 12, 13, 14, 15, 16, 17])
+    at.answer(one, [1, 2, 3, 4, 5, 6, 7])
+    at.answer(two, [11, 12, 13, 14, 15, 16, 17])
     router.hears(at.half.take_events())
     blocks = {*told(one.block_hashes), *told(two.block_hashes)}
     assert len(blocks) == 9  # three of each are the other's, too
@@ -145,7 +109,7 @@ def test_events_and_tiers_agree_until_nothing_is_left(desk: Any, hashed: Any, be
     left = set(told(two.block_hashes[2:]))
     assert router.names() == {HOST: left, DISK: blocks}
     # Brought up again by a request that finds them below.
-    answered(at, hashed([*PROMPT, 7], request_id="three"), [11, 12, 13, 14, 15, 16, 17])
+    at.answer(hashed([*PROMPT, 7], request_id="three"), [11, 12, 13, 14, 15, 16, 17])
     router.hears(at.half.take_events())
     assert router.names() == {HOST: blocks, DISK: blocks}
     assert at.half.reset()
@@ -157,8 +121,8 @@ def test_events_and_tiers_agree_until_nothing_is_left(desk: Any, hashed: Any, be
 def test_a_tail_and_the_chunk_that_takes_its_place_are_told_once(desk: Any, hashed: Any) -> None:
     at, router = desk(), Router()
     short, long = hashed(PROMPT[:100]), hashed(PROMPT[:130], request_id="two")
-    answered(at, short, [1, 2, 3, 4])
-    answered(at, long, [11, 12, 13, 14, 15])
+    at.answer(short, [1, 2, 3, 4])
+    at.answer(long, [11, 12, 13, 14, 15])
     events = router.hears(at.half.take_events())
     assert [len(event.block_hashes) for event in events] == [2, 1, 1]
     assert events[-1].parent_block_hash == told(short.block_hashes)[2]
@@ -172,7 +136,7 @@ def test_what_another_process_has_left_is_told_when_it_is_found(
     desk: Any, hashed: Any, below: Any
 ) -> None:
     first, router = desk(tiers=below), Router()
-    answered(first, hashed(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    first.answer(hashed(PROMPT), [1, 2, 3, 4, 5, 6, 7])
     first.close()
     at = desk(tiers=below)
     request = hashed([*PROMPT, 7])
@@ -186,7 +150,7 @@ def test_what_another_process_has_left_is_told_when_it_is_found(
 def test_windows_say_of_which_group_they_are(desk: Any, hashed: Any) -> None:
     at = desk(windows=True)
     request = hashed(PROMPT)
-    answered(at, request, [1, 2, 3, 4, 5, 6, 7])
+    at.answer(request, [1, 2, 3, 4, 5, 6, 7])
     events = at.half.take_events()
     assert {event.group_idx for event in events} == {0, 1}
     for event in events:
@@ -198,7 +162,7 @@ def test_without_hashes_of_the_engines_nothing_is_told_and_everything_is_stored(
     desk: Any, request_of: Any
 ) -> None:
     at = desk()
-    answered(at, request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    at.answer(request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
     assert at.half.take_events() == [] and at.found(PROMPT) == 192
 
 
@@ -212,15 +176,15 @@ def test_an_event_that_cannot_be_told_costs_nothing_else(
 
     monkeypatch.setattr(block_events, "resolved_hashes", broken)
     at = desk()
-    answered(at, hashed(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    at.answer(hashed(PROMPT), [1, 2, 3, 4, 5, 6, 7])
     assert at.half.take_events() == [] and at.found(PROMPT) == 192
 
 
 def test_without_a_router_nothing_is_kept(
     vllm_config: Any, spec: Any, kv_cache_config: Any, hashed: Any, no_cache_home: None
 ) -> None:
-    at = Desk(vllm_config, kv_cache_config((NAMES, spec("FullAttentionSpec"))))
-    answered(at, hashed(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    at = Desk(vllm_config, kv_cache_config((LAYERS, spec("FullAttentionSpec"))))
+    at.answer(hashed(PROMPT), [1, 2, 3, 4, 5, 6, 7])
     assert at.half.take_events() == [] and at.half._events is None
     at.close()
 
@@ -233,8 +197,7 @@ def test_chunks_that_no_tier_holds_are_forgotten(
     monkeypatch.setattr(block_events, "_MOST_ELSEWHERE", 2)
     at = desk()
     for number in range(5):
-        answered(
-            at,
+        at.answer(
             hashed([n + 10 * number for n in PROMPT], request_id=str(number)),
             [1, 2, 3, 4, 5, 6, 7],
         )

@@ -15,7 +15,6 @@ from kvlayer.results import Failure
 from kvlayer_vllm.moves import Load
 
 ANSWER = 12
-MANY = 50  # calls that a healthy tier answers meanwhile
 
 
 @pytest.fixture
@@ -105,7 +104,7 @@ def test_a_sick_tier_costs_a_deadline_and_then_nothing(
     first_took = time.perf_counter() - began
     later = [asking() for _ in range(3)]
     assert {answer.tokens for answer in (first, *later)} == {truth}
-    # Twice what computing took: this machine may be busy, and a deadline is half a second.
+    # Far more than computing and a deadline of half a second take, and less than hanging.
     assert first_took < 20 * (cold.seconds + 0.5) + 5
     asking.engine.tier.sickness = Sickness.HEALTHY
     assert asking().tokens == truth

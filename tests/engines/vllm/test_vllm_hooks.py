@@ -10,46 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_desk import Desk
+from vllm_desk import LAYERS, Desk
 
 from kvlayer import Cache, RetrieveReport
 from kvlayer.errors import UnsupportedError
 from kvlayer.rank import Rank
 from kvlayer_vllm.identity import overrides_of
 from kvlayer_vllm.messages import Step
+from kvlayer_vllm.moves import Save
 from kvlayer_vllm.scopes import Adapters, scope_of
 from kvlayer_vllm.search import Search
 
-NAMES = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
 PROMPT = list(range(3, 203))  # three chunks of 64 and 8 tokens
 MORE = [*PROMPT[:192], *range(300, 420)]
-
-
-@pytest.fixture
-def desk(vllm_config: Any, spec: Any, kv_cache_config: Any, no_cache_home: None) -> Iterator[Any]:
-    made: list[Desk] = []
-
-    def make(*, windows: bool = False, **how: Any) -> Desk:
-        groups = [(NAMES, spec("FullAttentionSpec"))]
-        if windows:
-            window = spec("SlidingWindowSpec", sliding_window=64)
-            groups = [(NAMES[:1], spec("FullAttentionSpec")), (NAMES[1:], window)]
-        made.append(Desk(vllm_config, kv_cache_config(*groups), **how))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
-
-
-def stored(desk: Desk, request: Any, blocks: list[int]) -> None:
-    """A prompt that was computed and is in the cache."""
-    count = request.num_tokens
-    desk.half.arrived(request)
-    desk.admit(request, blocks)
-    desk.run({request: count})
-    desk.finish(request)
-    desk.rest()
 
 
 @pytest.fixture
@@ -83,7 +56,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("how", [{}, {"loads": "async"}, {"remote": True}, {"windows": True}])
 def test_what_one_request_computed_another_loads(how: Any, desk: Any, request_of: Any) -> None:
     at = desk(**how)
-    stored(at, request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    at.answer(request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
     was = at.rows([1, 2, 3, 4, 5, 6])
     again = request_of([*PROMPT, 7], request_id="two")
     at.half.arrived(again)
@@ -92,7 +65,7 @@ def test_what_one_request_computed_another_loads(how: Any, desk: Any, request_of
     while at.half._promises.is_async and "two" not in steps[-1].received:
         steps.append(at.run())
     for name, before, now in zip(at.tensors, was, at.rows([11, 12, 13, 14, 15, 16]), strict=True):
-        last = 2 if how.get("windows") and name == NAMES[1] else 6  # what a window needs
+        last = 2 if how.get("windows") and name == LAYERS[1] else 6  # what a window needs
         assert torch.equal(before[-last:], now[-last:]), name
 
 
@@ -105,7 +78,7 @@ def test_a_request_whose_load_failed_is_computed_and_does_not_ask_again(
 ) -> None:
     """vLLM asks anew for a request of which nothing was loaded: it would never be computed."""
     at = desk(loads="async", windows=windows)
-    stored(at, request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    at.answer(request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
     failing(monkeypatch)
     again = request_of([*PROMPT, 7], request_id="two")
     at.half.arrived(again)
@@ -126,7 +99,7 @@ def test_vllm_is_told_once_that_it_may_let_go_of_blocks(
     """
     at = desk(remote=True)
     at.run()  # the worker joins
-    stored(at, request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    at.answer(request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
     hanging(monkeypatch, go_on)
     longer = request_of(MORE, request_id="two")
     at.half.arrived(longer)
@@ -155,7 +128,7 @@ def test_a_request_that_ends_in_the_step_after_its_load_is_stored(
 ) -> None:
     """With one token to answer it is over before vLLM tells of the step."""
     at = desk(loads="async")
-    stored(at, request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    at.answer(request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
     longer = request_of(MORE, request_id="two")
     at.half.arrived(longer)
     assert at.admit(longer, [11, 12, 13, 14, 15, 16, 17, 18, 19, 20]) == 192
@@ -193,8 +166,15 @@ def test_blocks_of_a_preempted_request_are_gathered_before_they_are_written(
     at.preempt(request)
     if is_over:
         at.finish(request)
-    threading.Timer(0.05, go_on.set).start()
-    at.begin(preempted=[request])
+    wait = Save.wait
+
+    def begins_to_wait(save: Save) -> None:
+        go_on.set()
+        wait(save)
+
+    monkeypatch.setattr(Save, "wait", begins_to_wait)
+    step = at.begin(preempted=[request])
+    assert go_on.is_set() and step.saves and all(save.is_over for save in step.saves)
     for tensor in at.tensors.values():
         tensor[1:7] = 7.5  # another request computes in them
     at.half.portal.call(Cache.flush)
@@ -301,7 +281,7 @@ def test_the_load_begins_where_vllm_ends_whatever_it_takes_of_what_was_found(
     desk: Any, request_of: Any
 ) -> None:
     at = desk()
-    stored(at, request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    at.answer(request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
     was = at.rows([3, 4])
     again = request_of([*PROMPT, 7], request_id="two")
     at.half.arrived(again)
@@ -318,7 +298,7 @@ def test_the_load_begins_where_vllm_ends_whatever_it_takes_of_what_was_found(
 
 def test_a_request_that_wants_all_its_logits_is_given_nothing(desk: Any, request_of: Any) -> None:
     at = desk()
-    stored(at, request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    at.answer(request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
     again = request_of([*PROMPT, 7], request_id="two")
     again.skip_reading_prefix_cache = True
     at.half.arrived(again)
@@ -387,7 +367,7 @@ def test_weights_that_are_replaced_while_serving_are_refused(
 ) -> None:
     replaced = changed(vllm_config, "weight_transfer_config", backend="nccl")
     with pytest.raises(UnsupportedError, match="weight_transfer_config"):
-        Desk(replaced, kv_cache_config((NAMES, spec("FullAttentionSpec"))))
+        Desk(replaced, kv_cache_config((LAYERS, spec("FullAttentionSpec"))))
 
 
 def test_an_engine_that_schedules_ahead_is_refused(
@@ -395,18 +375,10 @@ def test_an_engine_that_schedules_ahead_is_refused(
 ) -> None:
     ahead = changed(vllm_config, "scheduler_config", async_scheduling=True)
     with pytest.raises(UnsupportedError, match="async_scheduling"):
-        Desk(ahead, kv_cache_config((NAMES, spec("FullAttentionSpec"))))
+        Desk(ahead, kv_cache_config((LAYERS, spec("FullAttentionSpec"))))
 
 
 # -- reset -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def below(tmp_path: Path) -> list[dict[str, Any]]:
-    return [
-        {"url": "cpu://?capacity=64MiB"},
-        {"url": f"file://{tmp_path}/kv", "write": "through", "deadline_seconds": 30.0},
-    ]
 
 
 @pytest.mark.parametrize("remote", [False, True])
@@ -446,7 +418,7 @@ def test_a_request_that_waits_during_a_reset_finds_nothing_old_and_is_stored(
     desk: Any, request_of: Any
 ) -> None:
     at = desk()
-    stored(at, request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    at.answer(request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
     waiting = request_of([*PROMPT, 7], request_id="two")
     at.half.arrived(waiting)
     assert at.asked(waiting) == (192, False)  # and no blocks for it yet
@@ -462,7 +434,7 @@ def test_a_reset_says_that_a_load_still_holds_something(
     desk: Any, request_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at = desk(loads="async")
-    stored(at, request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    at.answer(request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
     again = request_of([*PROMPT, 7], request_id="two")
     at.half.arrived(again)
     at.admit(again, [11, 12, 13, 14, 15, 16, 17])

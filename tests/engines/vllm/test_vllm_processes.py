@@ -140,6 +140,18 @@ def test_a_process_killed_while_it_writes_leaves_nothing_wrong(
     again.close()
 
 
+def mends(process: EngineProcess, cold: list[list[int]]) -> None:
+    """Damage is found one object at a time, and stored anew: until every prompt is whole again."""
+    for prompt, answer, usable in zip(PROMPTS, cold, USABLE, strict=True):
+        found = -1
+        while found < usable:
+            ((tokens, cached),) = process("ask", [prompt], ANSWER)
+            assert tokens == answer and cached > found
+            found = cached
+            process("leave_memory", prompt)
+        assert found == usable
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted"])
 def test_damaged_files_are_misses(
     damage: str, tiny: Path, stored: Path, cold: Any, tmp_path: Path, engine_process: Any
@@ -151,14 +163,7 @@ def test_damaged_files_are_misses(
     for path in files[::2]:
         damage_file(path, damage)
     process = engine_process(tiny, cache_in(directory), **TINY_OPTIONS)
-    for prompt, answer, usable in zip(PROMPTS, cold, USABLE, strict=True):
-        found = [-1]
-        while found[-1] < usable:  # damage is found one object at a time, and stored anew
-            ((tokens, cached),) = process("ask", [prompt], ANSWER)
-            assert tokens == answer and cached > found[-1]
-            found.append(cached)
-            process("leave_memory", prompt)
-        assert found[-1] == usable
+    mends(process, cold)
     process.close()
 
 
@@ -175,13 +180,7 @@ def test_files_damaged_between_lookup_and_load_are_misses(
     assert process("damaged") > 5
     assert tokens == cold[0] and cached < USABLE[0]
     process("leave_memory", PROMPTS[0])
-    for prompt, answer, usable in zip(PROMPTS, cold, USABLE, strict=True):
-        found = [-1]
-        while found[-1] < usable:
-            ((tokens, cached),) = process("ask", [prompt], ANSWER)
-            assert tokens == answer and cached > found[-1]
-            found.append(cached)
-            process("leave_memory", prompt)
+    mends(process, cold)
     state = process("state")
     assert (state["troubles"], state["leases"], state["pinned"]) == (0, 0, 0)
     process.close()

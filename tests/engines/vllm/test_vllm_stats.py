@@ -9,26 +9,23 @@ from typing import Any
 import msgspec
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
-from vllm_desk import Desk
+from vllm_desk import LAYERS, Desk
 
-from kvlayer import Cache
 from kvlayer.events import LookupDone, RetrieveDone
 from kvlayer.telemetry import families
 from kvlayer.telemetry.prometheus import PrometheusSink
 from kvlayer_vllm.connector import KVLayerConnector
 from kvlayer_vllm.stats import Figures, PromMetrics, StatsSink
 
-NAMES = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
 PROMPT = list(range(3, 203))
 LABELS = ["model_name", "engine"]
 ENGINES: dict[int, list[object]] = {0: ["tiny", "0"], 1: ["tiny", "1"]}
 
 
 @pytest.fixture
-def desk(vllm_config: Any, spec: Any, kv_cache_config: Any, no_cache_home: None) -> Iterator[Desk]:
-    made = Desk(vllm_config, kv_cache_config((NAMES, spec("FullAttentionSpec"))))
-    yield made
-    made.close()
+def desk(desk: Any) -> Any:
+    """One, of one group."""
+    return desk()
 
 
 @pytest.fixture
@@ -42,15 +39,6 @@ def metric_types() -> Any:
     return registry, {each: kind(each) for each in (Counter, Gauge, Histogram)}
 
 
-def answered(desk: Desk, request: Any, blocks: list[int]) -> None:
-    desk.half.arrived(request)
-    more = desk.admit(request, blocks)
-    desk.run({request: request.num_tokens - more})
-    desk.finish(request)
-    desk.rest()
-    desk.half.portal.call(Cache.flush)
-
-
 def all_figures(desk: Desk) -> Figures:
     return desk.half.figures() or Figures()
 
@@ -58,8 +46,8 @@ def all_figures(desk: Desk) -> Figures:
 def test_what_is_counted_is_what_happened(desk: Desk, request_of: Any) -> None:
     first = all_figures(desk)
     assert first.data["gauges"] and not first.data["counters"]
-    answered(desk, request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
-    answered(desk, request_of([*PROMPT, 7], request_id="two"), [11, 12, 13, 14, 15, 16, 17])
+    desk.answer(request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    desk.answer(request_of([*PROMPT, 7], request_id="two"), [11, 12, 13, 14, 15, 16, 17])
     found = all_figures(desk)
     host = desk.half.portal.cache.control.stats().tiers[0]
     assert found.total(families.LOOKUPS) == 2 and found.total(families.LOOKUPS, "partial") == 1
@@ -140,9 +128,9 @@ def test_vllm_logs_them_as_one_line(vllm_config: Any, desk: Desk, request_of: An
 
     logs = KVConnectorLogging(vllm_config.kv_transfer_config)
     lines: list[str] = []
-    answered(desk, request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    desk.answer(request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
     logs.observe(all_figures(desk).to_dict())
-    answered(desk, request_of([*PROMPT, 7], request_id="two"), [11, 12, 13, 14, 15, 16, 17])
+    desk.answer(request_of([*PROMPT, 7], request_id="two"), [11, 12, 13, 14, 15, 16, 17])
     logs.observe(all_figures(desk).to_dict())
     logs.log(lambda text, *args: lines.append(text % args))
     (line,) = lines
@@ -159,8 +147,8 @@ def test_every_family_is_shown_under_vllms_prefix_and_labels(
     names = {each.name for each in registry.collect()}
     known = [*families.COUNTERS, *families.HISTOGRAMS, *(each.family for each in families.SCRAPED)]
     assert names == {f"vllm:{each.name}" for each in known}
-    answered(desk, request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
-    answered(desk, request_of([*PROMPT, 7], request_id="two"), [11, 12, 13, 14, 15, 16, 17])
+    desk.answer(request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
+    desk.answer(request_of([*PROMPT, 7], request_id="two"), [11, 12, 13, 14, 15, 16, 17])
     figures = all_figures(desk)
     shown.observe(figures.to_dict(), 1)
     shown.observe(figures.to_dict(), 1)
@@ -262,7 +250,7 @@ def connector(
     """A connector that has not met its workers yet."""
     from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
 
-    groups = kv_cache_config((NAMES, spec("FullAttentionSpec")))
+    groups = kv_cache_config((LAYERS, spec("FullAttentionSpec")))
     made = KVLayerConnector(vllm_config, KVConnectorRole.SCHEDULER, groups)
     yield made
     made.shutdown()

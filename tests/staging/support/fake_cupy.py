@@ -103,9 +103,6 @@ class _Runtime(ModuleType):
     def setDevice(self, device: int) -> None:
         self._gpu.device = device
 
-    def getDevice(self) -> int:
-        return self._gpu.device
-
     def malloc(self, size: int) -> int:
         return self._gpu.allocate(size, "device")
 
