@@ -6,7 +6,7 @@ lock all the while, so what copies have in common is worked out once for a call,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from kvlayer.abc.stager import HostCopy
@@ -91,6 +91,7 @@ def plan_moves(
     tables: dict[int, SlotTable] = {}
     shares: dict[int, Overlap] = {}  # by identity: payloads of one shape are mostly one object
     placed: dict[tuple[int, CacheGeometry], tuple[Strip, ...]] = {}
+    states: set[tuple[int, int, int]] = set()
     for copy in copies:
         payload = copy.payload
         group = _check_copy(layout, view, copy, gather)
@@ -115,6 +116,8 @@ def plan_moves(
             if place not in placed:
                 placed[place] = strips(runs.geometry, payload, shared)
             planned[key] = Transfer(placed[place], runs)
+        if payload.group.kind is AttentionKind.STATE:
+            _check_states(copy, shared, planned.values(), states)
         if len(planned) == 1:
             (same,) = planned.values()
             layers = [(local, at, same) for local, at in shared.layers]
@@ -204,6 +207,25 @@ def _check_share(copy: HostCopy, shared: Overlap) -> None:
             f"part {copy.part} is not within the rank's layers and heads",
             hint="a rank stores only what it holds",
         )
+
+
+def _check_states(
+    copy: HostCopy,
+    shared: Overlap,
+    transfers: Iterable[Transfer],
+    seen: set[tuple[int, int, int]],
+) -> None:
+    """A block holds one state. ``seen``: (group, local layer, block) of the copies before."""
+    ids = {int(block) for each in transfers for run in each.runs.runs for block in run.ids}
+    mine = {(copy.part.group, local, block) for local, _ in shared.layers for block in ids}
+    if mine & seen:
+        raise LayoutError(
+            f"part {copy.part}: two payloads of one call end in block {min(ids)}, which holds the "
+            "state after one token",
+            hint="chunks and tails of a state group must end in blocks of their own: take chunks "
+            "of tokens_per_block or more",
+        )
+    seen |= mine
 
 
 def _check_held(copy: HostCopy, slots: IntArray) -> None:

@@ -226,6 +226,8 @@ def random_case(
         set() if gather or native else {*range(rng.integers(3)), *rng.integers(0, 99, 3).tolist()}
     )
     slots = [-1 if at in held else slot for at, slot in enumerate(slots)]
+    if state:
+        spans = _apart(spans, slots, size)
     (l0, l1), (h0, h1) = layout.layer_range, layout.head_range
     part = Part(0, (l0, l1), (h0, h1) if mha else None, layout.form)
     if not gather and not native:
@@ -266,6 +268,19 @@ def _spans(
         skip = int(rng.integers(1, tokens - 1))
         spans[0] = (skip, tokens - skip, skip)
     return tokens, spans
+
+
+def _apart(
+    spans: list[tuple[int, int, int]], slots: list[int], size: int
+) -> list[tuple[int, int, int]]:
+    """Those whose last token lies in a block of its own: a block holds one state."""
+    ends = [slots[first + tokens - 1] for first, tokens, _ in spans]
+    blocks = [end // size if end >= 0 else None for end in ends]
+    return [
+        span
+        for at, (span, block) in enumerate(zip(spans, blocks, strict=True))
+        if block is None or block not in blocks[:at]
+    ]
 
 
 def launch(

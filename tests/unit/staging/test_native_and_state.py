@@ -227,3 +227,29 @@ async def test_a_state_payload_is_the_state_at_the_last_tokens_slot(
     with pytest.raises(LayoutError, match="last token"):
         await stager.scatter(view, [HostCopy(payload, host, 0, 2, skip=0)])
     await stager.aclose()
+
+
+@pytest.mark.parametrize("gather", [True, False])
+@pytest.mark.asyncio
+async def test_two_states_of_one_block_are_refused(
+    gather: bool, stager_type: type[TorchStager]
+) -> None:
+    """A block holds the state after one token: one of them would be the other's bytes."""
+    layout = KVLayout.single(STATE, STATE_BLOCKS, tokens_per_block=8)
+    states = [torch.arange(2 * 24, dtype=torch.uint8).reshape(2, 24) for _ in range(2)]
+    payload = Payload.of(STATE, Part(0, (0, 2), None), 6)
+    memory = [memoryview(bytearray(payload.nbytes)) for _ in range(2)]
+    copies = [HostCopy(payload, host, at * 6, 6) for at, host in enumerate(memory)]
+    stager = stager_type(layout)
+    move = stager.gather if gather else stager.scatter
+    with pytest.raises(LayoutError, match="end in block 0"):
+        await move(KVView.single(states, array("i", [0] * 12)), copies)
+    apart = KVView.single(states, array("i", [0] * 6 + [8] * 6))
+    await move(apart, copies)
+    # Parts of one payload, other layers of it, share their blocks.
+    parts = [Payload.of(STATE, Part(0, (layer, layer + 1), None), 6) for layer in range(2)]
+    if not gather:
+        await move(
+            apart, [HostCopy(part, host, 0, 6) for part, host in zip(parts, memory, strict=True)]
+        )
+    await stager.aclose()
