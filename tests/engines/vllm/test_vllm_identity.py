@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm_desk import Desk
 
 from kvlayer import AttentionKind, ModelConfig, Namespace, Salt, Scope
 from kvlayer.errors import ConfigError, IdentityError, UnsupportedError
@@ -331,3 +332,57 @@ def test_native_tails_are_whole_blocks() -> None:
     assert Settings.of({"tokens_per_tail": 64}).fitting(32).tail_tokens == 64
     with pytest.raises(ConfigError, match="not a multiple of the engine's blocks"):
         Settings.of({"tokens_per_chunk": 96}).fitting(64)
+
+
+def test_an_adapter_loaded_anew_from_the_same_path_is_another(
+    request_of: Any, tmp_path: Path, no_cache_home: None
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    weights = tmp_path / "adapter_model.safetensors"
+    adapters = Adapters()
+
+    def scope(number: int) -> Any:
+        lora = LoRARequest(lora_name="served", lora_int_id=number, lora_path=str(tmp_path))
+        request = request_of(list(range(200)), lora_request=lora)
+        while (found := scope_of(request, adapters)) is None:
+            pass
+        return found
+
+    weights.write_bytes(b"a" * 64)
+    first = scope(1)
+    weights.write_bytes(b"b" * 65)
+    assert scope(1) == first != scope(2)  # the engine still has the first in memory
+    adapters.close()
+
+
+def test_how_an_engine_was_told_to_see_images_is_identity(vllm_config: Any, changed: Any) -> None:
+    """Its hash of an image leaves that out: all requests of one process are treated alike."""
+    from vllm.config.multimodal import MultiModalConfig
+
+    def overrides(**said: Any) -> Any:
+        seen = MultiModalConfig(**said)
+        return overrides_of(changed(vllm_config, "model_config", multimodal_config=seen))
+
+    assert overrides() == overrides_of(vllm_config) == {}
+    resized = [overrides(mm_processor_kwargs={"do_rescale": each}) for each in (True, False)]
+    assert resized[0] != resized[1] and {} not in resized
+    half = overrides(video_pruning_rate=0.5)
+    assert half not in ({}, overrides(video_pruning_rate=0.25))
+    assert half != overrides(video_pruning_rate=0.5, video_pruning_method="vidcom2")
+
+
+def test_weights_that_are_replaced_while_serving_are_refused(
+    vllm_config: Any, changed: Any, spec: Any, kv_cache_config: Any, no_cache_home: None
+) -> None:
+    replaced = changed(vllm_config, "weight_transfer_config", backend="nccl")
+    with pytest.raises(UnsupportedError, match="weight_transfer_config"):
+        Desk(replaced, kv_cache_config((NAMES, spec("FullAttentionSpec"))))
+
+
+def test_an_engine_that_schedules_ahead_is_refused(
+    vllm_config: Any, changed: Any, spec: Any, kv_cache_config: Any
+) -> None:
+    ahead = changed(vllm_config, "scheduler_config", async_scheduling=True)
+    with pytest.raises(UnsupportedError, match="async_scheduling"):
+        Desk(ahead, kv_cache_config((NAMES, spec("FullAttentionSpec"))))
