@@ -18,7 +18,7 @@ from fake_cupy import Mutant, Site
 from gpu_scenarios import SCENARIOS, run
 
 from kvlayer.staging.cuda.pinned import PinnedSlab
-from kvlayer.staging.cuda.ring import Ring
+from kvlayer.staging.cuda.ring import Ring, Slot
 from kvlayer.staging.cuda.runs import Parts
 from kvlayer.staging.cuda.tables import Arena, Arenas
 
@@ -98,14 +98,14 @@ def caught_somewhere(names: tuple[str, ...], modes: tuple[str, ...] = CATCHERS) 
 
 
 def test_a_ring_whose_slots_are_one_memory_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    take = Ring.next
+    take = Ring.take
 
-    def reused(ring: Ring) -> object:
-        slot = take(ring)
-        slot.address = min(each.address for each in ring._slots)
-        return slot
+    def reused(ring: Ring, count: int) -> list[Slot]:
+        for slot in ring._slots:
+            slot.address = min(each.address for each in ring._slots)
+        return take(ring, count)
 
-    monkeypatch.setattr(Ring, "next", reused)
+    monkeypatch.setattr(Ring, "take", reused)
     # Unpatched memory is freed twice in the end; what counts is what happened before.
     monkeypatch.setattr(Ring, "close", lambda ring: None)
     assert caught_somewhere(("store",), ("race",)) and caught_somewhere(("load",), ("race",))
