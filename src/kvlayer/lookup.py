@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import CancelledError
 from enum import StrEnum
 from functools import partial
@@ -178,6 +178,24 @@ class Lookups:
         if self._emit:
             tell(partial(self._report, chain, hit, self._clock() - started))
         return Lookup(self._planner, scope.owner, hit)
+
+    def begin_on_loop(
+        self, tokens: Callable[[], Awaitable[Tokens]], scope: Scope, spawn: Spawn
+    ) -> Lookup:
+        """Start looking for what ``tokens()`` gives on the loop. In any thread."""
+        started = self._clock()
+        pending = Lookup(self._planner, scope.owner)
+
+        async def named() -> None:
+            try:
+                chain = self._chain(await tokens(), scope)
+            except Exception:  # noqa: BLE001  # nobody is there to be told: a miss
+                _log.exception("a prompt could not be named and is answered as a miss")
+            else:
+                await self._settle(pending, chain, started)
+
+        pending.begin(spawn(named))
+        return pending
 
     async def _find(self, chain: ChunkChain, started: float) -> PrefixHit:
         hit = self._leased(await self._stack.finder.find(chain))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any, Self
 
@@ -38,7 +38,8 @@ class Portal(LoopThread[Cache]):
         report = portal.call(load, tokens, kv)
         job = portal.submit(load, tokens, kv)  # poll job.done(), job.wait(0.05), job.cancel()
 
-    :meth:`lookup` needs no hop where memory has the answer.
+    :meth:`lookup` needs no hop where memory has the answer. For a prompt of many thousand tokens
+    that is a millisecond of the caller's; :meth:`lookup_on_loop` leaves it to the loop.
     """
 
     @classmethod
@@ -87,6 +88,18 @@ class Portal(LoopThread[Cache]):
         """
         self.check_open()
         return self.subject.lookups.begin(tokens, scope, self._spawn, self._tell)
+
+    def lookup_on_loop(
+        self, tokens: Callable[[], Awaitable[Tokens]], *, scope: Scope = _PUBLIC
+    ) -> Lookup:
+        """:meth:`lookup` for prompts so long that naming them would hold the caller.
+
+        Pending when this returns: ``tokens()`` is awaited on the loop, and what it gives is named
+        and looked up there. Where that raises it is logged, and the lookup a miss. Raises
+        ``ClosedError`` and ``ForkedError``.
+        """
+        self.check_open()
+        return self.subject.lookups.begin_on_loop(tokens, scope, self._spawn)
 
     def _spawn(self, work: Callable[[], Coroutine[Any, Any, None]]) -> Job[None]:
         return self.submit(lambda _: work())

@@ -59,6 +59,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for prompts of up to 33,000 tokens."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-long"
+    return random_model(folder, **TINY, max_position_embeddings=33_000)
+
+
+@pytest.fixture(scope="session")
 def vllm_config(tiny: Path) -> Any:
     """vLLM's own configuration of that model."""
     from vllm import EngineArgs
@@ -101,9 +108,9 @@ def kv_cache_config() -> Any:
     """``kv_cache_config((names, spec), ...)``: what the engine tells of its groups."""
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
-    def make(*groups: tuple[list[str], Any], **changes: Any) -> Any:
+    def make(*groups: tuple[list[str], Any], blocks: int = 64, **changes: Any) -> Any:
         found = [KVCacheGroupSpec(names, spec, **changes) for names, spec in groups]
-        return KVCacheConfig(num_blocks=64, kv_cache_tensors=[], kv_cache_groups=found)
+        return KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=found)
 
     return make
 
@@ -167,12 +174,12 @@ def desk(vllm_config: Any, spec: Any, kv_cache_config: Any, no_cache_home: None)
 
     made: list[Desk] = []
 
-    def make(*, windows: bool = False, **how: Any) -> Desk:
+    def make(*, windows: bool = False, blocks: int = 64, **how: Any) -> Desk:
         groups = [(LAYERS, spec("FullAttentionSpec"))]
         if windows:
             window = spec("SlidingWindowSpec", sliding_window=64)
             groups = [(LAYERS[:1], spec("FullAttentionSpec")), (LAYERS[1:], window)]
-        made.append(Desk(vllm_config, kv_cache_config(*groups), **how))
+        made.append(Desk(vllm_config, kv_cache_config(*groups, blocks=blocks), **how))
         return made[-1]
 
     yield make

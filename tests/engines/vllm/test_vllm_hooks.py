@@ -16,6 +16,7 @@ from kvlayer.rank import Rank
 from kvlayer_vllm.messages import Step
 from kvlayer_vllm.moves import Save
 from kvlayer_vllm.search import Search
+from kvlayer_vllm.token_ids import TokenIds
 
 PROMPT = list(range(3, 203))  # three chunks of 64 and 8 tokens
 MORE = [*PROMPT[:192], *range(300, 420)]
@@ -305,6 +306,7 @@ def test_a_request_whose_adapter_cannot_be_named_in_time_is_computed(desk: Any) 
     at, now = desk(), [0.0]
     search = Search(
         at.half.portal,
+        TokenIds(PROMPT),
         lambda: pytest.fail("looked up without a name"),
         lambda: None,
         clock=lambda: now[0],
@@ -315,6 +317,33 @@ def test_a_request_whose_adapter_cannot_be_named_in_time_is_computed(desk: Any) 
     assert search.poll() is None
     now[0] = 6.0
     assert search.poll() == 0
+
+
+def test_what_a_long_prompt_costs_is_paid_off_the_schedulers_thread(
+    desk: Any, request_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Converted and named on the loop; the scheduler converts what is answered."""
+    prompt = [n % 509 for n in range(32_000)]
+    blocks = range(1, 1002)
+    at = desk(blocks=1002)
+    converted: list[tuple[bool, int]] = []
+    upto = TokenIds.upto
+
+    def noted(ids: TokenIds, stop: int) -> Any:
+        before = len(ids._known)
+        found = upto(ids, stop)
+        here = threading.current_thread() is threading.main_thread()
+        converted.append((here, len(ids._known) - before))
+        return found
+
+    monkeypatch.setattr(TokenIds, "upto", noted)
+    at.answer(request_of(prompt), blocks)
+    again = request_of([*prompt[:-1], 7], request_id="two")
+    at.half.arrived(again)
+    assert at.admit(again, blocks) == 31_936
+    assert sum(count for here, count in converted if not here) == 64_000
+    assert sum(count for here, count in converted if here) == 0
+    assert max(count for _, count in converted) <= 4096
 
 
 # -- reset -----------------------------------------------------------------------------------------

@@ -323,6 +323,67 @@ def test_a_lookup_that_breaks_is_a_miss_and_says_so(
         assert "answered as a miss" in caplog.text and "ZeroDivisionError" in caplog.text
 
 
+# -- named on the loop -----------------------------------------------------------------------------
+
+
+def test_a_prompt_can_be_named_on_the_loop() -> None:
+    seen: list[int] = []
+
+    async def prompt() -> list[int]:
+        seen.append(threading.get_ident())
+        return tokens(48)
+
+    with Portal.open(config(), layout()) as portal:
+        engine = stored(portal)
+        with busy(portal):
+            lookup = portal.lookup_on_loop(prompt)
+            assert lookup.state is LookupState.PENDING and not seen
+        with lookup:
+            assert lookup.wait(10).tokens == 48 and lookup.state is LookupState.HIT
+            assert portal.call(stats) == (1, 48, 48, 1)
+            other = Engine(layout(), 32, 2)
+            assert portal.call(Cache.retrieve, lookup.hit, other.view(range(48))).tokens == 48
+        assert same(other.read(range(48)), engine.read(engine.slots(48, seed=0)))
+        assert seen == [portal._ident] and portal.call(stats)[3] == 0
+        with portal.lookup_on_loop(prompt, scope=Scope.private("salt")) as salted:
+            assert salted.wait(10).tokens == 0
+    with pytest.raises(ClosedError):
+        portal.lookup_on_loop(prompt)
+
+
+def test_a_lookup_whose_prompt_is_awaited_is_given_up_with_its_release() -> None:
+    began, ended = threading.Event(), threading.Event()
+
+    async def prompt() -> list[int]:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+        raise AssertionError
+
+    with Portal.open(config(), layout()) as portal:
+        stored(portal)
+        lookup = portal.lookup_on_loop(prompt)
+        assert began.wait(10)
+        assert not lookup.release() and lookup.state is LookupState.MISS
+        assert ended.wait(10)
+        assert portal.call(stats) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("prompt", [[1.5], None])
+def test_a_prompt_that_cannot_be_named_is_a_miss_and_says_so(
+    prompt: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken() -> Any:
+        return prompt or 1 / 0
+
+    with Portal.open(config(), layout()) as portal, portal.lookup_on_loop(broken) as lookup:
+        assert lookup.wait(10).tokens == 0 and lookup.state is LookupState.MISS
+    assert "could not be named" in caplog.text
+    assert ("TokensError" if prompt else "ZeroDivisionError") in caplog.text
+
+
 # -- counters and events ---------------------------------------------------------------------------
 
 

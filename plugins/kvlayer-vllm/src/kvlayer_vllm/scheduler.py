@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -33,6 +32,7 @@ from kvlayer_vllm.search import Search
 from kvlayer_vllm.settings import Settings
 from kvlayer_vllm.stats import Figures, StatsSink
 from kvlayer_vllm.stores import Stores
+from kvlayer_vllm.token_ids import TokenIds
 from kvlayer_vllm.tracked import Tracked
 
 __all__ = ["SchedulerHalf"]
@@ -156,7 +156,9 @@ class SchedulerHalf:
 
     def arrived(self, request: Request) -> None:
         """Start to look for its prefix."""
-        tracked = self._tracked[request.request_id] = Tracked(request, self._search(request))
+        ids = TokenIds(request.all_token_ids)
+        tracked = Tracked(request, ids, self._search(request, ids))
+        self._tracked[request.request_id] = tracked
         if request.resumable:
             tracked.exclude("a session whose prompt grows while it is computed")
         elif self._may_load and not request.skip_reading_prefix_cache:
@@ -172,10 +174,11 @@ class SchedulerHalf:
             tracked.exclude(str(exc))
             return 0
 
-    def _search(self, request: Request) -> Search:
+    def _search(self, request: Request, ids: TokenIds) -> Search:
         return Search(
             self.portal,
-            lambda: array("i", request.all_token_ids[: request.num_tokens]),
+            ids,
+            lambda: request.num_tokens,
             partial(scope_of, request, self._adapters),
             clock=time.monotonic,
             lease_seconds=self._cache_config.lease_seconds,

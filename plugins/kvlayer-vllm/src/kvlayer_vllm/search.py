@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
 from concurrent.futures import CancelledError
+from functools import partial
 
 from kvlayer import Cache, Portal, RetrieveReport, Scope
 from kvlayer.hit import PrefixHit
 from kvlayer.job import Job
 from kvlayer.lookup import Lookup, LookupState
+from kvlayer_vllm.token_ids import TokenIds
 
 __all__ = ["Search"]
 
+_LONG = 8192  # tokens: to name more takes the scheduler half a millisecond
 _SCOPE_SECONDS = 5.0  # by then a request is computed: who names its adapter may hang on a disk
 
 
@@ -26,16 +28,21 @@ class Search:
     def __init__(
         self,
         portal: Portal,
-        tokens: Callable[[], array[int]],
+        ids: TokenIds,
+        count: Callable[[], int],
         scope: Callable[[], Scope | None],
         *,
         clock: Callable[[], float],
         lease_seconds: float,
         on_found: Callable[[PrefixHit], None] | None = None,
     ) -> None:
-        """``on_found`` is told what was found, before any of it is moved."""
+        """Looks for the first ``count()`` of ``ids``.
+
+        ``on_found`` is told what was found, before any of it is moved.
+        """
         self._portal = portal
-        self._tokens = tokens
+        self._ids = ids
+        self._count = count
         self._scope = scope
         self._clock = clock
         self._patience = lease_seconds / 2
@@ -57,8 +64,8 @@ class Search:
             scope = self._scope()
             if scope is None:
                 return None if self._clock() - self._asked < _SCOPE_SECONDS else 0
-            self._lookup = self._portal.lookup(self._tokens(), scope=scope)
             self._since = self._clock()
+            self._lookup = self._begin(scope)
             self._is_told = False
         if self._lookup.state is LookupState.PENDING:
             return None
@@ -77,6 +84,12 @@ class Search:
             return self._promotion.result().tokens
         except CancelledError:
             return 0  # the portal closes
+
+    def _begin(self, scope: Scope) -> Lookup:
+        count = self._count()
+        if count <= _LONG:
+            return self._portal.lookup(self._ids.upto(count), scope=scope)
+        return self._portal.lookup_on_loop(partial(self._ids.upto_in_slices, count), scope=scope)
 
     def take(self) -> Lookup:
         """Hand what was found over to a load, which releases it."""

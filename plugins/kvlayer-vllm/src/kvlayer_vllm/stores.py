@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -97,7 +96,7 @@ class Stores:
         if min(map(len, slots)) < stop - first:
             return
         save = Save(request.request_id)
-        tokens = array("i", request.all_token_ids[:stop])
+        tokens = tracked.ids.upto(stop)
         view = self._hands.view(slots, save)
         learn = None
         if self._events is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from kvlayer_vllm.engine import Request
 from kvlayer_vllm.moves import Load, Save
 from kvlayer_vllm.search import Search
+from kvlayer_vllm.token_ids import TokenIds
 
 __all__ = ["Tracked"]
 
@@ -19,6 +20,7 @@ class Tracked:
     """One request, from its arrival until nothing reads or writes its blocks any more."""
 
     request: Request
+    ids: TokenIds
     search: Search | None
     """Looks for its prefix; None where no KV may be shared with it."""
     local: int = 0
