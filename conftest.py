@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Generator
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -53,6 +54,14 @@ _LONG_SECONDS = 3600
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs behind it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # processes of tests inherit it
+    counts = config.getoption("--campaign") or config.getoption("--figures")
+    if counts and getattr(config.option, "numprocesses", None):  # of pytest-xdist
+        raise pytest.UsageError(
+            "--campaign, --figures: figures are counted in one process, found several\n"
+            "nox -s campaign uses one; so does -n0"
+        )
     limit = float(config.getini("faulthandler_timeout") or 0)
     if config.getoption("--campaign") and 0 < limit < _LONG_SECONDS:
         raise pytest.UsageError(

@@ -103,10 +103,14 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Every test of the core and of the transformers plugin. Arguments go to pytest."""
+    """Every test of the core and of the transformers plugin. Arguments go to pytest.
+
+    Several at once: what is looked at with a debugger, or timed, wants ``-n0`` among them.
+    """
     install(session, *group("test"))
     install_product(session)
-    session.run("pytest", *session.posargs)
+    at_once = ["-nauto", "--maxprocesses=4", "--dist=worksteal"]
+    session.run("pytest", *at_once, *session.posargs)
 
 
 @nox.session

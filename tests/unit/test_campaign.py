@@ -100,6 +100,19 @@ def test_full_doses_are_refused_where_a_limit_would_end_the_run(clone: Path) -> 
     assert "nox -s campaign sets it" in done.stderr
 
 
+@pytest.mark.parametrize("asked", ["--campaign", "--figures=figures.json"])
+def test_figures_are_refused_where_several_processes_would_count_them(
+    asked: str, clone: Path
+) -> None:
+    command = [sys.executable, "-m", "pytest", asked, "-o", "faulthandler_timeout=0"]
+    pytest.importorskip("xdist")
+    done = subprocess.run(
+        [*command, "-n2", "test_good.py"], cwd=clone, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 4
+    assert "figures are counted in one process" in done.stderr
+
+
 def test_a_campaign_of_good_parts_succeeds() -> None:
     part = Part("good", [], exit_code=0, outcomes={"passed": 1})
     assert report([part], "")["exit_code"] == 0
