@@ -110,6 +110,7 @@ class Cache:
         on_gathered: Callable[[], None] | None = None,
     ) -> StoreReport:
         """Store the KV of a prompt as far as ``kv`` covers it; what is there already is skipped.
+        What only a tier has that is down for now counts as missing.
 
         ``tokens`` are all tokens from the prompt's start; entry 0 of ``kv``'s slots is token
         ``first_token``, and chunks that start before it are left alone (a growing conversation

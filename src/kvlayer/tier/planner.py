@@ -187,16 +187,18 @@ class Planner:
         tail: bool,
         holds: Callable[[int, Span], bool],
         at_once: int = maxsize,
+        dead: int = 0,
     ) -> StorePlan:
         """Reserve a slot for every object that is missing, in prompt order.
 
         ``holds(g, span)`` says whether the engine still has the span for trailing group g. When
         host memory runs out the rest of the prompt is dropped: later chunks are useless alone.
+        ``dead``: bit t where tier t is not asked for now; what only such tiers have is missing.
 
         Plans the first ``at_once`` spans; :meth:`plan_more` goes on while some are
         ``unplanned``. However that ends, :meth:`gathered` must be called.
         """
-        todo = StorePlan()
+        todo = StorePlan(dead)
         step = chain.chunk_step
         todo.unplanned.extend(map(chain.span, range(-(-first_token // step), len(chain))))
         if tail and len(chain) * step >= first_token:
@@ -259,7 +261,7 @@ class Planner:
                 continue
             for part in cut:
                 record = self.directory.ensure(span, chain.zone(span), part)
-                if record.is_ready or record.host is Host.FILLING:
+                if record.host is not Host.ABSENT or record.tiers & ~todo.dead:
                     known.append(record)
                     continue
                 slot: Reservation | None = None

@@ -20,7 +20,7 @@ from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.estimate import Rate
 from kvlayer.tier.finder import Finder
 from kvlayer.tier.lease import Lease
-from kvlayer.tier.loads import Loads, Wanted, wanted_of
+from kvlayer.tier.loads import Loads, Wanted, down, wanted_of
 from kvlayer.tier.matcher import Match
 from kvlayer.tier.messages import Outcome, Piece
 from kvlayer.tier.mover import Mover
@@ -93,7 +93,9 @@ class Stack:
     ) -> tuple[StoreReport, StorePlan]:
         """Gather what is missing, serve it, and send it down. See ``Cache.store``."""
         holds = partial(_holds, view, window.start)
-        todo = self.planner.plan_store(chain, window.start, tail=tail, holds=holds, at_once=_SLICE)
+        todo = self.planner.plan_store(
+            chain, window.start, tail=tail, holds=holds, at_once=_SLICE, dead=down(self.lower)
+        )
         missed: Sequence[Outcome] | None = None
         try:
             self._evicted(todo)

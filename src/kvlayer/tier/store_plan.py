@@ -27,6 +27,8 @@ class Reservation:
 class StorePlan:
     """What one store has to do, in prompt order, as far as it is planned."""
 
+    dead: int = 0
+    """Bit t: tier t is not asked for now. What only such tiers have is stored anew."""
     unplanned: deque[Span] = field(default_factory=deque[Span])
     held: list[ObjectRecord] = field(default_factory=list[ObjectRecord])
     """What host memory has of the prompt: it stays while slots are reserved."""

@@ -213,6 +213,34 @@ async def test_hits_do_not_count_what_only_a_dead_tier_holds_and_explain_says_so
 
 
 @in_virtual_time
+async def test_what_only_a_dead_tier_has_is_computed_once_and_stored_in_memory() -> None:
+    """Else every request for the prompt would compute it, as long as the tier is down."""
+    patient = Patient.fresh()
+    async with ward(patient) as cache:
+        requests = Requests(cache)
+        await send_down(cache, [0], requests.engine)
+        again = requests.engine.view(requests.slots)
+        assert (await cache.store(tokens(64), again)).skipped == 4
+        patient.falls(Sickness.DEAD)
+        await requests.lookup()
+        await requests.retrieve()
+        assert requests.got[-1] == 0 and not serving(cache)
+        await asyncio.sleep(0.01)  # what hung has been let go of
+        report = await cache.store(tokens(64), again)
+        assert (report.stored, report.skipped, report.failed) == (4, 0, ())
+        async with cache.lookup(tokens(64)) as hit:
+            assert hit.by_tier == {"cpu": 64, "sick": 0}
+            loaded = await cache.retrieve(hit, requests.other.view(requests.slots))
+        assert loaded.tokens == 64
+        assert same(requests.engine.read(requests.slots), requests.other.read(requests.slots))
+        patient.falls(Sickness.HEALTHY)
+        await asyncio.sleep(61)
+        await requests.retrieve()  # host memory forgets it: the tier has what it had
+        assert requests.got[-1] == 64
+        await let_go(cache)
+
+
+@in_virtual_time
 async def test_stats_tell_what_is_in_flight_late_and_left_alone() -> None:
     patient = Patient.fresh()
     async with ward(patient, write="back") as cache:
