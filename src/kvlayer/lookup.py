@@ -44,8 +44,8 @@ class Lookup:
     """A lookup to poll: a scheduler's step never waits for it. Release it, or use it in ``with``.
 
     What it found is leased from the moment it is there, until :meth:`release` or until the lease's
-    deadline passes: a holder that dies leaks nothing. One from ``Portal.lookup`` may be used in
-    any thread, one from ``Cache.begin_lookup`` on the cache's loop.
+    deadline passes: a holder that dies leaks nothing. One from a ``Portal`` may be used in any
+    thread, one from ``Cache.begin_lookup`` on the cache's loop.
     """
 
     __slots__ = ("_hit", "_is_released", "_lock", "_owner", "_pid", "_planner", "_search")
@@ -183,22 +183,22 @@ class Lookups:
         self, tokens: Callable[[], Awaitable[Tokens]], scope: Scope, spawn: Spawn
     ) -> Lookup:
         """Start looking for what ``tokens()`` gives on the loop. In any thread."""
-        started = self._clock()
         pending = Lookup(self._planner, scope.owner)
-
-        async def named() -> None:
-            try:
-                chain = self._chain(await tokens(), scope)
-            except Exception:  # noqa: BLE001  # nobody is there to be told: a miss
-                _log.exception("a prompt could not be named and is answered as a miss")
-            else:
-                await self._settle(pending, chain, started)
-
-        pending.begin(spawn(named))
+        pending.begin(spawn(partial(self._settle_named, pending, tokens, scope, self._clock())))
         return pending
 
+    def renew(self, lookup: Lookup) -> Lookup:
+        """What the directory still has of an answer, leased anew. In any thread."""
+        hit = lookup.hit
+        if hit.match is not None:
+            with self._planner.lock:
+                hit = self._leased(self._stack.finder.known(hit.match.chain))
+        return Lookup(self._planner, hit.owner, hit)
+
     async def _find(self, chain: ChunkChain, started: float) -> PrefixHit:
-        hit = self._leased(await self._stack.finder.find(chain))
+        hit = self._at_once(chain)
+        if hit is None:
+            hit = self._leased(await self._stack.finder.find(chain))
         self._count(chain, hit)
         if self._emit:
             self._report(chain, hit, self._clock() - started)
@@ -208,6 +208,20 @@ class Lookups:
         with self._planner.lock:  # nothing may go between being found and being leased
             match = self._stack.finder.find_at_once(chain)
             return None if match is None else self._leased(match)
+
+    async def _settle_named(
+        self,
+        lookup: Lookup,
+        tokens: Callable[[], Awaitable[Tokens]],
+        scope: Scope,
+        started: float,
+    ) -> None:
+        try:
+            chain = self._chain(await tokens(), scope)
+        except Exception:  # noqa: BLE001  # a cache fails only into a miss
+            _log.exception("a prompt could not be named and is answered as a miss")
+            chain = self._chain((), scope)
+        await self._settle(lookup, chain, started)
 
     async def _settle(self, lookup: Lookup, chain: ChunkChain, started: float) -> None:
         try:

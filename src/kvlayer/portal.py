@@ -101,6 +101,16 @@ class Portal(LoopThread[Cache]):
         self.check_open()
         return self.subject.lookups.begin_on_loop(tokens, scope, self._spawn)
 
+    def renew(self, lookup: Lookup) -> Lookup:
+        """Lease again what a lookup has found, as far as it is there: its lease runs out.
+
+        In this thread: nothing is named and no tier is asked, so the answer is never pending. The
+        old lookup stays as it is; release it. Raises ``PendingError`` while that is pending,
+        ``ClosedError`` and ``ForkedError``.
+        """
+        self.check_open()
+        return self.subject.lookups.renew(lookup)
+
     def _spawn(self, work: Callable[[], Coroutine[Any, Any, None]]) -> Job[None]:
         return self.submit(lambda _: work())
 

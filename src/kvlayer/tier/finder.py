@@ -66,6 +66,10 @@ class Finder:
             return None
         return self._worth_loading(match, self._prefill.tokens_per_second)
 
+    def known(self, chain: ChunkChain) -> Match:
+        """What of it is known, whatever tiers could add. Locked like :meth:`find_at_once`."""
+        return self._worth_loading(self._planner.match(chain), self._prefill.tokens_per_second)
+
     async def _ask(
         self, tiers: Sequence[LowerTier], keys: Sequence[ObjectKey], until: float
     ) -> list[LowerTier]:

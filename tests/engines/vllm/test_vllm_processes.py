@@ -207,8 +207,10 @@ def test_the_scheduler_is_never_held(
         rounds.append(times)
     assert len(rounds[0]) == 6
     for name in rounds[0]:
-        # The quietest round: a thread is also charged for being interrupted.
-        longest = min(max(times[name]) for times in rounds)
+        # Every round ends with the same calls; before them it may have had to ask more often. Of
+        # each the shortest: a thread is also charged for being interrupted, and one of twenty
+        # always is on a busy machine.
+        longest = max(map(min, zip(*(reversed(times[name]) for times in rounds), strict=False)))
         assert longest < 1.0, (name, longest, rounds)
     process.close()
 

@@ -380,8 +380,69 @@ def test_a_prompt_that_cannot_be_named_is_a_miss_and_says_so(
 
     with Portal.open(config(), layout()) as portal, portal.lookup_on_loop(broken) as lookup:
         assert lookup.wait(10).tokens == 0 and lookup.state is LookupState.MISS
+        view = Engine(layout(), 32, 3).view(range(48))
+        assert portal.call(Cache.retrieve, lookup.hit, view).tokens == 0
     assert "could not be named" in caplog.text
     assert ("TokensError" if prompt else "ZeroDivisionError") in caplog.text
+
+
+def test_a_whole_hit_asks_no_tier_wherever_it_is_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def prompt() -> list[int]:
+        return tokens(48)
+
+    async def look(cache: Cache) -> int:
+        async with cache.lookup(tokens(48)) as hit:
+            return hit.tokens
+
+    with Portal.open(config(tmp_path), layout()) as portal:
+        stored(portal)
+        monkeypatch.setattr(portal.cache.stack.finder, "_ask", None)
+        monkeypatch.setattr(portal.cache.stack.finder, "find", None)
+        with portal.lookup_on_loop(prompt) as lookup:
+            assert lookup.wait(10).tokens == 48
+        assert portal.call(look) == 48
+
+
+# -- leased anew -----------------------------------------------------------------------------------
+
+
+def test_a_lookup_is_renewed_in_the_callers_thread_and_asks_nobody(tmp_path: Path) -> None:
+    asked = [*tokens(48), *tokens(16, 1)]  # its end is not stored: the tier is asked for it
+    with Portal.open(config(tmp_path), layout()) as portal:
+        engine = stored(portal)
+        with portal.lookup(asked) as first:
+            first.wait(10)
+            with busy(portal), portal.renew(first) as second:
+                assert first.release()
+                assert second.state is LookupState.HIT and second.hit.tokens == 48
+            with pytest.raises(PendingError), busy(portal), portal.lookup(asked) as pending:
+                portal.renew(pending)
+            assert portal.call(stats)[3] == 0
+        second = portal.renew(first)
+        portal.call(evict_host)
+        other = Engine(layout(), 32, 2)
+        assert second.hit.by_tier == {"cpu": 48, "file": 0}  # leased: it was not evicted
+        assert portal.call(Cache.retrieve, second.hit, other.view(range(48))).tokens == 48
+        assert same(other.read(range(48)), engine.read(engine.slots(48, seed=0)))
+        second.release()
+        assert portal.call(stats) == (1, 64, 48, 0)  # one request, however often it is leased
+        assert portal.cache.stack.planner.host.pinned_nbytes == 0
+    with pytest.raises(ClosedError):
+        portal.renew(first)
+
+
+def test_what_is_gone_is_renewed_as_a_miss() -> None:
+    with Portal.open(config(), layout()) as portal:
+        stored(portal)
+        lookup = portal.lookup(tokens(48))
+        lookup.release()
+        portal.call(evict_host)
+        with portal.renew(lookup) as again:
+            assert again.state is LookupState.MISS
+        with portal.renew(Lookup(portal.cache.stack.planner, "")) as never:
+            assert never.state is LookupState.MISS
 
 
 # -- counters and events ---------------------------------------------------------------------------

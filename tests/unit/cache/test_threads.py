@@ -152,6 +152,7 @@ def test_engine_threads_share_a_cache_that_evicts(tmp_path: Path, tiers: str, se
             for lookup in engine.held:
                 lookup.release()
         portal.call(Cache.flush)
+        portal.call(idle, portal)  # what is found yet is leased from then on
         planner = portal.cache.stack.planner
         now = planner._clock()
         planner._clock = lambda: now + 1000.0

@@ -46,18 +46,23 @@ class Search:
         self._scope = scope
         self._clock = clock
         self._patience = lease_seconds / 2
-        """A hit that is older is looked up again: its lease must outlive the load."""
+        """A hit that is older is leased anew: its lease must outlive the load."""
         self._on_found = on_found
         self._is_told = False
         self._lookup: Lookup | None = None
         self._since = 0.0
         self._asked: float | None = None
         self._promotion: Job[RetrieveReport] | None = None
+        self._was_promoted = False
 
     def poll(self) -> int | None:
-        """Tokens that lie in host memory, leased; None while that is not known."""
+        """Tokens that lie in host memory, leased; None while that is not known.
+
+        What was known once stays known, however seldom it is asked for: a request that must ask
+        again loses its turn.
+        """
         if self._lookup is not None and self._is_stale():
-            self.release()
+            self._renew(self._lookup)
         if self._lookup is None:
             if self._asked is None:
                 self._asked = self._clock()
@@ -73,9 +78,15 @@ class Search:
         if self._on_found is not None and hit.tokens and not self._is_told:
             self._is_told = True
             self._on_found(hit)
+        return self._brought_up(hit)
+
+    def _brought_up(self, hit: PrefixHit) -> int | None:
+        """Tokens of a hit in host memory, once what lies below has come up; None until then."""
         in_memory = next(iter(hit.by_tier.values()), 0)
         if in_memory == hit.tokens:
             return hit.tokens
+        if self._was_promoted:
+            return 0  # it did not come up, or is gone again
         if self._promotion is None:
             self._promotion = self._portal.submit(Cache.promote, hit)
         if not self._promotion.done():
@@ -91,10 +102,18 @@ class Search:
             return self._portal.lookup(self._ids.upto(count), scope=scope)
         return self._portal.lookup_on_loop(partial(self._ids.upto_in_slices, count), scope=scope)
 
+    def _renew(self, lookup: Lookup) -> None:
+        self._since = self._clock()
+        self._lookup = self._portal.renew(lookup)
+        lookup.release()
+        self._was_promoted = self._was_promoted or self._promotion is not None
+        self._promotion = None
+
     def take(self) -> Lookup:
         """Hand what was found over to a load, which releases it."""
         assert self._lookup is not None
-        taken, self._lookup, self._promotion = self._lookup, None, None
+        taken = self._lookup
+        self._lookup, self._promotion, self._was_promoted = None, None, False
         return taken
 
     def release(self) -> None:
@@ -102,6 +121,7 @@ class Search:
         if self._promotion is not None:
             self._promotion.cancel()
             self._promotion = None
+        self._was_promoted = False
         if self._lookup is not None:
             self._lookup.release()
             self._lookup = None
