@@ -196,9 +196,7 @@ class Lookups:
         return Lookup(self._planner, hit.owner, hit)
 
     async def _find(self, chain: ChunkChain, started: float) -> PrefixHit:
-        hit = self._at_once(chain)
-        if hit is None:
-            hit = self._leased(await self._stack.finder.find(chain))
+        hit = self._leased(await self._stack.finder.find(chain))
         self._count(chain, hit)
         if self._emit:
             self._report(chain, hit, self._clock() - started)

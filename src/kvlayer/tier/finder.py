@@ -48,6 +48,8 @@ class Finder:
         ``at_any_price``: nobody waits for the loading, so that it is worth any time.
         """
         asked = [tier for tier in self._lower if tier.must_ask]
+        if asked and self._planner.match(chain).tokens == chain.named_tokens:
+            asked = []  # there is no more of it
         until = self._clock() + max((tier.guard.deadline for tier in asked), default=0.0)
         for probes in (self._planner.probes, self._planner.tail_probes):
             if asked and (keys := probes(chain)):

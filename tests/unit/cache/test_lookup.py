@@ -399,7 +399,6 @@ def test_a_whole_hit_asks_no_tier_wherever_it_is_looked_up(
     with Portal.open(config(tmp_path), layout()) as portal:
         stored(portal)
         monkeypatch.setattr(portal.cache.stack.finder, "_ask", None)
-        monkeypatch.setattr(portal.cache.stack.finder, "find", None)
         with portal.lookup_on_loop(prompt) as lookup:
             assert lookup.wait(10).tokens == 48
         assert portal.call(look) == 48
