@@ -386,24 +386,6 @@ def test_a_prompt_that_cannot_be_named_is_a_miss_and_says_so(
     assert ("TokensError" if prompt else "ZeroDivisionError") in caplog.text
 
 
-def test_a_whole_hit_asks_no_tier_wherever_it_is_looked_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def prompt() -> list[int]:
-        return tokens(48)
-
-    async def look(cache: Cache) -> int:
-        async with cache.lookup(tokens(48)) as hit:
-            return hit.tokens
-
-    with Portal.open(config(tmp_path), layout()) as portal:
-        stored(portal)
-        monkeypatch.setattr(portal.cache.stack.finder, "_ask", None)
-        with portal.lookup_on_loop(prompt) as lookup:
-            assert lookup.wait(10).tokens == 48
-        assert portal.call(look) == 48
-
-
 # -- leased anew -----------------------------------------------------------------------------------
 
 

@@ -31,6 +31,24 @@ async def store(rig: Rig, chain: ChunkChain) -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_hit_that_is_whole_asks_no_shared_tier_for_windows_it_does_not_need() -> None:
+    rig, chain = make_rig(layout=hybrid_layout(20), shared=True), chain_of(96)
+    last = chain.span(len(chain) - 2).start  # the engine has let go of earlier windows
+    todo = rig.planner.plan_store(
+        chain, 0, tail=False, holds=lambda _group, span: span.start >= last
+    )
+    rig.write_into(todo.gathers)
+    rig.planner.stored(todo.gathers, ok=True)
+    rig.planner.settle(chain, todo.gathers)
+    assert rig.planner.probes(chain)
+    assert (await rig.stack.finder.find(chain)).tokens == 96
+    assert rig.backend.count("contains") == 0
+    assert (await rig.stack.finder.find(chain_of(112))).tokens == 96
+    assert rig.backend.count("contains") > 0
+    await rig.aclose()
+
+
+@pytest.mark.asyncio
 async def test_a_lease_that_expires_while_its_prefix_comes_up_loses_nothing() -> None:
     rig, chain = make_rig(pages=4), chain_of(64)
     await rig.send_down(chain)
