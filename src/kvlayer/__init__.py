@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kvlayer.namespace import Namespace
     from kvlayer.portal import Portal
     from kvlayer.results import Cause, Explanation, Health, RetrieveReport, Stats, StoreReport
+    from kvlayer.retention import Retention
     from kvlayer.scope import Content, Salt, Scope
 
     __version__: str
@@ -41,6 +42,7 @@ __all__ = [
     "ModelConfig",
     "Namespace",
     "Portal",
+    "Retention",
     "RetrieveReport",
     "Salt",
     "Scope",
@@ -59,6 +61,7 @@ _HOMES = {
     "namespace": ("Namespace",),
     "portal": ("Portal",),
     "results": ("Cause", "Explanation", "Health", "RetrieveReport", "Stats", "StoreReport"),
+    "retention": ("Retention",),
     "scope": ("Content", "Salt", "Scope"),
 }
 _HOME_OF = {name: f"kvlayer.{module}" for module, names in _HOMES.items() for name in names}

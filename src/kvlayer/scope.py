@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from hashlib import sha256
 
-from kvlayer.errors import IdentityError
+from kvlayer.errors import ConfigError, IdentityError
+from kvlayer.retention import ORDINARY, Retention
 
 __all__ = ["PUBLIC_ZONE", "Content", "Salt", "Scope", "zone_at"]
 
@@ -81,21 +82,28 @@ def _check_start(what: str, first_token: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What distinguishes one request from another with the same tokens.
+    """What distinguishes one request from another with the same tokens, and what it wishes.
 
     ``salts`` make KV private (see :class:`Salt`), the later ones inside the earlier; of two that
     start at one token the last listed is the later. ``adapter`` is the digest of a LoRA adapter's
-    files. ``contents`` are extra content hashes. ``owner`` is who asks, for leases and reports; it
-    is not part of any name.
+    files. ``contents`` are extra content hashes. ``owner`` is who asks, for leases and reports;
+    ``retention`` is how long what the request stores is worth keeping. Neither is part of any name.
     """
 
     salts: tuple[Salt, ...] = ()
     adapter: bytes = b""
     contents: tuple[Content, ...] = ()
     owner: str = ""
+    retention: Retention = ORDINARY
 
     def __post_init__(self) -> None:
         _check_digest("an adapter", self.adapter)
+        retention: object = self.retention
+        if not isinstance(retention, Retention):
+            raise ConfigError(
+                f"a scope's retention is a Retention, found {retention!r}",
+                hint="pass kvlayer.Retention(priority=1), or leave it out",
+            )
 
     @classmethod
     def private(cls, salt: str, *, first_token: int = 0, owner: str = "") -> Scope:
