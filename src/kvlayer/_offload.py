@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Lock
 from traceback import clear_frames
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar, cast
 
+from kvlayer._threads import NoThreadError, Threads
 from kvlayer.errors import ClosedError
 
 __all__ = ["Offload", "settled"]
@@ -86,21 +86,6 @@ class _Items(Generic[T]):
         self._stopped.set()
 
 
-class _NoThreadError(RuntimeError):
-    """The system starts no thread, and there is none."""
-
-
-class _Pool(ThreadPoolExecutor):
-    """Goes on with the threads it has where the system gives it no more (memory, ``ulimit -u``)."""
-
-    def _adjust_thread_count(self) -> None:
-        try:
-            super()._adjust_thread_count()
-        except RuntimeError as exc:  # the work is queued already: whoever lives will get to it
-            if not self._threads:
-                raise _NoThreadError(*exc.args) from exc
-
-
 class Offload:
     """A bounded pool of threads owned by one object, created on first use.
 
@@ -109,13 +94,14 @@ class Offload:
 
     ``run`` never abandons running work: when the awaiting task is cancelled, ``run`` still
     waits for the thread to finish before it re-raises, so memory lent to the work is untouched by
-    then. Work that has not started yet is dropped at once.
+    then. Work that has not started yet is dropped at once. Work that was lent nothing may use
+    ``run_unlent``, which a stuck thread cannot hold up.
     """
 
     def __init__(self, threads: int, name: str) -> None:
         self._threads = threads
         self._name = name
-        self._pool: _Pool | None = None
+        self._pool: Threads | None = None
         self._waiting: set[_Call[Any]] = set()
         """Submitted, and not started; threads look at it, too."""
         self._closed = False
@@ -126,6 +112,25 @@ class Offload:
         Raises what the work raises, and ``ClosedError`` when the pool closes before it starts.
         """
         return await self._run(lambda: work(*args, **kwargs), None)
+
+    async def run_unlent(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """:meth:`run` for work that was lent no memory: cancelled, this raises at once.
+
+        The thread goes on by itself, and what the work does then has no witness. Until it ends the
+        pool has one thread less.
+        """
+        call: _Call[T] = _Call(lambda: work(*args, **kwargs), self._waiting)
+        future = self._submit(call)
+        try:
+            return cast(T, await asyncio.shield(future))
+        except asyncio.CancelledError:
+            if not call.drop() and not future.done():
+                future.add_done_callback(_forgotten)
+            if future.cancelled() and not _is_cancelled():
+                raise ClosedError(f"the thread pool {self._name!r} was closed") from None
+            raise
+        finally:
+            del future, call
 
     async def run_over(
         self, work: Callable[[Iterator[Item]], object], items: Iterable[Item]
@@ -224,7 +229,7 @@ class Offload:
             raise ClosedError(f"the thread pool {self._name!r} is closed")
         try:
             return asyncio.get_running_loop().run_in_executor(self._started(), call)
-        except _NoThreadError:
+        except NoThreadError:
             call.drop()  # queued all the same, for a thread that may come when nobody waits
             raise
         except RuntimeError:
@@ -232,9 +237,9 @@ class Offload:
             detail = f"the thread pool {self._name!r} ends with the interpreter"
             raise ClosedError(detail) from None
 
-    def _started(self) -> _Pool:
+    def _started(self) -> Threads:
         if self._pool is None:
-            self._pool = _Pool(self._threads, thread_name_prefix=self._name)
+            self._pool = Threads(self._threads, self._name)
         return self._pool
 
     @property
@@ -254,13 +259,19 @@ class Offload:
         """
         self._started().submit(int)
 
-    def close(self) -> None:
-        """Drop waiting work, wait for running work and end the threads. Idempotent. Blocks."""
+    def close(self, seconds: float | None = None) -> int:
+        """Drop waiting work and end the threads. Idempotent. Blocks until running work has ended.
+
+        With ``seconds`` no longer than that: the number of threads that are still at work is
+        returned. They are left to it, and do not hold up the end of the process.
+        """
         self._closed = True
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
-            self._waiting.clear()
+        pool, self._pool = self._pool, None
+        if pool is None:
+            return 0
+        stuck = pool.end(seconds)
+        self._waiting.clear()
+        return stuck
 
 
 _Running: TypeAlias = dict[asyncio.Future[bool | None], _Call[bool]]
@@ -281,6 +292,12 @@ async def settled(future: asyncio.Future[T]) -> None:
             await asyncio.wait({future})
         except asyncio.CancelledError:
             continue
+    if not future.cancelled() and (error := future.exception()) is not None:
+        _unheard([error])
+
+
+def _forgotten(future: asyncio.Future[Any]) -> None:
+    """Work that nobody waited for has ended."""
     if not future.cancelled() and (error := future.exception()) is not None:
         _unheard([error])
 

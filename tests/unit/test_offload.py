@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -449,3 +452,80 @@ def test_nothing_starts_after_a_failure_although_the_loop_has_not_heard_of_it() 
     with pytest.raises(ZeroDivisionError):
         offload._work_off(todo)  # as a thread of the pool does
     assert todo.take() is None
+
+
+@pytest.mark.asyncio
+async def test_work_that_was_lent_nothing_cannot_hold_up_who_is_cancelled() -> None:
+    offload, work = Offload(1, "test"), Work()
+    task = asyncio.create_task(offload.run_unlent(work))
+    await work.has_begun()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not work.has_ended
+    waiting = asyncio.create_task(offload.run_unlent(lambda: "dropped"))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    work.gate.set()
+    assert await offload.run_unlent(lambda: "next") == "next"
+    offload.close()
+
+
+@pytest.mark.asyncio
+async def test_closing_may_leave_a_thread_that_does_not_end_and_says_so() -> None:
+    offload, work = Offload(2, "test"), Work()
+    task = asyncio.create_task(offload.run(work))
+    await work.has_begun()
+    assert await offload.run(lambda: 1) == 1
+    assert offload.close(0.01) == 1
+    assert offload.close() == 0  # nothing is waited for a second time
+    work.gate.set()
+    assert await task == "done"
+
+
+_HANGS = """
+import asyncio, os, sys
+from kvlayer._offload import Offload
+os.mkfifo(sys.argv[1])
+async def main():
+    offload = Offload(1, "hangs")
+    loop = asyncio.get_running_loop()
+    began = asyncio.Event()
+    def hang():
+        loop.call_soon_threadsafe(began.set)
+        os.open(sys.argv[1], os.O_RDONLY)
+    task = asyncio.ensure_future(offload.run(hang))
+    await began.wait()
+    return task
+import kvlayer._threads
+kvlayer._threads._EXIT_SECONDS = 0.1
+loop = asyncio.new_event_loop()
+kept = loop.run_until_complete(main())
+sys.exit(3)
+"""
+
+
+def test_a_thread_that_hangs_does_not_hold_up_the_end_of_the_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _HANGS, str(tmp_path / "fifo")]
+    ended = subprocess.run(command, timeout=60, capture_output=True, text=True, check=False)
+    assert ended.returncode == 3, ended.stderr
+
+
+def test_work_that_runs_at_exit_is_waited_for() -> None:
+    code = (
+        "import threading\n"
+        "from kvlayer._threads import Threads\n"
+        "gate = threading.Event()\n"
+        "def work():\n"
+        "    gate.wait()\n"
+        "    print('done', flush=True)\n"
+        "threads = Threads(1, 'test')\n"
+        "threads.submit(work)\n"
+        "import atexit; atexit.register(gate.set)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], timeout=60, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
