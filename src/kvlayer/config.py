@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args, get_origin, get_type_hints
 
 from kvlayer.errors import ConfigError
-from kvlayer.urls import BackendURL
+from kvlayer.urls import BackendURL, shown_text, shown_url
 
 __all__ = [
     "CacheConfig",
@@ -84,7 +84,8 @@ class TierConfig:
 
     url: str
     """Which backend, where, and its own options: ``scheme://location?option=value``. Never a
-    secret: those stay in the environment the backend reads."""
+    secret: those stay in the environment the backend reads. No message and no ``repr`` shows the
+    value of an option."""
 
     write: Literal["through", "back", "demote", "never"] = "back"
     """``through``: a store waits until the tier has committed. ``back``: the tier follows, and
@@ -120,6 +121,11 @@ class TierConfig:
         _check_at_least(self, "max_inflight_bytes", 0, "bytes")
         _check_at_least(self, "retries", 0, "tries")
         _check_positive(self, "pause_seconds", "seconds")
+
+    def __repr__(self) -> str:
+        values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
+        values["url"] = shown_url(self.url)
+        return f"TierConfig({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +260,7 @@ class CacheConfig:
             if first != index:
                 raise FieldError(
                     f"tiers {first} and {index} are the same place: "
-                    f"{self.tiers[first].url} and {tier.url}",
+                    f"{shown_url(self.tiers[first].url)} and {shown_url(tier.url)}",
                     fields=(f"tiers.{first}.url", f"tiers.{index}.url"),
                     hint="a second copy in one place only costs room: remove one of them",
                 )
@@ -283,10 +289,14 @@ def expectation(hint: Any) -> str:
 
 
 def shown_value(value: object) -> str:
-    """``value`` as a message shows it."""
+    """``value`` as a message shows it: plain values alone, and of URLs only what is no secret."""
+    if isinstance(value, str):
+        return shown_text(value)
+    if value is not None and not isinstance(value, Scalar):
+        return f"a {type(value).__name__}"  # a secret may be anywhere in it
     try:
         return repr(value)
-    except (ValueError, RecursionError):  # Python prints no integer of more than 4,300 digits
+    except ValueError:  # Python prints no integer of more than 4,300 digits
         return "what is too long to print"
 
 

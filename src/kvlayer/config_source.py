@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias, cast, get_args, get_origin, get_t
 
 from kvlayer.config import CacheConfig, FieldError, expectation, shown_value
 from kvlayer.errors import ConfigError
-from kvlayer.urls import nearest, parse_bool
+from kvlayer.urls import nearest, parse_bool, shown_url
 
 __all__ = ["CONFIG_VARIABLE", "PREFIX", "LoadedConfig", "load_config"]
 
@@ -25,8 +25,12 @@ PREFIX = "KVLAYER_"
 CONFIG_VARIABLE = "KVLAYER_CONFIG"
 DEFAULT = "default"
 
-# Kubernetes sets these in every pod beside a service called "kvlayer"; nobody typed them.
-_INJECTED = re.compile(r"KVLAYER_(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_[A-Z]+(_\w+)?)?)")
+# Kubernetes sets these in every pod beside a service whose name is "kvlayer" or begins with
+# "kvlayer-"; nobody typed them.
+_INJECTED = re.compile(
+    r"KVLAYER_([A-Z0-9_]+_)?"
+    r"(SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +43,13 @@ class LoadedConfig:
     ``code``."""
 
     def values(self) -> dict[str, object]:
-        """Dotted key -> value, in the order of ``origins``."""
+        """Dotted key -> value, in the order of ``origins``; URLs without their options' values."""
         leaves = _flatten(self.config, _ROOT, (), DEFAULT)
-        return {_dotted(key): leaf.value for key, leaf in leaves.items() if not leaf.is_list}
+        return {
+            _dotted(key): shown_url(leaf.value) if key[-1] == "url" else leaf.value
+            for key, leaf in leaves.items()
+            if not leaf.is_list
+        }
 
 
 def load_config(
@@ -53,7 +61,8 @@ def load_config(
     settings = _flatten(CacheConfig(), _ROOT, (), DEFAULT)
     if file is not None:
         said_by = "" if path is not None else f" (named by {CONFIG_VARIABLE})"
-        settings = _over(settings, _flatten(_read(Path(file), said_by), _ROOT, (), f"file {file}"))
+        table = _read(_expanded(file), said_by)
+        settings = _over(settings, _flatten(table, _ROOT, (), f"file {file}"))
     settings = _over(settings, _from_environment(environment))
     settings = _over(settings, _flatten(code, _ROOT, (), "code"))
     config: CacheConfig = _build(_ROOT, (), settings)
@@ -166,6 +175,14 @@ def _as_table(given: object, key: _Key, origin: str) -> Mapping[str, object]:
     return cast("Mapping[str, object]", given)
 
 
+def _expanded(file: str | Path) -> Path:
+    """The file's path; a ``~`` that no shell has expanded is the user's home."""
+    try:
+        return Path(file).expanduser()
+    except RuntimeError:  # "~nobody"
+        return Path(file)
+
+
 def _read(path: Path, said_by: str) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -190,9 +207,15 @@ def _read(path: Path, said_by: str) -> dict[str, Any]:
 def _from_environment(env: Mapping[str, str]) -> _Settings:
     found: _Settings = {}
     for name in sorted(env):
-        if name.startswith(PREFIX) and name != CONFIG_VARIABLE and not _INJECTED.fullmatch(name):
+        if not name.startswith(PREFIX) or name == CONFIG_VARIABLE:
+            continue
+        try:
             key, shape = _locate(name)
-            found[key] = _Setting(_parse(env[name], shape, name), f"environment {name}")
+        except ConfigError:
+            if _INJECTED.fullmatch(name):
+                continue
+            raise
+        found[key] = _Setting(_parse(env[name], shape, name), f"environment {name}")
     return found
 
 

@@ -19,7 +19,7 @@ from kvlayer.events import Emitter, Sink
 from kvlayer.keys import PUBLIC_ZONE, ObjectKey
 from kvlayer.layout import KVLayout
 from kvlayer.memory.slab import Slab
-from kvlayer.namespace import Namespace
+from kvlayer.namespace import COMPUTE_DTYPES, Namespace
 from kvlayer.parts import Parts
 from kvlayer.registry import POLICIES, Registry, open_backend
 from kvlayer.results import Cause
@@ -30,6 +30,7 @@ from kvlayer.tier.planner import Planner
 from kvlayer.tier.ranks import RankMover, Ranks
 from kvlayer.tier.stack import Stack
 from kvlayer.tier.tier import LowerTier, Tier
+from kvlayer.urls import shown_url
 from kvlayer.weights import parse_weights, process_weights
 
 __all__ = ["Parts", "Stack", "build"]
@@ -101,13 +102,25 @@ async def _identify(config: CacheConfig, layout: KVLayout, resources: AsyncExitS
     groups = tuple(g.group for g in layout.groups)
     return Namespace(
         weights=weights,
-        compute_dtype=model.compute_dtype or groups[0].dtype,
+        compute_dtype=model.compute_dtype or _computed_in(groups[0].dtype),
         overrides=model.overrides,
         kv_scales=model.kv_scales,
         groups=groups,
         tokens_per_chunk=config.tokens_per_chunk,
         tokens_per_tail=config.tail_tokens,
     )
+
+
+def _computed_in(kv_dtype: str) -> str:
+    """What attention is computed in where the KV is kept as it was computed."""
+    if kv_dtype not in COMPUTE_DTYPES:
+        raise IdentityError(
+            f"model.compute_dtype is not set, and the KV is quantised: nothing computes in "
+            f"{kv_dtype}",
+            hint="set model.compute_dtype to what attention is computed in, one of: "
+            f"{', '.join(COMPUTE_DTYPES)}",
+        )
+    return kv_dtype
 
 
 def _check_namespace(namespace: Namespace, layout: KVLayout) -> None:
@@ -144,7 +157,7 @@ def _host_memory(config: CacheConfig, backends: Sequence[Backend]) -> HostMemory
     host = backends[0]
     if not isinstance(host, HostMemory):
         raise ConfigError(
-            f"the first tier must be host memory, found {config.tiers[0].url}",
+            f"the first tier must be host memory, found {shown_url(config.tiers[0].url)}",
             hint='start the list with url = "cpu://?capacity=8GiB"',
         )
     return host

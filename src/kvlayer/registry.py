@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Generic, TypeGuard, TypeVar
 
 from kvlayer.abc.backend import Backend
 from kvlayer.abc.policy import EvictionPolicy
-from kvlayer.errors import PluginError, UnknownSchemeError
+from kvlayer.errors import ConfigError, KVLayerError, PluginError, UnknownSchemeError
 from kvlayer.urls import BackendURL, nearest
 
 if TYPE_CHECKING:
@@ -103,6 +103,15 @@ class Registry(Generic[T]):
         if len(claims) > 1:
             raise self._contested(name, claims)
         return self._import(claims[0])
+
+    def load_option(self, option: str, name: str) -> T:
+        """:meth:`load` for a name that a URL's option gives: no message repeats it."""
+        if name not in self.names():
+            raise UnknownSchemeError(
+                f"the option {option!r} names no {self.noun}",
+                hint=f"installed: {', '.join(self.names())}",
+            )
+        return self.load(name)
 
     def _unknown(self, name: str) -> UnknownSchemeError:
         plugins = self.installed()
@@ -203,4 +212,17 @@ def open_backend(url: str | BackendURL, *, backends: Registry[type[Backend]] = B
     offers and ``PluginError`` for a plugin that cannot be used.
     """
     parsed = BackendURL.parse(url) if isinstance(url, str) else url
-    return backends.load(parsed.scheme).from_url(parsed)
+    cls = backends.load(parsed.scheme)
+    try:
+        return cls.from_url(parsed)
+    except KVLayerError as exc:
+        said = parsed.masked(str(exc))
+        if (said, exc.hint) == (str(exc), parsed.masked(exc.hint or "") or None):
+            raise
+        raise ConfigError(said, hint=parsed.masked(exc.hint or "")) from None
+    except Exception as exc:  # noqa: BLE001  # foreign code: whatever it raises has one owner
+        said = parsed.masked(f"{type(exc).__name__}: {exc}")
+        raise PluginError(
+            f"the backend {parsed.scheme!r} could not be built from {parsed}: {said}",
+            hint="correct the URL, or repair the plugin: it should raise ConfigError",
+        ) from None

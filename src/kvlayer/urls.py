@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from fractions import Fraction
+from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from kvlayer.errors import ConfigError
 
-__all__ = ["BackendURL", "format_bytes", "nearest", "parse_bool", "parse_bytes"]
+__all__ = [
+    "BackendURL",
+    "format_bytes",
+    "local_directory",
+    "nearest",
+    "parse_bool",
+    "parse_bytes",
+    "shown_text",
+    "shown_url",
+]
 
 T = TypeVar("T")
 
@@ -34,7 +45,7 @@ def parse_bytes(text: str | int) -> int:
         return text
     match = _SIZE.fullmatch(text) if isinstance(text, str) else None
     if match is None or match[2] not in _UNITS:
-        raise ConfigError(f"not a size: {text!r}", hint="try 512MiB, 8GiB or 1TiB")
+        raise ConfigError("not a size", hint="try 512MiB, 8GiB or 1TiB")
     return int(Fraction(match[1]) * _UNITS[match[2]])
 
 
@@ -53,7 +64,7 @@ def parse_bool(text: str) -> bool:
         return True
     if lowered in ("0", "false", "no", "off"):
         return False
-    raise ConfigError(f"not a yes or no: {text!r}", hint="write true or false")
+    raise ConfigError("not a yes or no", hint="write true or false")
 
 
 def nearest(word: str, known: list[str]) -> str | None:
@@ -64,18 +75,49 @@ def nearest(word: str, known: list[str]) -> str | None:
 
 
 _SECRET = re.compile(
-    r"(^|[_-])(password|passwd|passphrase|pwd|secret|token|credentials?"
-    r"|(api|access|account|private|secret)[_-]?key)([_-]|$)",
+    r"(^|[._-])(password|passwd|passphrase|pwd|secret|token|credentials?|signature|sig|sas|jwt"
+    r"|bearer|(api|access|account|private|secret)[_-]?key)([._-]|$)",
     re.IGNORECASE,
 )
+_HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")  # accessToken is access_token
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_USER = re.compile(r":[^/]*@")
+_MASK = "***"
+_TELLING = 4
+_LONG = 1000
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_SHELL = re.compile(r"^/~|\$")
 _HARMLESS = re.compile(r"[\w./~-]*")  # no place for user:password
 _TRY = "try file:///mnt/nvme/kv?capacity=1TiB"
 
 
-@dataclass(frozen=True, slots=True)
+def shown_url(text: str) -> str:
+    """A URL as a message may show it: without a user, and without the values of its options."""
+    head, question, query = text.partition("?")
+    scheme, slashes, rest = head.partition("://")
+    if slashes and "@" in rest:
+        rest = f"{_MASK}@{rest.rpartition('@')[2]}"
+    names = (pair.partition("=")[0] for pair in query.partition("#")[0].split("&"))
+    query = "&".join(f"{name}={_MASK}" for name in names)
+    return f"{scheme}{slashes}{rest}{question}{query if question else ''}"
+
+
+def shown_text(text: str) -> str:
+    """Text that may or may not be a URL, as a message may show it."""
+    if _SCHEME.match(text) is not None:
+        return repr(shown_url(text))
+    if len(text) > _LONG or "://" in text or ("?" in text and "=" in text):
+        return f"text of {len(text)} characters"
+    return repr(text)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class BackendURL:
-    """A parsed backend URL. Credentials are refused: backends take them from the environment."""
+    """A parsed backend URL. Credentials are refused: backends take them from the environment.
+
+    A name does not tell what is a secret, so ``str`` and ``repr`` leave out the value of every
+    option. Only ``text`` and ``options`` have them; neither belongs into a message.
+    """
 
     text: str
     scheme: str
@@ -91,7 +133,7 @@ class BackendURL:
         No message repeats a part of the text in which a secret could stand: who refuses a
         credential must not print it.
         """
-        if "://" not in text or _CONTROL.search(text):
+        if _SCHEME.match(text) is None or _CONTROL.search(text):
             shown = f", found {text!r}" if _HARMLESS.fullmatch(text) else ""
             raise ConfigError(f"not a backend URL: expected scheme://location{shown}", hint=_TRY)
         parts, port = _split(text)
@@ -108,7 +150,20 @@ class BackendURL:
         return cls(text, parts.scheme, parts.hostname or "", port, path, pairs)
 
     def __str__(self) -> str:
-        return self.text
+        return shown_url(self.text)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
+    def masked(self, message: str) -> str:
+        """``message`` without the values of options: for what the code of others says of a URL.
+
+        Values of fewer than 4 characters stay: they would be found in the middle of words.
+        """
+        for value in sorted(self.options.values(), key=len, reverse=True):
+            if len(value) >= _TELLING:
+                message = message.replace(value, _MASK)
+        return message
 
     def into(self, cls: type[T]) -> T:
         """The URL's options as an instance of the dataclass ``cls``.
@@ -135,12 +190,15 @@ class BackendURL:
                 values[name] = parse(text)
             except (ValueError, ArithmeticError) as exc:
                 expected = f"expected {getattr(kind, '__name__', kind)}"
-                hint = exc.hint if isinstance(exc, ConfigError) else expected
-                raise ConfigError(f"option {name!r} of {self.text}: {exc}", hint=hint) from None
+                known = exc.hint if isinstance(exc, ConfigError) else None
+                raise ConfigError(
+                    f"the value of the option {name!r} of {self} cannot be read",
+                    hint=self.masked(known or expected),
+                ) from None
         missing = [name for name, spec in specs.items() if name not in values and _required(spec)]
         if missing:
             raise ConfigError(
-                f"{self.scheme}:// needs the option {missing[0]!r}, not found in {self.text}",
+                f"{self.scheme}:// needs the option {missing[0]!r}, not found in {self}",
                 hint=f"add {'&' if self.options else '?'}{missing[0]}=...",
             )
         return cls(**values)
@@ -155,7 +213,7 @@ def _split(text: str) -> tuple[SplitResult, int | None]:
         raise ConfigError("not a backend URL: its host or port cannot be read", hint=_TRY) from None
     if not parts.scheme:
         raise ConfigError("not a backend URL: expected scheme://location", hint=_TRY)
-    if "@" in parts.netloc:
+    if "@" in parts.netloc or _USER.search(parts.path):
         raise ConfigError(
             f"{parts.scheme}:// URL carries credentials",
             hint="secrets never go into URLs; set them in the environment",
@@ -164,6 +222,11 @@ def _split(text: str) -> tuple[SplitResult, int | None]:
         raise ConfigError(
             f"{parts.scheme}:// URL has a fragment ('#'), which would be lost",
             hint="write '#' in a path as %23",
+        )
+    if "&" in parts.path or ";" in parts.path:
+        raise ConfigError(
+            f"the path of the {parts.scheme}:// URL has a '&' or ';', as only options have",
+            hint="options begin with '?'; in a path write %26 and %3B",
         )
     return parts, port
 
@@ -183,7 +246,7 @@ def _options(parts: SplitResult) -> dict[str, str]:
         ) from None
     options: dict[str, str] = {}
     for name, value in pairs:
-        if _SECRET.search(name):
+        if _SECRET.search(_HUMP.sub("_", name)):
             raise ConfigError(
                 f"{parts.scheme}:// URL carries a secret in the option {name!r}",
                 hint="secrets never go into URLs; set them in the environment",
@@ -205,7 +268,7 @@ def _kind(annotation: Any) -> Any:
 
 def _parse_float(text: str) -> float:
     if not math.isfinite(number := float(text)):
-        raise ConfigError(f"not a finite number: {text!r}", hint="leave the option out")
+        raise ConfigError("not a finite number", hint="leave the option out")
     return number
 
 
@@ -214,3 +277,40 @@ _PARSERS: Mapping[object, Callable[[str], object]] = {bool: parse_bool, float: _
 
 def _required(spec: Field[Any]) -> bool:
     return spec.default is MISSING and spec.default_factory is MISSING
+
+
+def local_directory(url: BackendURL) -> str:
+    """The absolute directory that a URL such as ``file:///mnt/nvme/kv`` names.
+
+    ``file://~/kv`` is in the user's home. Raises ``ConfigError`` for a host, for a relative path,
+    and for what only a shell would expand.
+    """
+    head, rest = f"{url.scheme}://", urlsplit(url.text).path  # as written: %7E is a plain '~'
+    if url.port is not None or url.host not in ("", "~", "localhost"):
+        here = str(
+            Path.cwd() / rest.strip("/") if url.host in (".", "..") else Path("/", url.host + rest)
+        )
+        raise ConfigError(
+            f"{head} URL names a host: {url}",
+            hint=f"a local path is absolute and needs three slashes: {head}{here}",
+        )
+    if _SHELL.search(rest):
+        raise ConfigError(
+            f"{head} URL has what only a shell expands: {url}",
+            hint=f"write the path itself, {head}~/kv for the user's home, and '~' and '$' in "
+            "names as %7E and %24",
+        )
+    if not url.path.startswith("/") or not url.path.strip("/"):
+        raise ConfigError(
+            f"{head} URL names no directory: {url}",
+            hint=f"give an absolute path with three slashes: {head}/mnt/nvme/kv",
+        )
+    home = _home(url) if url.host == "~" else ""
+    return home + url.path.rstrip("/")
+
+
+def _home(url: BackendURL) -> str:
+    home = os.path.expanduser("~")  # noqa: PTH111  # raises nothing
+    if not os.path.isabs(home):  # noqa: PTH117
+        raise ConfigError(f"this user has no home for {url}", hint="write the absolute path")
+    return home.rstrip("/")

@@ -32,6 +32,7 @@ from typing import TypeAlias
 from uuid import uuid4
 
 from kvlayer.errors import IdentityError
+from kvlayer.urls import shown_text
 from kvlayer.weights_cache import DigestCache
 
 __all__ = ["OnProgress", "counts", "parse_weights", "process_weights", "weights_digest"]
@@ -114,7 +115,7 @@ def parse_weights(
         return text
     if text.startswith("sha256:") or not text:
         raise IdentityError(
-            f"not a weights digest: {text!r}",
+            f"not a weights digest: {shown_text(text)}",
             hint="expected sha256: and 64 lowercase hex digits, or the path of a model",
         )
     return weights_digest(text, cache_dir=cache_dir, on_progress=on_progress)
@@ -130,20 +131,22 @@ def _files(root: Path) -> dict[str, Path]:
     try:
         root = root.expanduser()
     except RuntimeError as exc:  # "~nobody"
-        raise IdentityError(f"no model at {str(root)!r}: {exc}", hint=_EXPLICIT) from None
+        raise IdentityError(f"no model at {shown_text(str(root))}: {exc}", hint=_EXPLICIT) from None
     if not root.exists():
-        raise IdentityError(f"no model at {str(root)!r}", hint=f"check the path, {_EXPLICIT}")
+        raise IdentityError(
+            f"no model at {shown_text(str(root))}", hint=f"check the path, {_EXPLICIT}"
+        )
     if not root.is_dir():
         return _single(root)
     files = dict(_walk(root, "", ()))
     if not any(_WEIGHTS.fullmatch(name) for name in files):
         raise IdentityError(
-            f"no weights file in {str(root)!r}, found {len(files)} other files of a model",
+            f"no weights file in {shown_text(str(root))}, only {len(files)} other files",
             hint=f"point at the folder with *.safetensors, *.bin or *.gguf, {_EXPLICIT}",
         )
     if any("\n" in name for name in files):
         raise IdentityError(
-            f"a file below {str(root)!r} has a line break in its name",
+            f"a file below {shown_text(str(root))} has a line break in its name",
             hint=f"rename it, {_EXPLICIT}",
         )
     return files
@@ -152,7 +155,7 @@ def _files(root: Path) -> dict[str, Path]:
 def _single(file: Path) -> dict[str, Path]:
     if not _WEIGHTS.fullmatch(file.name):
         raise IdentityError(
-            f"{str(file)!r} is no weights file",
+            f"{shown_text(str(file))} is no weights file",
             hint=f"point at the model's folder or at a file such as model.gguf, {_EXPLICIT}",
         )
     split = _SPLIT.fullmatch(file.name)
@@ -216,7 +219,7 @@ class _Hasher:
             before = file.stat()
             if not stat.S_ISREG(before.st_mode):
                 raise IdentityError(
-                    f"{str(file)!r} is not a regular file", hint=f"remove it, {_EXPLICIT}"
+                    f"{shown_text(str(file))} is not a regular file", hint=f"remove it, {_EXPLICIT}"
                 )
             known = self._cache.get(before)
             if known is not None:
@@ -228,7 +231,7 @@ class _Hasher:
                     self._cache.put(before, digest)
                 return digest
         raise IdentityError(
-            f"{str(file)!r} changed while it was read, {_ATTEMPTS} times",
+            f"{shown_text(str(file))} changed while it was read, {_ATTEMPTS} times",
             hint=f"wait until the download or training has ended, {_EXPLICIT}",
         )
 
@@ -260,6 +263,6 @@ def _blob_digest(file: Path) -> str | None:
 
 def _unreadable(exc: OSError, file: Path) -> IdentityError:
     return IdentityError(
-        f"cannot read {exc.filename or str(file)!r}: {exc.strerror or exc}",
+        f"cannot read {shown_text(str(exc.filename or file))}: {exc.strerror or exc}",
         hint=f"make it readable, {_EXPLICIT}",
     )

@@ -62,7 +62,7 @@ class CpuBackend(Backend, HostMemory):
 
     def __init__(self, options: CpuOptions) -> None:
         self._options = options
-        self._policy: EvictionPolicy = POLICIES.load(options.policy)()
+        self._policy: EvictionPolicy = POLICIES.load_option("policy", options.policy)()
         self._slab: Slab | None = None
         self._extents = Extents(options.capacity)
         self._held: dict[ObjectKey, _Held] = {}
@@ -76,7 +76,7 @@ class CpuBackend(Backend, HostMemory):
     def from_url(cls, url: BackendURL, /) -> Self:
         if url.host or url.path:
             raise ConfigError(
-                f"cpu:// has no location, found {url.text!r}", hint="write cpu://?capacity=8GiB"
+                f"cpu:// has no location, found {url}", hint="write cpu://?capacity=8GiB"
             )
         return cls(url.into(CpuOptions))
 

@@ -140,7 +140,7 @@ def test_a_backend_that_does_not_open_is_one_error(liar) -> None:
     never = "    async def open(self):\n        await asyncio.Event().wait()"
     done = liar("pass", "--seconds", "2", also=never)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: liar://?capacity=128MiB does not answer within 2 seconds")
+    assert done.stderr.startswith("error: liar://?capacity=*** does not answer within 2 seconds")
     assert "await asyncio.Event().wait()" in done.stderr  # where it waits
     assert done.stdout == ""
 

@@ -99,7 +99,7 @@ def test_info_prints_every_value_with_its_origin(kvlayer, tmp_path, monkeypatch)
     shown = json.loads(result.stdout)["configuration"]
     assert shown["tokens_per_chunk"] == {"value": 128, "origin": f"file {file}"}
     assert shown["policy"] == {"value": "lru", "origin": "environment KVLAYER_POLICY"}
-    assert shown["tiers.0.url"] == {"value": "cpu://?capacity=2GiB", "origin": f"file {file}"}
+    assert shown["tiers.0.url"] == {"value": "cpu://?capacity=***", "origin": f"file {file}"}
     assert shown["lease_seconds"] == {"value": 30.0, "origin": "default"}
 
 

@@ -162,14 +162,53 @@ def test_the_environment_carries_every_value_code_can(chunk, shards, seconds, ta
     assert CacheConfig.load(env=env) == CacheConfig.load(env={}, tiers=tiers, **code)
 
 
-def test_variables_kubernetes_sets_for_a_service_called_kvlayer_are_not_configuration():
+SERVICES = [
+    "kvlayer",
+    "kvlayer-metrics",
+    "kvlayer-tiers",
+    "kvlayer-model",
+    "kvlayer-2",
+    "kvlayer--x",
+]
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_variables_kubernetes_sets_for_its_services_are_not_configuration(service):
+    prefix = service.upper().replace("-", "_")
     injected = {
-        "KVLAYER_SERVICE_HOST": "10.0.0.1",
-        "KVLAYER_SERVICE_PORT_HTTP": "80",
-        "KVLAYER_PORT": "tcp://10.0.0.1:80",
-        "KVLAYER_PORT_80_TCP_ADDR": "10.0.0.1",
+        f"{prefix}_SERVICE_HOST": "10.0.0.1",
+        f"{prefix}_SERVICE_PORT": "80",
+        f"{prefix}_SERVICE_PORT_HTTP_METRICS": "80",
+        f"{prefix}_PORT": "tcp://10.0.0.1:80",
+        f"{prefix}_PORT_80_TCP": "tcp://10.0.0.1:80",
+        f"{prefix}_PORT_80_TCP_ADDR": "10.0.0.1",
+        f"{prefix}_PORT_80_UDP_PROTO": "udp",
+        f"{prefix}_PORT_80_SCTP_PORT": "80",
     }
     assert CacheConfig.load(env=injected) == CacheConfig()
+
+
+def test_an_override_may_be_called_as_kubernetes_would():
+    env = {"KVLAYER_MODEL__OVERRIDES__MY_PORT": "80"}
+    assert CacheConfig.load(env=env).model.overrides == {"my_port": 80}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["KVLAYER_METRICS_PORTS", "KVLAYER_SERVICE", "KVLAYER_PORT_80_ICMP", "KVLAYER_SERVICEHOST"],
+)
+def test_what_only_resembles_kubernetes_is_still_a_mistake(name):
+    with pytest.raises(ConfigError, match="unknown key"):
+        CacheConfig.load(env={name: "1"})
+
+
+def test_a_tilde_in_the_path_of_the_file_is_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "kv.toml").write_text("tokens_per_chunk = 128")
+    assert CacheConfig.load("~/kv.toml", env={}).tokens_per_chunk == 128
+    assert CacheConfig.load(env={"KVLAYER_CONFIG": "~/kv.toml"}).tokens_per_chunk == 128
+    with pytest.raises(ConfigError, match="~nobody-here"):
+        CacheConfig.load("~nobody-here/kv.toml", env={})
 
 
 # Names nobody knows.

@@ -26,7 +26,7 @@ from kvlayer.testing.promise import Hung, Need
 from kvlayer.testing.suite import Outcome, Verdict
 from kvlayer.testing.suites.backend import BackendSuite
 from kvlayer.testing.trial import Trial
-from kvlayer.urls import BackendURL, parse_bytes
+from kvlayer.urls import BackendURL, parse_bytes, shown_url
 
 __all__ = ["check"]
 
@@ -61,7 +61,8 @@ def check(*, url: str, path: Path | None, disposable: bool, only: str, limit: fl
     Objects are stored in namespaces nobody else has and deleted again. Exits with 1 when a promise
     is broken, or when the backend cannot be opened or written. An object of 16 MiB must fit.
     """
-    suite = _suite(BackendURL.parse(url), limit, disposable=disposable)
+    parsed = BackendURL.parse(url)
+    suite = _suite(parsed, limit, disposable=disposable)
     promises = [each for each in suite.promises() if only in each.name]
     if not promises:
         raise ConfigError(
@@ -69,12 +70,12 @@ def check(*, url: str, path: Path | None, disposable: bool, only: str, limit: fl
         )
     _begin(suite, limit)
     able = ", ".join(sorted(suite.capabilities)) or "no capabilities"
-    click.echo(f"{suite.url}  ({able})\n")
+    click.echo(f"{shown_url(suite.url)}  ({able})\n")
     began = perf_counter()
     verdicts: list[Verdict] = []
     for each in promises:
         verdicts.append(suite.judge(each))
-        click.echo("\n".join(_lines(verdicts[-1])))
+        click.echo(parsed.masked("\n".join(_lines(verdicts[-1]))))
         if not verdicts[-1].is_good:
             _sweep(suite, limit)
     took = perf_counter() - began
@@ -84,7 +85,8 @@ def check(*, url: str, path: Path | None, disposable: bool, only: str, limit: fl
         click.echo(f"--disposable, where nothing in it is worth keeping, tries {more} more")
     if path is not None:
         report = _report(url, suite, verdicts, took)
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        text = parsed.masked(json.dumps(report, indent=2))
+        path.write_text(f"{text}\n", encoding="utf-8")
     if all(each.outcome is Outcome.NOT_RUN for each in verdicts):
         raise ConfigError(
             f"none of {len(verdicts)} promises can be asked of this backend",
@@ -101,7 +103,9 @@ def _begin(suite: BackendSuite, limit: float) -> None:
     except KVLayerError:
         raise
     except Hung as exc:
-        click.echo(f"error: {suite.url} does not answer within {limit:g} seconds", err=True)
+        click.echo(
+            f"error: {shown_url(suite.url)} does not answer within {limit:g} seconds", err=True
+        )
         click.echo(exc.found, err=True)
         _leave(hangs=True)
     except Exception:  # noqa: BLE001  # of the backend's own making: the promises say it better
@@ -213,7 +217,7 @@ def _report(url: str, suite: BackendSuite, verdicts: list[Verdict], took: float)
     return {
         "format": FORMAT,
         "kvlayer": version(),
-        "url": url,
+        "url": shown_url(url),
         "capabilities": sorted(suite.capabilities),
         "disposable": suite.is_disposable,
         "ok": _is_kept(verdicts),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from kvlayer.config_source import LoadedConfig, load_config
 from kvlayer.doctor.finding import Check, Finding
 from kvlayer.errors import ConfigError, KVLayerError
 from kvlayer.registry import POLICIES, open_backend
-from kvlayer.urls import BackendURL, parse_bool, parse_bytes
+from kvlayer.urls import BackendURL, local_directory, parse_bool, parse_bytes, shown_text, shown_url
 
 __all__ = ["Configured", "Place", "configured"]
 
@@ -35,7 +36,7 @@ class Place:
         """The place of a ``file://`` URL its backend has accepted."""
         said = url.options
         return cls(
-            url.path.rstrip("/"),
+            local_directory(url),
             capacity=parse_bytes(said.get("capacity", "0")),
             threads=int(said.get("threads", "8")),
             direct=said.get("direct", "auto"),
@@ -84,7 +85,7 @@ def configured(path: Path | None) -> Configured:
 
 
 def _fine(loaded: LoadedConfig) -> Finding:
-    tiers = [tier.url for tier in loaded.config.tiers]
+    tiers = [shown_url(tier.url) for tier in loaded.config.tiers]
     origins = sorted({origin for origin in loaded.origins.values() if origin != "default"})
     return _CHECK.ok(
         f"tiers {', '.join(tiers)}, from {', '.join(origins) or 'the defaults'}",
@@ -99,7 +100,7 @@ def _complaints(config: CacheConfig, backends: list[Backend]) -> list[Finding]:
     if backends and not isinstance(backends[0], HostMemory):
         found.append(
             _CHECK.bad(
-                f"the first tier is {config.tiers[0].url}, not host memory",
+                f"the first tier is {shown_url(config.tiers[0].url)}, not host memory",
                 'start the list with url = "cpu://?capacity=8GiB"',
             )
         )
@@ -108,10 +109,11 @@ def _complaints(config: CacheConfig, backends: list[Backend]) -> list[Finding]:
     except KVLayerError as exc:
         found.append(_CHECK.bad(str(exc), exc.hint or "name an installed policy"))
     weights = config.model.weights
-    if weights and not weights.startswith("sha256:") and not Path(weights).exists():
+    home = os.path.expanduser(weights)  # noqa: PTH111  # raises nothing, whoever "~nobody" is
+    if weights and not weights.startswith("sha256:") and not Path(home).exists():
         found.append(
             _CHECK.bad(
-                f"model.weights names {weights}, which does not exist",
+                f"model.weights names {shown_text(weights)}, which does not exist",
                 "name the model's folder or file, or give its digest as sha256:<64 hex digits>",
             )
         )

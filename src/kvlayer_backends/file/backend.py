@@ -20,14 +20,15 @@ from kvlayer.abc.backend import (
 from kvlayer.abc.policy import EvictionPolicy
 from kvlayer.errors import BackendError, ClosedError
 from kvlayer.keys import ObjectKey
-from kvlayer.urls import BackendURL
+from kvlayer.registry import POLICIES
+from kvlayer.urls import BackendURL, local_directory
 from kvlayer_backends.file import descriptions
 from kvlayer_backends.file.calls import Calls
 from kvlayer_backends.file.faults import explain, readonly, stuck
 from kvlayer_backends.file.janitor import Evicted, Janitor
 from kvlayer_backends.file.ledger import Ledger
 from kvlayer_backends.file.objects import Outcome
-from kvlayer_backends.file.options import FileOptions, directory
+from kvlayer_backends.file.options import FileOptions
 from kvlayer_backends.file.scan import Listing
 from kvlayer_backends.file.site import Site
 from kvlayer_backends.file.uses import Uses
@@ -72,7 +73,7 @@ class FileBackend(Backend):
 
     @classmethod
     def from_url(cls, url: BackendURL, /) -> Self:
-        return cls(directory(url), url.into(FileOptions))
+        return cls(local_directory(url), url.into(FileOptions))
 
     async def open(self) -> None:
         """Make the directory ready and stand for janitor; does not wait for the recovery scan.
@@ -85,7 +86,7 @@ class FileBackend(Backend):
                 raise ClosedError(f"file://{self.root} was closed", hint="build a new backend")
             if self._calls.has_begun:
                 return
-            policy = self._policy or _registered_policy(self.options.policy)
+            policy = self._policy or POLICIES.load_option("policy", self.options.policy)
             site = Site(self.root, self.options, policy, self._evicted)
             await site.open()
             self._site = site
@@ -297,12 +298,6 @@ class FileBackend(Backend):
             for listed in batch:
                 if listed.key not in site.quarantine.hidden:
                     yield listed
-
-
-def _registered_policy(name: str) -> Callable[[], EvictionPolicy]:
-    from kvlayer.registry import POLICIES
-
-    return POLICIES.load(name)
 
 
 async def _all(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass, field
 
 from kvlayer.errors import ConfigError
-from kvlayer.urls import BackendURL, parse_bytes
+from kvlayer.urls import parse_bytes
 
-__all__ = ["FileOptions", "directory"]
+__all__ = ["FileOptions"]
 
 
 def _direct(text: str) -> str:
     if text not in ("auto", "on", "off"):
-        raise ConfigError(f"not a direct I/O mode: {text!r}", hint="write auto, on or off")
+        raise ConfigError("file:// direct is no direct I/O mode", hint="write auto, on or off")
     return text
 
 
@@ -39,25 +39,10 @@ class FileOptions:
     def __post_init__(self) -> None:
         _direct(self.direct)
         if self.capacity < 0:
-            raise ConfigError(f"file:// capacity must be >= 0, found {self.capacity}")
+            raise ConfigError("file:// capacity must be >= 0", hint="0 means no limit")
         if self.threads < 1:
-            raise ConfigError(f"file:// threads must be at least 1, found {self.threads}")
+            raise ConfigError("file:// threads must be at least 1", hint="8 is the default")
         if not (math.isfinite(self.interval) and self.interval > 0):
-            raise ConfigError(f"file:// interval must be > 0 seconds, found {self.interval}")
+            raise ConfigError("file:// interval must be > 0 seconds", hint="5 is the default")
         if not self.policy:
             raise ConfigError("file:// policy is empty", hint="try prefix-lru or lru")
-
-
-def directory(url: BackendURL) -> str:
-    """The absolute directory a URL names. Raises ``ConfigError``."""
-    if url.host or url.port is not None:
-        raise ConfigError(
-            f"file:// URL names a host: {url}",
-            hint=f"a local path needs three slashes: file:///{url.host}{url.path}",
-        )
-    if not url.path.startswith("/") or not url.path.strip("/") or "\0" in url.path:
-        raise ConfigError(
-            f"file:// URL names no directory: {url}",
-            hint="give an absolute path with three slashes: file:///mnt/nvme/kv",
-        )
-    return url.path.rstrip("/")

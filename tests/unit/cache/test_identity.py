@@ -200,3 +200,17 @@ async def test_a_layout_that_is_not_the_namespaces_is_refused() -> None:
     with pytest.raises(IdentityError, match="different KV groups"):
         async with Cache.open(settings, other, namespace):
             pass
+
+
+@pytest.mark.parametrize("dtype", ["fp8_e4m3", "fp8_e5m2", "int8"])
+@pytest.mark.asyncio
+async def test_a_quantised_kv_cache_asks_what_attention_is_computed_in(dtype: str) -> None:
+    quantised = KVLayout.single(group(dtype=dtype), NHD, tokens_per_block=4)
+    settings = CacheConfig(tiers=(TierConfig(url="cpu://?capacity=1MiB"),))
+    with pytest.raises(IdentityError, match=f"model.compute_dtype is not set.*{dtype}") as caught:
+        async with Cache.open(settings, quantised):
+            pass
+    assert "bfloat16" in str(caught.value.hint)
+    said = dataclasses.replace(settings, model=ModelConfig(compute_dtype="bfloat16"))
+    async with Cache.open(said, quantised) as cache:
+        assert cache.namespace.compute_dtype == "bfloat16"
