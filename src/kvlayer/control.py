@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from kvlayer._foreign import words
 from kvlayer.abc.backend import Capability
 from kvlayer.errors import ConfigError
 from kvlayer.explain import explain
@@ -15,6 +16,7 @@ from kvlayer.keys import ObjectKey, Scope, Tokens
 from kvlayer.results import Cause, Explanation, Health, Stats
 from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.guard import Refused
+from kvlayer.tier.listing import listed
 from kvlayer.tier.tier import LowerTier
 from kvlayer.urls import nearest
 
@@ -158,6 +160,7 @@ class Control:
             stack.inflight,
             stack.prefill.tokens_per_second,
             owners,
+            stack.foreign.costs(),
         )
 
     def health(self) -> Health:
@@ -181,17 +184,13 @@ class Control:
     async def _listed(self, lower: LowerTier) -> list[ObjectKey]:
         """What a tier lists, as far as it does: the deadline is that of each step."""
         keys: list[ObjectKey] = []
-        listing = lower.backend.list(self._cache.namespace.digest)
         try:
-            while True:
-                async with asyncio.timeout(lower.guard.deadline):
-                    keys.append((await anext(listing)).key)
-        except StopAsyncIteration:
-            pass
+            async for batch in listed(lower, self._cache.namespace.digest):
+                keys += batch
         except TimeoutError:
             lower.complains(Cause.DEADLINE, f"not listed within {lower.guard.deadline} s")
         except Exception as exc:  # noqa: BLE001  # foreign code: what is known still goes
-            lower.complains(Cause.TIER_DOWN, f"{type(exc).__name__}: {exc}")
+            lower.complains(Cause.TIER_DOWN, words(exc))
         return keys
 
     async def _delete(self, lower: LowerTier, keys: list[ObjectKey]) -> int:
@@ -207,7 +206,7 @@ class Control:
             lower.fails(Cause.DEADLINE, f"not deleted within {lower.guard.deadline} s")
             return 0
         if call.error is not None:
-            lower.fails(Cause.TIER_DOWN, f"{type(call.error).__name__}: {call.error}")
+            lower.fails(Cause.TIER_DOWN, words(call.error))
             return 0
         stack.planner.vanished(keys, lower.index, "removed by request", Cause.CLEARED)
         lower.removed(keys)

@@ -9,6 +9,7 @@ __all__ = [
     "CapacityError",
     "ClosedError",
     "ConfigError",
+    "ForeignError",
     "ForkedError",
     "IdentityError",
     "KVLayerError",
@@ -81,6 +82,10 @@ class ForkedError(KVLayerError, RuntimeError):
 
 class UnsupportedError(KVLayerError):
     """The backend, engine, model or environment does not offer what this call needs."""
+
+
+class ForeignError(KVLayerError):
+    """Other people's code raised what must not reach an event loop: ``SystemExit``, for example."""
 
 
 class BackendError(KVLayerError):

@@ -6,11 +6,11 @@ is dropped with one log line; it never reaches the serving path. With no sinks n
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from kvlayer._foreign import Foreign
 from kvlayer.keys import ObjectKey
 from kvlayer.results import Cause, Failure
 
@@ -29,8 +29,6 @@ __all__ = [
     "TierChanged",
     "TransferDone",
 ]
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,19 +165,19 @@ Sink: TypeAlias = Callable[[Event], None]
 class Emitter:
     """Sends events to sinks. Falsy when nobody listens, so callers can skip building the event."""
 
-    __slots__ = ("_sinks",)
+    __slots__ = ("_sinks", "foreign")
 
-    def __init__(self, sinks: Iterable[Sink] = ()) -> None:
+    def __init__(self, sinks: Iterable[Sink] = (), foreign: Foreign | None = None) -> None:
         self._sinks: list[Sink] = list(sinks)
+        self.foreign = foreign or Foreign()
+        """What calling the sinks has cost."""
 
     def __bool__(self) -> bool:
         return bool(self._sinks)
 
     def __call__(self, event: Event) -> None:
         for sink in tuple(self._sinks):
-            try:
-                sink(event)
-            except Exception:  # noqa: BLE001  # foreign code: it must not break serving
-                if sink in self._sinks:  # it may have failed inside an event of its own
-                    self._sinks.remove(sink)
-                _log.exception("event sink %r failed and was removed", sink)
+            if self.foreign.call("sink", sink, event):
+                continue
+            if sink in self._sinks:  # it may have failed inside an event of its own
+                self._sinks.remove(sink)

@@ -13,6 +13,7 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
+from kvlayer._foreign import awaited
 from kvlayer.errors import PendingError, UnsupportedError
 from kvlayer.events import LookupDone
 from kvlayer.hit import PrefixHit
@@ -215,7 +216,7 @@ class Lookups:
         started: float,
     ) -> None:
         try:
-            chain = self._chain(await tokens(), scope)
+            chain = self._chain(await awaited(tokens), scope)
         except Exception:  # noqa: BLE001  # a cache fails only into a miss
             _log.exception("a prompt could not be named and is answered as a miss")
             chain = self._chain((), scope)

@@ -293,25 +293,25 @@ class LoopThread(Generic[S]):
         if self._is_closed or job.cancelled():
             job.drop()
             return
-        try:
-            # In its submitter's context: that of whoever woke the loop is another request's.
-            task = self._loop.create_task(work(), context=context)
-        except BaseException as exc:  # the caller's own: it is raised where it waits
-            job.fail(exc)
-            if not isinstance(exc, Exception):
-                raise
-            return
+        # In its submitter's context: that of whoever woke the loop is another request's.
+        task = self._loop.create_task(_contained(work), context=context)
         self._tasks[job] = task
         task.add_done_callback(partial(self._end, job))
 
-    def _end(self, job: Job[T], task: asyncio.Task[T]) -> None:
+    def _end(self, job: Job[T], task: asyncio.Task[T | _Raised]) -> None:
         if self._tasks.pop(job, None) is None:
             return
         if task.cancelled():
             job.drop()
-        elif (error := task.exception()) is None:
-            job.answer(task.result())
-        elif not job.fail(error):
+            return
+        error, result = task.exception(), None
+        if error is None:
+            result = task.result()
+            if not isinstance(result, _Raised):
+                job.answer(result)
+                return
+            error = result.error
+        if not job.fail(error):
             self._loop.call_exception_handler(
                 {"message": "cancelled work failed", "exception": error, "task": task}
             )
@@ -325,6 +325,21 @@ class LoopThread(Generic[S]):
         task = self._tasks.get(job)
         if task is not None:
             task.cancel()
+
+
+class _Raised:
+    """What would have ended the loop, and everybody's work with it."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+async def _contained(work: Callable[[], Coroutine[Any, Any, T]]) -> T | _Raised:
+    """``await work()``; what asyncio would raise out of the loop is the waiter's alone."""
+    try:
+        return await work()
+    except (SystemExit, KeyboardInterrupt) as exc:
+        return _Raised(exc)
 
 
 class _Abandoned(Exception):  # noqa: N818  # a signal to Cache.open, never seen outside

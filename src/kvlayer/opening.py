@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 
+from kvlayer._foreign import awaited, words
 from kvlayer._offload import Offload
 from kvlayer._version import version
 from kvlayer.abc.backend import Backend, Capability
@@ -222,7 +223,7 @@ async def _open_tier(tier: LowerTier) -> None:
     opened = asyncio.timeout(max(seconds, 0))
     try:
         async with opened:
-            await tier.backend.open()
+            await awaited(tier.backend.open)
     except TimeoutError as exc:
         if not opened.expired():
             raise
@@ -236,9 +237,9 @@ async def _close_tier(tier: LowerTier, seconds: float) -> None:
     """Close a tier, which holds nothing lent any more: its failure is reported, not raised."""
     try:
         async with asyncio.timeout(seconds):
-            await tier.backend.aclose()
+            await awaited(tier.backend.aclose)
     except Exception as exc:  # noqa: BLE001  # foreign code: it must not stop the others' close
-        tier.complains(Cause.TIER_DOWN, f"not closed: {type(exc).__name__}: {exc}")
+        tier.complains(Cause.TIER_DOWN, f"not closed: {words(exc)}")
 
 
 def _evicted(
@@ -331,6 +332,7 @@ def _make_stack(
         mover,
         top,
         lower,
+        foreign=top.emit.foreign,
         clock=asyncio.get_running_loop().time,
         prefill=Rate(config.prefill_tokens_per_second),
         high_watermark=config.high_watermark,

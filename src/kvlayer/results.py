@@ -12,6 +12,7 @@ __all__ = [
     "Cause",
     "Explanation",
     "Failure",
+    "ForeignCost",
     "Health",
     "MissedChunk",
     "OwnerStats",
@@ -157,6 +158,8 @@ class TierStats:
     """What a load moves beyond that; None while nothing was loaded."""
     demoted: int = 0
     """Dropped from host memory before its room was needed; a lower tier has them."""
+    set_aside: int = 0
+    """Objects that failed three times in a row: not offered until they are written anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +169,15 @@ class OwnerStats:
     leases: int
     nbytes: int
     """Bytes that were in host memory when they were leased; loads come on top."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignCost:
+    """What calling one kind of other people's code has cost. ``longest_seconds``: of one call."""
+
+    calls: int = 0
+    errors: int = 0
+    longest_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +194,8 @@ class Stats:
     """What recomputing is taken to achieve; None while unknown."""
     owners: Mapping[str, OwnerStats] = field(default_factory=dict[str, OwnerStats])
     """Who holds leases now, by the owner that a scope or a pin names; without one under ``""``."""
+    foreign: Mapping[str, ForeignCost] = field(default_factory=dict[str, ForeignCost])
+    """What other people's code (``sink``, ``on_gathered``, ``on_layer``) has cost, by kind."""
 
 
 @dataclass(frozen=True, slots=True)

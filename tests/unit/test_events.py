@@ -39,12 +39,26 @@ def test_a_sink_that_raises_is_dropped_with_one_line_and_the_others_hear_on(
         raise ZeroDivisionError
 
     emit = Emitter([broken, heard.append])
-    with caplog.at_level(logging.ERROR, logger="kvlayer.events"):
+    with caplog.at_level(logging.ERROR, logger="kvlayer"):
         emit(LOOKUP)
         emit(TIER)
     assert heard == [LOOKUP, TIER]
-    assert [record.name for record in caplog.records] == ["kvlayer.events"]
-    assert "broken" in caplog.text
+    assert len(caplog.records) == 1
+    assert "sink raised ZeroDivisionError" in caplog.text
+    assert emit.foreign.costs()["sink"].errors == 1
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), GeneratorExit()])
+def test_a_sink_that_wants_to_leave_leaves_alone(error: BaseException) -> None:
+    def leaves(_: Event) -> None:
+        raise error
+
+    heard: list[Event] = []
+    emit = Emitter([leaves, heard.append])
+    emit(LOOKUP)
+    emit(TIER)
+    assert heard == [LOOKUP, TIER]
+    assert emit.foreign.costs()["sink"].errors == 1
 
 
 def test_an_emitter_whose_last_sink_was_dropped_is_false(caplog: pytest.LogCaptureFixture) -> None:

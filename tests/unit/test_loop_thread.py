@@ -403,7 +403,7 @@ def test_a_loop_that_dies_answers_everything(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("kvlayer.loop_thread._TURN", 1)  # it dies long before it has begun all
 
     async def leave(_: Subject) -> None:
-        raise SystemExit(3)
+        asyncio.get_running_loop().stop()
 
     said: list[bool] = []
 
@@ -413,8 +413,7 @@ def test_a_loop_that_dies_answers_everything(monkeypatch: pytest.MonkeyPatch) ->
             thread.call(nothing)
             with busy(thread):
                 dying, *later = thread.submit_all([leave, *[note(1)] * 100])
-            said.append(isinstance(dying.exception(10), SystemExit))
-            said.append(wait([running, *later], 10).not_done == set())
+            said.append(wait([dying, running, *later], 10).not_done == set())
             said.append(later[-1].cancelled())
             thread._thread.join(10)
             try:
@@ -422,26 +421,26 @@ def test_a_loop_that_dies_answers_everything(monkeypatch: pytest.MonkeyPatch) ->
             except ClosedError:
                 said.append(thread._loop.is_closed())
 
-    with pytest.raises(SystemExit):  # it is what leaving the block says
+    with pytest.raises(RuntimeError, match="loop stopped"):  # it is what leaving the block says
         use()
-    assert said == [True] * 4
+    assert said == [True] * 3
 
 
-def test_work_that_exits_before_it_is_a_coroutine_is_answered_too() -> None:
-    def leave(_: Subject) -> None:
-        raise SystemExit(3)
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_work_that_exits_ends_nobody_elses(error: type[BaseException]) -> None:
+    def at_once(_: Subject) -> None:
+        raise error
 
-    jobs: list[Job[None]] = []
+    async def later(_: Subject) -> None:
+        await asyncio.sleep(0)
+        raise error
 
-    def use() -> None:
-        with opened() as thread:
-            jobs.append(thread.submit(leave))  # type: ignore[arg-type]
-            wait(jobs, 10)
-            thread._thread.join(10)
-
-    with pytest.raises(SystemExit):
-        use()
-    assert isinstance(jobs[0].exception(0), SystemExit)
+    with opened() as thread:
+        jobs = thread.submit_all([at_once, later, note(1)])  # type: ignore[list-item]
+        assert isinstance(jobs[0].exception(10), error)
+        assert isinstance(jobs[1].exception(10), error)
+        assert jobs[2].wait(10) == 1
+        assert thread.call(note(2)) == 2
 
 
 def test_a_failing_close_is_raised_where_it_is_closed_and_leaves_nothing() -> None:

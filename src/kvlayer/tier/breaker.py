@@ -1,14 +1,15 @@
 """Whether a tier is asked at all. Pure: the caller brings the time and the chance.
 
 A circuit breaker after M. Nygard, "Release It!" (2nd ed., 2018), chapter 5: after one missed
-deadline or several errors in a row nothing is asked for a pause; then one trial decides. Every
+deadline, or errors on several different objects in a row, nothing is asked for a pause; then one
+trial decides. An error on the same object again is that object's, not the tier's. Every
 further failure doubles the pause, and only a tier that has served for as long as it would be left
 alone next gets a short pause again: one that flaps costs its users one deadline per pause.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from enum import StrEnum
 from math import inf
 
@@ -50,7 +51,8 @@ class Breaker:
         self._max_pause = max_pause
         self._max_errors = max_errors
         self._jitter = jitter
-        self._errors = 0
+        self._failed: set[Hashable] = set()
+        """What failed since the last success: objects, and a mark for each error without one."""
         self._pause = pause
         """The next one."""
         self._closed_at = -inf
@@ -67,10 +69,20 @@ class Breaker:
         """A deadline was missed, the costliest failure: open at once. Whether this opened it."""
         return self._open(now, reason)
 
-    def failed(self, now: float, reason: str) -> bool:
-        """An error came back in time. Whether this opened it."""
-        self._errors += 1
-        if self._errors < self._max_errors and self.state is not BreakerState.HALF_OPEN:
+    @property
+    def failed_count(self) -> int:
+        """Different objects that failed since the last success."""
+        return len(self._failed)
+
+    def failed(self, now: float, reason: str, about: Hashable = None) -> bool:
+        """An error came back in time. Whether this opened it.
+
+        ``about`` is the object that was asked for: it counts once, however often it fails. An error
+        about none in particular counts each time.
+        """
+        if len(self._failed) < self._max_errors:
+            self._failed.add(object() if about is None else about)
+        if len(self._failed) < self._max_errors and self.state is not BreakerState.HALF_OPEN:
             return False
         return self._open(now, reason)
 
@@ -112,7 +124,7 @@ class Breaker:
     def _close(self, now: float) -> None:
         if not self.is_closed:
             self._closed_at = now
-        self._errors = 0
+        self._failed.clear()
         self.state, self.reason = BreakerState.CLOSED, ""
 
     def _open(self, now: float, reason: str) -> bool:

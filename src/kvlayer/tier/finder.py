@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from kvlayer._foreign import words
 from kvlayer.keys import ChunkChain, ObjectKey
 from kvlayer.results import Cause
 from kvlayer.tier import plan
@@ -96,7 +97,7 @@ class Finder:
                 elif isinstance(call.error, Refused):
                     tier.refused(call.error.cause)
                 elif call.error is not None:
-                    tier.fails(Cause.TIER_DOWN, f"{type(call.error).__name__}: {call.error}")
+                    tier.fails(Cause.TIER_DOWN, words(call.error))
                 else:
                     tier.works()
                     self._planner.note(call.result(), tier.index)

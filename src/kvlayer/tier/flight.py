@@ -5,6 +5,7 @@ from __future__ import annotations
 from asyncio import CancelledError
 from dataclasses import dataclass
 
+from kvlayer._foreign import words
 from kvlayer.keys import ObjectKey
 from kvlayer.results import Cause
 from kvlayer.tier.guard import Call, Guard, Refused
@@ -23,7 +24,7 @@ def outcome_of(call: Call[Outcome], key: ObjectKey) -> Outcome:
     if isinstance(error, Refused):
         return Outcome(key, error.cause, error.detail)
     # A backend broke its contract: contained here, as a failing tier.
-    return Outcome(key, Cause.TIER_DOWN, f"{type(error).__name__}: {error}")
+    return Outcome(key, Cause.TIER_DOWN, words(error))
 
 
 @dataclass(slots=True, eq=False)

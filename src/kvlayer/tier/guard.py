@@ -10,14 +10,16 @@ queued.
 from __future__ import annotations
 
 import asyncio
+import logging
 from asyncio import CancelledError
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Hashable, Iterable
 from contextlib import suppress
 from math import inf
 from random import Random
 from sys import maxsize
 from typing import Any, TypeVar
 
+from kvlayer._foreign import awaited, words
 from kvlayer.results import Cause
 from kvlayer.tier.breaker import Breaker
 from kvlayer.tier.call import Call, Lane, Refused
@@ -26,6 +28,8 @@ from kvlayer.tier.turns import Turns
 __all__ = ["Call", "Guard", "Lane", "Refused"]
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 class Guard:
@@ -128,7 +132,7 @@ class Guard:
             await self._turn(turns)
             began = loop.time()
             try:
-                return await call()
+                return await awaited(call)
             finally:
                 self._end_turn(turns)
 
@@ -196,7 +200,7 @@ class Guard:
         elif isinstance(error, CancelledError) and trial.was_told_to_stop:
             turns.breaker.untried()
         else:
-            self.failed(trial.lane, f"{type(error).__name__}: {error}")
+            self.failed(trial.lane, words(error))
 
     async def _turn(self, turns: Turns) -> None:
         """Wait until the call may run."""
@@ -296,9 +300,9 @@ class Guard:
         if self._lanes[lane].breaker.missed(asyncio.get_running_loop().time(), reason):
             self._opened(lane)
 
-    def failed(self, lane: Lane, reason: str) -> None:
-        """The tier itself answered with an error."""
-        if self._lanes[lane].breaker.failed(asyncio.get_running_loop().time(), reason):
+    def failed(self, lane: Lane, reason: str, about: Hashable = None) -> None:
+        """The tier answered with an error, ``about`` one object or (None) about itself."""
+        if self._lanes[lane].breaker.failed(asyncio.get_running_loop().time(), reason, about):
             self._opened(lane)
 
     def succeeded(self, lane: Lane) -> None:
@@ -321,21 +325,27 @@ class Guard:
     def _start_probe(self) -> None:
         if self._probing is None:  # else it says itself when the next one is due
             self._probing = asyncio.get_running_loop().create_task(self._probe())
+            # Not in the task itself: an eager one may have ended before it is assigned here.
+            self._probing.add_done_callback(self._probed)
 
     async def _probe(self) -> None:
         """Ask the tier something small. One that never lets go is never asked a second time."""
         breaker, loop = self._lanes[Lane.READS].breaker, asyncio.get_running_loop()
-        try:
-            if breaker.try_now(loop.time()):
-                trouble = await self._trouble()
-                if trouble is not None:
-                    breaker.failed(loop.time(), trouble)
-                elif breaker.passed(loop.time()) and self.on_probed is not None:
-                    self.on_probed()
-        finally:
-            self._probing = None
-            if not breaker.is_closed:
-                self._probe_later()
+        if breaker.try_now(loop.time()):
+            trouble = await self._trouble()
+            if trouble is not None:
+                breaker.failed(loop.time(), trouble)
+            elif breaker.passed(loop.time()) and self.on_probed is not None:
+                self.on_probed()
+
+    def _probed(self, probing: asyncio.Task[None]) -> None:
+        self._probing = None
+        if not probing.cancelled() and (error := probing.exception()) is not None:
+            _log.error("a probe failed", exc_info=error)
+        breaker = self._lanes[Lane.READS].breaker
+        breaker.untried()  # where it ended without a verdict: half-open would be for ever
+        if not breaker.is_closed:
+            self._probe_later()
 
     async def _trouble(self) -> str | None:
         """What is wrong with the tier, by a probe."""
@@ -344,14 +354,14 @@ class Guard:
         expiry = asyncio.timeout(self.deadline)
         try:
             async with expiry:
-                await self.probe()
+                await awaited(self.probe)
         except CancelledError:
             if task is None or task.cancelling():
                 raise
-            return "a probe was cancelled by the tier"
+            return "a probe was cancelled"
         except Exception as exc:  # noqa: BLE001  # foreign code: whatever it raises, it is not well
             if not expiry.expired():
-                return f"{type(exc).__name__}: {exc}"
+                return words(exc)
         # A thread cannot be stopped, so an answer may come after the deadline, too.
         return f"no answer to a probe within {self.deadline} s" if expiry.expired() else None
 
@@ -397,3 +407,4 @@ class Guard:
         while self._probing is not None:
             self._probing.cancel()
             await asyncio.wait({self._probing})
+            await asyncio.sleep(0)  # what notes its end is called in the next turn

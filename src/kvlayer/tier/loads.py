@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import inf
 
+from kvlayer._foreign import words
 from kvlayer.events import ObjectQuarantined
 from kvlayer.keys import ObjectKey, Span
 from kvlayer.results import Cause, Failure
@@ -258,7 +259,7 @@ class Loads:
                 return Failure(span, Cause.DEADLINE, tier.name, "took longer than it was worth")
             if outcome is None:
                 detail = f"not loaded within {tier.guard.deadline} s"
-                tier.fails(Cause.DEADLINE, detail)
+                tier.fails(Cause.DEADLINE, detail, key=record.key)
                 return Failure(span, Cause.DEADLINE, tier.name, detail)
             await self._withdraw(tier, record, outcome)
             request.flights.pop(record.key).leave()
@@ -290,14 +291,22 @@ class Loads:
                     flight.leave()
 
     async def _withdraw(self, tier: LowerTier, record: ObjectRecord, outcome: Outcome) -> None:
-        """Stop offering what a tier could not deliver; take a damaged object out of sight."""
+        """Stop offering what a tier could not deliver; take a damaged object out of sight.
+
+        So is one that failed several times in a row while others did not: its tier would not
+        replace it, and every prompt that needs it would fail again.
+        """
         cause = outcome.cause
-        if cause is None or not (cause.is_damage or cause is Cause.VANISHED):
-            return
-        if not record.tiers >> tier.index & 1:
+        if cause is None or not record.tiers >> tier.index & 1:
             return  # another request was faster
-        self._planner.missing(record, tier.index, cause, f"{tier.name}: {outcome.detail}")
-        if not cause.is_damage:
+        is_hopeless = tier.is_hopeless(Lane.READS, record.key)
+        if not (is_hopeless or cause.is_damage or cause is Cause.VANISHED):
+            return
+        detail = f"{tier.name}: {outcome.detail}"
+        self._planner.missing(record, tier.index, cause, detail, aside=is_hopeless)
+        if is_hopeless:
+            tier.sets_aside(record.key)
+        elif not cause.is_damage:
             return
         if tier.emit:
             tier.emit(
@@ -310,7 +319,7 @@ class Loads:
             if not await tier.guard.wait_alone(call):
                 tier.fails(Cause.DEADLINE, "quarantine did not end in time")
             elif call.error is not None:
-                tier.fails(Cause.TIER_DOWN, f"{type(call.error).__name__}: {call.error}")
+                tier.complains(Cause.TIER_DOWN, words(call.error))
 
 
 def wanted_of(match: Match) -> Wanted:

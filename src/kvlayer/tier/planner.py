@@ -30,6 +30,8 @@ from kvlayer.tier.store_plan import Reservation, StorePlan
 
 __all__ = ["Planner", "Reservation", "StorePlan"]
 
+_MAX_ASIDE = 4096  # objects set aside that are remembered
+
 
 class Planner:
     """Decides for one rank of one namespace, or for several ``ranks`` that ``layout`` unites.
@@ -63,6 +65,8 @@ class Planner:
         needs = [plan.rank_part(i, g) for i, g in enumerate(layout.groups)]
         self._cuts = plan.cuts(layout, ranks or (layout,), head_shards)
         self._withdrawn: dict[int, set[ObjectKey]] = {}
+        self._aside: dict[tuple[int, ObjectKey], None] = {}
+        """What a tier may hold but could not deliver; the first is forgotten first."""
         self._payloads: dict[tuple[Part, int], Payload] = {}
         self.directory = Directory(namespace, needs)
         self._matcher = Matcher(self.directory, self._groups, self._cuts)
@@ -119,7 +123,9 @@ class Planner:
         with self.lock:
             withdrawn = self._withdrawn.get(tier, ())
             for key in keys:
-                if key not in withdrawn and self._matcher.can_exist(key):
+                if key in withdrawn or (tier, key) in self._aside:
+                    continue
+                if self._matcher.can_exist(key):
                     self.directory.note(key, tier)
 
     def listing(self, tier: int, *, started: bool) -> None:
@@ -410,11 +416,21 @@ class Planner:
             record.writing &= ~(1 << tier)
             if ok:
                 self.directory.add_tier(record, tier)
+                self._aside.pop((tier, record.key), None)
             self.host.let_go((record,))
 
-    def missing(self, record: ObjectRecord, tier: int, cause: Cause, detail: str) -> None:
-        """A tier turned out not to have a usable copy."""
+    def missing(
+        self, record: ObjectRecord, tier: int, cause: Cause, detail: str, *, aside: bool = False
+    ) -> None:
+        """A tier turned out not to have a usable copy.
+
+        ``aside``: it may still say that it has one; it is believed again once it was written to.
+        """
         with self.lock:
+            if aside:
+                self._aside[tier, record.key] = None
+                if len(self._aside) > _MAX_ASIDE:
+                    del self._aside[next(iter(self._aside))]
             self._withdraw(record.key, tier)
             self.directory.drop_tier(record, tier)
             if not record.is_ready:

@@ -9,9 +9,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 
+from kvlayer._foreign import Foreign, awaited, words
 from kvlayer.abc.stager import Landed
 from kvlayer.errors import ClosedError
-from kvlayer.keys import ChunkChain, ObjectKey, Span
+from kvlayer.keys import ChunkChain, Span
 from kvlayer.layout import HitRule, KVView
 from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
 from kvlayer.tier import plan
@@ -20,6 +21,7 @@ from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.estimate import Rate
 from kvlayer.tier.finder import Finder
 from kvlayer.tier.lease import Lease
+from kvlayer.tier.listing import listed
 from kvlayer.tier.loads import Loads, Wanted, down, wanted_of
 from kvlayer.tier.matcher import Match
 from kvlayer.tier.messages import Outcome, Piece
@@ -30,7 +32,6 @@ from kvlayer.tier.tier import LowerTier, Tier
 
 __all__ = ["Stack", "Window"]
 
-_RECOVERY_BATCH = 256  # records noted per turn of the loop
 _SLICE = 16  # spans planned per turn of the loop: some 20 us each
 
 
@@ -52,6 +53,7 @@ class Stack:
         host: Tier,
         lower: Sequence[LowerTier],
         *,
+        foreign: Foreign | None = None,
         clock: Callable[[], float],
         prefill: Rate | None = None,
         high_watermark: float = 1.0,
@@ -63,6 +65,8 @@ class Stack:
         self.lower = tuple(lower)
         self.prefill = prefill or Rate()
         """How fast the engine recomputes what is not loaded."""
+        self.foreign = foreign or Foreign()
+        """What calling other people's code has cost."""
         self._clock = clock
         self.loads = Loads(planner, mover, host, lower, clock)
         self.finder = Finder(planner, mover, self.loads, lower, prefill=self.prefill, clock=clock)
@@ -115,7 +119,7 @@ class Stack:
             failed = self.planner.gathered(todo, missed)
             self._evicted(todo)  # what a planning that raised had given up
         if on_gathered is not None:
-            on_gathered()
+            self.foreign.call("on_gathered", on_gathered)
         self.host.gathers(
             [slot.record.key for slot in todo.gathers],
             sum(slot.piece.nbytes for slot in todo.gathers),
@@ -160,6 +164,8 @@ class Stack:
         landed: Landed | None = None,
     ) -> RetrieveReport:
         """Bring a match up and scatter it, in prompt order. See ``Cache.retrieve``."""
+        if landed is not None:
+            landed = _Told(self.foreign, landed)
         match = self.planner.bounded(match, window.stop)
         stop = min(match.tokens, window.stop)
         bound = Window(window.start, stop - stop % self._native_step)
@@ -269,14 +275,9 @@ class Stack:
         tier.is_recovered = True
 
     async def _read_listing(self, tier: LowerTier) -> None:
-        batch: list[ObjectKey] = []
-        async for listed in tier.backend.list(self.planner.directory.namespace):
-            batch.append(listed.key)
-            if len(batch) >= _RECOVERY_BATCH:
-                self.planner.note(batch, tier.index)
-                batch = []
-                await asyncio.sleep(0)
-        self.planner.note(batch, tier.index)
+        async for batch in listed(tier, self.planner.directory.namespace):
+            self.planner.note(batch, tier.index)
+            await asyncio.sleep(0)
 
     async def recovered(self) -> None:
         """Wait until every tier's listing has been read."""
@@ -304,9 +305,23 @@ class Stack:
 async def _moved(move: Awaitable[Sequence[Outcome]], pieces: Sequence[Piece]) -> Sequence[Outcome]:
     """What a move missed, which is everything when the cache is closed meanwhile."""
     try:
-        return await move
+        return await awaited(lambda: move)
     except ClosedError as exc:
         return [Outcome(piece.key, Cause.BUSY, str(exc)) for piece in pieces]
+
+
+class _Told:
+    """Whoever is told of layers: not any more, once it has raised."""
+
+    def __init__(self, foreign: Foreign, landed: Landed) -> None:
+        self._foreign = foreign
+        self._landed: Landed | None = landed
+
+    def __call__(self, group: int, layer: int) -> None:
+        if self._landed is not None and not self._foreign.call(
+            "on_layer", self._landed, group, layer
+        ):
+            self._landed = None
 
 
 def _piece(span: Span, record: ObjectRecord) -> Piece:
@@ -328,7 +343,7 @@ def _before(batch: Wanted, missed: Sequence[Outcome], tier: str, trouble: list[F
 def _recovery_ended(tier: LowerTier, task: asyncio.Task[None]) -> None:
     """A listing that failed costs nothing but questions: lookups go on asking the tier."""
     if not task.cancelled() and (error := task.exception()) is not None:
-        tier.complains(Cause.TIER_DOWN, f"{type(error).__name__}: {error}")
+        tier.complains(Cause.TIER_DOWN, words(error))
 
 
 def _holds(view: KVView, view_start: int, group: int, span: Span) -> bool:

@@ -24,6 +24,9 @@ from kvlayer.tier.messages import Outcome
 
 __all__ = ["LowerTier", "Tier"]
 
+_TRIES = 3  # failures in a row of one object at which it is set aside
+_MAX_FAILING = 1024  # objects whose failures are counted; the oldest is forgotten first
+
 
 @dataclass(slots=True, eq=False)
 class Tier:
@@ -107,7 +110,13 @@ class LowerTier(Tier):
     """Whether the directory knows all that the tier held when it was opened."""
     estimate: Estimate = field(default_factory=Estimate)
     """How long loads take."""
+    set_aside: int = 0
+    """Objects that failed several times in a row and are not offered until they are rewritten."""
     _troubles: dict[Lane, str] = field(default_factory=dict[Lane, str])
+    _failing: dict[tuple[Lane, ObjectKey], int] = field(
+        default_factory=dict[tuple[Lane, ObjectKey], int]
+    )
+    """Failures in a row, by object."""
 
     def __post_init__(self) -> None:
         self.guard.on_opened = self._opened
@@ -125,6 +134,7 @@ class LowerTier(Tier):
         """See :meth:`Tier.stats`; with what is in flight and how the tier has been answering."""
         return replace(
             Tier.stats(self, objects, used, capacity, pinned),
+            set_aside=self.set_aside,
             inflight=self.guard.inflight,
             inflight_nbytes=self.guard.inflight_nbytes,
             orphans=self.guard.orphans,
@@ -134,18 +144,46 @@ class LowerTier(Tier):
             bytes_per_second=self.estimate.bandwidth,
         )
 
-    def works(self, lane: Lane = Lane.READS) -> None:
-        """A call succeeded in time."""
+    def works(self, lane: Lane = Lane.READS, key: ObjectKey | None = None) -> None:
+        """A call succeeded in time; ``key``: what it was about, where that was one object."""
+        if key is not None:
+            self._failing.pop((lane, key), None)
         self.guard.succeeded(lane)
         self._cleared(lane, "a call succeeded")
 
-    def fails(self, cause: Cause, detail: str, lane: Lane = Lane.READS) -> None:
-        """The tier itself failed: an error or a missed deadline."""
-        self.complains(cause, detail, lane)
+    def fails(
+        self,
+        cause: Cause,
+        detail: str,
+        lane: Lane = Lane.READS,
+        key: ObjectKey | None = None,
+    ) -> None:
+        """A call failed: an error or a missed deadline.
+
+        An error about one object, ``key``, may be that object's. It becomes the tier's when
+        another object fails before anything succeeds.
+        """
+        self.misses[cause] += 1
+        if key is not None:
+            self._failing[lane, key] = self._failing.pop((lane, key), 0) + 1
+            if len(self._failing) > _MAX_FAILING:
+                del self._failing[next(iter(self._failing))]
         if cause is Cause.DEADLINE:
             self.guard.missed(lane, detail)
         else:
-            self.guard.failed(lane, detail)
+            self.guard.failed(lane, detail, key)
+        breaker = self.guard.breaker(lane)
+        if key is None or not breaker.is_closed or breaker.failed_count > 1:
+            self._troubled(lane, detail or cause)
+
+    def is_hopeless(self, lane: Lane, key: ObjectKey) -> bool:
+        """Whether an object has failed so often in a row that trying again is not worth it."""
+        return self._failing.get((lane, key), 0) >= _TRIES
+
+    def sets_aside(self, key: ObjectKey) -> None:
+        """An object is not offered any more until it is rewritten."""
+        self.set_aside += 1
+        self._failing.pop((Lane.READS, key), None)
 
     def complains(self, cause: Cause, detail: str, lane: Lane = Lane.READS) -> None:
         """Something failed that no request waits for: reported, but the tier is asked on."""
@@ -161,7 +199,7 @@ class LowerTier(Tier):
             pass
         elif outcome.cause is None:
             if not call.was_late:
-                self.works(call.lane)
+                self.works(call.lane, outcome.key)
             if direction == "load":
                 self.hits += 1
                 self.loaded_nbytes += outcome.nbytes
@@ -171,7 +209,7 @@ class LowerTier(Tier):
         elif isinstance(call.error, Refused):
             self.refused(outcome.cause)
         elif outcome.cause is Cause.TIER_DOWN or outcome.cause is Cause.DEADLINE:
-            self.fails(outcome.cause, outcome.detail, call.lane)
+            self.fails(outcome.cause, outcome.detail, call.lane, outcome.key)
         else:
             self.misses[outcome.cause] += 1
         if self.emit:

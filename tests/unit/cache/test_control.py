@@ -153,7 +153,7 @@ async def test_a_sink_that_raises_never_reaches_the_caller(
     async with Cache.open(config(), layout(), sinks=[broken]) as cache:
         await _store(cache, 0)
         assert await _found(cache, 0) == 32
-    assert caplog.text.count("RuntimeError: sink") == 1
+    assert caplog.text.count("sink raised RuntimeError: sink") == 1
 
 
 async def _causes(cache: Cache, prompt: object, scope: Scope | None = None) -> list[MissedChunk]:

@@ -15,6 +15,25 @@ def test_one_missed_deadline_opens_it_and_five_errors_in_a_row_do() -> None:
     assert not broken.is_closed
 
 
+def test_errors_about_one_object_count_once() -> None:
+    breaker = Breaker()
+    assert not any(breaker.failed(0.0, "no", "one") for _ in range(100))
+    assert breaker.failed_count == 1
+    assert [breaker.failed(0.0, "no", key) for key in ("two", "one", "three", "four")] == [
+        False
+    ] * 4
+    assert breaker.failed(0.0, "no", "five")
+
+
+def test_a_success_forgets_which_objects_had_failed() -> None:
+    breaker = Breaker()
+    for key in range(4):
+        breaker.failed(0.0, "no", key)
+    breaker.succeeded(0.0)
+    assert breaker.failed_count == 0
+    assert not any(breaker.failed(0.0, "no", key) for key in range(4))
+
+
 def test_a_success_between_errors_forgives_them() -> None:
     breaker = Breaker()
     for _ in range(20):

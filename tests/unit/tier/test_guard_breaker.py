@@ -602,3 +602,54 @@ async def test_a_breaker_that_opens_while_the_guard_closes_plans_no_probe() -> N
     work.gate.set()
     await closing
     assert nothing_left(guard)
+
+
+# -- eager tasks ----------------------------------------------------------------------------------
+
+
+def eager(loop: asyncio.AbstractEventLoop, work: Any, **_: Any) -> asyncio.Future[Any]:
+    """Runs a task's work where it is created, as ``asyncio.eager_task_factory`` does.
+
+    Only for work that does not wait: there the two are the same.
+    """
+    ended = loop.create_future()
+    with pytest.raises(StopIteration) as stop:
+        work.send(None)
+    ended.set_result(stop.value.value)
+    return ended
+
+
+@in_virtual_time
+async def test_a_probe_that_ends_where_it_begins_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the tier would never be asked again, and closing would wait for ever."""
+    guard, loop = Guard(DEADLINE, 4, pause=PAUSE), asyncio.get_running_loop()
+    loop.set_task_factory(eager)  # type: ignore[arg-type]
+    answers = ["sick", "sick", None]
+    asked: list[float] = []
+
+    async def trouble() -> str | None:
+        asked.append(loop.time())
+        return answers.pop(0)
+
+    monkeypatch.setattr(guard, "_trouble", trouble)
+    guard.probe = Probe(answers=True)
+    guard.missed(Lane.READS, "late")
+    await asyncio.sleep(20)
+    assert len(asked) == 3
+    assert guard.serves
+    await guard.aclose()
+
+
+@in_virtual_time
+async def test_a_probe_that_is_cancelled_by_others_is_made_again() -> None:
+    guard, probe = Guard(DEADLINE, 4, pause=PAUSE), Probe(answers=False)
+    guard.probe = probe
+    guard.missed(Lane.READS, "late")
+    await asyncio.sleep(PAUSE)
+    assert guard._probing is not None
+    guard._probing.cancel()
+    probe.gate.set()
+    await asyncio.sleep(2 * PAUSE)
+    assert len(probe.at) > 1
+    assert guard.serves
+    await guard.aclose()

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from stacks import CHUNK, Rig, chain_of, check_accounts, framed, make_rig, pattern
 
+from kvlayer.abc.backend import Read, ReadResult
 from kvlayer.errors import BackendError, BackendTimeoutError, BackendUnavailableError
 from kvlayer.events import ObjectQuarantined, TierChanged, TransferDone
-from kvlayer.keys import ChunkChain
+from kvlayer.keys import ChunkChain, ObjectKey
 from kvlayer.results import Cause, Failure
 from kvlayer.testing.sim import in_virtual_time
 from kvlayer.tier.directory import Host
@@ -187,9 +188,76 @@ async def test_a_backend_that_cancels_by_itself_is_asked_once() -> None:
     rig.backend.raises = asyncio.CancelledError()
     done, (failure,) = await load(rig, chain)
     assert done == 0
-    assert failure.cause is Cause.DEADLINE
+    assert failure.cause is Cause.TIER_DOWN  # nobody told it to stop: it failed
     assert rig.backend.count("get") == 1
     idle(rig)
+    await rig.aclose()
+
+
+def unreadable(rig: Rig, bad: set[ObjectKey]) -> None:
+    """From now on the tier answers with an error for some objects."""
+    real = rig.backend.fill
+
+    def fill(read: Read) -> ReadResult:
+        return BackendError("bad sector") if read.key in bad else real(read)
+
+    rig.backend.fill = fill  # type: ignore[method-assign]
+
+
+@pytest.mark.asyncio
+async def test_an_object_that_keeps_failing_is_set_aside_and_its_tier_serves_on() -> None:
+    rig, chain, other = make_rig(shared=True), chain_of(16), chain_of(32, seed=5)
+    await rig.send_down(chain)
+    await rig.send_down(other)
+    (key,) = [found.key for found in rig.planner.match(chain).path()]
+    bad = {key}
+    unreadable(rig, bad)
+    for _ in range(3):
+        done, (failure,) = await load(rig, chain)
+        assert (done, failure.cause) == (0, Cause.TIER_DOWN)
+        assert rig.tier.health().ok
+    assert rig.planner.match(chain).tokens == 0
+    assert (rig.tier.set_aside, rig.tier.stats(0, 0, None).set_aside) == (1, 1)
+    assert [e.key for e in rig.events if isinstance(e, ObjectQuarantined)] == [key]
+    assert rig.backend.count("get") == 3
+    rig.planner.note([key], 1)  # another process, or a listing, says it is there
+    assert rig.planner.match(chain).tokens == 0
+    assert await load(rig, other) == (2, [])
+    bad.clear()
+    await rig.send_down(chain)
+    assert await load(rig, chain) == (1, [])
+    idle(rig)
+    await rig.aclose()
+
+
+@pytest.mark.asyncio
+async def test_a_success_in_between_is_a_new_beginning() -> None:
+    rig, chain = make_rig(), chain_of(16)
+    await rig.send_down(chain)
+    (found,) = rig.planner.match(chain).path()
+    for _ in range(3):
+        rig.backend.fails = BackendError("for a moment")
+        for _ in range(2):
+            await load(rig, chain)
+        rig.backend.fails = None
+        assert await load(rig, chain) == (1, [])
+        rig.planner.evict([found], Cause.CLEARED, "")
+    assert rig.tier.set_aside == 0
+    await rig.aclose()
+
+
+@pytest.mark.asyncio
+async def test_different_objects_that_fail_are_the_tiers_trouble() -> None:
+    rig = make_rig()
+    chains = [chain_of(16, seed=seed) for seed in range(6)]
+    for chain in chains:
+        await rig.send_down(chain)
+    rig.backend.fails = BackendError("dead")
+    causes = [(await load(rig, chain))[1][0].cause for chain in chains]
+    assert causes == [Cause.TIER_DOWN] * 6
+    assert rig.backend.count("get") == 5  # the sixth was not asked for
+    assert not rig.tier.health().ok
+    assert rig.tier.set_aside == 0
     await rig.aclose()
 
 
