@@ -144,6 +144,10 @@ class CacheConfig:
     )
     """The stack, fastest first. Tier 0 is host memory."""
 
+    verify_weights: bool = False
+    """Whether the model's files are read whole at every start, whatever is remembered of them.
+    Without it files that look unchanged are believed after samples of them were compared."""
+
     tokens_per_chunk: int = 256
     """Tokens in a chunk, the unit of naming and transfer. In the namespace."""
 

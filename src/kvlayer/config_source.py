@@ -258,7 +258,22 @@ def _unknown_variable(name: str, above: _Key, word: str, shape: _Shape) -> Confi
         case _Leaf():
             known = []
     keys = [_variable((*above, each)) for each in known] or [_variable(above)]
-    return _unknown(name, _variable((*above, word)), keys, "environment")
+    return _unknown(
+        name, _variable((*above, word)), keys, "environment", below=_variables(shape, above)
+    )
+
+
+def _variables(shape: _Shape, above: _Key) -> list[str]:
+    """The variables of every field below ``above``: one underscore too few is a common slip."""
+    match shape:
+        case _Table(_, shapes):
+            return [each for n, s in shapes.items() for each in _variables(s, (*above, n))]
+        case _List(item_shape):
+            return _variables(item_shape, (*above, "0"))
+        case _Open():
+            return []
+        case _Leaf():
+            return [_variable(above)]
 
 
 def _variable(key: _Key) -> str:
@@ -334,8 +349,10 @@ def _dotted(key: _Key) -> str:
     return ".".join(key)
 
 
-def _unknown(shown: str, word: str, known: list[str], origin: str) -> ConfigError:
-    near = nearest(word, known)
+def _unknown(
+    shown: str, word: str, known: list[str], origin: str, *, below: Sequence[str] = ()
+) -> ConfigError:
+    near = nearest(word, [*known, *below])
     return ConfigError(
         f"unknown key {shown} ({origin})" + (f"; did you mean {near!r}?" if near else ""),
         hint=f"known here: {', '.join(known)}",

@@ -94,7 +94,9 @@ async def _identify(config: CacheConfig, layout: KVLayout, resources: AsyncExitS
     else:
         offload = Offload(1, "kvlayer-digest")
         resources.callback(offload.close)
-        weights = await offload.run(parse_weights, weights)  # may read all of the model
+        weights = await offload.run(  # may read all of the model
+            partial(parse_weights, weights, whole=config.verify_weights)
+        )
     if model.numerics != "portable":
         raise ConfigError(
             f"numerics = {model.numerics!r} needs an engine adapter to name the engine",

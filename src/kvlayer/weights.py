@@ -27,10 +27,13 @@ import re
 import stat
 from collections.abc import Callable, Iterator
 from hashlib import sha256
+from io import FileIO
 from pathlib import Path
 from typing import TypeAlias
 from uuid import uuid4
 
+from kvlayer import weights_samples
+from kvlayer._own import is_own
 from kvlayer.errors import IdentityError
 from kvlayer.urls import shown_text
 from kvlayer.weights_cache import DigestCache
@@ -72,13 +75,17 @@ def weights_digest(
     *,
     cache_dir: str | os.PathLike[str] | None = None,
     on_progress: OnProgress | None = None,
+    whole: bool = False,
 ) -> str:
     """``sha256:<64 hex digits>`` over the model files of a folder, or of a single weights file.
 
-    Reads every file once; later calls find each file's sha256 in ``cache_dir`` (default:
-    ``$XDG_CACHE_HOME`` or ``~/.cache``, then ``kvlayer``) while device, inode, size, mtime and
-    ctime stay the same. A file of a Hub cache (a link into ``blobs/`` named by a sha256) is not
-    read: its name is believed. A cache directory that cannot be written is not used.
+    Reads every file once. Later calls find the sha256 of a file of more than 16 MiB in
+    ``cache_dir`` (default: ``$XDG_CACHE_HOME`` or ``~/.cache``, then ``kvlayer``) while device,
+    inode, size, mtime and ctime stay the same, and samples of its bytes do: see
+    ``kvlayer.weights_samples`` for what that leaves open. A file of a Hub cache (a link into
+    ``blobs/`` named by a sha256) is not read: its name is believed where nobody but the user and
+    root can write there, unless the file is younger than the link. So is what is in ``cache_dir``.
+    ``whole`` reads every byte and believes nothing. A directory that cannot be written is not used.
 
     Raises ``IdentityError`` when there are no weights, when a file cannot be read, and when one
     keeps changing while it is read. Blocks for as long as reading takes.
@@ -90,7 +97,7 @@ def weights_digest(
     except OSError as exc:
         raise _unreadable(exc, root) from None
     cache = DigestCache(cache_dir)
-    hasher = _Hasher(cache, sum(sizes), on_progress)
+    hasher = _Hasher(cache, sum(sizes), on_progress, whole=whole)
     try:
         found = {
             name: hasher.digest(file, size)
@@ -106,6 +113,7 @@ def parse_weights(
     *,
     cache_dir: str | os.PathLike[str] | None = None,
     on_progress: OnProgress | None = None,
+    whole: bool = False,
 ) -> str:
     """The digest that ``text`` gives, or that the files at the path ``text`` have.
 
@@ -118,7 +126,7 @@ def parse_weights(
             f"not a weights digest: {shown_text(text)}",
             hint="expected sha256: and 64 lowercase hex digits, or the path of a model",
         )
-    return weights_digest(text, cache_dir=cache_dir, on_progress=on_progress)
+    return weights_digest(text, cache_dir=cache_dir, on_progress=on_progress, whole=whole)
 
 
 def process_weights() -> str:
@@ -197,8 +205,11 @@ def _digest_of(found: dict[str, str]) -> str:
 class _Hasher:
     """Hashes files one after the other through one buffer, and counts the bytes."""
 
-    def __init__(self, cache: DigestCache, total: int, on_progress: OnProgress | None) -> None:
+    def __init__(
+        self, cache: DigestCache, total: int, on_progress: OnProgress | None, *, whole: bool
+    ) -> None:
         self._cache = cache
+        self._whole = whole
         self._total = total
         self._on_progress = on_progress
         self._done = 0
@@ -207,7 +218,7 @@ class _Hasher:
     def digest(self, file: Path, size: int) -> str:
         """The file's sha256 in hex. ``size`` is what it counts for in the progress."""
         try:
-            digest = _blob_digest(file) or self._read(file)
+            digest = (None if self._whole else _blob_digest(file)) or self._read(file)
         except OSError as exc:
             raise _unreadable(exc, file) from None
         self._done += size
@@ -216,36 +227,43 @@ class _Hasher:
 
     def _read(self, file: Path) -> str:
         for _ in range(_ATTEMPTS):
-            before = file.stat()
-            if not stat.S_ISREG(before.st_mode):
-                raise IdentityError(
-                    f"{shown_text(str(file))} is not a regular file", hint=f"remove it, {_EXPLICIT}"
-                )
-            known = self._cache.get(before)
-            if known is not None:
-                return known
-            settled = DigestCache.is_settled(before)
-            digest = self._stream(file, before.st_size)
+            with _opened(file) as raw:
+                before = os.fstat(raw.fileno())
+                known = self._known(raw, before)
+                if known is not None:
+                    return known
+                settled = DigestCache.is_settled(before)
+                digest = self._stream(raw, before.st_size)
+                is_large = before.st_size > weights_samples.WHOLE_NBYTES
+                samples = _samples(raw, before.st_size) if is_large and settled else ""
             if DigestCache.key(before) == DigestCache.key(file.stat()):
-                if settled:
-                    self._cache.put(before, digest)
+                if samples:
+                    self._cache.put(before, samples, digest)
                 return digest
         raise IdentityError(
             f"{shown_text(str(file))} changed while it was read, {_ATTEMPTS} times",
             hint=f"wait until the download or training has ended, {_EXPLICIT}",
         )
 
-    def _stream(self, file: Path, size: int) -> str:
+    def _known(self, raw: FileIO, status: os.stat_result) -> str | None:
+        """The remembered sha256 of an open file, when its samples are those that had it."""
+        if self._whole or status.st_size <= weights_samples.WHOLE_NBYTES:
+            return None
+        known = self._cache.get(status)
+        if known is None or known[0] != _samples(raw, status.st_size):
+            return None
+        return known[1]
+
+    def _stream(self, raw: FileIO, size: int) -> str:
         """The sha256 of the file's content, which ends early once there is more than ``size``."""
         if not self._buffer:
             self._buffer = memoryview(bytearray(_BUFFER_NBYTES))
         state, inside = sha256(), 0
-        with file.open("rb", buffering=0) as raw:
-            # A file that grows as fast as it is read would never end.
-            while inside <= size and (count := raw.readinto(self._buffer)):
-                state.update(self._buffer[:count])
-                inside += count
-                self._report(inside)
+        # A file that grows as fast as it is read would never end.
+        while inside <= size and (count := raw.readinto(self._buffer)):
+            state.update(self._buffer[:count])
+            inside += count
+            self._report(inside)
         return state.hexdigest()
 
     def _report(self, inside: int) -> None:
@@ -253,12 +271,36 @@ class _Hasher:
             self._on_progress(min(self._done + inside, self._total), self._total)
 
 
+def _opened(file: Path) -> FileIO:
+    """A model's file, open for reading. A pipe in its place is refused, not waited for."""
+    raw = FileIO(file, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
+    if stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
+        return raw
+    raw.close()
+    raise IdentityError(
+        f"{shown_text(str(file))} is not a regular file", hint=f"remove it, {_EXPLICIT}"
+    )
+
+
+def _samples(raw: FileIO, size: int) -> str:
+    return weights_samples.sampled(raw.fileno(), size)
+
+
 def _blob_digest(file: Path) -> str | None:
-    """The sha256 that a Hub cache's blob is named by. Its 40-digit names are git's, not sha256."""
-    if not file.is_symlink():
+    """The sha256 that a Hub cache's blob is named by. Its 40-digit names are git's, not sha256.
+
+    None where somebody else can have written the blob, or the link to it, and where it was written
+    to after it was linked, as by a program that saves a model into a snapshot's folder.
+    """
+    link = file.lstat()
+    if not stat.S_ISLNK(link.st_mode):
         return None
     blob = file.resolve(strict=True)
-    return blob.name if blob.parent.name == "blobs" and _BLOB.fullmatch(blob.name) else None
+    if blob.parent.name != "blobs" or not _BLOB.fullmatch(blob.name):
+        return None
+    status = blob.stat()
+    is_fresh = stat.S_ISREG(status.st_mode) and status.st_mtime_ns <= link.st_mtime_ns
+    return blob.name if is_fresh and is_own(file) else None
 
 
 def _unreadable(exc: OSError, file: Path) -> IdentityError:

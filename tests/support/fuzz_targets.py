@@ -43,10 +43,10 @@ from kvlayer.layout import AttentionKind, KVGroup
 from kvlayer.namespace import Namespace
 from kvlayer.payload import Payload
 from kvlayer.tier.messages import Completion, Greeting, Order
-from kvlayer.urls import BackendURL, format_bytes, parse_bytes
+from kvlayer.urls import BackendURL, format_bytes, local_directory, parse_bytes
 from kvlayer.weights_cache import DigestCache, _line
 from kvlayer_backends.cpu import CpuOptions
-from kvlayer_backends.file.options import FileOptions, directory
+from kvlayer_backends.file.options import FileOptions
 from kvlayer_backends.file.paths import Paths, Shard
 
 __all__ = ["CPU_SECONDS", "TARGETS", "HangError", "Target", "UnboundedError", "examine"]
@@ -262,6 +262,13 @@ def _as_file(key: ObjectKey) -> bool:
     return True
 
 
+def shown_options(text: str) -> dict[str, str]:
+    """The options of a URL's text, as written."""
+    query = text.partition("?")[2]
+    pairs = (pair.partition("=") for pair in query.split("&") if query)
+    return {name: value for name, _, value in pairs}
+
+
 def urls(given: bytes) -> bool:
     text = given.decode("utf-8", "surrogateescape")
     with suppress(ConfigError):
@@ -271,15 +278,16 @@ def urls(given: bytes) -> bool:
         url = BackendURL.parse(text)
     except ConfigError:
         return False
-    assert str(url) == text
-    again = BackendURL.parse(str(url))
+    assert url.text == text
+    again = BackendURL.parse(text)
     assert (again, again.options) == (url, url.options)
+    assert shown_options(str(url)) == dict.fromkeys(shown_options(text), "***")
     assert not {"@", "#"} & {*url.host} and "#" not in text and "\0" not in url.path
     for options in (CpuOptions, FileOptions):
         with suppress(ConfigError):
             url.into(options)
     with suppress(ConfigError):
-        assert directory(url).startswith("/")
+        assert local_directory(url).startswith("/")
     return True
 
 
@@ -316,7 +324,8 @@ def config(given: bytes) -> bool:
     except ConfigError:
         return False
     found = loaded.config
-    _comes_back(found, loaded.values())
+    urls = {f"tiers.{index}.url": tier.url for index, tier in enumerate(found.tiers)}
+    _comes_back(found, loaded.values() | urls)  # what is shown is masked
     assert loaded.origins.keys() == loaded.values().keys()
     return True
 
@@ -341,8 +350,9 @@ def weights_cache(given: bytes) -> bool:
     found = DigestCache(_FOLDER)._load()
     rows = (line.rpartition(" ") for line in given.decode("ascii", "replace").splitlines())
     whole = [body for body, _, check in rows if check == f"{crc32(body.encode()):08x}"]
-    assert {*found.values()} <= {body[-64:] for body in whole}
-    (_FOLDER / "weights.sha256").write_text("".join(_line(*entry) for entry in found.items()))
+    assert {" ".join(digests) for digests in found.values()} <= {body[-129:] for body in whole}
+    lines = (_line(key, *digests) for key, digests in found.items())
+    (_FOLDER / "weights.sha256").write_text("".join(lines))
     assert DigestCache(_FOLDER)._load() == found
     return bool(found)
 

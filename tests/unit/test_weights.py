@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
+from io import FileIO
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlayer import weights, weights_cache
+from kvlayer import weights, weights_cache, weights_samples
 from kvlayer.errors import IdentityError
 from kvlayer.namespace import Namespace
 from kvlayer.weights import counts, parse_weights, process_weights, weights_digest
@@ -54,7 +57,8 @@ def _no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An hour has passed since the files were written."""
+    """An hour has passed since the files were written, and none is too small to be remembered."""
+    monkeypatch.setattr(weights_samples, "WHOLE_NBYTES", 0)
     later = time.time_ns() + 3600 * 10**9
     monkeypatch.setattr(weights_cache, "time", SimpleNamespace(time_ns=lambda: later))
 
@@ -65,9 +69,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     stream = weights._Hasher._stream
 
-    def spy(hasher: Any, file: Path, size: int) -> str:
-        names.append(file.name)
-        return stream(hasher, file, size)
+    def spy(hasher: Any, raw: FileIO, size: int) -> str:
+        names.append(Path(str(raw.name)).name)
+        return stream(hasher, raw, size)
 
     monkeypatch.setattr(weights._Hasher, "_stream", spy)
     return names
@@ -299,7 +303,7 @@ def test_a_file_or_folder_that_cannot_be_read_is_refused(
 
     model(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "open", deny)
+        patched.setattr(os, "open", deny)
         assert "Permission denied" in refusal(tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr(os, "scandir", deny)
@@ -520,7 +524,7 @@ def test_the_cache_keeps_a_bounded_number_of_the_newest(tmp_path: Path) -> None:
     for first in (0, 3000):
         cache = DigestCache(tmp_path)
         for inode in range(first, first + 3000):
-            cache.put(stat_of(inode), "ab" * 32)
+            cache.put(stat_of(inode), "cd" * 32, "ab" * 32)
         cache.save()
     assert list(remembered(tmp_path)) == list(range(6000 - 4096, 6000))
 
@@ -529,10 +533,13 @@ def test_two_writers_one_after_the_other_keep_both_entries(tmp_path: Path) -> No
     one, two = DigestCache(tmp_path), DigestCache(tmp_path)
     assert one.get(stat_of(1)) is two.get(stat_of(1)) is None
     for inode, cache in enumerate((one, two)):
-        cache.put(stat_of(inode), f"{inode:064x}")
+        cache.put(stat_of(inode), "cd" * 32, f"{inode:064x}")
         cache.save()
     third = DigestCache(tmp_path)
-    assert [third.get(stat_of(inode)) for inode in (0, 1)] == [f"{0:064x}", f"{1:064x}"]
+    assert [third.get(stat_of(inode)) for inode in (0, 1)] == [
+        ("cd" * 32, f"{0:064x}"),
+        ("cd" * 32, f"{1:064x}"),
+    ]
 
 
 def test_many_writers_at_once_leave_a_whole_file(tmp_path: Path) -> None:
@@ -544,7 +551,7 @@ def test_many_writers_at_once_leave_a_whole_file(tmp_path: Path) -> None:
             start.wait()
             for inode in range(20):
                 cache = DigestCache(tmp_path)
-                cache.put(stat_of(100 * number + inode), "cd" * 32)
+                cache.put(stat_of(100 * number + inode), "ab" * 32, "cd" * 32)
                 cache.save()
         except BaseException as exc:  # noqa: BLE001  carried to the test's thread
             failures.append(exc)
@@ -593,3 +600,275 @@ def test_a_served_model_name_is_no_identity() -> None:
     with pytest.raises(IdentityError, match="no model at") as caught:
         parse_weights("HuggingFaceTB/SmolLM2-135M-Instruct")
     assert caught.value.hint
+
+
+# ---- A file is not its stat ----
+
+
+def safetensors(*tensors: bytes) -> bytes:
+    """A file of float8 tensors called ``0``, ``1``, ..."""
+    header, at = {}, 0
+    for name, tensor in enumerate(tensors):
+        offsets = [at, at + len(tensor)]
+        header[str(name)] = {"dtype": "F8_E4M3", "shape": [len(tensor)], "data_offsets": offsets}
+        at += len(tensor)
+    packed = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    return len(packed).to_bytes(8, "little") + packed + b"".join(tensors)
+
+
+@pytest.fixture
+def one_stat(settled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file has the same device, inode and times, as the files of two images may."""
+    del settled
+    monkeypatch.setattr(
+        DigestCache, "key", staticmethod(lambda status: (1, 2, status.st_size, 3, 4))
+    )
+
+
+BIG = bytes(1_000_000)
+CASES = {
+    "a tensor": (safetensors(BIG, b"a" * 5000, BIG), safetensors(BIG, b"b" * 5000, BIG)),
+    "a small tensor": (safetensors(BIG, b"a"), safetensors(BIG, b"b")),
+    "the header": (safetensors(b"a" * 8, b""), safetensors(b"", b"a" * 8)),
+    "what is no safetensors": (BIG + b"a", BIG + b"b"),
+    "the first byte": (b"a" + BIG, b"b" + BIG),
+    "a byte in the middle": (BIG + b"a" + BIG, BIG + b"b" + BIG),
+}
+
+
+@pytest.mark.usefixtures("one_stat")
+@pytest.mark.parametrize("what", CASES)
+def test_equal_stat_is_not_believed_where_samples_differ(tmp_path: Path, what: str) -> None:
+    file = tmp_path / "model.safetensors"
+    for content in CASES[what] * 2:
+        file.write_bytes(content)
+        assert weights_digest(file) == f"sha256:{hexed(content)}"
+
+
+@pytest.mark.usefixtures("one_stat")
+def test_what_lies_outside_of_every_sample_is_seen_by_reading_the_whole(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    one, two = (safetensors(end + bytes(100_000) + end) for end in (b"a", b"b"))
+    file.write_bytes(one)
+    first = weights_digest(file)
+    file.write_bytes(two)
+    assert weights_digest(file) == first  # as kvlayer.weights_samples says
+    for digest in (weights_digest, parse_weights):
+        assert digest(str(file), whole=True) == f"sha256:{hexed(two)}"
+
+
+def test_a_small_file_is_always_read(tmp_path: Path, read: list[str]) -> None:
+    model(tmp_path / "m")
+    for _ in range(2):
+        weights_digest(tmp_path / "m")
+    assert len(read) == 4
+
+
+@pytest.mark.usefixtures("settled")
+def test_the_samples_of_a_model_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as sparse:
+        sparse.write(safetensors(*[bytes(8)] * 700).replace(b"[8]", b"[9]"))
+        sparse.truncate(40 << 30)
+    asked: list[int] = []
+    pread = os.pread
+    monkeypatch.setattr(
+        os, "pread", lambda fd, count, at: asked.append(count) or pread(fd, count, at)
+    )
+    with file.open("rb") as raw:
+        weights_samples.sampled(raw.fileno(), 40 << 30)
+        assert sum(asked) < 1 << 20
+        asked.clear()
+        raw.seek(0)
+    with file.open("r+b") as raw:
+        raw.write(bytes(8))  # no safetensors any more
+    with file.open("rb") as raw:
+        weights_samples.sampled(raw.fileno(), 40 << 30)
+    assert 15 << 20 < sum(asked) < 17 << 20
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=40), st.integers(0, 2**64 - 1), st.integers(0, 60))
+def test_any_header_is_sampled_within_the_file(header: bytes, length: int, size: int) -> None:
+    with TemporaryFile() as file:
+        for claimed in (length, len(header)):
+            file.seek(0)
+            file.write(claimed.to_bytes(8, "little") + header)
+            file.truncate(size)
+            weights_samples.sampled(file.fileno(), size)
+
+
+@pytest.mark.parametrize(
+    "offsets", ["[0]", "[0, 9]", "[-1, 4]", "[4, 2]", "null", "[0.5, 1]", '["a", "b"]', "{}"]
+)
+def test_a_header_that_points_outside_of_the_file_is_none(tmp_path: Path, offsets: str) -> None:
+    packed = b'{"t": {"data_offsets": %s}}' % offsets.encode()
+    file = tmp_path / "f"
+    file.write_bytes(len(packed).to_bytes(8, "little") + packed + bytes(8))
+    with file.open("rb") as raw:
+        assert weights_samples._tensors(packed, 8) == []
+        weights_samples.sampled(raw.fileno(), file.stat().st_size)
+
+
+@pytest.mark.parametrize("hours", [-1, 0])
+def test_a_file_from_the_future_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: list[str], hours: int
+) -> None:
+    monkeypatch.setattr(weights_samples, "WHOLE_NBYTES", 0)
+    now = time.time_ns() + hours * 3600 * 10**9
+    monkeypatch.setattr(weights_cache, "time", SimpleNamespace(time_ns=lambda: now))
+    model(tmp_path / "m")
+    for _ in range(2):
+        weights_digest(tmp_path / "m")
+    assert len(read) == 4
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_clock_that_was_set_back_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: list[str]
+) -> None:
+    model(tmp_path / "m")
+    weights_digest(tmp_path / "m")
+    monkeypatch.setattr(weights_cache, "time", SimpleNamespace(time_ns=lambda: 0))
+    weights_digest(tmp_path / "m")
+    assert len(read) == 4
+
+
+# ---- Nothing is believed that somebody else can have written ----
+
+
+FORGED = "ee" * 32
+
+
+def forge(cache: Path, model_file: Path) -> None:
+    """Name another model's digest for a file in the cache."""
+    status = model_file.stat()
+    with model_file.open("rb") as raw:
+        samples = weights_samples.sampled(raw.fileno(), status.st_size)
+    cache.write_text(weights_cache._line(DigestCache.key(status), samples, FORGED))
+
+
+@pytest.fixture
+def cached(tmp_path: Path, settled: None) -> tuple[Path, Path]:
+    """A model's file, and a cache that names another digest for it."""
+    del settled
+    file, cache = tmp_path / "m.gguf", tmp_path / "xdg" / "kvlayer" / "weights.sha256"
+    file.write_bytes(b"weights")
+    cache.parent.mkdir(parents=True, mode=0o700)
+    forge(cache, file)
+    cache.chmod(0o600)
+    return file, cache
+
+
+def test_the_cache_is_believed_where_only_the_user_can_write(cached: tuple[Path, Path]) -> None:
+    assert weights_digest(cached[0]) == f"sha256:{FORGED}"  # else what follows shows nothing
+
+
+def _nobodys(cache: Path) -> None:
+    os.chown(cache, 65534, 65534)
+
+
+def _link(cache: Path) -> None:
+    cache.rename(cache.with_name("elsewhere"))
+    cache.symlink_to("elsewhere")
+
+
+def _pipe(cache: Path) -> None:
+    cache.unlink()
+    os.mkfifo(cache, 0o600)
+
+
+def _folder(cache: Path) -> None:
+    cache.unlink()
+    cache.mkdir()
+
+
+ATTACKS: dict[str, Callable[[Path], object]] = {
+    "a file everybody may write": lambda cache: cache.chmod(0o602),
+    "a file a group may write": lambda cache: (os.chown(cache, -1, 65534), cache.chmod(0o620)),
+    "a folder everybody may write": lambda cache: cache.parent.chmod(0o707),
+    "a folder above that everybody may write": lambda cache: cache.parents[1].chmod(0o777),
+    "a pipe": _pipe,
+    "a folder": _folder,
+    "a link": _link,
+    "a file of somebody else's": _nobodys,
+    "a folder of somebody else's": lambda cache: _nobodys(cache.parent),
+    "a folder above of somebody else's": lambda cache: _nobodys(cache.parents[1]),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_cache_that_others_can_write_is_not_believed(
+    cached: tuple[Path, Path], attack: str
+) -> None:
+    file, cache = cached
+    try:
+        ATTACKS[attack](cache)
+    except PermissionError:
+        pytest.skip("only root gives files away")
+    assert weights_digest(file) == f"sha256:{hexed(b'weights')}"
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_folder_that_others_can_write_gets_no_cache(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    weights_digest(model(tmp_path / "m"), cache_dir=tmp_path / "open")
+    assert list((tmp_path / "open").iterdir()) == []
+
+
+@pytest.mark.usefixtures("settled")
+def test_the_cache_is_made_for_the_user_alone(tmp_path: Path) -> None:
+    (tmp_path / "xdg").mkdir(mode=0o700)
+    before = os.umask(0)
+    try:
+        weights_digest(model(tmp_path / "m"))
+    finally:
+        os.umask(before)
+    cache = tmp_path / "xdg" / "kvlayer" / "weights.sha256"
+    assert (cache.parent.stat().st_mode & 0o777, cache.stat().st_mode & 0o777) == (0o700, 0o600)
+
+
+BLOB_ATTACKS: dict[str, Callable[[Path, Path], object]] = {
+    "a blob everybody may write": lambda blob, _: blob.chmod(0o666),
+    "a blob of somebody else's": lambda blob, _: _nobodys(blob),
+    "blobs in a folder everybody may write": lambda blob, _: blob.parent.chmod(0o777),
+    "a cache everybody may write": lambda blob, _: blob.parents[1].chmod(0o777),
+    "a snapshot everybody may write": lambda _, snapshot: snapshot.chmod(0o777),
+    "a link of somebody else's": lambda _, snapshot: os.lchown(
+        snapshot / "model.safetensors", 65534, 65534
+    ),
+    "a blob that was written to after it was linked": lambda blob, _: os.utime(
+        blob, (time.time() + 10,) * 2
+    ),
+}
+
+
+@pytest.mark.parametrize("attack", BLOB_ATTACKS)
+def test_the_name_of_a_blob_that_others_can_write_is_not_believed(
+    tmp_path: Path, attack: str
+) -> None:
+    snapshot = hub(tmp_path / "hub", FORGED, b"weights")
+    file = snapshot / "model.safetensors"
+    assert weights_digest(file) == f"sha256:{FORGED}"
+    try:
+        BLOB_ATTACKS[attack](tmp_path / "hub" / "blobs" / FORGED, snapshot)
+    except PermissionError:
+        pytest.skip("only root gives files away")
+    assert weights_digest(file) == f"sha256:{hexed(b'weights')}"
+
+
+def test_reading_the_whole_believes_no_blob_and_no_cache(
+    tmp_path: Path, cached: tuple[Path, Path]
+) -> None:
+    blob = hub(tmp_path / "hub", FORGED, b"weights") / "model.safetensors"
+    for file in (blob, cached[0]):
+        assert weights_digest(file, whole=True) == f"sha256:{hexed(b'weights')}"
+
+
+def test_a_blob_that_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+    snapshot = hub(tmp_path / "hub", FORGED, b"weights")
+    blob = tmp_path / "hub" / "blobs" / FORGED
+    blob.unlink()
+    os.mkfifo(blob)
+    assert "regular" in refusal(snapshot)

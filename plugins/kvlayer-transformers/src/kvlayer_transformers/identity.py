@@ -48,7 +48,7 @@ def identity_of(
             hint="pass weights=, the model's folder or 'sha256:<64 hex digits>'",
         )
     return config, Namespace(
-        weights=parse_weights(weights),
+        weights=parse_weights(weights, whole=config.verify_weights),
         groups=geometry.groups,
         compute_dtype=known.compute_dtype,
         tokens_per_chunk=config.tokens_per_chunk,

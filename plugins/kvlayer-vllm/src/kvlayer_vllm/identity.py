@@ -52,7 +52,7 @@ def namespace_of(
             hint="the engine serves without kvlayer",
         )
     return Namespace(
-        weights=weights_of(vllm_config, stated.weights),
+        weights=weights_of(vllm_config, stated.weights, whole=config.verify_weights),
         groups=tuple(groups),
         compute_dtype=stated.compute_dtype or dtype,
         tokens_per_chunk=config.tokens_per_chunk,
@@ -63,21 +63,22 @@ def namespace_of(
     )
 
 
-def weights_of(vllm_config: VllmConfig, stated: str = "") -> str:
+def weights_of(vllm_config: VllmConfig, stated: str = "", *, whole: bool = False) -> str:
     """The digest of the files the engine loaded its weights from.
 
     Of weights that no file holds (``load_format = "dummy"``) and that nobody states it is one that
-    no other process has. Raises ``IdentityError`` where the files are not on this machine.
+    no other process has. ``whole``: see ``kvlayer.weights``. Raises ``IdentityError`` where
+    the files are not on this machine.
     """
     if stated:
-        return parse_weights(stated)
+        return parse_weights(stated, whole=whole)
     if vllm_config.load_config.load_format == "dummy":
         return process_weights()
     model = vllm_config.model_config
     place = getattr(model, "model_weights", "") or model.model
     if Path(place).expanduser().exists():
-        return parse_weights(place)
-    return parse_weights(_hub_folder(place, model.revision))
+        return parse_weights(place, whole=whole)
+    return parse_weights(_hub_folder(place, model.revision), whole=whole)
 
 
 def _hub_folder(name: str, revision: str | None) -> str:

@@ -13,12 +13,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from kvlayer._home import cache_directory
+from kvlayer._own import read_own
 
 __all__ = ["Calibration", "load", "save"]
 
 _log = logging.getLogger(__name__)
 
 _VERSION = 1
+_MAX_NBYTES = 64 * 1024
 _LIMITS = {
     "slot_nbytes": (1 << 12, 1 << 30),
     "slots": (2, 16),
@@ -65,14 +67,17 @@ def load(device: str, directory: Path | None = None) -> tuple[Calibration, bool]
     path = _path(device, directory)
     if path is None:
         return Calibration(), False
+    packed = read_own(path, _MAX_NBYTES)
+    if packed is None:
+        if path.is_symlink() or path.exists():
+            _log.warning("%s is not only this user's to write: defaults are used", path)
+        return Calibration(), False
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = json.loads(packed)
         if kept["version"] != _VERSION or kept["device"] != device:
             raise ValueError(f"version {kept['version']} of {kept['device']}")
         return Calibration(**{field.name: kept[field.name] for field in fields(Calibration)}), True
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError) as exc:
+    except (ValueError, KeyError, TypeError, RecursionError) as exc:
         _log.warning("%s is no calibration of %s (%s): defaults are used", path, device, exc)
     return Calibration(), False
 
@@ -85,7 +90,7 @@ def save(device: str, calibration: Calibration, directory: Path | None = None) -
     path = _path(device, directory)
     if path is None:
         return None
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     kept = {"version": _VERSION, "device": device, **asdict(calibration)}
     fresh = path.with_suffix(".tmp")
     fresh.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
