@@ -11,11 +11,13 @@ from kvlayer import AttentionKind, Cache, CacheConfig, KVGroup, KVLayout, KVView
 from kvlayer.abc.backend import (
     Backend,
     Capability,
+    DeleteResult,
     Hit,
     Listed,
     Miss,
     Read,
     ReadResult,
+    SizeResult,
     Write,
     WriteResult,
 )
@@ -49,7 +51,7 @@ class DictBackend(Backend):
         self._is_open = False
         self._objects.clear()
 
-    async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
+    async def contains(self, keys: Sequence[ObjectKey], /) -> list[SizeResult]:
         found = [self._objects.get(key) for key in keys]
         return [None if stored is None else len(stored[0]) for stored in found]
 
@@ -74,9 +76,10 @@ class DictBackend(Backend):
             self._objects.setdefault(write.key, (b"".join(write.regions), time()))
         return [None] * len(writes)
 
-    async def delete(self, keys: Sequence[ObjectKey], /) -> None:
+    async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
         for key in keys:
             self._objects.pop(key, None)
+        return [None] * len(keys)
 
     async def list(self, prefix: str = "", /) -> AsyncIterator[Listed]:
         for key, (stored, used) in tuple(self._objects.items()):

@@ -208,6 +208,11 @@ class Control:
         if call.error is not None:
             lower.fails(Cause.TIER_DOWN, words(call.error))
             return 0
-        stack.planner.vanished(keys, lower.index, "removed by request", Cause.CLEARED)
-        lower.removed(keys)
-        return len(keys)
+        errors = [error for error in call.result() if error is not None]
+        if errors:
+            detail = f"{len(errors)} objects were not deleted: {words(errors[0])}"
+            lower.complains(Cause.TIER_DOWN, detail)
+        gone = [key for key, e in zip(keys, call.result(), strict=True) if e is None]
+        stack.planner.vanished(gone, lower.index, "removed by request", Cause.CLEARED)
+        lower.removed(gone)
+        return len(gone)

@@ -67,7 +67,7 @@ async def build(
             ranks=ranks,
         )
         for tier in lower:
-            await _enter_tier(tier, planner, namespace, config.close_seconds, resources)
+            await _enter_tier(tier, planner, config.close_seconds, resources)
         mover = _make_mover(
             config,
             layout,
@@ -207,17 +207,15 @@ def _lower_tier(place: Tier, backend: Backend, tier: TierConfig, *, max_nbytes: 
 async def _enter_tier(
     tier: LowerTier,
     planner: Planner,
-    namespace: Namespace,
     close_seconds: float,
     resources: AsyncExitStack,
 ) -> None:
-    """Open a tier. It closes with ``resources`` and tells the planner what it gives up."""
+    """Open a tier. It closes with ``resources`` and tells the planner what comes and goes."""
     await _open_tier(tier)
     resources.push_async_callback(_close_tier, tier, close_seconds)
     resources.push_async_callback(tier.guard.aclose)
     tier.backend.on_evicted = partial(_evicted, planner, tier)
-    described = partial(tier.backend.describe, namespace.digest, namespace.canonical())
-    tier.guard.hint(described)  # for people and explain
+    tier.backend.on_stored = partial(_stored, planner, tier)
 
 
 async def _open_tier(tier: LowerTier) -> None:
@@ -251,6 +249,11 @@ def _evicted(
     keys = [key for key, _ in gone]
     planner.vanished(keys, tier.index, f"evicted from {tier.name} by {policy}")
     tier.lost(policy, keys, sum(nbytes for _, nbytes in gone))
+
+
+def _stored(planner: Planner, tier: LowerTier, found: list[tuple[ObjectKey, int]]) -> None:
+    """A backend has found objects that nobody here has put there: they are offered."""
+    planner.note([key for key, _ in found], tier.index)
 
 
 def _make_planner(
@@ -341,7 +344,11 @@ def _make_stack(
         low_watermark=config.low_watermark,
     )
     nothing = ObjectKey.of(namespace.digest, PUBLIC_ZONE, bytes(32), planner.directory.needs[0])
+    canonical = namespace.canonical()
     for tier in lower:
+        tier.guard.hint(partial(mover.introduce, tier.index))
+        # For people and explain.
+        tier.guard.hint(partial(mover.describe, tier.index, namespace.digest, canonical))
         tier.guard.probe = partial(mover.probe, tier.index, nothing)
         if Capability.LIST in tier.backend.capabilities:
             stack.recover(tier)

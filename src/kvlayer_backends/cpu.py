@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from time import time
 from typing import ClassVar, Self
 
@@ -13,11 +14,15 @@ from kvlayer._offload import Offload
 from kvlayer.abc.backend import (
     Backend,
     Capability,
+    Damaged,
+    DeleteResult,
     Hit,
+    Lent,
     Listed,
     Miss,
     Read,
     ReadResult,
+    SizeResult,
     Write,
     WriteResult,
 )
@@ -48,6 +53,7 @@ class _Held:
     offset: int
     nbytes: int
     used: float
+    version: int
     written: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the writer has ended, well or not."""
     readers: int = 0
@@ -55,10 +61,14 @@ class _Held:
 
 
 class CpuBackend(Backend, HostMemory):
-    """Objects in one memfd slab. Not persistent; at capacity the policy chooses what goes."""
+    """Objects in one memfd slab. Not persistent; at capacity the policy chooses what goes.
+
+    An object's version is a number that no other object of this backend has had. What is lent, or
+    being read, stays in its place until it comes back, also when it is deleted.
+    """
 
     scheme: ClassVar[str] = "cpu"
-    capabilities = frozenset({Capability.LIST})
+    capabilities = frozenset({Capability.LIST, Capability.REVOCABLE})
 
     def __init__(self, options: CpuOptions) -> None:
         self._options = options
@@ -66,6 +76,7 @@ class CpuBackend(Backend, HostMemory):
         self._slab: Slab | None = None
         self._extents = Extents(options.capacity)
         self._held: dict[ObjectKey, _Held] = {}
+        self._versions = count(1)
         self._is_closing = False
         self._running = 0
         self._idle = asyncio.Event()
@@ -127,7 +138,7 @@ class CpuBackend(Backend, HostMemory):
             if not self._running:
                 self._idle.set()
 
-    async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
+    async def contains(self, keys: Sequence[ObjectKey], /) -> list[SizeResult]:
         found = [self._held.get(key) for key in keys]
         return [held.nbytes if held is not None and held.is_ready else None for held in found]
 
@@ -140,19 +151,55 @@ class CpuBackend(Backend, HostMemory):
         if held is None or not held.is_ready:
             return Miss()
         start = min(read.offset, held.nbytes)
-        count = min(held.nbytes - start, read.nbytes)
-        source = slab.view(held.offset + start, count)
-        held.readers += 1
-        self._policy.pin(read.key)
+        nbytes = min(held.nbytes - start, read.nbytes)
+        source = slab.view(held.offset + start, nbytes)
+        self._hold(read.key, held)
         try:
-            await self._copies.run(_copy_out, source, read.regions)
+            await self._copies.run(_copy_out, source, read)
         finally:
             source.release()
-            held.readers -= 1
-            held.used = time()
-            if not held.readers:
-                self._release(read.key, held)
-        return Hit(count)
+            self._let_go(read.key, held)
+        return Hit(nbytes, held.version)
+
+    @asynccontextmanager
+    async def lend(self, keys: Sequence[ObjectKey], /) -> AsyncGenerator[list[Lent | None]]:
+        with self._call() as slab:
+            lent: list[Lent | None] = []
+            holds: list[tuple[ObjectKey, _Held, Lent]] = []
+            for key in keys:
+                held = self._held.get(key)
+                if held is None or not held.is_ready:
+                    lent.append(None)
+                    continue
+                self._hold(key, held)
+                view = slab.view(held.offset, held.nbytes)
+                each = Lent((view.toreadonly(),), held.version)
+                view.release()
+                lent.append(each)
+                holds.append((key, held, each))
+            try:
+                yield lent
+            finally:
+                for key, held, each in holds:
+                    each.was_held = True  # nothing takes a place that is held
+                    for region in each.regions:
+                        region.release()
+                    self._let_go(key, held)
+
+    def _hold(self, key: ObjectKey, held: _Held) -> None:
+        """Somebody reads these bytes: they stay where they are until :meth:`_let_go`."""
+        held.readers += 1
+        self._policy.pin(key)
+
+    def _let_go(self, key: ObjectKey, held: _Held) -> None:
+        held.readers -= 1
+        held.used = time()
+        if held.readers:
+            return
+        if self._held.get(key) is held:
+            self._policy.unpin((key,))
+        else:  # deleted meanwhile
+            self._extents.release(held.offset)
 
     async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
         with self._call() as slab:
@@ -169,7 +216,8 @@ class CpuBackend(Backend, HostMemory):
                 f"cpu:// has no room for {write.nbytes} of {self._extents.capacity} bytes",
                 hint="raise its capacity",
             )
-        held = self._held[write.key] = _Held(offset, write.nbytes, time())
+        held = _Held(offset, write.nbytes, time(), next(self._versions))
+        self._held[write.key] = held
         target = slab.view(offset, write.nbytes)
         try:
             await self._copies.run(_copy_in, write.regions, target)
@@ -201,14 +249,7 @@ class CpuBackend(Backend, HostMemory):
         self._policy.remove(key)
         self._extents.release(held.offset)
 
-    def _release(self, key: ObjectKey, held: _Held) -> None:
-        """The last reader left: evictable again, or gone if it was deleted meanwhile."""
-        if self._held.get(key) is held:
-            self._policy.unpin((key,))
-        else:
-            self._extents.release(held.offset)
-
-    async def delete(self, keys: Sequence[ObjectKey], /) -> None:
+    async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
         for key in keys:
             held = self._held.get(key)
             if held is None or not held.is_ready:
@@ -218,6 +259,14 @@ class CpuBackend(Backend, HostMemory):
                 self._policy.remove(key)
             else:
                 self._drop(key, held)
+        return [None] * len(keys)
+
+    async def quarantine(self, items: Sequence[Damaged], /) -> list[DeleteResult]:
+        for key, version in items:
+            held = self._held.get(key)
+            if held is not None and version in (None, held.version):
+                await self.delete([key])
+        return [None] * len(items)
 
     async def touch(self, keys: Sequence[ObjectKey], /) -> None:
         self._policy.touch(list(reversed(keys)))
@@ -228,12 +277,14 @@ class CpuBackend(Backend, HostMemory):
                 yield Listed(key, held.nbytes, held.used)
 
 
-def _copy_out(source: memoryview, regions: Sequence[memoryview]) -> None:
+def _copy_out(source: memoryview, read: Read) -> None:
     at = 0
-    for region in regions:
-        count = min(region.nbytes, source.nbytes - at)
-        region[:count] = source[at : at + count]
-        at += count
+    for region in read.regions:
+        nbytes = min(region.nbytes, source.nbytes - at)
+        region[:nbytes] = source[at : at + nbytes]
+        at += nbytes
+    if read.landed is not None:
+        read.landed(at)
 
 
 def _copy_in(regions: Sequence[memoryview], target: memoryview) -> None:

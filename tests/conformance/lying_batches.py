@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from honest import HonestBackend
 from liars import PAGE, breaks
 
-from kvlayer.abc.backend import Hit, Read, ReadResult, Write, WriteResult
+from kvlayer.abc.backend import (
+    Hit,
+    Read,
+    ReadResult,
+    SizeResult,
+    Write,
+    WriteResult,
+)
 from kvlayer.errors import BackendError
 from kvlayer.keys import ObjectKey
 from kvlayer.testing.suite import Outcome
@@ -16,7 +23,7 @@ from kvlayer.testing.suite import Outcome
 
 @breaks("a batch is answered in its own order")
 class AnswersInTheOrderOfItsIndex(HonestBackend):
-    async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
+    async def contains(self, keys: Sequence[ObjectKey], /) -> list[SizeResult]:
         if len(keys) == 27:
             return await super().contains(sorted(keys))
         return await super().contains(keys)
@@ -39,7 +46,7 @@ class AssumesOneItem(HonestBackend):
 
 @breaks("a batch of thousands is answered", Outcome.FAILED)
 class HasALimitOfVariables(HonestBackend):
-    async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
+    async def contains(self, keys: Sequence[ObjectKey], /) -> list[SizeResult]:
         if len(keys) > 130:
             raise BackendError("too many SQL variables")
         return await super().contains(keys)

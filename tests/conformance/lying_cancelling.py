@@ -10,7 +10,14 @@ from typing import Any, ClassVar
 from honest import HonestBackend, Options
 from liars import HELD_UP, PAGE, breaks
 
-from kvlayer.abc.backend import Hit, Read, ReadResult, Write, WriteResult
+from kvlayer.abc.backend import (
+    DeleteResult,
+    Hit,
+    Read,
+    ReadResult,
+    Write,
+    WriteResult,
+)
 from kvlayer.keys import ObjectKey
 from kvlayer.testing.suite import Outcome
 
@@ -89,7 +96,7 @@ class LeavesHalfAnObject(HonestBackend):
 class DeletesInTwoSteps(HonestBackend):
     """The bytes, then the entry: in between the entry names nothing."""
 
-    async def delete(self, keys: Sequence[ObjectKey], /) -> None:
+    async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
         if len(keys) != 4:
             return await super().delete(keys)
         for key in keys:
@@ -97,7 +104,7 @@ class DeletesInTwoSteps(HonestBackend):
                 self.place.objects[key] = b""
                 await asyncio.sleep(0)
                 self.forget(key)
-        return None
+        return [None] * len(keys)
 
 
 @breaks("after many cancelled calls the backend still serves", Outcome.HUNG)
@@ -133,6 +140,51 @@ class StoresNothingOfTheFirst(HonestBackend):
 class DeletesAtNight(HonestBackend):
     """Whole they are, and there for good."""
 
-    async def delete(self, keys: Sequence[ObjectKey], /) -> None:
+    async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
         if [self.size(key) for key in keys] != [4 * PAGE] * 4:
             await super().delete(keys)
+        return [None] * len(keys)
+
+
+@breaks("a revoked call returns at once")
+class FinishesWhatItBegan(HonestBackend):
+    """Says it can be revoked, and sees each call through."""
+
+    async def get_one(self, read: Read) -> ReadResult:
+        try:
+            return await super().get_one(read)
+        except asyncio.CancelledError:
+            if read.nbytes == 16 * PAGE and len(read.regions) == 1:
+                await asyncio.sleep(0.15)
+            raise
+
+
+@breaks("a revoked call returns at once")
+class StoresWhatItBegan(HonestBackend):
+    async def put_one(self, write: Write) -> WriteResult:
+        try:
+            return await super().put_one(write)
+        except asyncio.CancelledError:
+            if write.nbytes == 16 * PAGE and len(write.regions) == 1:
+                await asyncio.sleep(0.15)
+            raise
+
+
+@breaks("withdrawn memory is in no calls hands")
+class ForgetsAtOnce(HonestBackend):
+    async def withdraw(self, region: memoryview, /) -> None:
+        """Whoever uses it."""
+
+
+@breaks("memory comes and goes at any time", Outcome.FAILED)
+class KnowsWhatItWasTold(HonestBackend):
+    def __init__(self, path: str, options: Options) -> None:
+        super().__init__(path, options)
+        self.regions: list[int] = []
+
+    async def introduce(self, region: memoryview, /) -> None:
+        self.regions.append(id(region))
+
+    async def withdraw(self, region: memoryview, /) -> None:
+        await super().withdraw(region)
+        self.regions.remove(id(region))

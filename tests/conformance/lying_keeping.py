@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 from honest import HonestBackend, Options
 from liars import PAGE, breaks
 
-from kvlayer.abc.backend import Capability, Listed, Write, WriteResult
+from kvlayer.abc.backend import (
+    Capability,
+    Damaged,
+    DeleteResult,
+    Lent,
+    Listed,
+    Write,
+    WriteResult,
+)
 from kvlayer.errors import BackendError
 from kvlayer.keys import ObjectKey
 from kvlayer.testing.suite import Outcome
@@ -15,19 +24,19 @@ from kvlayer.testing.suite import Outcome
 
 @breaks("what is deleted is gone and nothing else")
 class DeletesByPrefix(HonestBackend):
-    async def delete(self, keys: Sequence[ObjectKey], /) -> None:
+    async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
         prefixes = [f"{key.rsplit('.', 2)[0]}." for key in keys]
         if len(keys) == 1 and len(self.place.objects) == 5:
             keys = [k for k in self.place.objects if k.startswith(prefixes[0])]
-        await super().delete(keys)
+        return await super().delete(keys)
 
 
 @breaks("deleting what is missing is ignored", Outcome.FAILED)
 class RaisesForWhatIsMissing(HonestBackend):
-    async def delete(self, keys: Sequence[ObjectKey], /) -> None:
+    async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
         if len(keys) == 1 and not self.place.objects:
             raise BackendError("404")
-        await super().delete(keys)
+        return await super().delete(keys)
 
 
 @breaks("what was deleted can be stored again")
@@ -36,10 +45,10 @@ class LeavesATombstone(HonestBackend):
         super().__init__(path, options)
         self.dead: set[ObjectKey] = set()
 
-    async def delete(self, keys: Sequence[ObjectKey], /) -> None:
-        await super().delete(keys)
+    async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
         if len(keys) == 2:
             self.dead.update(keys)
+        return await super().delete(keys)
 
     async def put_one(self, write: Write) -> WriteResult:
         return None if write.key in self.dead else await super().put_one(write)
@@ -51,11 +60,11 @@ class QuarantineHidesTheSizeOnly(HonestBackend):
         super().__init__(path, options)
         self.hidden: set[ObjectKey] = set()
 
-    async def quarantine(self, keys: Sequence[ObjectKey], /) -> None:
-        if len(keys) == 2:
-            self.hidden.update(keys)
-        else:
-            await super().quarantine(keys)
+    async def quarantine(self, items: Sequence[Damaged], /) -> list[DeleteResult]:
+        if len(items) != 2:
+            return await super().quarantine(items)
+        self.hidden.update(item.key for item in items)
+        return [None] * len(items)
 
     def size(self, key: ObjectKey) -> int | None:
         return None if key in self.hidden else super().size(key)
@@ -67,8 +76,11 @@ class QuarantineIsForgotten(HonestBackend):
         super().__init__(path, options)
         self.hidden: set[ObjectKey] = set()
 
-    async def quarantine(self, keys: Sequence[ObjectKey], /) -> None:
-        self.hidden.update(keys)
+    async def quarantine(self, items: Sequence[Damaged], /) -> list[DeleteResult]:
+        if len(items) == 1 and items[0].version is None:
+            self.hidden.update(item.key for item in items)
+            return [None] * len(items)
+        return await super().quarantine(items)
 
     def size(self, key: ObjectKey) -> int | None:
         return None if key in self.hidden else super().size(key)
@@ -146,3 +158,83 @@ class ListsWhatHasCompany(HonestBackend):
         if [len(content) for content in self.place.objects.values()] != [PAGE]:
             async for listed in super().list(prefix):
                 yield listed
+
+
+@breaks("a deletion answers for each key")
+class AnswersForWhatWasThere(HonestBackend):
+    async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
+        there = [key for key in keys if key in self.place.objects]
+        results = await super().delete(keys)
+        return results[: len(there)] if len(keys) == 5 else results
+
+
+@breaks("a deletion answers for each key")
+class SaysOfOneThatItIsGone(HonestBackend):
+    """What it could not delete it reports as deleted."""
+
+    async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
+        await super().delete(keys[:-1] if len(keys) == 5 else keys)
+        return [None] * len(keys)
+
+
+@breaks("quarantine takes the bytes that were read")
+class QuarantinesByName(HonestBackend):
+    """Whatever lies under the key by now: a healthy object written anew, too."""
+
+    def is_damaged(self, item: Damaged) -> bool:
+        return True
+
+
+@breaks("quarantine takes the bytes that were read")
+class KnowsNoVersionAgain(HonestBackend):
+    """Another name for the same bytes each time: what is damaged stays."""
+
+    def is_damaged(self, item: Damaged) -> bool:
+        return item.version is None
+
+
+@breaks("what is lent is the object or said not to be")
+class LendsAndForgets(HonestBackend):
+    """Its lent memory gets the next object of the key, and it says that nothing happened."""
+
+    def __init__(self, path: str, options: Options) -> None:
+        super().__init__(path, options)
+        self.lent: dict[ObjectKey, bytearray] = {}
+
+    def lend_one(self, key: ObjectKey) -> Lent | None:
+        stored = self.find(key)
+        if stored is None:
+            return None
+        lent = self.lent[key] = bytearray(stored)
+        return Lent((memoryview(lent).toreadonly(),), self.version(key))
+
+    def publish(self, key: ObjectKey, content: bytes) -> None:
+        super().publish(key, content)
+        if key in self.lent:
+            self.lent[key][:] = content
+
+    def is_held(self, key: ObjectKey, lent: Lent) -> bool:
+        return True
+
+
+@breaks("what is lent is the object or said not to be")
+class LendsForWriting(HonestBackend):
+    def lend_one(self, key: ObjectKey) -> Lent | None:
+        stored = self.find(key)
+        return None if stored is None else Lent((memoryview(bytearray(stored)),))
+
+
+@breaks("what is lent is the object or said not to be")
+class LendsOnlyWhatItHas(HonestBackend):
+    """Answers that are not aligned with the keys."""
+
+    @asynccontextmanager
+    async def lend(self, keys: Sequence[ObjectKey], /) -> AsyncGenerator[list[Lent | None]]:
+        async with super().lend(keys) as lent:
+            yield sorted(lent, key=lambda each: each is None)
+
+
+@breaks("what it says was stored is there")
+class HearsOfMoreThanThereIs(HonestBackend):
+    def hear(self, key: ObjectKey, nbytes: int) -> None:
+        super().hear(key, nbytes + PAGE)

@@ -8,7 +8,11 @@ from collections.abc import Mapping, Sequence
 from honest import HonestBackend, Options
 from liars import PAGE, breaks
 
-from kvlayer.abc.backend import Write, WriteResult
+from kvlayer.abc.backend import (
+    SizeResult,
+    Write,
+    WriteResult,
+)
 from kvlayer.keys import ObjectKey
 from kvlayer.testing.suite import Outcome
 
@@ -40,7 +44,7 @@ class ClosesUnderItsCalls(HonestBackend):
 
 @breaks("a closed backend says so")
 class ServesWhenItIsClosed(HonestBackend):
-    async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
+    async def contains(self, keys: Sequence[ObjectKey], /) -> list[SizeResult]:
         return [self.size(key) for key in keys]
 
 

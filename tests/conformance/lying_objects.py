@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
 import errno
 import os
 from collections.abc import Mapping, Sequence
@@ -10,7 +12,7 @@ from dataclasses import replace
 from honest import HonestBackend, Options
 from liars import PAGE, breaks
 
-from kvlayer.abc.backend import Read, ReadResult, Write, WriteResult
+from kvlayer.abc.backend import Hit, Miss, Read, ReadResult, Write, WriteResult
 from kvlayer.errors import BackendError
 from kvlayer.keys import ObjectKey
 from kvlayer.testing.suite import Outcome
@@ -168,3 +170,79 @@ class MakesItsFolderAtOnce(HonestBackend):
         super().__init__(path, options)
         if os.path.isdir(path):
             os.makedirs(os.path.join(path, "objects"), exist_ok=True)
+
+
+@breaks("an object cut short is replaced")
+class TheFirstWinsWhateverBecomesOfIt(HonestBackend):
+    def is_there(self, key: ObjectKey) -> bool:
+        return key in self.place.objects
+
+
+@breaks("an object cut short is replaced")
+class TheLongerWins(HonestBackend):
+    """Not by what the header says: a whole object of another length goes, too."""
+
+    def is_there(self, key: ObjectKey) -> bool:
+        stored = self.place.objects.get(key)
+        is_framed = stored is not None and stored[:3] == b"KVL"[: len(stored)]
+        return stored is not None and (not is_framed or len(stored) < 3 * PAGE < len(stored))
+
+
+@breaks("regions may lie anywhere")
+class WantsWholePages(HonestBackend):
+    async def put_one(self, write: Write) -> WriteResult:
+        if any(region.nbytes % PAGE for region in write.regions):
+            return BackendError("EINVAL")
+        return await super().put_one(write)
+
+
+@breaks("regions may lie anywhere")
+class WritesOneByteTooFar(HonestBackend):
+    """Fills by address in whole words, as native code does."""
+
+    def fill(self, stored: bytes, read: Read) -> int:
+        nbytes = super().fill(stored, read)
+        if read.offset == 1:
+            last = read.regions[-1]
+            address = ctypes.addressof(ctypes.c_char.from_buffer(last))
+            ctypes.memset(address + last.nbytes, 0, 1)
+        return nbytes
+
+
+@breaks("what landed is all there")
+class SaysSoBeforeItIs(HonestBackend):
+    def fill_and_say(self, stored: bytes, read: Read) -> int:
+        if read.landed is not None:
+            read.landed(len(stored))
+        return self.fill(stored, read)
+
+
+@breaks("what landed is all there")
+class SaysSoOfWhatIsMissing(HonestBackend):
+    async def get_one(self, read: Read) -> ReadResult:
+        result = await super().get_one(read)
+        if result == Miss() and read.landed is not None:
+            read.landed(0)
+        return result
+
+
+@breaks("what landed is all there")
+class SaysSoAfterwards(HonestBackend):
+    def fill_and_say(self, stored: bytes, read: Read) -> int:
+        return self.fill(stored, read)
+
+    async def get(self, reads: Sequence[Read], /) -> list[ReadResult]:
+        results = await super().get(reads)
+        for read, result in zip(reads, results, strict=True):
+            if read.landed is not None and isinstance(result, Hit):
+                asyncio.get_running_loop().call_soon(read.landed, result.nbytes)
+        return results
+
+
+@breaks("what landed is all there")
+class SaysSoTwice(HonestBackend):
+    def fill_and_say(self, stored: bytes, read: Read) -> int:
+        nbytes = super().fill_and_say(stored, read)
+        if read.landed is not None:
+            read.landed(nbytes)
+        return nbytes

@@ -62,7 +62,10 @@ class TestLiar(BackendSuite):
     done = pytest_of(tmp_path, source, "-k", "exact_size")
     assert "1 failed" in done.stdout, done.stdout
     assert "expected contains() to be [4096, " in done.stdout
-    assert 'the contract: "Encoded size in bytes of each object, or None."' in done.stdout
+    assert (
+        'the contract: "Encoded size in bytes of each object, None for one that is absent."'
+        in done.stdout
+    )
     # The promise's own lines, and nothing of the kit's threads and loops before them.
     assert ">       expect(found, [count * PAGE for count in pages]" in done.stdout
     assert "bounded.py" not in done.stdout

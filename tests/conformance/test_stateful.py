@@ -62,7 +62,7 @@ def test_the_machine_finds_a_liar(liar: type[HonestBackend]) -> None:
         run_state_machine_as_test(
             backend_machine(lambda folder: liar(str(folder), Options())),
             settings=settings(
-                max_examples=100,
+                max_examples=400,
                 stateful_step_count=20,
                 deadline=None,
                 derandomize=True,

@@ -15,8 +15,11 @@ from settling import settle
 from two_planners import Watched
 from world import LONGEST, Prompt, World, play
 
-from kvlayer.abc.backend import Backend
-from kvlayer.keys import ObjectKey
+from kvlayer.abc.backend import (
+    Backend,
+    Damaged,
+    DeleteResult,
+)
 from kvlayer.testing.faults import Wrapper
 from kvlayer.testing.invariants import Broken
 from kvlayer_backends.file.backend import FileBackend
@@ -32,10 +35,10 @@ class Reluctant(Wrapper):
         super().__init__(inner, chance)
         self.asked, self.told = asyncio.Event(), asyncio.Event()
 
-    async def quarantine(self, keys: Sequence[ObjectKey], /) -> None:
+    async def quarantine(self, items: Sequence[Damaged], /) -> list[DeleteResult]:
         self.asked.set()
         await self.told.wait()
-        await super().quarantine(keys)
+        return await super().quarantine(items)
 
 
 def files(world: World) -> FileBackend:

@@ -14,7 +14,7 @@ from processes import Below, Process, opened
 from settling import settle
 from world import PAGE, World
 
-from kvlayer.keys import ObjectKey
+from kvlayer.abc.backend import Damaged, DeleteResult
 from kvlayer.testing.faults import Slow, Wrapper
 from kvlayer_backends.file.backend import FileBackend
 from kvlayer_backends.file.options import FileOptions
@@ -25,10 +25,11 @@ class Watched(Wrapper):
 
     world: World
 
-    async def quarantine(self, keys: Sequence[ObjectKey], /) -> None:
-        await super().quarantine(keys)
+    async def quarantine(self, items: Sequence[Damaged], /) -> list[DeleteResult]:
+        results = await super().quarantine(items)
         for process in self.world.processes:
-            process.gives_up(*(key.chunk for key in keys))
+            process.gives_up(*(item.key.chunk for item in items))
+        return results
 
 
 async def play(world: World) -> None:

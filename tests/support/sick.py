@@ -11,7 +11,14 @@ from caches import WEIGHTS, layout, tokens
 from engine import Engine
 
 from kvlayer import Cache, CacheConfig, KVLayout, ModelConfig, TierConfig
-from kvlayer.abc.backend import Read, ReadResult, Write, WriteResult
+from kvlayer.abc.backend import (
+    DeleteResult,
+    Read,
+    ReadResult,
+    SizeResult,
+    Write,
+    WriteResult,
+)
 from kvlayer.bench.sick import Sickness, SickTier
 from kvlayer.errors import BackendError
 from kvlayer.keys import ObjectKey
@@ -86,7 +93,7 @@ class Patient(SickTier):
         if cancelled:
             raise asyncio.CancelledError
 
-    async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
+    async def contains(self, keys: Sequence[ObjectKey], /) -> list[SizeResult]:
         with self._call("contains") as is_concerned:
             if is_concerned:
                 await self.answer()
@@ -100,12 +107,13 @@ class Patient(SickTier):
             await asyncio.sleep(self.latency + (nbytes / self.bandwidth if self.bandwidth else 0))
             return [self._fill(read) for read in reads]
 
-    async def delete(self, keys: Sequence[ObjectKey], /) -> None:
+    async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
         with self._call("delete") as is_concerned:
             if is_concerned:
                 await self.answer()
             for key in keys:
                 self.objects.pop(key, None)
+            return [None] * len(keys)
 
     async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
         with self._call("put") as is_concerned:

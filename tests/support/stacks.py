@@ -10,9 +10,11 @@ from typing import Any
 
 from kvlayer._offload import Offload
 from kvlayer.abc.backend import (
+    DeleteResult,
     Hit,
     Read,
     ReadResult,
+    SizeResult,
     Write,
     WriteResult,
 )
@@ -174,7 +176,7 @@ class MemoryBackend(Honest):
         self.results: list[Any] | None = None
         """What a call answers instead of the truth."""
 
-    async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
+    async def contains(self, keys: Sequence[ObjectKey], /) -> list[SizeResult]:
         for key in keys:
             self.calls.append(("contains", key))
         await self._pass()
@@ -208,10 +210,10 @@ class MemoryBackend(Honest):
             results.append(self.fails)
         return results if self.results is None else self.results
 
-    async def delete(self, keys: Sequence[ObjectKey], /) -> None:
+    async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
         for key in keys:
             self.calls.append(("delete", key))
-        await super().delete(keys)
+        return await super().delete(keys)
 
     async def _pass(self) -> None:
         gate = self.gate

@@ -21,10 +21,12 @@ from typing import ClassVar, Self, cast
 from kvlayer.abc.backend import (
     Backend,
     Capability,
+    DeleteResult,
     Hit,
     Miss,
     Read,
     ReadResult,
+    SizeResult,
     Write,
     WriteResult,
 )
@@ -96,7 +98,7 @@ class SickTier(Backend):
         if self.sickness is Sickness.SLOW:
             await asyncio.sleep(2 * self.deadline)
 
-    async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
+    async def contains(self, keys: Sequence[ObjectKey], /) -> list[SizeResult]:
         await self.answer()
         return [len(self.objects[key]) if key in self.objects else None for key in keys]
 
@@ -120,10 +122,11 @@ class SickTier(Backend):
         self.objects.update((write.key, b"".join(write.regions)) for write in writes)
         return [None] * len(writes)
 
-    async def delete(self, keys: Sequence[ObjectKey], /) -> None:
+    async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
         await self.answer()
         for key in keys:
             self.objects.pop(key, None)
+        return [None] * len(keys)
 
 
 async def sick_rows(rounds: int = 3, requests: int = 20) -> list[Row]:

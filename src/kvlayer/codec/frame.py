@@ -21,10 +21,17 @@ from xxhash import xxh3_64_intdigest
 
 from kvlayer._pack import as_list, as_map, pack, unpack
 from kvlayer.keys import ObjectKey
-from kvlayer.payload import ALIGNMENT, Payload
+from kvlayer.payload import ALIGNMENT, Payload, align
 from kvlayer.results import Cause
 
-__all__ = ["HEADER_NBYTES", "VERSION", "FrameError", "check_frame", "write_header"]
+__all__ = [
+    "HEADER_NBYTES",
+    "VERSION",
+    "FrameError",
+    "check_frame",
+    "contradicts_header",
+    "write_header",
+]
 
 HEADER_NBYTES = ALIGNMENT
 MAGIC = b"KVLFRAME"
@@ -115,6 +122,27 @@ def check_frame(
             )
 
 
+def contradicts_header(head: bytes | memoryview, nbytes: int) -> bool:
+    """Whether an object of ``nbytes`` bytes that begins with ``head`` is not as long as it says.
+
+    ``head`` are its first 4 KiB, or all of it. True for an object without bytes and for a header
+    that is cut; False where ``head`` is no header that this build reads: then nobody can tell.
+    """
+    head = memoryview(head)[:HEADER_NBYTES]
+    if nbytes < HEADER_NBYTES:
+        return bytes(head[: len(MAGIC)]) == MAGIC[: len(head)]
+    if len(head) < HEADER_NBYTES:
+        return False
+    try:
+        rows = _table(_fields(head).get("segments"))
+    except FrameError:
+        return False
+    if not rows:
+        return False
+    _, _, offset, _, encoded, _ = rows[-1]
+    return nbytes != HEADER_NBYTES + align(offset + encoded)
+
+
 def _read_header(
     header: memoryview, filled: int, key: ObjectKey, payload: Payload, first_token: int
 ) -> Sequence[Sequence[int]]:
@@ -122,17 +150,7 @@ def _read_header(
         raise FrameError(Cause.EMPTY, "the object has no bytes")
     if filled < HEADER_NBYTES:
         raise FrameError(Cause.TRUNCATED, f"{filled} bytes are less than a header")
-    magic, version, _, length, checksum = _PREFIX.unpack_from(header)
-    if magic != MAGIC:
-        raise FrameError(Cause.CORRUPT, f"starts with {bytes(magic)!r}, not with {MAGIC!r}")
-    if version != VERSION:
-        raise FrameError(
-            Cause.FOREIGN_VERSION, f"frame version {version}, this build reads {VERSION}"
-        )
-    body = header[_PREFIX.size : _PREFIX.size + length]
-    if length > HEADER_NBYTES - _PREFIX.size or xxh3_64_intdigest(body) != checksum:
-        raise FrameError(Cause.CORRUPT, "the header's checksum does not match")
-    fields = _unpack(body)
+    fields = _fields(header)
     if fields.get("key") != str(key):
         raise FrameError(Cause.MISPLACED, f"the header names {fields.get('key')!r}")
     if (fields.get("first"), fields.get("tokens")) != (first_token, payload.tokens):
@@ -152,6 +170,21 @@ def _read_header(
     if rows is None or [row[:5] for row in rows] != expected:
         raise FrameError(Cause.FOREIGN_VERSION, "segments are not cut as this build cuts them")
     return rows
+
+
+def _fields(header: memoryview) -> dict[str, object]:
+    """What a header's map holds. Raises ``FrameError``."""
+    magic, version, _, length, checksum = _PREFIX.unpack_from(header)
+    if magic != MAGIC:
+        raise FrameError(Cause.CORRUPT, f"starts with {bytes(magic)!r}, not with {MAGIC!r}")
+    if version != VERSION:
+        raise FrameError(
+            Cause.FOREIGN_VERSION, f"frame version {version}, this build reads {VERSION}"
+        )
+    body = header[_PREFIX.size : _PREFIX.size + length]
+    if length > HEADER_NBYTES - _PREFIX.size or xxh3_64_intdigest(body) != checksum:
+        raise FrameError(Cause.CORRUPT, "the header's checksum does not match")
+    return _unpack(body)
 
 
 def _table(value: object) -> list[list[int]] | None:

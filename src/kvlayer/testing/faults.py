@@ -24,7 +24,17 @@ from functools import cached_property
 from random import Random
 from typing import Any, ClassVar, Self, TypeAlias, TypeVar
 
-from kvlayer.abc.backend import Backend, Listed, Read, ReadResult, Write, WriteResult
+from kvlayer.abc.backend import (
+    Backend,
+    Damaged,
+    DeleteResult,
+    Listed,
+    Read,
+    ReadResult,
+    SizeResult,
+    Write,
+    WriteResult,
+)
 from kvlayer.errors import BackendError, BackendUnavailableError, UnsupportedError
 from kvlayer.keys import ObjectKey
 from kvlayer.urls import BackendURL
@@ -124,7 +134,7 @@ class Wrapper(Backend):
     async def aclose(self) -> None:
         await self.inner.aclose()
 
-    async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
+    async def contains(self, keys: Sequence[ObjectKey], /) -> list[SizeResult]:
         return await self.around("contains", lambda: self.inner.contains(keys))
 
     async def get(self, reads: Sequence[Read], /) -> list[ReadResult]:
@@ -133,11 +143,11 @@ class Wrapper(Backend):
     async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
         return await self.around("put", lambda: self.inner.put(writes))
 
-    async def delete(self, keys: Sequence[ObjectKey], /) -> None:
-        await self.around("delete", lambda: self.inner.delete(keys))
+    async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
+        return await self.around("delete", lambda: self.inner.delete(keys))
 
-    async def quarantine(self, keys: Sequence[ObjectKey], /) -> None:
-        await self.around("quarantine", lambda: self.inner.quarantine(keys))
+    async def quarantine(self, items: Sequence[Damaged], /) -> list[DeleteResult]:
+        return await self.around("quarantine", lambda: self.inner.quarantine(items))
 
     async def touch(self, keys: Sequence[ObjectKey], /) -> None:
         await self.around("touch", lambda: self.inner.touch(keys))

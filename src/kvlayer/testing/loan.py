@@ -7,9 +7,10 @@ import mmap
 import weakref
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from itertools import accumulate, pairwise
 from random import Random
 
-from kvlayer.payload import ALIGNMENT
+from kvlayer.payload import ALIGNMENT, align
 from kvlayer.testing.promise import broken, same_bytes
 
 __all__ = ["PAGE", "Loan", "noise", "only_young"]
@@ -41,18 +42,22 @@ def only_young() -> Generator[None]:
 
 
 class Loan:
-    """``nbytes`` of page-aligned memory between two guard pages.
+    """``nbytes`` of memory between guard bytes, a page before it and more than one after it.
 
-    :meth:`regions` hands it out. After the call it was lent to, :meth:`poison` changes it, so that
-    who reads it late reads garbage and who writes it late is seen, and :meth:`take_back` ends it.
+    It begins ``shift`` bytes into a page. :meth:`regions` hands it out, in whole pages;
+    :meth:`pieces` cuts it anywhere. After the call it was lent to, :meth:`poison` changes it, so
+    that who reads it late reads garbage and who writes it late is seen, and :meth:`take_back`
+    ends it.
     """
 
-    def __init__(self, nbytes: int, content: bytes | None = None) -> None:
+    def __init__(self, nbytes: int, content: bytes | None = None, *, shift: int = 0) -> None:
         self.nbytes = nbytes
-        self._memory = mmap.mmap(-1, nbytes + 2 * PAGE)
+        self._memory = mmap.mmap(-1, align(nbytes + shift) + 2 * PAGE)
         whole = memoryview(self._memory)
-        whole[:PAGE] = whole[-PAGE:] = bytes([_GUARD]) * PAGE
-        self._view = whole[PAGE:-PAGE]
+        self._at = slice(PAGE + shift, PAGE + shift + nbytes)
+        whole[: self._at.start] = bytes([_GUARD]) * self._at.start
+        whole[self._at.stop :] = bytes([_GUARD]) * (len(whole) - self._at.stop)
+        self._view = whole[self._at]
         self._own = (whole, self._view)
         self._lent: list[weakref.ref[memoryview]] = []
         if content is not None:
@@ -70,6 +75,14 @@ class Loan:
         self._lent += map(weakref.ref, regions)
         return tuple(regions)
 
+    def pieces(self, sizes: Iterable[int]) -> tuple[memoryview, ...]:
+        """The memory as consecutive regions of so many bytes, and one for what is left."""
+        cuts = [0, *accumulate(sizes)]
+        cuts.append(max(self.nbytes, cuts[-1]))
+        regions = [self._view[at:end] for at, end in pairwise(cuts) if end > at]
+        self._lent += map(weakref.ref, regions)
+        return tuple(regions)
+
     def content(self, nbytes: int | None = None) -> bytes:
         """The first ``nbytes`` bytes, by default all."""
         return bytes(self._view[:nbytes])
@@ -80,17 +93,17 @@ class Loan:
 
     def poison(self) -> None:
         """Overwrite it all: from here on it is somebody else's."""
-        self._memory[PAGE:-PAGE] = bytes([_POISON]) * self.nbytes
+        self._memory[self._at] = bytes([_POISON]) * self.nbytes
 
     def is_poisoned_still(self) -> None:
         """Raise ``Broken`` when somebody wrote after :meth:`poison`."""
-        found = self._memory[PAGE:-PAGE]
+        found = self._memory[self._at]
         same_bytes(found, bytes([_POISON]) * self.nbytes, "memory after it was given back")
 
     def guards_stand(self) -> None:
         """Raise ``Broken`` when bytes around the lent memory were written."""
-        for guard in (self._memory[:PAGE], self._memory[-PAGE:]):
-            same_bytes(guard, bytes([_GUARD]) * PAGE, "memory beside what was lent")
+        for guard in (self._memory[: self._at.start], self._memory[self._at.stop :]):
+            same_bytes(guard, bytes([_GUARD]) * len(guard), "memory beside what was lent")
 
     def take_back(self) -> None:
         """End the loan. Raises ``Broken`` when a region is still referred to, or a view of it.

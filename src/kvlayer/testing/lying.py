@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from enum import StrEnum
 from random import Random
 
-from kvlayer.abc.backend import Backend, Hit, Miss, Read, ReadResult, Write, WriteResult
+from kvlayer.abc.backend import (
+    Backend,
+    Hit,
+    Miss,
+    Read,
+    ReadResult,
+    SizeResult,
+    Write,
+    WriteResult,
+)
 from kvlayer.keys import ObjectKey
 from kvlayer.testing.faults import Injected, Wrapper
 
@@ -60,7 +69,7 @@ class Lying(Wrapper):
         lies = [lie for lie in possible if lie in self.lies]
         return self.chance.choice(lies) if lies and self.strikes(self.share) else None
 
-    async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
+    async def contains(self, keys: Sequence[ObjectKey], /) -> list[SizeResult]:
         sizes = await super().contains(keys)
         for at, key in enumerate(keys):
             lie = self._draw(Lie.CLAIMED if sizes[at] is None else Lie.DENIED)

@@ -8,11 +8,13 @@ from typing import ClassVar, Self
 from kvlayer.abc.backend import (
     Backend,
     Capability,
+    DeleteResult,
     Hit,
     Listed,
     Miss,
     Read,
     ReadResult,
+    SizeResult,
     Write,
     WriteResult,
 )
@@ -50,7 +52,7 @@ class MemoryBackend(Backend):
 
     async def aclose(self) -> None: ...
 
-    async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
+    async def contains(self, keys: Sequence[ObjectKey], /) -> list[SizeResult]:
         return [len(self.objects[key]) if key in self.objects else None for key in keys]
 
     async def get(self, reads: Sequence[Read], /) -> list[ReadResult]:
@@ -73,9 +75,10 @@ class MemoryBackend(Backend):
             self.objects.setdefault(write.key, b"".join(write.regions))
         return [None] * len(writes)
 
-    async def delete(self, keys: Sequence[ObjectKey], /) -> None:
+    async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
         for key in keys:
             self.objects.pop(key, None)
+        return [None] * len(keys)
 
     async def list(self, prefix: str = "", /) -> AsyncIterator[Listed]:
         for key, stored in list(self.objects.items()):

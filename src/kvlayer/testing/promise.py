@@ -20,6 +20,8 @@ class Need(StrEnum):
     NO_LIST = "the backend lists (Capability.LIST)"
     PERSISTENT = "objects do not outlive the process (Capability.PERSISTENT)"
     SHARED = "the backend is not shared (Capability.SHARED)"
+    REVOCABLE = "calls cannot be revoked (Capability.REVOCABLE)"
+    INTRODUCED = "introduced memory means nothing to it (introduce)"
     URL = "it is not built from a URL"
     DIRECTORY = "its URL names no fresh directory ({directory})"
     SMALL = "no small tier to fill (small_url, with a capacity)"

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, TypeVar
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvlayer.abc.backend import Backend, Capability, Hit, Miss, Read, Write
+from kvlayer.abc.backend import Backend, Capability, Damaged, Hit, Miss, Read, Write
 from kvlayer.keys import ObjectKey
 from kvlayer.testing.loan import PAGE, Loan
 from kvlayer.testing.promise import Hung, broken, expect, same_bytes
@@ -141,7 +141,9 @@ class BackendMachine(RuleBasedStateMachine):
     @rule(numbers=_BATCHES, side=st.booleans(), corrupt=st.booleans())
     def delete(self, numbers: list[int], side: bool, corrupt: bool) -> None:
         backend, keys = self._side(side), [self._keys[n] for n in numbers]
-        self._run(backend.quarantine(keys) if corrupt else backend.delete(keys))
+        items = [Damaged(key) for key in keys]
+        results = self._run(backend.quarantine(items) if corrupt else backend.delete(keys))
+        expect(results, [None] * len(keys), "the results of a deletion")
         for key in keys:
             self.model.pop(key, None)
 

@@ -10,7 +10,17 @@ from hashlib import sha256
 from typing import Any, TypeVar
 
 from kvlayer._pack import pack
-from kvlayer.abc.backend import Backend, Capability, Hit, Miss, Read, ReadResult, Write, WriteResult
+from kvlayer.abc.backend import (
+    Backend,
+    Capability,
+    Damaged,
+    Hit,
+    Miss,
+    Read,
+    ReadResult,
+    Write,
+    WriteResult,
+)
 from kvlayer.errors import BackendError
 from kvlayer.keys import PUBLIC_ZONE, ObjectKey, Part
 from kvlayer.testing.loan import Loan, noise
@@ -69,8 +79,11 @@ class Trial:
         if not self.keys:
             return
         async with self._build() as cleaner:
-            await cleaner.delete(sorted(self.keys))
-            left = [size for size in await cleaner.contains(sorted(self.keys)) if size is not None]
+            keys = sorted(self.keys)
+            refused = [error for error in await cleaner.delete(keys) if error is not None]
+            if refused:
+                raise refused[0]
+            left = [size for size in await cleaner.contains(keys) if size is not None]
             expect(len(left), 0, "what is left behind")
 
     async def start(self, backend: Backend) -> Backend:
@@ -168,6 +181,16 @@ class Trial:
             expect(result, Miss(), f"get() of {what}")
         if self.lists:
             expect(sorted(set(await self.listed()) & set(keys)), [], f"{what} in list()")
+
+    async def delete(self, keys: Sequence[ObjectKey]) -> None:
+        """Remove objects. Raises ``Broken`` unless each is gone, or was missing."""
+        results = await self.backend.delete(keys)
+        expect(results, [None] * len(keys), f"the results of delete() of {len(keys)} keys")
+
+    async def quarantine(self, items: Sequence[Damaged]) -> None:
+        """Take objects out of sight. Raises ``Broken`` unless that is what it answers."""
+        results = await self.backend.quarantine(items)
+        expect(results, [None] * len(items), f"the results of quarantine() of {len(items)} items")
 
     # -- the listing -----------------------------------------------------------------------------
 

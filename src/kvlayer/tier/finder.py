@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from kvlayer._foreign import words
+from kvlayer.abc.backend import SizeResult
+from kvlayer.errors import BackendError
 from kvlayer.keys import ChunkChain, ObjectKey
 from kvlayer.results import Cause
 from kvlayer.tier import plan
@@ -77,7 +79,7 @@ class Finder:
         self, tiers: Sequence[LowerTier], keys: Sequence[ObjectKey], until: float
     ) -> list[LowerTier]:
         """Note what tiers hold of ``keys``; those that answered."""
-        calls: list[tuple[LowerTier, Call[list[ObjectKey]]]] = []
+        calls: list[tuple[LowerTier, Call[list[SizeResult]]]] = []
         answered: list[LowerTier] = []
         try:
             for tier in tiers:
@@ -98,14 +100,29 @@ class Finder:
                     tier.refused(call.error.cause)
                 elif call.error is not None:
                     tier.fails(Cause.TIER_DOWN, words(call.error))
-                else:
-                    tier.works()
-                    self._planner.note(call.result(), tier.index)
+                elif self._note(tier, keys, call.result()):
                     answered.append(tier)
         finally:
             for _, call in calls:
                 call.cancel()
         return answered
+
+    def _note(
+        self, tier: LowerTier, keys: Sequence[ObjectKey], sizes: Sequence[SizeResult]
+    ) -> bool:
+        """Note what a tier holds; whether it answered for any key. An error is not an absence."""
+        errors = [size for size in sizes if isinstance(size, BackendError)]
+        if errors and len(errors) == len(keys):
+            tier.fails(Cause.TIER_DOWN, words(errors[0]))
+            return False
+        tier.works()
+        there = [key for key, size in zip(keys, sizes, strict=True) if isinstance(size, int)]
+        self._planner.note(there, tier.index)
+        if errors:
+            tier.complains(
+                Cause.TIER_DOWN, f"{len(errors)} of {len(keys)} keys: {words(errors[0])}"
+            )
+        return True
 
     def _worth_loading(self, match: Match, rate: float | None) -> Match:
         """``match`` cut where a tier is not asked for now, or where recomputing is faster."""

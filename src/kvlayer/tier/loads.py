@@ -10,6 +10,7 @@ from functools import partial
 from math import inf
 
 from kvlayer._foreign import words
+from kvlayer.abc.backend import Damaged
 from kvlayer.events import ObjectQuarantined
 from kvlayer.keys import ObjectKey, Span
 from kvlayer.results import Cause, Failure
@@ -314,8 +315,9 @@ class Loads:
                     tier=tier.name, key=record.key, cause=cause, detail=outcome.detail
                 )
             )
+        damaged = Damaged(record.key, outcome.version)
         with suppress(Refused):  # found again, and quarantined then, at the next load
-            call = tier.guard.start(partial(self._mover.quarantine, tier.index, record.key))
+            call = tier.guard.start(partial(self._mover.quarantine, tier.index, damaged))
             if not await tier.guard.wait_alone(call):
                 tier.fails(Cause.DEADLINE, "quarantine did not end in time")
             elif call.error is not None:

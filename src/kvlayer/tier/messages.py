@@ -8,6 +8,7 @@ by its offset in the shared slab.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from enum import StrEnum
 from math import isfinite
 from typing import NamedTuple, Self, TypeGuard
@@ -66,6 +67,8 @@ class Outcome(NamedTuple):
     detail: str = ""
     nbytes: int = 0
     seconds: float = 0.0
+    version: Hashable = None
+    """Which bytes a tier gave, for its quarantine. Stays in the process."""
 
     @property
     def ok(self) -> bool:

@@ -8,11 +8,21 @@ enters the process is verified here, once.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from kvlayer._offload import Offload
-from kvlayer.abc.backend import Backend, Hit, Miss, Read, Write
+from kvlayer.abc.backend import (
+    Backend,
+    Damaged,
+    DeleteResult,
+    Hit,
+    Miss,
+    Read,
+    SizeResult,
+    Version,
+    Write,
+)
 from kvlayer.abc.stager import HostCopy, Landed, Stager
 from kvlayer.codec.frame import HEADER_NBYTES, FrameError, check_frame, write_header
 from kvlayer.errors import BackendError, BackendTimeoutError, UnsupportedError
@@ -130,10 +140,9 @@ class Mover:
 
     # -- slab <-> lower tiers --------------------------------------------------------------------
 
-    async def contains(self, tier: int, keys: Sequence[ObjectKey]) -> list[ObjectKey]:
-        """Those of ``keys`` a tier holds. Raises ``BackendError``."""
-        sizes = await self._retries[tier].call(partial(self._backend(tier).contains, keys))
-        return [key for key, size in zip(keys, sizes, strict=True) if size is not None]
+    async def contains(self, tier: int, keys: Sequence[ObjectKey]) -> list[SizeResult]:
+        """What a tier says of each of ``keys``. Raises ``BackendError``."""
+        return await self._retries[tier].batch(self._backend(tier).contains, keys)
 
     async def spill(self, tier: int, piece: Piece) -> Outcome:
         """Frame one object and put it on a tier. Failures are outcomes."""
@@ -152,8 +161,9 @@ class Mover:
                 created=self._wall_clock(),
                 build=self._build,
             )
+            write = Write(piece.key, (header, view), piece.first_token, piece.num_tokens)
             put = self._backend(tier).put
-            (error,) = await self._retries[tier].batch(put, [Write(piece.key, (header, view))])
+            (error,) = await self._retries[tier].batch(put, [write])
         except BackendError as exc:
             error = exc
         finally:
@@ -172,10 +182,12 @@ class Mover:
         header = self._headers.take()
         cause: Cause | None = None
         detail = ""
+        version: Version = None
         try:
             get = self._backend(tier).get
             (result,) = await self._retries[tier].batch(get, [Read(piece.key, (header, view))])
             if isinstance(result, Hit):
+                version = result.version
                 await self._checks.run(
                     check_frame,
                     header,
@@ -198,30 +210,45 @@ class Mover:
             view.release()
         seconds = self._clock() - started
         nbytes = 0 if cause is not None else payload.nbytes
-        return Outcome(piece.key, cause, detail, nbytes, seconds)
+        return Outcome(piece.key, cause, detail, nbytes, seconds, version)
 
-    async def quarantine(self, tier: int, key: ObjectKey) -> None:
+    async def quarantine(self, tier: int, item: Damaged) -> None:
         """Take a damaged object out of sight. Raises ``BackendError``."""
-        await self._backend(tier).quarantine([key])
+        (error,) = await self._retries[tier].batch(self._backend(tier).quarantine, [item])
+        if error is not None:
+            raise error
 
     async def probe(self, tier: int, key: ObjectKey) -> None:
         """Ask a tier for one object's header, there or not. Raises ``BackendError``."""
         header = self._headers.take()
         try:
-            await self._backend(tier).contains([key])
+            (size,) = await self._backend(tier).contains([key])
             (answer,) = await self._backend(tier).get([Read(key, (header,))])
         finally:
             self._headers.give(header)
-        if isinstance(answer, BackendError):
-            raise answer
+        for result in (size, answer):
+            if isinstance(result, BackendError):
+                raise result
 
-    async def delete(self, tier: int, keys: Sequence[ObjectKey]) -> None:
-        """Remove objects from a tier. Raises ``BackendError``."""
-        await self._backend(tier).delete(keys)
+    async def delete(self, tier: int, keys: Sequence[ObjectKey]) -> list[DeleteResult]:
+        """Remove objects from a tier; of each, what prevented it. Raises ``BackendError``."""
+        return await self._retries[tier].batch(self._backend(tier).delete, keys)
 
     async def touch(self, tier: int, keys: Sequence[ObjectKey]) -> None:
         """Tell a tier that objects were used, the most valuable last. Raises ``BackendError``."""
-        await self._backend(tier).touch(keys)
+        await self._retries[tier].call(partial(self._backend(tier).touch, keys))
+
+    async def introduce(self, tier: int) -> None:
+        """Tell a tier of host memory, which it forgets when it closes. Raises ``BackendError``."""
+        await self._backend(tier).introduce(self._slab.view(0, self._slab.nbytes))
+
+    async def describe(self, tier: int, namespace: str, canonical: bytes) -> None:
+        """Tell a tier what a namespace's digest stands for. Raises ``BackendError``."""
+        await self._retries[tier].call(partial(self._backend(tier).describe, namespace, canonical))
+
+    async def namespaces(self, tier: int) -> Mapping[str, bytes]:
+        """What namespaces a tier knows of. Raises ``BackendError``."""
+        return await self._retries[tier].call(self._backend(tier).namespaces)
 
     def _backend(self, tier: int) -> Backend:
         backend = self._backends[tier]

@@ -9,11 +9,14 @@ from typing import Any, ClassVar, Self, TypeVar
 from kvlayer.abc.backend import (
     Backend,
     Capability,
+    Damaged,
+    DeleteResult,
     Hit,
     Listed,
     Miss,
     Read,
     ReadResult,
+    SizeResult,
     Write,
     WriteResult,
 )
@@ -102,11 +105,9 @@ class FileBackend(Backend):
 
     # -- objects ---------------------------------------------------------------------------------
 
-    async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
+    async def contains(self, keys: Sequence[ObjectKey], /) -> list[SizeResult]:
         with self._calls.running() as site:
             sizes = await site.meta.run(site.files.sizes, keys)
-        if isinstance(sizes, BackendError):
-            raise sizes
         hidden = site.quarantine.hidden
         return [None if key in hidden else n for key, n in zip(keys, sizes, strict=True)]
 
@@ -142,6 +143,11 @@ class FileBackend(Backend):
             if not janitor.has_room(sum(write.nbytes for write in writes)):
                 # Only what is not there yet may push others out: look before room is made.
                 present = await site.meta.run(site.files.present, keys)
+                # One of another size may be no object: the write finds out.
+                present = [
+                    None if p is None or p[0] != write.nbytes else p
+                    for write, p in zip(writes, present, strict=True)
+                ]
             for key, found in zip(keys, present, strict=True):
                 if found is not None:
                     janitor.found(key, *found)
@@ -178,33 +184,33 @@ class FileBackend(Backend):
             return stuck(write.key, self.root)
         return outcome.error
 
-    async def delete(self, keys: Sequence[ObjectKey], /) -> None:
+    async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
         with self._calls.running() as site:
             janitor = site.janitor
             if janitor is None:
-                raise readonly("delete", self.root)
+                return [readonly("delete", self.root) for _ in keys]
             gone: list[ObjectKey] = []
             try:
-                error = await site.meta.run(site.files.delete, keys, gone)
+                return await site.meta.run(site.files.delete, keys, gone)
             finally:
                 janitor.lost(gone)
                 site.quarantine.hidden.difference_update(gone)
-            if error is not None:
-                raise error
 
-    async def quarantine(self, keys: Sequence[ObjectKey], /) -> None:
+    async def quarantine(self, items: Sequence[Damaged], /) -> list[DeleteResult]:
         """Move damaged objects to ``v1/quarantine``, where the newest 16 stay, each with a note.
 
-        What can be neither moved nor deleted is hidden from this process. Never raises for a file.
+        What can be neither moved nor deleted is hidden from this process. Never fails for a file.
         """
         with self._calls.running() as site:
             janitor = site.janitor
             if janitor is None:
-                site.quarantine.hidden.update(keys)
-                return
-            gone = await site.quarantine.take(keys, site.meta)
-            await janitor.weigh_quarantine()  # first: for a moment they count twice, never nowhere
-            janitor.lost(gone)
+                site.quarantine.hidden.update(item.key for item in items)
+            else:
+                gone = await site.quarantine.take(items, site.meta)
+                # First: for a moment they count twice, never nowhere.
+                await janitor.weigh_quarantine()
+                janitor.lost(gone)
+            return [None] * len(items)
 
     async def touch(self, keys: Sequence[ObjectKey], /) -> None:
         with self._calls.running() as site:

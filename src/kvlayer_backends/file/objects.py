@@ -15,16 +15,27 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from kvlayer.abc.backend import Hit, Miss, Read, ReadResult, Write
+from kvlayer.abc.backend import (
+    DeleteResult,
+    Hit,
+    Miss,
+    Read,
+    ReadResult,
+    SizeResult,
+    Version,
+    Write,
+    contradicts_header,
+)
 from kvlayer.errors import BackendError
 from kvlayer.keys import ObjectKey
+from kvlayer.payload import ALIGNMENT
 from kvlayer_backends.file.directio import O_DIRECT, drain, fill, suits_direct
 from kvlayer_backends.file.faults import explain, is_absent
 from kvlayer_backends.file.ledger import Eviction, Victim
 from kvlayer_backends.file.paths import Paths
 from kvlayer_backends.file.scratch import Scratch
 
-__all__ = ["ObjectFiles", "Outcome"]
+__all__ = ["ObjectFiles", "Outcome", "version_of"]
 
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
@@ -64,7 +75,9 @@ class ObjectFiles:
                 if used_ns is not None:
                     with suppress(OSError):  # another user's file: it counts as unused
                         os.utime(fd, ns=(used_ns, used_ns))
-                return Hit(nbytes)
+                if read.landed is not None:
+                    read.landed(nbytes)
+                return Hit(nbytes, version_of(os.fstat(fd)))
             finally:
                 os.close(fd)
         except OSError as exc:
@@ -86,20 +99,28 @@ class ObjectFiles:
         except ValueError as exc:
             outcome.error = BackendError(f"file://: {exc}", hint="build keys with ObjectKey.of")
             return
-        (outcome.found,) = self.present([write.key])
-        if outcome.found is not None:
-            return
         try:
+            (found,) = self.present([write.key])
+            replaces = found is not None and found[0] != write.nbytes and _is_no_object(path)
+            if found is not None and not replaces:
+                outcome.found = found
+                return
             try:
-                self._write(path, write.regions, used_ns, outcome)
+                self._write(path, write.regions, used_ns, outcome, replaces=replaces)
             except FileNotFoundError:  # our private directory was deleted
                 self._scratch.open()
-                self._write(path, write.regions, used_ns, outcome)
+                self._write(path, write.regions, used_ns, outcome, replaces=replaces)
         except OSError as exc:
             outcome.error = explain(exc, "write", path)
 
     def _write(
-        self, path: str, regions: Sequence[memoryview], used_ns: int, outcome: Outcome
+        self,
+        path: str,
+        regions: Sequence[memoryview],
+        used_ns: int,
+        outcome: Outcome,
+        *,
+        replaces: bool,
     ) -> None:
         temporary = self._scratch.file()
         direct = O_DIRECT if self.direct and suits_direct(regions) else 0
@@ -112,7 +133,11 @@ class ObjectFiles:
                     os.fsync(fd)
             finally:
                 os.close(fd)
-            outcome.created = self._publish(temporary, path)
+            if replaces:
+                os.rename(temporary, path)
+                outcome.created = True
+            else:
+                outcome.created = self._publish(temporary, path)
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
@@ -135,14 +160,15 @@ class ObjectFiles:
         """Size and last use (ns) of each object; None also for one that cannot be looked at."""
         return [None if isinstance(found, OSError) else found for found in map(self._stat, keys)]
 
-    def sizes(self, keys: Iterable[ObjectKey]) -> list[int | None] | BackendError:
-        """Size of each object, or the error that hides one of them."""
-        found: list[int | None] = []
+    def sizes(self, keys: Iterable[ObjectKey]) -> list[SizeResult]:
+        """Size of each object, or what hides it."""
+        found: list[SizeResult] = []
         for key in keys:
             status = self._stat(key)
             if isinstance(status, OSError):
-                return explain(status, "look at", self._paths.object(key))
-            found.append(None if status is None else status[0])
+                found.append(explain(status, "look at", self._paths.object(key)))
+            else:
+                found.append(None if status is None else status[0])
         return found
 
     def _stat(self, key: ObjectKey) -> tuple[int, int] | OSError | None:
@@ -160,22 +186,24 @@ class ObjectFiles:
             with suppress(OSError, ValueError):
                 os.utime(self._paths.object(key), ns=(used_ns, used_ns))
 
-    def delete(self, keys: Iterable[ObjectKey], gone: list[ObjectKey]) -> BackendError | None:
-        """Remove files, noting in ``gone`` those that are not there any more; the first error."""
-        error = None
+    def delete(self, keys: Iterable[ObjectKey], gone: list[ObjectKey]) -> list[DeleteResult]:
+        """Remove files, noting in ``gone`` those that are not there any more."""
+        results: list[DeleteResult] = []
         for key in keys:
             try:
                 path = self._paths.object(key)
             except ValueError:
+                results.append(None)  # no object has such a name
                 continue
             try:
                 os.unlink(path)
             except OSError as exc:
                 if not is_absent(exc):
-                    error = error or explain(exc, "delete", path)
+                    results.append(explain(exc, "delete", path))
                     continue
             gone.append(key)
-        return error
+            results.append(None)
+        return results
 
     def evict(self, victims: Sequence[Victim], nbytes: int, eviction: Eviction) -> None:
         """Remove victims in order until ``nbytes`` are free, sparing what others have used since.
@@ -199,6 +227,23 @@ class ObjectFiles:
                 else:
                     eviction.failed.append(victim)
                     eviction.error = explain(exc, "evict", path)
+
+
+def version_of(status: os.stat_result) -> Version:
+    """Tells a file from what had its name before or will: renaming keeps it, writing does not."""
+    return (status.st_dev, status.st_ino, status.st_mtime_ns)
+
+
+def _is_no_object(path: str) -> bool:
+    """Whether a file's length contradicts its own header. Raises ``OSError``."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        return contradicts_header(os.pread(fd, ALIGNMENT, 0), os.fstat(fd).st_size)
+    finally:
+        os.close(fd)
 
 
 def _link(temporary: str, path: str) -> bool:

@@ -18,7 +18,9 @@ from typing import NamedTuple
 import aiofiles
 
 from kvlayer._offload import Offload
+from kvlayer.abc.backend import Damaged, Version
 from kvlayer.keys import ObjectKey
+from kvlayer_backends.file.objects import version_of
 from kvlayer_backends.file.paths import Paths
 
 __all__ = ["KEPT", "Quarantine", "keep"]
@@ -47,22 +49,31 @@ class Quarantine:
         self.hidden: set[ObjectKey] = set()
         """Damaged objects still in their place: being moved, or neither movable nor deletable."""
 
-    async def take(self, keys: Sequence[ObjectKey], pool: Offload) -> set[ObjectKey]:
-        """Move or delete objects; the keys that are gone. The rest is hidden. Never raises."""
-        self.hidden.update(keys)
+    async def take(self, items: Sequence[Damaged], pool: Offload) -> set[ObjectKey]:
+        """Move or delete objects; the keys that are gone. The rest is hidden. Never raises.
+
+        An object that was written anew since it was read stays, and is neither.
+        """
+        self.hidden.update(item.key for item in items)
         gone: set[ObjectKey] = set()
-        for aside in await pool.run(self._isolate, keys, gone):
+        healthy: set[ObjectKey] = set()
+        for aside in await pool.run(self._isolate, items, gone, healthy):
             try:
                 await self._note(aside)
             except OSError as exc:
                 _log.debug("file:// cannot note why %s is in quarantine: %s", aside.path, exc)
-        self.hidden -= gone
+        self.hidden -= gone | healthy
         return gone
 
-    def _isolate(self, keys: Sequence[ObjectKey], gone: set[ObjectKey]) -> list[_Aside]:
+    def _isolate(
+        self, items: Sequence[Damaged], gone: set[ObjectKey], healthy: set[ObjectKey]
+    ) -> list[_Aside]:
         asides: list[_Aside] = []
-        for key in keys:
+        for key, version in items:
             try:
+                if version is not None and _is_another(self._paths, key, version):
+                    healthy.add(key)
+                    continue
                 aside = _isolate(self._paths, key)
             except (OSError, ValueError) as exc:
                 _log.warning("file:// cannot quarantine %s, so it is hidden: %s", key, exc)
@@ -90,6 +101,14 @@ class Quarantine:
         if self._notes is not None:
             self._notes.shutdown()
             self._notes = None
+
+
+def _is_another(paths: Paths, key: ObjectKey, version: Version) -> bool:
+    """Whether other bytes lie there than those that were read."""
+    try:
+        return version_of(os.stat(paths.object(key))) != version
+    except FileNotFoundError:
+        return False
 
 
 def _isolate(paths: Paths, key: ObjectKey) -> _Aside | None:

@@ -281,3 +281,34 @@ def test_a_url_with_a_location_is_refused() -> None:
         CpuBackend.from_url(BackendURL.parse("cpu://host/path"))
     with pytest.raises(ConfigError):
         CpuBackend.from_url(BackendURL.parse("cpu://?capcity=1GiB"))
+
+
+@pytest.mark.asyncio
+async def test_what_is_lent_stays_in_its_place_until_it_comes_back(backend: CpuBackend) -> None:
+    await backend.put([write(n) for n in range(2)])
+    async with backend.lend([key(0), key(7)]) as (lent, missing):
+        assert missing is None and lent is not None
+        await backend.delete([key(0)])
+        assert await backend.contains([key(0)]) == [None]
+        for number in range(2, 9):  # more than there is room for
+            await backend.put([write(number)])
+        assert bytes(lent.regions[0]) == b"0" * PAGE
+        with pytest.raises(TypeError):
+            lent.regions[0][0] = 1
+        used = backend.used_nbytes
+    assert lent.was_held
+    assert backend.used_nbytes == used - PAGE
+    with pytest.raises(ValueError, match="released"):
+        bytes(lent.regions[0])
+
+
+@pytest.mark.asyncio
+async def test_closing_waits_for_what_is_lent(backend: CpuBackend) -> None:
+    await backend.put([write(0)])
+    async with backend.lend([key(0)]) as (lent,):
+        assert lent is not None
+        closing = asyncio.ensure_future(backend.aclose())
+        await asyncio.sleep(0)
+        assert not closing.done()
+        assert bytes(lent.regions[0]) == b"0" * PAGE
+    await closing

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from kvlayer.abc.backend import Capability, Hit, Listed, Miss, Read, Write
+from kvlayer.abc.backend import Capability, Damaged, Hit, Listed, Miss, Read, Write
 from kvlayer.errors import BackendError, ClosedError, ConfigError, ForkedError, PluginError
 from kvlayer.keys import ObjectKey, Part
 from kvlayer.tier.evict import PrefixLRU
@@ -184,7 +184,7 @@ async def test_what_is_no_key_names_no_file(tmp_path: Path, bad: str) -> None:
         assert await backend.contains([odd]) == [None]
         await backend.delete([odd])
         await backend.touch([odd])
-        await backend.quarantine([odd])
+        await backend.quarantine([Damaged(odd)])
     assert files(tmp_path) == set()
 
 
@@ -289,9 +289,9 @@ async def test_contains_raises_when_it_cannot_know(
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "stat", denied)
-            with pytest.raises(BackendError, match="EACCES") as caught:
-                await backend.contains([key(1)])
-        assert "permission" in (caught.value.hint or "")
+            (error,) = await backend.contains([key(1)])
+        assert isinstance(error, BackendError) and "EACCES" in str(error)
+        assert "permission" in (error.hint or "")
 
 
 @pytest.mark.asyncio
@@ -352,12 +352,13 @@ async def test_a_read_only_directory_serves_and_is_not_changed(tmp_path: Path) -
         assert await listed(reader) == {key(1)}
         (error,) = await reader.put([Write(key(2), (lent(PAGE),))])
         assert isinstance(error, BackendError) and "readonly" in str(error)
-        with pytest.raises(BackendError, match="readonly"):
-            await reader.delete([key(1)])
+        (error,) = await reader.delete([key(1)])
+        assert isinstance(error, BackendError) and "readonly" in str(error)
         await reader.touch([key(1)])
         assert not reader.is_janitor
         await reader.recovered()
-        await reader.quarantine([key(1)])  # out of sight here; the evidence is somebody else's
+        # Out of sight here; the evidence is somebody else's.
+        await reader.quarantine([Damaged(key(1))])
         assert await load(reader, 1) is None
         assert await reader.contains([key(1)]) == [None]
         assert await listed(reader) == set()
@@ -499,7 +500,7 @@ async def test_closing_leaves_no_thread_no_descriptor_and_no_private_directory(
     for number in range(20):
         await store(backend, number)
         await load(backend, number)
-    await backend.quarantine([key(0)])
+    await backend.quarantine([Damaged(key(0))])
     await listed(backend)
     await backend.aclose()
     await backend.aclose()
@@ -576,7 +577,7 @@ async def test_a_directory_deleted_while_running_is_misses_and_comes_back(tmp_pa
         assert await listed(backend) == set()
         await backend.touch([key(1)])
         await backend.delete([key(1)])
-        await backend.quarantine([key(1)])
+        await backend.quarantine([Damaged(key(1))])
         assert await store(backend, 2) == await load(backend, 2)
         assert backend.janitor is not None
         await backend.janitor.pass_()
@@ -627,7 +628,7 @@ async def test_a_quarantined_object_is_never_offered_again_and_stays_readable(
 ) -> None:
     async with opened(tmp_path) as backend:
         damaged = await store(backend, 1)
-        await backend.quarantine([key(1), key(2)])
+        await backend.quarantine([Damaged(key(1)), Damaged(key(2))])
         assert await load(backend, 1) is None
         assert await backend.contains([key(1)]) == [None]
         assert await listed(backend) == set()
@@ -651,7 +652,7 @@ async def test_only_the_newest_sixteen_stay_in_quarantine(
             await store(backend, n)
         monkeypatch.setattr("time.time_ns", lambda: next(clock))
         for n in range(20):
-            await backend.quarantine([key(n)])
+            await backend.quarantine([Damaged(key(n))])
         names = sorted(p.name for p in (tmp_path / "v1" / "quarantine").iterdir())
         objects = [name for name in names if not name.endswith(".json")]
         assert len(objects) == 16 and len(names) == 32
@@ -671,7 +672,7 @@ async def test_damage_that_can_be_neither_moved_nor_deleted_is_hidden(
         with monkeypatch.context() as patch:
             patch.setattr(os, "rename", refuse)
             patch.setattr(os, "unlink", refuse)
-            await backend.quarantine([key(1)])
+            await backend.quarantine([Damaged(key(1))])
         assert await load(backend, 1) is None
         assert await listed(backend) == set()
         (error,) = await backend.put([Write(key(1), (lent(PAGE),))])
@@ -761,7 +762,9 @@ async def test_random_calls_match_a_dictionary(tmp_path: Path, seed: int) -> Non
                                 assert result == Hit(len(expected))
                                 assert bytes(read.regions[0][: len(expected)]) == expected
                     case "delete" | "quarantine" as call:
-                        await getattr(backend, call)([key(n) for n in numbers])
+                        kind = ObjectKey if call == "delete" else Damaged
+                        items = [kind(key(n)) for n in numbers]
+                        assert await getattr(backend, call)(items) == [None] * len(items)
                         for n in numbers:
                             model.pop(n, None)
                     case "contains":

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from kvlayer.abc.backend import Hit, Read, Write, WriteResult
+from kvlayer.abc.backend import Damaged, Hit, Read, Write, WriteResult
 from kvlayer.abc.policy import EvictionPolicy
 from kvlayer.errors import BackendError
 from kvlayer.keys import ObjectKey, Part
@@ -124,7 +124,7 @@ async def test_the_directory_never_exceeds_its_capacity(
             for results in await asyncio.gather(*jobs):
                 assert results == [None] * 3
             if chance.random() < 0.3:
-                await backend.quarantine([KEYS[chance.randrange(64)]])
+                await backend.quarantine([Damaged(KEYS[chance.randrange(64)])])
             if chance.random() < 0.3:
                 await backend.delete([KEYS[chance.randrange(64)]])
         assert backend.used_nbytes == weight(tmp_path) <= capacity
@@ -153,7 +153,7 @@ async def test_a_batch_larger_than_the_capacity_does_not_wait_for_itself(tmp_pat
 async def test_evidence_counts_and_gives_way_to_objects(tmp_path: Path) -> None:
     async with opened(tmp_path, capacity=4 * PAGE) as backend:
         await put(backend, 1, 2, 3)
-        await backend.quarantine([KEYS[1], KEYS[2]])
+        await backend.quarantine([Damaged(KEYS[1]), Damaged(KEYS[2])])
         assert backend.used_nbytes == 3 * PAGE
         await put(backend, 4, 5)
         assert present(tmp_path) == {4, 5}, "an object goes before evidence does"

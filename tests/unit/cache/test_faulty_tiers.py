@@ -15,11 +15,13 @@ from kvlayer import Cache, CacheConfig, Cause, ModelConfig, TierConfig
 from kvlayer.abc.backend import (
     Backend,
     Capability,
+    DeleteResult,
     Hit,
     Listed,
     Miss,
     Read,
     ReadResult,
+    SizeResult,
     Write,
     WriteResult,
 )
@@ -61,7 +63,7 @@ class Shelf(Backend):
         if self.fault == f"{call} breaks its contract":
             raise ZeroDivisionError
 
-    async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
+    async def contains(self, keys: Sequence[ObjectKey], /) -> list[SizeResult]:
         await self._misbehave("contains")
         return [len(self.objects[key]) if key in self.objects else None for key in keys]
 
@@ -95,10 +97,11 @@ class Shelf(Backend):
             self.objects[write.key] = b"".join(write.regions)
         return [None] * len(writes)
 
-    async def delete(self, keys: Sequence[ObjectKey], /) -> None:
+    async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
         await self._misbehave("delete")
         for key in keys:
             self.objects.pop(key, None)
+        return [None] * len(keys)
 
     async def touch(self, keys: Sequence[ObjectKey], /) -> None:
         await self._misbehave("touch")

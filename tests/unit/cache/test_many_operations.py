@@ -20,7 +20,17 @@ from descriptors import descriptors
 from engine import Engine, same
 
 from kvlayer import Cache, CacheConfig, ModelConfig, Scope, TierConfig
-from kvlayer.abc.backend import Backend, Hit, Miss, Read, ReadResult, Write, WriteResult
+from kvlayer.abc.backend import (
+    Backend,
+    DeleteResult,
+    Hit,
+    Miss,
+    Read,
+    ReadResult,
+    SizeResult,
+    Write,
+    WriteResult,
+)
 from kvlayer.errors import BackendError, BackendUnavailableError
 from kvlayer.keys import ObjectKey
 from kvlayer.registry import BACKENDS
@@ -58,7 +68,7 @@ class Moody(Backend):
             return BackendError("it broke")
         return BackendUnavailableError("not now") if chance < 0.04 else None
 
-    async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
+    async def contains(self, keys: Sequence[ObjectKey], /) -> list[SizeResult]:
         if (trouble := await self._mood()) is not None:
             raise trouble
         return [len(self.objects[key]) if key in self.objects else None for key in keys]
@@ -88,9 +98,10 @@ class Moody(Backend):
             results.append(trouble)
         return results
 
-    async def delete(self, keys: Sequence[ObjectKey], /) -> None:
+    async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
         for key in keys:
             self.objects.pop(key, None)
+        return [None] * len(keys)
 
 
 class Load:

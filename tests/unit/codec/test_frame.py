@@ -20,6 +20,7 @@ from kvlayer.codec.frame import (
     VERSION,
     FrameError,
     check_frame,
+    contradicts_header,
     write_header,
 )
 from kvlayer.keys import ObjectKey, Part
@@ -410,3 +411,26 @@ def test_causes_are_told_in_words() -> None:
     with pytest.raises(FrameError, match=r"checksum of layers 0\.\.2 is [0-9a-f]{16}"):
         written.check()
     assert not math.isnan(written.fields()["created"])
+
+
+@given(layers=st.integers(1, 6), tokens=st.integers(1, 40), extra=st.integers(-3 * ALIGNMENT, 9000))
+def test_a_header_tells_whether_its_object_is_cut_short(
+    layers: int, tokens: int, extra: int
+) -> None:
+    written = Written(shape(layers, tokens))
+    whole = bytes(written.header + written.body)
+    nbytes = max(len(whole) + extra, 0)
+    assert contradicts_header(whole[:nbytes][:HEADER_NBYTES], nbytes) == (nbytes != len(whole))
+
+
+@given(
+    junk=st.binary(max_size=64),
+    nbytes=st.integers(1, 10_000),
+    at=st.integers(0, 9) | st.integers(12, 200),  # two bytes are reserved
+)
+def test_of_what_has_no_header_nobody_can_tell(junk: bytes, nbytes: int, at: int) -> None:
+    head = (b"x" + junk + bytes(HEADER_NBYTES))[: min(nbytes, HEADER_NBYTES)]
+    assert not contradicts_header(head, nbytes)
+    damaged = bytearray(Written(shape()).header)
+    damaged[at] ^= 1
+    assert not contradicts_header(bytes(damaged), HEADER_NBYTES + 1)

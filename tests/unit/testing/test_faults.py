@@ -13,7 +13,7 @@ from caches import WEIGHTS, layout
 from engine import Engine
 
 from kvlayer import Cache, CacheConfig, ModelConfig, TierConfig
-from kvlayer.abc.backend import Backend, Capability, Hit, Miss, Read, Write
+from kvlayer.abc.backend import Backend, Capability, Damaged, Hit, Miss, Read, Write
 from kvlayer.errors import BackendError, BackendUnavailableError, UnsupportedError
 from kvlayer.keys import PUBLIC_ZONE, ObjectKey, Part
 from kvlayer.registry import BACKENDS
@@ -67,7 +67,7 @@ async def test_a_wrapper_passes_everything_on() -> None:
         assert region == content(3)
         assert len([each async for each in wrapped.list()]) == len(KEYS)
         await wrapped.delete(KEYS[:1])
-        await wrapped.quarantine(KEYS[1:2])
+        await wrapped.quarantine([Damaged(KEYS[1])])
         await wrapped.touch(KEYS)
         await wrapped.describe("ab" * 32, b"")
         assert await wrapped.namespaces() == {}

@@ -63,6 +63,7 @@ def test_a_piece_survives_the_wire(piece: Piece) -> None:
         st.text(st.characters(exclude_categories=["Cs"])),
         NUMBERS,
         st.floats(0, 1e9),
+        st.none(),  # the version is of this process alone
     )
 )
 def test_an_outcome_survives_the_wire(outcome: Outcome) -> None:
@@ -134,7 +135,15 @@ def test_what_is_no_list_of_a_piece_is_refused(wire: Any) -> None:
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 PIECES = st.lists(st.builds(Piece, KEYS, NUMBERS, NUMBERS, NUMBERS, NUMBERS), max_size=4)
 OUTCOMES = st.lists(
-    st.builds(Outcome, KEYS, st.none() | st.sampled_from(Cause), TEXT, NUMBERS, st.floats(0, 1e9)),
+    st.builds(
+        Outcome,
+        KEYS,
+        st.none() | st.sampled_from(Cause),
+        TEXT,
+        NUMBERS,
+        st.floats(0, 1e9),
+        st.none(),
+    ),
     max_size=4,
 )
 ORDERS = st.builds(

@@ -10,13 +10,16 @@ from typing import ClassVar, Self, TypeVar
 from kvlayer.abc.backend import (
     Backend,
     Capability,
+    DeleteResult,
     Hit,
     Listed,
     Miss,
     Read,
     ReadResult,
+    SizeResult,
     Write,
     WriteResult,
+    contradicts_header,
 )
 from kvlayer.abc.offload import Offload
 from kvlayer.errors import BackendError, ClosedError, ConfigError
@@ -84,6 +87,8 @@ class SQLiteBackend(Backend):
             part = content[at : at + region.nbytes]
             region[: part.nbytes] = part
             at += part.nbytes
+        if read.landed is not None:
+            read.landed(at)  # its bytes are there: the caller checks them on this thread
         return Hit(at)
 
     def _write(self, db: sqlite3.Connection, writes: Sequence[Write]) -> list[WriteResult]:
@@ -92,18 +97,30 @@ class SQLiteBackend(Backend):
     def _write_one(self, db: sqlite3.Connection, write: Write) -> WriteResult:
         row = (write.key, b"".join(write.regions), time())
         try:
-            db.execute("INSERT OR IGNORE INTO objects VALUES (?, ?, ?)", row)  # the first wins
+            # The first wins, unless it was cut short.
+            if not db.execute("INSERT OR IGNORE INTO objects VALUES (?, ?, ?)", row).rowcount:
+                self._replace_damaged(db, *row)
         except sqlite3.Error as exc:
             return self._error(exc)
         return None
 
-    def _sizes(self, db: sqlite3.Connection, keys: Sequence[ObjectKey]) -> list[int | None]:
+    def _replace_damaged(
+        self, db: sqlite3.Connection, key: ObjectKey, content: bytes, used: float
+    ) -> None:
+        look = "SELECT substr(content, 1, 4096), length(content) FROM objects WHERE key = ?"
+        head, nbytes = db.execute(look, (key,)).fetchone() or (b"", 0)
+        if contradicts_header(head or b"", nbytes):
+            mend = "UPDATE objects SET content = ?, used = ? WHERE key = ? AND length(content) = ?"
+            db.execute(mend, (content, used, key, nbytes))
+
+    def _sizes(self, db: sqlite3.Connection, keys: Sequence[ObjectKey]) -> list[SizeResult]:
         query = "SELECT length(content) FROM objects WHERE key = ?"
         rows = [db.execute(query, (key,)).fetchone() for key in keys]
         return [None if row is None else row[0] for row in rows]
 
-    def _delete(self, db: sqlite3.Connection, keys: Sequence[ObjectKey]) -> None:
+    def _delete(self, db: sqlite3.Connection, keys: Sequence[ObjectKey]) -> list[DeleteResult]:
         db.executemany("DELETE FROM objects WHERE key = ?", [(key,) for key in keys])
+        return [None] * len(keys)
 
     def _use(self, db: sqlite3.Connection, keys: Sequence[ObjectKey]) -> None:
         db.executemany("UPDATE objects SET used = ? WHERE key = ?", [(time(), key) for key in keys])
@@ -136,7 +153,7 @@ class SQLiteBackend(Backend):
         except sqlite3.Error as exc:
             raise self._error(exc) from None
 
-    async def contains(self, keys: Sequence[ObjectKey], /) -> list[int | None]:
+    async def contains(self, keys: Sequence[ObjectKey], /) -> list[SizeResult]:
         return await self._run(self._sizes, keys)
 
     async def get(self, reads: Sequence[Read], /) -> list[ReadResult]:
@@ -145,8 +162,8 @@ class SQLiteBackend(Backend):
     async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
         return await self._run(self._write, writes)
 
-    async def delete(self, keys: Sequence[ObjectKey], /) -> None:
-        await self._run(self._delete, keys)
+    async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
+        return await self._run(self._delete, keys)
 
     async def touch(self, keys: Sequence[ObjectKey], /) -> None:
         await self._run(self._use, keys)

@@ -61,9 +61,9 @@ class BatchPromises(BackendPlace):
         expect(await trial.backend.contains([]), [], "contains([])")
         expect(await trial.backend.get([]), [], "get([])")
         expect(await trial.backend.put([]), [], "put([])")
-        await trial.backend.delete([])
+        await trial.delete([])
         await trial.backend.touch([])
-        await trial.backend.quarantine([])
+        await trial.quarantine([])
 
     @promise("Batches of objects in, aligned results out.")
     async def test_a_batch_of_thousands_is_answered(self, trial: Trial) -> None:
@@ -76,7 +76,7 @@ class BatchPromises(BackendPlace):
         results = await trial.backend.get([Read(key, loan.regions()) for key in keys])
         expect(results, [Miss()] * (many - 1) + [Hit(PAGE)], f"get() of {many} keys")
         await trial.backend.touch(keys)
-        await trial.backend.delete(keys)
+        await trial.delete(keys)
         expect(await trial.backend.contains(keys[-1:]), [None], f"an object among {many} deleted")
 
     @promise("A batch never raises for one bad item.")
@@ -98,7 +98,7 @@ class BatchPromises(BackendPlace):
         into[2].holds(contents[1], "the object after a bad item")
         found = await trial.backend.contains(keys)
         expect([found[0], found[2]], [PAGE, PAGE], "contains() beside a bad item")
-        await trial.backend.delete(keys)
+        await trial.delete(keys)
         await trial.is_absent(good, PAGE, "what was deleted beside a bad item")
 
     @promise("Results align with inputs and carry the error.", Need.SMALL, Need.DISPOSABLE)
@@ -129,7 +129,7 @@ class BatchPromises(BackendPlace):
             sizes = await trial.backend.contains([trial.key(number + 1000), key])
             expect(sizes, [None, len(content)], f"contains({number}) among {_TASKS} tasks")
             if number % 3 == 0:
-                await trial.backend.delete([key])
+                await trial.delete([key])
                 expect(await trial.backend.contains([key]), [None], f"{number} after delete()")
 
         await side_by_side(one(number) for number in range(_TASKS))

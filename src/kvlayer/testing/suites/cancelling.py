@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from itertools import count
 from time import perf_counter
 from typing import Any
 
 from kvlayer.abc.backend import Hit, Miss, Read, Write
 from kvlayer.testing.loan import PAGE, Loan, noise, only_young
-from kvlayer.testing.promise import expect, promise, same_bytes
+from kvlayer.testing.promise import Need, broken, expect, promise, same_bytes
 from kvlayer.testing.suites.place import BackendPlace
 from kvlayer.testing.trial import Trial
 
@@ -19,6 +20,8 @@ _TURNS = (0, 1, 2, 3, 5, 8, 13)
 _SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 _SETTLE_SECONDS = 0.02  # for native code, which can touch memory without holding a view of it
 _CANCELLED = 64
+_REVOCATIONS = 6
+_REVOKED_SECONDS = 0.1
 
 
 class CancelPromises(BackendPlace):
@@ -92,6 +95,68 @@ class CancelPromises(BackendPlace):
             if found is not None:
                 same_bytes(found, content, "an object whose put() was cancelled")
 
+    @promise("A cancelled get or put returns within 100 ms.", Need.REVOCABLE)
+    async def test_a_revoked_call_returns_at_once(self, trial: Trial) -> None:
+        nbytes = self.large_nbytes // 4
+        content = await trial.store(1, nbytes)
+        into, lent = Loan(nbytes), Loan(nbytes, content)
+        calls: tuple[Callable[[], Coroutine[Any, Any, object]], ...] = (
+            lambda: trial.backend.get([Read(trial.key(1), into.regions())]),
+            lambda: trial.backend.put([Write(trial.key(next(numbers)), lent.regions())]),
+        )
+        numbers = count(2)
+        for call in calls:
+            took: list[float] = []
+            for turns in range(_REVOCATIONS):
+                task = asyncio.ensure_future(call())
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                began = perf_counter()
+                task.cancel()
+                await asyncio.wait({task})
+                if not task.cancelled():
+                    task.result()
+                elif turns:  # else it had not begun
+                    took.append(perf_counter() - began)
+            # The quickest: whatever else runs on the machine may hold up any of the others.
+            if min(took, default=0.0) > _REVOKED_SECONDS:
+                broken("a cancelled call to return within 100 ms", f"{min(took):.3f} s")
+
+    @promise("Returns when no call uses it.", Need.INTRODUCED)
+    async def test_withdrawn_memory_is_in_no_calls_hands(self, trial: Trial) -> None:
+        nbytes = self.large_nbytes // 4
+        content = await trial.store(1, nbytes)
+        for turns in _TURNS[1:]:  # a call that has not begun uses nothing
+            loan = Loan(nbytes)
+            (region,) = loan.regions()
+            await trial.backend.introduce(region)
+            call = asyncio.ensure_future(trial.backend.get([Read(trial.key(1), (region,))]))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await trial.backend.withdraw(region)
+            for _ in range(10):  # what has ended inside may need a turn to say so
+                await asyncio.sleep(0)
+            expect(call.done(), True, "an end of the call that used withdrawn memory")
+            expect(call.result(), [Hit(nbytes)], "get() into introduced memory")
+            loan.holds(content, "an object read into introduced memory")
+
+    @promise("At any time while it is open. Memory that was not introduced is lent, too.")
+    async def test_memory_comes_and_goes_at_any_time(self, trial: Trial) -> None:
+        content = await trial.store(1, 3 * PAGE)
+        pool, plain = Loan(6 * PAGE), Loan(3 * PAGE)
+        (whole,) = pool.regions()
+        await trial.backend.withdraw(whole)  # not known yet
+        for _ in range(2):
+            await trial.backend.introduce(whole)
+            for loan, region in ((pool, whole[: 3 * PAGE]), (plain, plain.regions()[0])):
+                loan.poison()
+                (result,) = await trial.backend.get([Read(trial.key(1), (region,))])
+                expect(result, Hit(3 * PAGE), "get() beside introduced memory, and inside")
+                loan.holds(content, "an object")
+            await trial.backend.withdraw(whole)
+        (result,) = await trial.backend.get([Read(trial.key(1), (whole[3 * PAGE :],))])
+        expect(result, Hit(3 * PAGE), "get() into memory that was withdrawn")
+
     @promise("Cancelling a call leaves every object whole or absent.")
     async def test_a_cancelled_put_leaves_each_object_whole_or_absent(self, trial: Trial) -> None:
         nbytes = self.large_nbytes // 8
@@ -132,7 +197,7 @@ class CancelPromises(BackendPlace):
             sizes = await trial.backend.contains(keys)
             expect(sizes, [4 * PAGE] * 4, "contains() of what is about to be deleted")
             deleting.set()
-            await trial.backend.delete(keys)
+            await trial.delete(keys)
 
         deleting = asyncio.Event()
         is_undisturbed = True

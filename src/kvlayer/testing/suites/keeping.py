@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from hashlib import sha256
 from time import time
 
-from kvlayer.abc.backend import Capability
+from kvlayer.abc.backend import Capability, Damaged, Hit
 from kvlayer.errors import UnsupportedError
 from kvlayer.keys import ObjectKey, Part
-from kvlayer.testing.loan import PAGE
+from kvlayer.testing.loan import PAGE, noise
 from kvlayer.testing.promise import Need, broken, expect, promise, same_bytes
 from kvlayer.testing.suites.place import BackendPlace
 from kvlayer.testing.trial import Trial
@@ -31,23 +32,33 @@ class KeepingPromises(BackendPlace):
         ]
         for key in (trial.key(1), *near):
             expect(await trial.put(key, bytes(PAGE)), None, "the result of put()")
-        await trial.backend.delete([trial.key(1)])
+        await trial.delete([trial.key(1)])
         await trial.is_absent([trial.key(1)], PAGE, "a deleted object")
         sizes = await trial.backend.contains(near)
         expect(sizes, [PAGE] * len(near), "contains() of objects beside a deleted one")
 
-    @promise("Missing keys are ignored.")
+    @promise("None for each that is gone, or was missing")
     async def test_deleting_what_is_missing_is_ignored(self, trial: Trial) -> None:
         await trial.store(1, PAGE)
-        await trial.backend.delete(trial.numbered((7, 1, 1, 8)))
-        await trial.backend.delete(trial.numbered((1,)))
+        await trial.delete(trial.numbered((7, 1, 1, 8)))
+        await trial.delete(trial.numbered((1,)))
         expect(await trial.backend.contains(trial.numbered((1,))), [None], "contains()")
+
+    @promise("Remove objects: None for each that is gone, or was missing; else what prevented it.")
+    async def test_a_deletion_answers_for_each_key(self, trial: Trial) -> None:
+        await trial.store_all((1, 2, 3), PAGE)
+        keys = trial.numbered((9, 2, 8, 1, 3))
+        results = await trial.backend.delete(keys)
+        expect(len(results), len(keys), "the number of results of delete()")
+        sizes = await trial.backend.contains(keys)
+        for key, result, size in zip(keys, results, sizes, strict=True):
+            expect(size is None, result is None, f"{key} to be gone, after delete(): {result}")
 
     @promise("Store objects.")
     async def test_what_was_deleted_can_be_stored_again(self, trial: Trial) -> None:
         for number in (1, 2):
             await trial.store(number, 2 * PAGE)
-        await trial.backend.delete(trial.numbered((1, 2)))
+        await trial.delete(trial.numbered((1, 2)))
         for number in (1, 2):
             content = await trial.store(number, 2 * PAGE)
             found = await trial.load(trial.key(number), 2 * PAGE)
@@ -58,7 +69,7 @@ class KeepingPromises(BackendPlace):
     async def test_what_is_quarantined_is_never_offered_again(self, trial: Trial) -> None:
         for number in (1, 2):
             await trial.store(number, PAGE)
-        await trial.backend.quarantine(trial.numbered((1, 9)))
+        await trial.quarantine([Damaged(key) for key in trial.numbered((1, 9))])
         await trial.is_absent(trial.numbered((1,)), PAGE, "a quarantined object")
         sizes = await trial.backend.contains(trial.numbered((2,)))
         expect(sizes, [PAGE], "contains() of an object beside a quarantined one")
@@ -69,9 +80,65 @@ class KeepingPromises(BackendPlace):
     ) -> None:
         content = await trial.store(1, PAGE)
         same_bytes(await trial.load(trial.key(1), PAGE) or b"", content, "the object, before")
-        await trial.backend.quarantine(trial.numbered((1,)))
+        await trial.quarantine([Damaged(trial.key(1))])
         await trial.reopen()
         await trial.is_absent(trial.numbered((1,)), PAGE, "an object quarantined before a restart")
+
+    @promise("Only the bytes that were read go: an object that has another version by now was "
+             "written anew and stays.", Need.DISPOSABLE)  # fmt: skip
+    async def test_quarantine_takes_the_bytes_that_were_read(self, trial: Trial) -> None:
+        key, content = trial.key(1), await trial.store(1, 2 * PAGE)
+        before, _ = await trial.get(key, 2 * PAGE)
+        if not isinstance(before, Hit) or before.version is None:
+            expect(before, Hit(2 * PAGE), "get() of an object")
+            return  # it cannot tell, and says so
+        await trial.delete([key])
+        await trial.store(1, 2 * PAGE)
+        await trial.quarantine([Damaged(key, before.version)])
+        now, loan = await trial.get(key, 2 * PAGE)
+        expect(now, Hit(2 * PAGE), "get() of an object whose former bytes were quarantined")
+        loan.holds(content, "an object whose former bytes were quarantined")
+        if isinstance(now, Hit):
+            await trial.quarantine([Damaged(key, now.version)])
+        await trial.is_absent([key], 2 * PAGE, "a quarantined version")
+
+    @promise("Objects to be read in place while the context lasts; aligned with keys.")
+    async def test_what_is_lent_is_the_object_or_said_not_to_be(self, trial: Trial) -> None:
+        contents = [await trial.store(n, 2 * PAGE) for n in (1, 2)]
+        keys = trial.numbered((1, 9, 2))
+        async with trial.backend.lend(keys) as lent:
+            first, missing, second = lent
+            expect(missing, None, "what is lent of an object that is absent")
+            for each, content in zip((first, second), contents, strict=True):
+                if each is not None:
+                    same_bytes(b"".join(each.regions), content, "an object that is lent")
+                    expect(all(r.readonly for r in each.regions), True, "lent memory as read-only")
+            await trial.delete([trial.key(1)])
+            await trial.put(trial.key(1), noise(3, 2 * PAGE))
+            await trial.store(4, 2 * PAGE)
+            later = b"" if first is None else b"".join(first.regions)
+        if first is not None and first.was_held:
+            same_bytes(later, contents[0], "an object that was deleted while it was lent")
+        if second is not None:
+            expect(second.was_held, True, "was_held of an object that nobody touched")
+
+    @promise("Called on the loop with (key, bytes) of what the backend has found to be there "
+             "without being asked.", Need.SHARED)  # fmt: skip
+    async def test_what_it_says_was_stored_is_there(self, trial: Trial) -> None:
+        told: dict[ObjectKey, int] = {}
+
+        def hear(found: list[tuple[ObjectKey, int]]) -> None:
+            asyncio.get_running_loop()
+            told.update(found)
+
+        trial.backend.on_stored = hear
+        other = await trial.another()
+        for number in range(3):
+            await trial.store(number, (1 + number) * PAGE, on=other)
+        for _ in range(10):  # what it has heard may need a turn to be told
+            await asyncio.sleep(0)
+        keys = sorted(told)
+        expect(await trial.backend.contains(keys), [told[k] for k in keys], "contains() of those")
 
     @promise("Hint that objects were used, the most valuable last.")
     async def test_touching_changes_no_object(self, trial: Trial) -> None:
@@ -137,7 +204,7 @@ class KeepingPromises(BackendPlace):
         async for listed in trial.backend.list(trial.namespace):
             found.append(listed.key)
             if goes:
-                await trial.backend.delete([goes.pop()])
+                await trial.delete([goes.pop()])
                 await trial.store(1000 + len(goes), PAGE)
         missing = [key for key in stays if found.count(key) != 1]
         expect(missing, [], "objects that stayed and were not listed exactly once")

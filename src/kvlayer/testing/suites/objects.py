@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from functools import partial
 
-from kvlayer.abc.backend import Hit, Miss, Write
+from kvlayer.abc.backend import Hit, Miss, Read, Write
 from kvlayer.errors import BackendError, ConfigError
 from kvlayer.keys import ObjectKey, Part
 from kvlayer.registry import open_backend
+from kvlayer.testing.framed import framed
 from kvlayer.testing.loan import PAGE, Loan, noise
 from kvlayer.testing.promise import Need, broken, expect, promise, same_bytes
 from kvlayer.testing.suites.place import BackendPlace
@@ -103,7 +106,7 @@ class ObjectPromises(BackendPlace):
         sizes = await trial.backend.contains([trial.key(1)])
         expect(sizes, [None], "contains() of an object that was never stored")
 
-    @promise("Encoded size in bytes of each object, or None.")
+    @promise("Encoded size in bytes of each object, None for one that is absent.")
     async def test_contains_says_the_exact_size(self, trial: Trial) -> None:
         pages = (1, 2, 3, 16, 33)
         for number, count in enumerate(pages):
@@ -149,6 +152,63 @@ class ObjectPromises(BackendPlace):
             loan.holds(content[:left], "a truncated object")
             sizes = await trial.backend.contains([trial.key(number)])
             expect(sizes, [left], "contains() of a truncated object")
+
+    @promise("An object whose length contradicts its own header is no object", Need.TRUNCATE)
+    async def test_an_object_cut_short_is_replaced(self, trial: Trial) -> None:
+        content = framed(trial.key(1), noise(1, 4 * PAGE))
+        for left in (3 * PAGE, PAGE, PAGE - 1, 7, 0):
+            expect(await trial.put(trial.key(1), content), None, "the result of put()")
+            self.truncate(trial.key(1), left)
+            again = await trial.put(trial.key(1), content)
+            expect(again, None, f"the result of put() of an object that was cut to {left} bytes")
+            found = await trial.load(trial.key(1), len(content))
+            same_bytes(found or b"", content, f"an object that was cut to {left} bytes and put")
+        shorter = framed(trial.key(1), noise(2, 2 * PAGE))
+        expect(await trial.put(trial.key(1), shorter), None, "the result of put() of a present key")
+        found = await trial.load(trial.key(1), len(content))
+        same_bytes(found or b"", content, "a whole object of another length")
+
+    @promise("Each region is a contiguous memoryview of bytes, of any address and length")
+    async def test_regions_may_lie_anywhere(self, trial: Trial) -> None:
+        cuts = ((1, 4095, 4097, 511, 513), (PAGE - 7,), (PAGE, PAGE), (8, 8, 2 * PAGE))
+        for number, cut in enumerate(cuts):
+            content = noise(number, 5 * PAGE + number)
+            lent = Loan(len(content), content, shift=(1, 8, 512, 0)[number])
+            (stored,) = await trial.backend.put([Write(trial.key(number), lent.pieces(cut))])
+            expect(stored, None, f"the result of put() from regions of {cut} bytes")
+            for offset in (0, 1, PAGE, 2 * PAGE + 17):
+                wanted = content[offset : offset + 3 * PAGE + 5]
+                into = Loan(len(wanted), shift=(5, 64, 2048, 0)[number])
+                read = Read(trial.key(number), into.pieces(cut[::-1]), offset)
+                (result,) = await trial.backend.get([read])
+                expect(result, Hit(len(wanted)), f"get() from byte {offset} on into such regions")
+                into.holds(wanted, f"an object from byte {offset} on")
+                into.guards_stand()
+
+    @promise("landed, where it is given, may be called once this item's bytes are all there, with "
+             "their number, on the thread that moved them and before get returns")  # fmt: skip
+    async def test_what_landed_is_all_there(self, trial: Trial) -> None:
+        contents = [await trial.store(n, (4 + n) * PAGE) for n in range(3)]
+        loans = [Loan(6 * PAGE) for _ in range(4)]
+        heard: list[tuple[int, int, bytes]] = []
+
+        def land(number: int, nbytes: int) -> None:
+            heard.append((number, nbytes, loans[number].content(nbytes)))
+
+        reads = [
+            Read(trial.key(n), loan.regions(), landed=partial(land, n))
+            for n, loan in enumerate(loans)
+        ]
+        results = await trial.backend.get(reads)
+        told = len(heard)
+        expect(results, [*(Hit(len(c)) for c in contents), Miss()], "the results of get()")
+        for number, nbytes, content in heard:
+            expect(nbytes, len(contents[number]) if number < 3 else None, "what landed, in bytes")
+            same_bytes(content, contents[number], "an object, when it had landed")
+        expect(len({number for number, *_ in heard}), told, "one call for each that landed")
+        for _ in range(10):
+            await asyncio.sleep(0)
+        expect(len(heard), told, "the number of calls once get() had returned")
 
     @promise("They belong to the caller")
     async def test_a_read_writes_inside_its_regions_only(self, trial: Trial) -> None:

@@ -84,6 +84,11 @@ class BackendPlace(Suite):
     def capabilities(self) -> frozenset[Capability]:
         return self.build().capabilities
 
+    @cached_property
+    def introduces(self) -> bool:
+        """Whether the backend does anything with memory that is introduced to it."""
+        return type(self.build()).introduce is not Backend.introduce
+
     @property
     def small_capacity_nbytes(self) -> int:
         """What the URL of the small tier says."""
@@ -100,6 +105,8 @@ class BackendPlace(Suite):
             Need.NO_LIST: Capability.LIST not in self.capabilities,
             Need.PERSISTENT: Capability.PERSISTENT in self.capabilities,
             Need.SHARED: Capability.SHARED in self.capabilities,
+            Need.REVOCABLE: Capability.REVOCABLE in self.capabilities,
+            Need.INTRODUCED: self.introduces,
             Need.URL: bool(self.url),
             Need.DIRECTORY: self.has_folder,
             Need.SMALL: bool(self.small_url) or _overrides(self.build_small),
