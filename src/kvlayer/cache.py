@@ -124,7 +124,7 @@ class Cache:
         ``LayoutError`` and ``TokensError``.
         """
         started = self._begin()
-        self._stack.mover.check(kv)
+        self._stack.device.check(kv)
         window = self._window(kv, first_token)
         packed = memoryview(token_bytes(tokens)).cast("I")
         if window.stop > len(packed):
@@ -210,7 +210,7 @@ class Cache:
         returns once the view is untouched. Raises ``LayoutError``.
         """
         started = self._begin()
-        self._stack.mover.check(kv)
+        self._stack.device.check(kv)
         window = self._window(kv, first_token)
         match = self._claim(hit)
         sources = Sources(match, self._planner.tiers) if self._emit else None

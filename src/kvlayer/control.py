@@ -198,7 +198,7 @@ class Control:
         if not keys:
             return 0
         try:
-            call = lower.guard.start(partial(stack.mover.delete, lower.index, keys))
+            call = lower.guard.start(partial(stack.objects.delete, lower.index, keys))
         except Refused as no:
             lower.refused(no.cause)
             return 0

@@ -141,7 +141,7 @@ async def _held_elsewhere(
     cache: Cache, tier: LowerTier, chain: ChunkChain, spans: list[Span]
 ) -> dict[bytes, str]:
     found: dict[bytes, str] = {}
-    for digest, canonical in (await cache.stack.mover.namespaces(tier.index)).items():
+    for digest, canonical in (await cache.stack.objects.namespaces(tier.index)).items():
         if digest == cache.namespace.digest:
             continue
         keys = [
@@ -149,7 +149,7 @@ async def _held_elsewhere(
             for span in spans
             for part in cache.stack.planner.directory.needs
         ]
-        sizes = await cache.stack.mover.contains(tier.index, keys)
+        sizes = await cache.stack.objects.contains(tier.index, keys)
         differing = ", ".join(cache.namespace.differences(Namespace.from_canonical(canonical)))
         detail = f"stored on {tier.name} for another setup: {differing}"
         there = (key for key, size in zip(keys, sizes, strict=True) if isinstance(size, int))

@@ -24,11 +24,12 @@ from kvlayer.namespace import COMPUTE_DTYPES, Namespace
 from kvlayer.parts import Parts
 from kvlayer.registry import POLICIES, Registry, open_backend
 from kvlayer.results import Cause
+from kvlayer.tier.device import Device, LocalDevice
 from kvlayer.tier.estimate import Rate
 from kvlayer.tier.guard import Guard
-from kvlayer.tier.mover import Mover
+from kvlayer.tier.objects import Objects
 from kvlayer.tier.planner import Planner
-from kvlayer.tier.ranks import RankMover, Ranks
+from kvlayer.tier.ranks import RankDevice, Ranks
 from kvlayer.tier.stack import Stack
 from kvlayer.tier.tier import LowerTier, Tier
 from kvlayer.urls import shown_url
@@ -68,19 +69,17 @@ async def build(
         )
         for tier in lower:
             await _enter_tier(tier, planner, config.close_seconds, resources)
-        mover = _make_mover(
+        device = _make_device(
             config,
             layout,
             planner,
-            slab=host.slab,
-            lower=backends[1:],
+            host.slab,
             ranks=ranks,
             make_stager=make_stager,
             resources=resources,
         )
-        resources.callback(mover.close)
-        mover.begin()
-        stack = _make_stack(config, namespace, planner, mover, top=top, lower=lower)
+        objects = _make_objects(config, planner, host.slab, backends[1:], resources)
+        stack = _make_stack(config, namespace, planner, device, objects, top=top, lower=lower)
         clock = asyncio.get_running_loop().time
         return Parts(config, namespace, stack, emit, clock, ranks, resources.pop_all())
 
@@ -280,53 +279,55 @@ def _make_planner(
     )
 
 
-def _make_mover(
+def _make_device(
     config: CacheConfig,
     layout: KVLayout,
     planner: Planner,
-    *,
     slab: Slab,
-    lower: Sequence[Backend],
+    *,
     ranks: Ranks | None,
     make_stager: MakeStager,
     resources: AsyncExitStack,
-) -> Mover:
-    """The Mover of this process: with a device, or for ranks that have theirs elsewhere."""
-    backends = [None, *lower]
-    clock = asyncio.get_running_loop().time
-    build = f"kvlayer-core {version()}"
-    shape, wall = planner.payload, time.time
-    retries = [tier.retries for tier in config.tiers]
+) -> Device:
+    """The device of this process, or those of the ranks."""
     if ranks is not None:
-        return RankMover(
-            ranks,
-            slab,
-            backends,
-            shape=shape,
-            clock=clock,
-            wall_clock=wall,
-            build=build,
-            retries=retries,
-        )
-    stager = make_stager(layout, slab, config.staging_threads)
-    resources.push_async_callback(stager.aclose)
-    return Mover(
+        device: Device = RankDevice(ranks, slab)
+    else:
+        stager = make_stager(layout, slab, config.staging_threads)
+        resources.push_async_callback(stager.aclose)
+        device = LocalDevice(slab, stager, planner.payload)
+    resources.callback(device.close)
+    return device
+
+
+def _make_objects(
+    config: CacheConfig,
+    planner: Planner,
+    slab: Slab,
+    lower: Sequence[Backend],
+    resources: AsyncExitStack,
+) -> Objects:
+    """What moves objects between the slab and the lower tiers."""
+    objects = Objects(
         slab,
-        stager,
-        backends,
-        shape=shape,
-        clock=clock,
-        wall_clock=wall,
-        build=build,
-        retries=retries,
+        [None, *lower],
+        shape=planner.payload,
+        clock=asyncio.get_running_loop().time,
+        wall_clock=time.time,
+        build=f"kvlayer-core {version()}",
+        retries=[tier.retries for tier in config.tiers],
     )
+    resources.callback(objects.close)
+    objects.begin()
+    return objects
 
 
 def _make_stack(
     config: CacheConfig,
     namespace: Namespace,
     planner: Planner,
-    mover: Mover,
+    device: Device,
+    objects: Objects,
     *,
     top: Tier,
     lower: list[LowerTier],
@@ -334,7 +335,8 @@ def _make_stack(
     """The stack. Tiers that can list what they hold begin to; it knows how to ask a tier again."""
     stack = Stack(
         planner,
-        mover,
+        device,
+        objects,
         top,
         lower,
         foreign=top.emit.foreign,
@@ -346,10 +348,10 @@ def _make_stack(
     nothing = ObjectKey.of(namespace.digest, PUBLIC_ZONE, bytes(32), planner.directory.needs[0])
     canonical = namespace.canonical()
     for tier in lower:
-        tier.guard.hint(partial(mover.introduce, tier.index))
+        tier.guard.hint(partial(objects.introduce, tier.index))
         # For people and explain.
-        tier.guard.hint(partial(mover.describe, tier.index, namespace.digest, canonical))
-        tier.guard.probe = partial(mover.probe, tier.index, nothing)
+        tier.guard.hint(partial(objects.describe, tier.index, namespace.digest, canonical))
+        tier.guard.probe = partial(objects.probe, tier.index, nothing)
         if Capability.LIST in tier.backend.capabilities:
             stack.recover(tier)
     return stack

@@ -23,8 +23,8 @@ from kvlayer.opening import make_stager
 from kvlayer.payload import ALIGNMENT, Payload
 from kvlayer.results import Cause
 from kvlayer.tier import plan
+from kvlayer.tier.device import LocalDevice
 from kvlayer.tier.messages import Completion, Greeting, Order, Outcome, Piece, Verb
-from kvlayer.tier.mover import Mover
 
 __all__ = ["Rank"]
 
@@ -42,9 +42,7 @@ class Rank:
         self._groups = [held.group for held in layout.groups]
         self._parts = [plan.rank_part(i, held) for i, held in enumerate(layout.groups)]
         self._payloads: dict[tuple[Part, int], Payload] = {}
-        self._mover = Mover(
-            slab, stager, (), shape=self._payload, clock=monotonic, wall_clock=monotonic, build=""
-        )
+        self._device = LocalDevice(slab, stager, self._payload)
 
     @classmethod
     @asynccontextmanager
@@ -102,9 +100,9 @@ class Rank:
         cause, detail = None, ""
         try:
             if asked.verb is Verb.GATHER:
-                await self._mover.gather(view, asked.pieces, asked.start)
+                await self._device.gather(view, asked.pieces, asked.start)
             else:
-                await self._mover.scatter(view, asked.pieces, asked.start, asked.stop)
+                await self._device.scatter(view, asked.pieces, asked.start, asked.stop)
         except Exception as exc:  # noqa: BLE001  # whatever the device says is the planner's to hear
             cause, detail = Cause.RANK_DOWN, f"rank {self.number}: {type(exc).__name__}: {exc}"
         seconds = monotonic() - started

@@ -43,7 +43,7 @@ async def test_what_a_device_stored_comes_back_from_a_file_bit_for_bit(
     torch.cuda.synchronize()
     with caplog.at_level(logging.WARNING):
         async with Cache.open(config, layout) as cache:
-            stager = cache.stack.mover._stager
+            stager = cache.stack.device._stager
             assert isinstance(stager, CudaStager)
             assert await stager.ready(device)
             report = await cache.store(TOKENS, writer)

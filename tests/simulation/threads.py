@@ -57,7 +57,7 @@ def play_threads(seed: int) -> list[int]:
 
 def _loop(cache: Cache, world: World, chance: Random) -> None:
     """What the loop's thread does between two awaits: plan, fill, serve, evict, write down."""
-    plans, slab = cache.stack.planner, cache.stack.mover.slab
+    plans, slab = cache.stack.planner, cache.stack.objects.slab
     for _ in range(STORES):
         prompt = chance.choice(world.prompts)
         length = chance.randrange(CHUNK, 4 * CHUNK)
@@ -99,7 +99,7 @@ def _check_leased(cache: Cache, world: World, path: Sequence[ObjectRecord]) -> N
         if record.host is not Host.READY:
             raise invariants.Broken(f"{record.key} is leased, and was evicted")
         expected = world.right[record.key.chunk]
-        if cache.stack.mover.slab.view(record.offset, len(expected)) != expected:
+        if cache.stack.objects.slab.view(record.offset, len(expected)) != expected:
             raise invariants.Broken(f"{record.key} is leased, and its bytes have changed")
 
 

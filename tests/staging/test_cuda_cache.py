@@ -36,7 +36,7 @@ async def opened(directory: Path) -> AsyncGenerator[Cache]:
 
 
 def stager_of(cache: Cache) -> CudaStager:
-    found = cache.stack.mover._stager
+    found = cache.stack.device._stager
     assert isinstance(found, CudaStager)
     return found
 

@@ -82,8 +82,8 @@ def main() -> None:
                 case "digest":
                     send(answers, digest(engine, request["slots"]))
                 case "stick":
-                    mover = rank.subject._mover
-                    mover._stager = Stuck(mover._stager, answers)  # type: ignore[assignment]
+                    device = rank.subject._device
+                    device._stager = Stuck(device._stager, answers)  # type: ignore[assignment]
                     send(answers, None)
 
 

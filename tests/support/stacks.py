@@ -37,9 +37,10 @@ from kvlayer.layout import (
 from kvlayer.memory.slab import Slab
 from kvlayer.testing import invariants
 from kvlayer.testing.memory import MemoryBackend as Honest
+from kvlayer.tier.device import LocalDevice
 from kvlayer.tier.evict import PrefixLRU
 from kvlayer.tier.guard import Guard
-from kvlayer.tier.mover import Mover
+from kvlayer.tier.objects import Objects
 from kvlayer.tier.planner import Planner, Reservation, StorePlan
 from kvlayer.tier.stack import Stack
 from kvlayer.tier.tier import LowerTier, Tier
@@ -330,7 +331,7 @@ class Rig:
             if backend.gate is not None:
                 backend.gate.set()
         await self.stack.aclose()
-        self.stack.mover.close()
+        self.stack.objects.close()
         self.slab.close()
 
 
@@ -363,9 +364,8 @@ def make_rig(
     emit = Emitter([events.append])
     slab, stager = Slab(pages * 4096), RecordingStager()
     backends = [MemoryBackend() for _ in range(tiers)]
-    mover = Mover(
+    objects = Objects(
         slab,
-        stager,
         [None, *backends],
         shape=planner.payload,
         clock=clock,
@@ -388,7 +388,8 @@ def make_rig(
     low, high = watermarks
     stack = Stack(
         planner,
-        mover,
+        LocalDevice(slab, stager, planner.payload),
+        objects,
         Tier(0, "host", emit),
         lower,
         clock=clock,

@@ -77,7 +77,7 @@ def alter(serving: Serving, prompts: list[list[int]]) -> Any:
     for prompt in prompts:
         chain = serving.connector.scheduler.portal.cache.chain(prompt, Scope())
         for record in stack.planner.match(chain).path():
-            slot = stack.mover.slab.view(record.offset, record.nbytes)
+            slot = stack.objects.slab.view(record.offset, record.nbytes)
             slot[:] = bytes(slot.nbytes)
             altered += slot.nbytes
     return altered

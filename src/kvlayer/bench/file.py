@@ -138,7 +138,7 @@ class _Tier:
 
         How many requests a disk is sent depends on where pages lie. Nothing else may be there.
         """
-        slab, nbytes = self._cache.stack.mover.slab, self._shape.object_nbytes
+        slab, nbytes = self._cache.stack.objects.slab, self._shape.object_nbytes
         return [slab.view(at * nbytes, nbytes) for at in range(self._shape.objects)]
 
     async def write(self, prompts: Sequence[array[int]]) -> Taken:

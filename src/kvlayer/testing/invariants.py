@@ -51,7 +51,7 @@ def no_wrong_bytes(cache: Cache, right: Callable[[ObjectKey], bytes | None]) -> 
 
     Objects on their way in or out may be anything: they are not offered.
     """
-    slab = cache.stack.mover.slab
+    slab = cache.stack.objects.slab
     with cache.stack.planner.lock:
         for record in cache.stack.planner.directory.objects():
             if record.host is not Host.READY or (expected := right(record.key)) is None:
@@ -111,7 +111,7 @@ def within_bounds(cache: Cache) -> None:
 
     One object alone may be larger than ``max_inflight_bytes``: otherwise it could never be written.
     """
-    config, slab = cache.config, cache.stack.mover.slab
+    config, slab = cache.config, cache.stack.objects.slab
     chunk = cache.namespace.tokens_per_chunk
     groups = cache.stack.planner.directory.needs
     largest = max(cache.stack.planner.payload(part, chunk).nbytes for part in groups)

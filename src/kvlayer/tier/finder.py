@@ -17,7 +17,7 @@ from kvlayer.tier.estimate import Rate
 from kvlayer.tier.guard import Call, Refused
 from kvlayer.tier.loads import Loads, Wanted, down, wanted_of
 from kvlayer.tier.matcher import Match
-from kvlayer.tier.mover import Mover
+from kvlayer.tier.objects import Objects
 from kvlayer.tier.planner import Planner
 from kvlayer.tier.tier import LowerTier
 
@@ -30,7 +30,7 @@ class Finder:
     def __init__(
         self,
         planner: Planner,
-        mover: Mover,
+        objects: Objects,
         loads: Loads,
         lower: Sequence[LowerTier],
         *,
@@ -38,7 +38,7 @@ class Finder:
         clock: Callable[[], float],
     ) -> None:
         self._planner = planner
-        self._mover = mover
+        self._objects = objects
         self._loads = loads
         self._lower = tuple(lower)
         self._prefill = prefill
@@ -84,7 +84,7 @@ class Finder:
         try:
             for tier in tiers:
                 try:
-                    ask = partial(self._mover.contains, tier.index, keys)
+                    ask = partial(self._objects.contains, tier.index, keys)
                     calls.append((tier, tier.guard.start(ask)))
                 except Refused as no:
                     tier.refused(no.cause)

@@ -19,7 +19,7 @@ from kvlayer.tier.flight import Flight, Flights, outcome_of
 from kvlayer.tier.guard import Call, Lane, Refused
 from kvlayer.tier.matcher import Match
 from kvlayer.tier.messages import Outcome
-from kvlayer.tier.mover import Mover
+from kvlayer.tier.objects import Objects
 from kvlayer.tier.planner import Planner, Reservation
 from kvlayer.tier.tier import LowerTier, Tier
 
@@ -98,13 +98,13 @@ class Loads:
     def __init__(
         self,
         planner: Planner,
-        mover: Mover,
+        objects: Objects,
         host: Tier,
         lower: Sequence[LowerTier],
         clock: Callable[[], float],
     ) -> None:
         self._planner = planner
-        self._mover = mover
+        self._objects = objects
         self._host = host
         self._lower = {tier.index: tier for tier in lower}
         self._flights = Flights()
@@ -197,7 +197,7 @@ class Loads:
             trip = trips.setdefault(tier.index, _Trip(tier, self._clock()))
         try:
             call = tier.guard.start(
-                partial(self._mover.fetch, tier.index, slot.piece),
+                partial(self._objects.get, tier.index, slot.piece),
                 partial(self._landed, tier, slot, trip),
                 nbytes=slot.piece.nbytes,
             )
@@ -317,7 +317,7 @@ class Loads:
             )
         damaged = Damaged(record.key, outcome.version)
         with suppress(Refused):  # found again, and quarantined then, at the next load
-            call = tier.guard.start(partial(self._mover.quarantine, tier.index, damaged))
+            call = tier.guard.start(partial(self._objects.quarantine, tier.index, damaged))
             if not await tier.guard.wait_alone(call):
                 tier.fails(Cause.DEADLINE, "quarantine did not end in time")
             elif call.error is not None:

@@ -1,4 +1,4 @@
-"""What a Planner and a Mover say to each other: plain values that cross a process boundary.
+"""What a Planner and its movers say to each other: plain values that cross a process boundary.
 
 A Planner greets its ranks once (:class:`Greeting`) and then sends them orders (:class:`Order`); a
 rank answers each with a :class:`Completion`. All are tuples of integers, strings and lists of such

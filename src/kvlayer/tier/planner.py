@@ -1,8 +1,9 @@
 """The Planner: owns directory, leases and slab offsets, and decides what to move. No I/O.
 
 One lock guards all of it. The loop's thread changes state; any thread may look up and lease.
-Moves are described by :class:`~kvlayer.tier.messages.Piece` and carried out by a Mover, which may
-live in another process; its outcomes come back through ``gathered``, ``fetched`` and ``spilled``.
+Moves are described by :class:`~kvlayer.tier.messages.Piece` and carried out by Device, which may be
+in other processes, and Objects; outcomes come back through ``gathered``, ``fetched`` and
+``spilled``.
 
 Somewhat over 400 lines: everything that holds the lock is in one place, to be read as one.
 """

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from threading import Condition
 from typing import Any, Self
 
-from kvlayer.abc.backend import Backend
 from kvlayer.abc.stager import Landed
 from kvlayer.errors import ClosedError, LayoutError, MessageError
-from kvlayer.keys import Part
 from kvlayer.layout import KVLayout, KVView
 from kvlayer.memory.slab import Slab
-from kvlayer.payload import Payload
 from kvlayer.results import Cause
 from kvlayer.tier import plan
+from kvlayer.tier.device import Device
 from kvlayer.tier.messages import (
     MAX_PIECES,
     Completion,
@@ -33,10 +31,9 @@ from kvlayer.tier.messages import (
     Piece,
     Verb,
 )
-from kvlayer.tier.mover import Mover
 from kvlayer.tier.tally import Tally, shares
 
-__all__ = ["RankMover", "Ranks", "RemoteView"]
+__all__ = ["RankDevice", "Ranks", "RemoteView"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,34 +236,10 @@ def _batches(pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
     return (pieces[at : at + MAX_PIECES] for at in range(0, len(pieces), MAX_PIECES))
 
 
-class RankMover(Mover):
-    """A Mover whose device is elsewhere: the ranks gather and scatter; backends are this process's.
+class RankDevice(Device):
+    """A device that is elsewhere: the ranks gather and scatter. ``slab`` is what they map."""
 
-    Made like a :class:`Mover`, without a stager.
-    """
-
-    def __init__(
-        self,
-        ranks: Ranks,
-        slab: Slab,
-        backends: Sequence[Backend | None],
-        *,
-        shape: Callable[[Part, int], Payload],
-        clock: Callable[[], float],
-        wall_clock: Callable[[], float],
-        build: str,
-        retries: Sequence[int] = (),
-    ) -> None:
-        super().__init__(
-            slab,
-            None,
-            backends,
-            shape=shape,
-            clock=clock,
-            wall_clock=wall_clock,
-            build=build,
-            retries=retries,
-        )
+    def __init__(self, ranks: Ranks, slab: Slab) -> None:
         self._ranks = ranks
         ranks.open(slab)
 
@@ -290,7 +263,7 @@ class RankMover(Mover):
         view_stop: int,
         landed: Landed | None = None,
     ) -> Sequence[Outcome]:
-        """As ``Mover.scatter``. ``landed`` is not told: an order is answered as a whole."""
+        """As ``Device.scatter``. ``landed`` is not told: an order is answered as a whole."""
         return await self._move(Verb.SCATTER, view, pieces, view_start, view_stop)
 
     async def _move(
@@ -302,4 +275,3 @@ class RankMover(Mover):
 
     def close(self) -> None:
         self._ranks.close()
-        super().close()

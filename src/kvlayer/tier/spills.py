@@ -14,7 +14,7 @@ from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.flight import outcome_of
 from kvlayer.tier.guard import Call, Lane, Refused
 from kvlayer.tier.messages import Outcome
-from kvlayer.tier.mover import Mover
+from kvlayer.tier.objects import Objects
 from kvlayer.tier.planner import Planner
 from kvlayer.tier.tier import LowerTier
 
@@ -35,9 +35,9 @@ class Write(NamedTuple):
 class Spills:
     """Runs writes to the lower tiers; each holds its object in host memory until it ends."""
 
-    def __init__(self, planner: Planner, mover: Mover, lower: Sequence[LowerTier]) -> None:
+    def __init__(self, planner: Planner, objects: Objects, lower: Sequence[LowerTier]) -> None:
         self._planner = planner
-        self._mover = mover
+        self._objects = objects
         self._lower = [tier for tier in lower if tier.write != "never"]
         self._running: dict[tuple[int, ObjectKey], Call[Outcome]] = {}
         """By tier and object: an object is on its way to a tier at most once."""
@@ -93,7 +93,7 @@ class Spills:
             return self._running.get((tier.index, record.key))
         try:
             call = tier.guard.start(
-                partial(self._mover.spill, tier.index, piece),
+                partial(self._objects.put, tier.index, piece),
                 partial(self._ended, tier, record),
                 lane=Lane.WRITES,
                 nbytes=piece.nbytes,

@@ -1,4 +1,4 @@
-"""The stack runs plans: the Planner decides, the Mover moves, this file is the list of steps."""
+"""The stack runs plans: the Planner decides, Device and Objects move; this is the list of steps."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from kvlayer.layout import HitRule, KVView
 from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
 from kvlayer.tier import plan
 from kvlayer.tier.demotion import Demotion
+from kvlayer.tier.device import Device
 from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.estimate import Rate
 from kvlayer.tier.finder import Finder
@@ -25,7 +26,7 @@ from kvlayer.tier.listing import listed
 from kvlayer.tier.loads import Loads, Wanted, down, wanted_of
 from kvlayer.tier.matcher import Match
 from kvlayer.tier.messages import Outcome, Piece
-from kvlayer.tier.mover import Mover
+from kvlayer.tier.objects import Objects
 from kvlayer.tier.planner import Planner, StorePlan
 from kvlayer.tier.spills import Spills
 from kvlayer.tier.tier import LowerTier, Tier
@@ -49,7 +50,8 @@ class Stack:
     def __init__(
         self,
         planner: Planner,
-        mover: Mover,
+        device: Device,
+        objects: Objects,
         host: Tier,
         lower: Sequence[LowerTier],
         *,
@@ -60,7 +62,8 @@ class Stack:
         low_watermark: float = 1.0,
     ) -> None:
         self.planner = planner
-        self.mover = mover
+        self.device = device
+        self.objects = objects
         self.host = host
         self.lower = tuple(lower)
         self.prefill = prefill or Rate()
@@ -68,9 +71,9 @@ class Stack:
         self.foreign = foreign or Foreign()
         """What calling other people's code has cost."""
         self._clock = clock
-        self.loads = Loads(planner, mover, host, lower, clock)
-        self.finder = Finder(planner, mover, self.loads, lower, prefill=self.prefill, clock=clock)
-        self.spills = Spills(planner, mover, lower)
+        self.loads = Loads(planner, objects, host, lower, clock)
+        self.finder = Finder(planner, objects, self.loads, lower, prefill=self.prefill, clock=clock)
+        self.spills = Spills(planner, objects, lower)
         self.demotion = Demotion(
             planner, self.spills, host, lower, high=high_watermark, low=low_watermark
         )
@@ -111,7 +114,7 @@ class Stack:
             if len(pieces) > _SLICE:
                 await asyncio.sleep(0)
             missed = (  # stays None when cancelled: then nothing was gathered
-                await _moved(self.mover.gather(view, pieces, window.start), pieces)
+                await _moved(self.device.gather(view, pieces, window.start), pieces)
                 if pieces
                 else ()
             )
@@ -184,7 +187,7 @@ class Stack:
                 async for batch in arrivals:
                     pieces = [_piece(span, r) for span, records in batch for r in records]
                     is_last = done + len(batch) == len(wanted)  # layers are complete only then
-                    scatter = self.mover.scatter(
+                    scatter = self.device.scatter(
                         view, pieces, bound.start, bound.stop, landed if is_last else None
                     )
                     missed = await _moved(scatter, pieces)
@@ -257,7 +260,7 @@ class Stack:
         for tier in self.lower:
             keys = [record.key for record in reversed(path) if record.tiers >> tier.index & 1]
             if keys:
-                tier.guard.hint(partial(self.mover.touch, tier.index, keys))
+                tier.guard.hint(partial(self.objects.touch, tier.index, keys))
 
     def recover(self, tier: LowerTier) -> None:
         """Start learning what a tier already holds."""

@@ -107,11 +107,11 @@ def test_altered_kv_changes_the_answer(engine: Any, prompts: Any, expected: Any)
         engine.forget()
         engine.ask([prompt])
         engine.forget()
-        planner, mover = engine.portal.cache.stack.planner, engine.portal.cache.stack.mover
+        planner, objects = engine.portal.cache.stack.planner, engine.portal.cache.stack.objects
         from kvlayer import Scope
 
         for record in planner.match(engine.portal.cache.chain(prompt, Scope())).path():
-            slot = mover.slab.view(record.offset, record.nbytes)
+            slot = objects.slab.view(record.offset, record.nbytes)
             slot[:] = bytes(slot.nbytes)
         (answer,) = engine.serving.ask([prompt], 12)
         assert answer.cached == usable(prompt)

@@ -89,7 +89,7 @@ async def test_what_had_to_go_is_told_before_it_can_come_back(
         await _store(cache, 1, 16 * oldest)
         await _store(cache, 0)
         await _store(cache, 3)
-        gather, begun, go_on = cache.stack.mover.gather, asyncio.Event(), asyncio.Event()
+        gather, begun, go_on = cache.stack.device.gather, asyncio.Event(), asyncio.Event()
 
         async def late(*args: Any) -> Any:
             if not begun.is_set():
@@ -97,7 +97,7 @@ async def test_what_had_to_go_is_told_before_it_can_come_back(
                 await go_on.wait()
             return await gather(*args)
 
-        monkeypatch.setattr(cache.stack.mover, "gather", late)
+        monkeypatch.setattr(cache.stack.device, "gather", late)
         first = asyncio.create_task(_store(cache, 2, 16 * (oldest + 1)))
         await begun.wait()
         assert len(_there(cache)["cpu"]) == 3  # the last of the prompt 0 had to go

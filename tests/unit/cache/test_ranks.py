@@ -341,7 +341,7 @@ def test_an_order_that_is_not_right_is_refused_and_moves_nothing(two: Fleet) -> 
         "no such layers": _piece(good, key=type(key)(key.replace("l0-3", "l0-9"))),
         "another form": _piece(good, key=type(key)(key.replace("canonical", "native:x"))),
     }
-    slab = two.portal.cache.stack.mover._slab
+    slab = two.portal.cache.stack.objects.slab
     before = bytes(slab.view(0, slab.nbytes))
     worker, view = two.workers[0], two.engines[0].view(torch.arange(64))
     for what, order in wrong.items():
@@ -392,7 +392,7 @@ def test_a_rank_that_the_planner_takes_for_another_does_not_join(two: Fleet) -> 
 
 def test_a_rank_joins_by_a_descriptor_where_the_planner_cannot_be_seen(two: Fleet) -> None:
     greeting = Greeting.from_bytes(two.ranks.greeting())
-    slab = two.portal.cache.stack.mover._slab
+    slab = two.portal.cache.stack.objects.slab
     hidden = greeting._replace(slab=greeting.slab._replace(pid=1 << 22)).to_bytes()
     with Rank.start(hidden, TWO[0], 0, slab_fd=slab.fd) as rank:
         order = _order(two)

@@ -122,7 +122,7 @@ def test_a_rank_killed_in_mid_gather_leaves_nothing_behind(tmp_path: Path) -> No
         whole = processes[0].ask("order", order=orders[0].to_bytes(), slots=HERE)
         fleet.complete(whole)
         assert processes[1].ask("order", order=orders[1].to_bytes(), slots=HERE) == "half-way"
-        slab = portal.cache.stack.mover._slab
+        slab = portal.cache.stack.objects.slab
         first = orders[1].pieces[0]
         assert any(slab.view(first.offset, first.nbytes))  # it has written, here
         processes[1].popen.kill()

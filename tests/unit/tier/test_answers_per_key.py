@@ -90,14 +90,14 @@ async def test_a_tier_that_can_look_at_no_key_has_failed() -> None:
 @pytest.mark.asyncio
 async def test_transient_errors_are_tried_again_on_every_route() -> None:
     rig, keys = await _shared(2)
-    rig.stack.mover._retries[1] = Retry(1)
+    rig.stack.objects._retries[1] = Retry(1)
     calls: dict[str, int] = {}
     _flaky(rig, calls)
-    mover = rig.stack.mover
-    assert None not in await mover.contains(1, keys)
-    await mover.touch(1, keys)
-    await mover.quarantine(1, Damaged(keys[0]))
-    assert await mover.delete(1, keys) == [None, None]
+    objects = rig.stack.objects
+    assert None not in await objects.contains(1, keys)
+    await objects.touch(1, keys)
+    await objects.quarantine(1, Damaged(keys[0]))
+    assert await objects.delete(1, keys) == [None, None]
     assert calls == dict.fromkeys(("contains", "touch", "quarantine", "delete"), 2)
     assert rig.backend.objects == {}
     await rig.aclose()

@@ -1,4 +1,4 @@
-"""Messages between Planner and Mover survive the wire; what is no message is refused."""
+"""Messages between Planner and ranks survive the wire; what is no message is refused."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ async def test_what_a_scatter_misses_ends_the_prefix_and_the_load(
         calls.append([piece.first_token for piece in pieces])
         return [Outcome(pieces[1].key, Cause.RANK_DOWN, "rank 1: no luck")]
 
-    monkeypatch.setattr(rig.stack.mover, "scatter", scatter)
+    monkeypatch.setattr(rig.stack.device, "scatter", scatter)
     report = await rig.stack.retrieve(rig.planner.match(chain), view(64), Window(0, 64))
     assert calls == [[0, 16]]
     assert report.tokens == 16

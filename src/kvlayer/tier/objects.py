@@ -1,8 +1,8 @@
-"""The Mover: carries out moves between engine, slab and lower tiers. Decides nothing.
+"""The storage half of moving: objects between the slab and the lower tiers. Decides nothing.
 
-It knows the slab, one stager (or none) and the backends; objects come to it as
-:class:`~kvlayer.tier.messages.Piece` and leave as :class:`~kvlayer.tier.messages.Outcome`. What
-enters the process is verified here, once.
+It knows the slab and the backends; objects come to it as :class:`~kvlayer.tier.messages.Piece` and
+leave as :class:`~kvlayer.tier.messages.Outcome`. What enters the process is verified here, once.
+Nothing above knows how an object is coded.
 """
 
 from __future__ import annotations
@@ -23,22 +23,20 @@ from kvlayer.abc.backend import (
     Version,
     Write,
 )
-from kvlayer.abc.stager import HostCopy, Landed, Stager
 from kvlayer.codec.frame import HEADER_NBYTES, FrameError, check_frame, write_header
 from kvlayer.errors import BackendError, BackendTimeoutError, UnsupportedError
 from kvlayer.keys import ObjectKey, Part
-from kvlayer.layout import KVView
 from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload
 from kvlayer.results import Cause
 from kvlayer.tier.messages import Outcome, Piece
 from kvlayer.tier.retry import Retry
 
-__all__ = ["Mover"]
+__all__ = ["Objects"]
 
 
-class Mover:
-    """Moves pieces for one device. ``backends[0]`` is None: tier 0 is the slab itself.
+class Objects:
+    """Moves pieces for one slab. ``backends[0]`` is None: tier 0 is the slab itself.
 
     ``retries[t]`` says how often tier t is tried again after a transient error; not at all by
     default.
@@ -47,7 +45,6 @@ class Mover:
     def __init__(
         self,
         slab: Slab,
-        stager: Stager | None,
         backends: Sequence[Backend | None],
         *,
         shape: Callable[[Part, int], Payload],
@@ -57,7 +54,6 @@ class Mover:
         retries: Sequence[int] = (),
     ) -> None:
         self._slab = slab
-        self._stager = stager
         self._backends = tuple(backends)
         self._shape = shape
         self._clock = clock
@@ -79,72 +75,14 @@ class Mover:
         self._checks.begin()
 
     def close(self) -> None:
-        """Wait for running checks and end their threads. Backends and stager are the caller's."""
+        """Wait for running checks and end their threads. Backends are the caller's."""
         self._checks.close()
-
-    # -- engine <-> slab -------------------------------------------------------------------------
-
-    def check(self, view: KVView) -> None:
-        """Raise ``LayoutError`` unless the view is what the layout promises."""
-        self._device.check(view)
-
-    async def gather(
-        self, view: KVView, pieces: Sequence[Piece], view_start: int
-    ) -> Sequence[Outcome]:
-        """Copy objects out of the engine; entry 0 of the view is token ``view_start``.
-
-        Returns the outcomes of what was missed: nothing, where the device is this process's own
-        and failing raises.
-        """
-        await self._device.gather(view, [self._copy(p, view_start, 0) for p in pieces])
-        return ()
-
-    async def scatter(
-        self,
-        view: KVView,
-        pieces: Sequence[Piece],
-        view_start: int,
-        view_stop: int,
-        landed: Landed | None = None,
-    ) -> Sequence[Outcome]:
-        """Copy objects into the engine, as far as the view covers their tokens.
-
-        With ``landed`` layer after layer, where the device can; it is told of each.
-
-        Returns the outcomes of what was missed, as :meth:`gather` does.
-        """
-        copies: list[HostCopy] = []
-        for piece in pieces:
-            skip = max(view_start - piece.first_token, 0)
-            stop = min(piece.first_token + piece.num_tokens, view_stop)
-            tokens = stop - piece.first_token - skip
-            if tokens > 0:
-                copies.append(self._copy(piece, view_start, skip, tokens))
-        if copies and landed is not None:
-            await self._device.scatter_layers(view, copies, landed)
-        elif copies:
-            await self._device.scatter(view, copies)
-        return ()
-
-    @property
-    def _device(self) -> Stager:
-        if self._stager is None:
-            raise UnsupportedError("this mover has no device; it only talks to backends")
-        return self._stager
-
-    def _copy(self, piece: Piece, start: int, skip: int, tokens: int | None = None) -> HostCopy:
-        payload = self._shape(piece.key.part, piece.num_tokens)
-        host = self._slab.view(piece.offset, payload.nbytes)
-        count = payload.tokens if tokens is None else tokens
-        return HostCopy(payload, host, piece.first_token + skip - start, count, skip)
-
-    # -- slab <-> lower tiers --------------------------------------------------------------------
 
     async def contains(self, tier: int, keys: Sequence[ObjectKey]) -> list[SizeResult]:
         """What a tier says of each of ``keys``. Raises ``BackendError``."""
         return await self._retries[tier].batch(self._backend(tier).contains, keys)
 
-    async def spill(self, tier: int, piece: Piece) -> Outcome:
+    async def put(self, tier: int, piece: Piece) -> Outcome:
         """Frame one object and put it on a tier. Failures are outcomes."""
         started = self._clock()
         payload = self._shape(piece.key.part, piece.num_tokens)
@@ -162,8 +100,8 @@ class Mover:
                 build=self._build,
             )
             write = Write(piece.key, (header, view), piece.first_token, piece.num_tokens)
-            put = self._backend(tier).put
-            (error,) = await self._retries[tier].batch(put, [write])
+            call = self._backend(tier).put
+            (error,) = await self._retries[tier].batch(call, [write])
         except BackendError as exc:
             error = exc
         finally:
@@ -174,7 +112,7 @@ class Mover:
             return Outcome(piece.key, _cause(error), str(error), 0, seconds)
         return Outcome(piece.key, None, "", payload.nbytes, seconds)
 
-    async def fetch(self, tier: int, piece: Piece) -> Outcome:
+    async def get(self, tier: int, piece: Piece) -> Outcome:
         """Read one object into its slot and verify it. Failures are outcomes, never wrong bytes."""
         started = self._clock()
         payload = self._shape(piece.key.part, piece.num_tokens)
@@ -184,8 +122,8 @@ class Mover:
         detail = ""
         version: Version = None
         try:
-            get = self._backend(tier).get
-            (result,) = await self._retries[tier].batch(get, [Read(piece.key, (header, view))])
+            call = self._backend(tier).get
+            (result,) = await self._retries[tier].batch(call, [Read(piece.key, (header, view))])
             if isinstance(result, Hit):
                 version = result.version
                 await self._checks.run(
