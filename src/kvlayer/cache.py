@@ -13,7 +13,7 @@ from kvlayer.abc.backend import Backend
 from kvlayer.abc.stager import Landed, MakeStager
 from kvlayer.config import CacheConfig
 from kvlayer.control import Control
-from kvlayer.errors import ClosedError, ForkedError, LayoutError
+from kvlayer.errors import ClosedError, ForkedError, IdentityError, LayoutError, TokensError
 from kvlayer.events import PrefetchDone, RetrieveDone, Sink, StoreDone
 from kvlayer.hit import PrefixHit
 from kvlayer.keys import ChunkChain, Scope, Tokens, token_bytes
@@ -115,36 +115,28 @@ class Cache:
         ``tokens`` are all tokens from the prompt's start; entry 0 of ``kv``'s slots is token
         ``first_token``, and chunks that start before it are left alone (a growing conversation
         names them again but need not hold them). ``tail`` also stores the partial chunk at the
-        end: do so once, when the prompt is complete.
+        end: do so once, when the prompt is complete. Who keeps a conversation's
+        :meth:`chain` and lets it grow passes that as ``tokens``: only what is new is hashed then.
 
         Returns when the bytes have left the engine's memory and, for tiers with ``write =
         "through"``, have been committed there or failed to. ``on_gathered`` is called on the loop
         once the view is not needed any more, which is earlier there; not when this raises.
         Cancelling it releases the view and leaves every object whole or absent. Raises
-        ``LayoutError`` and ``TokensError``.
+        ``LayoutError``, and ``TokensError`` also for ids of 2^30 and above, which have no name.
         """
         started = self._begin()
         self._stack.device.check(kv)
         window = self._window(kv, first_token)
-        packed = memoryview(token_bytes(tokens)).cast("I")
-        if window.stop > len(packed):
-            raise LayoutError(
-                f"the view covers tokens {window.start}..{window.stop}, but there are only "
-                f"{len(packed)} tokens",
-                hint="pass all tokens from the prompt's start, and first_token for the view's",
-            )
-        packed = packed[: window.stop]
-        chain = self.chain(packed, scope)
+        chain = self._chain_to_store(tokens, scope, window)
         report, todo = await self._stack.store(
             chain, kv, window, tail=tail, on_gathered=on_gathered
         )
         if todo.spans:
-            plain = self.chain(packed, PUBLIC).hashes if scope.extras() else None
-            self._planner.remember(chain, todo.spans, plain)
+            self._planner.remember(chain, todo.spans)
         if self._emit:
             self._emit(
                 StoreDone(
-                    owner=scope.owner,
+                    owner=chain.scope.owner,
                     stored=report.stored,
                     skipped=report.skipped,
                     dropped=report.dropped,
@@ -252,7 +244,9 @@ class Cache:
         started = self._begin()
         chain = self.chain(tokens, scope)
         seconds = self.config.lease_seconds if deadline is None else deadline
-        return Prefetch(self._parts.spawn(self._promote(chain, scope.owner, seconds, started)))
+        return Prefetch(
+            self._parts.spawn(self._promote(chain, chain.scope.owner, seconds, started))
+        )
 
     async def _promote(
         self, chain: ChunkChain, owner: str, seconds: float, started: float
@@ -336,14 +330,61 @@ class Cache:
         self._begin()
         return self._parts
 
-    def chain(self, tokens: Tokens, scope: Scope) -> ChunkChain:
-        """The names of a prompt under this cache's chunk size. Raises ``TokensError``."""
+    def _chain_to_store(self, tokens: Tokens, scope: Scope, window: Window) -> ChunkChain:
+        """The names of what a view covers up to its end."""
+        if isinstance(tokens, ChunkChain):
+            chain = self.chain(tokens, scope)
+            count = chain.num_tokens
+        else:
+            packed = memoryview(token_bytes(tokens)).cast("I")
+            chain, count = self.chain(packed[: window.stop], scope), len(packed)
+        if window.stop > count:
+            raise LayoutError(
+                f"the view covers tokens {window.start}..{window.stop}, but there are only "
+                f"{count} tokens",
+                hint="pass all tokens from the prompt's start, and first_token for the view's",
+            )
+        chain = chain.until(window.stop)
+        if chain.unnamed is not None:
+            raise TokensError(
+                f"token {chain.unnamed} has an id of 2^30 or more, which is never named",
+                hint="a placeholder id (an image's, say) must be replaced before storing",
+            )
+        return chain
+
+    def chain(self, tokens: Tokens, scope: Scope = PUBLIC) -> ChunkChain:
+        """The names of a prompt under this cache's chunk size: pass them wherever tokens are taken.
+
+        ``chain.grown(tokens)`` names a longer prompt and hashes only what is new. A chain that is
+        given is returned if it is of this cache's sizes and of ``scope``, which may be left out;
+        another owner is taken over.
+        Raises ``TokensError``, and ``IdentityError`` for a chain that is of neither.
+        """
+        if isinstance(tokens, ChunkChain):
+            return self._own(tokens, scope)
         return ChunkChain(
             tokens,
             scope,
             tokens_per_chunk=self.namespace.tokens_per_chunk,
             tokens_per_tail=self.namespace.tokens_per_tail,
         )
+
+    def _own(self, chain: ChunkChain, scope: Scope) -> ChunkChain:
+        sizes = self.namespace.tokens_per_chunk, self.namespace.tokens_per_tail
+        if (chain.chunk_step, chain.tail_step) != sizes:
+            raise IdentityError(
+                f"the chain's chunks and links are of {chain.chunk_step} and {chain.tail_step} "
+                f"tokens, this cache's of {sizes[0]} and {sizes[1]}",
+                hint="make it with Cache.chain",
+            )
+        if scope == PUBLIC:
+            return chain
+        if scope.extras() != chain.scope.extras():
+            raise IdentityError(
+                "the chain was made under other salts, contents or another adapter",
+                hint="leave the scope out: the chain has it",
+            )
+        return chain.under(scope)
 
     def by_tier(self, match: Match) -> dict[str, int]:
         """Tokens of a match by the name of the farthest tier each span needs."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args, get_origin, get_type_hints
 
 from kvlayer.errors import ConfigError
+from kvlayer.links import link_size
 from kvlayer.urls import BackendURL, shown_text, shown_url
 
 __all__ = [
@@ -152,8 +153,8 @@ class CacheConfig:
     """Tokens in a chunk, the unit of naming and transfer. In the namespace."""
 
     tokens_per_tail: int = 0
-    """Tokens that a prompt's last, partial chunk is a multiple of; divides ``tokens_per_chunk``.
-    0: an eighth of a chunk. In the namespace."""
+    """Tokens that one hash names, and that a prompt's last, partial chunk is a multiple of; divides
+    ``tokens_per_chunk``. 0: at most an eighth of a chunk and at most 32. In the namespace."""
 
     head_shards: int = 0
     """Into how many equal ranges the KV heads are cut when written. 0: the tensor-parallel size;
@@ -206,7 +207,7 @@ class CacheConfig:
     @property
     def tail_tokens(self) -> int:
         """``tokens_per_tail`` with its default filled in."""
-        return self.tokens_per_tail or max(self.tokens_per_chunk // 8, 1)
+        return self.tokens_per_tail or link_size(self.tokens_per_chunk)
 
     @classmethod
     def load(
@@ -230,9 +231,8 @@ class CacheConfig:
     def _check_tail(self) -> None:
         if self.tokens_per_chunk % self.tail_tokens == 0:
             return
-        given = "" if self.tokens_per_tail else " (an eighth of a chunk)"
         raise FieldError(
-            f"tokens_per_tail must divide tokens_per_chunk, found {self.tail_tokens}{given} "
+            f"tokens_per_tail must divide tokens_per_chunk, found {self.tail_tokens} "
             f"and {self.tokens_per_chunk}",
             fields=("tokens_per_tail", "tokens_per_chunk"),
             hint="set tokens_per_tail to a divisor; an eighth of a chunk is a good one",

@@ -52,7 +52,7 @@ class Control:
         """
         chain = self._cache.chain(tokens, scope)
         lease, report = await self._cache.stack.hold(
-            chain, owner=owner or scope.owner, seconds=seconds
+            chain, owner=owner or chain.scope.owner, seconds=seconds
         )
         return Pin(lease.number, report.tokens)
 
@@ -75,9 +75,10 @@ class Control:
         lower = self._lower(tier)
         chain = self._cache.chain(tokens, scope)
         await stack.finder.find(chain)  # what other processes stored goes, too
-        hashes = [*chain.hashes, *(tail.hash for tail in chain.tails(len(chain)))]
+        spans = [*chain.spans(len(chain)), *chain.tails(len(chain))]
         with stack.planner.lock:
-            chunks = [stack.planner.directory.chunk(h) for h in hashes]
+            known = stack.planner.directory.chunk
+            chunks = [known(span.hash, span.tokens, chain.zone(span)) for span in spans]
             records = [found for chunk in chunks if chunk for found in chunk.objects.values()]
             keys = [[r.key for r in records if r.tiers >> each.index & 1] for each in lower]
         gone = 0

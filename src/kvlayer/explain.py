@@ -7,7 +7,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from kvlayer.keys import ChunkChain, ObjectKey, Scope, Span, Tokens, token_bytes
+from kvlayer.keys import ChunkChain, ObjectKey, Scope, Span, Tokens
 from kvlayer.namespace import Namespace
 from kvlayer.results import Cause, Explanation, MissedChunk
 from kvlayer.tier.directory import Host, ObjectRecord
@@ -26,14 +26,12 @@ async def explain(cache: Cache, tokens: Tokens, scope: Scope) -> Explanation:
 
     Causes come from what this process remembers (a bounded journal) and from what the tiers say.
     """
-    packed = memoryview(token_bytes(tokens)).cast("I")
-    chain = cache.chain(packed, scope)
+    chain = cache.chain(tokens, scope)
     match = await cache.stack.finder.find(chain)
     others = await _other_namespaces(cache, chain, match.tokens)
-    plain = cache.chain(packed, Scope()) if scope.extras() else chain
     misses: list[MissedChunk] = []
     for span in _unusable(cache, chain, match.tokens):
-        missed = _missed(cache, chain, plain, span, others)
+        missed = _missed(cache, chain, span, others)
         if missed is not None:
             _append(misses, missed)
     return Explanation(chain.num_tokens, match.tokens, cache.by_tier(match), tuple(misses))
@@ -56,14 +54,15 @@ def _unusable(cache: Cache, chain: ChunkChain, start: int) -> list[Span]:
 def _missed(  # noqa: PLR0911  # one return per cause, most telling first
     cache: Cache,
     chain: ChunkChain,
-    plain: ChunkChain,
     span: Span,
     others: dict[bytes, str],
 ) -> MissedChunk | None:
     """The cause for one span; None when the span itself is there."""
     planner = cache.stack.planner
-    index = span.start // chain.chunk_step
     at = (span.start, span.stop)
+    if not span.hash and chain.unnamed is not None:
+        detail = f"token {chain.unnamed} has an id of 2^30 or more, which no vocabulary has"
+        return MissedChunk(*at, Cause.NO_NAME, detail)
     if not span.hash:
         detail = (
             f"{span.tokens} tokens are left over: a prompt's end is kept in multiples of "
@@ -71,17 +70,16 @@ def _missed(  # noqa: PLR0911  # one return per cause, most telling first
         )
         return MissedChunk(*at, Cause.SHORT, detail)
     with planner.lock:
-        covers = planner.directory.covers(span.hash)
+        covers = planner.directory.covers(span.hash, span.tokens, chain.zone(span))
         if all(cover is not None for cover in covers):
             return _not_taken(cache, span, [found for cover in covers for found in cover or ()])
-        record = planner.directory.chunk(span.hash)
+        record = planner.directory.chunk(span.hash, span.tokens, chain.zone(span))
         filling = record is not None and any(
             found.host is Host.FILLING for found in record.objects.values()
         )
-        loss = planner.journal.loss(span.hash)
-        is_chunk = index < len(plain)
-        elsewhere = planner.journal.elsewhere(plain.hashes[index], span.hash) if is_chunk else None
-        divergent = planner.journal.divergence(chain, index)
+        loss = planner.journal.loss(span)
+        elsewhere = planner.journal.elsewhere(chain, span.start // chain.chunk_step)
+        divergent = planner.journal.divergence(chain, span.start)
     if filling:
         return MissedChunk(*at, Cause.IN_FLIGHT, "on its way into host memory right now")
     if loss is not None:
@@ -145,7 +143,7 @@ async def _held_elsewhere(
         if digest == cache.namespace.digest:
             continue
         keys = [
-            ObjectKey.of(digest, chain.zone(span), span.hash, part)
+            ObjectKey.of(digest, chain.zone(span), span.hash, span.tokens, part)
             for span in spans
             for part in cache.stack.planner.directory.needs
         ]
@@ -153,7 +151,7 @@ async def _held_elsewhere(
         differing = ", ".join(cache.namespace.differences(Namespace.from_canonical(canonical)))
         detail = f"stored on {tier.name} for another setup: {differing}"
         there = (key for key, size in zip(keys, sizes, strict=True) if isinstance(size, int))
-        found.update((key.chunk, detail) for key in there)
+        found.update((key.end_hash, detail) for key in there)
     return found
 
 

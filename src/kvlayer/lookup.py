@@ -172,13 +172,13 @@ class Lookups:
         chain = self._chain(tokens, scope)
         hit = self._at_once(chain)
         if hit is None:
-            pending = Lookup(self._planner, scope.owner)
+            pending = Lookup(self._planner, chain.scope.owner)
             pending.begin(spawn(partial(self._settle, pending, chain, started)))
             return pending
         self._count(chain, hit)
         if self._emit:
             tell(partial(self._report, chain, hit, self._clock() - started))
-        return Lookup(self._planner, scope.owner, hit)
+        return Lookup(self._planner, chain.scope.owner, hit)
 
     def begin_on_loop(
         self, tokens: Callable[[], Awaitable[Tokens]], scope: Scope, spawn: Spawn

@@ -15,11 +15,12 @@ from typing import Any, TypeAlias, cast
 from kvlayer._pack import pack, unpack
 from kvlayer.errors import ConfigError, IdentityError
 from kvlayer.layout import AttentionKind, HitRule, KVGroup
+from kvlayer.links import link_size
 
 __all__ = ["COMPUTE_DTYPES", "KEY_SCHEMA", "Namespace", "Scalar"]
 
-KEY_SCHEMA = 1
-"""Version of everything names are made of: this encoding, chunk hashes, zones and object keys."""
+KEY_SCHEMA = 2
+"""Version of everything names are made of: this encoding, links, zones and object keys."""
 
 Scalar: TypeAlias = str | int | float | bool | None
 """A value of a flat description. ``1``, ``1.0`` and ``True`` are three different values."""
@@ -29,7 +30,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _MAX_NBYTES = 64 * 1024
 _WEIGHTS = re.compile(r"sha256:[0-9a-f]{64}|process:[0-9a-f]{32}")
 _ADAPTER = re.compile(r"sha256:[0-9a-f]{64}")
-_CODEC = re.compile(r"(?:[a-z0-9][a-z0-9_.:=,+-]{0,127})?")
+_QUALITY = re.compile(r"[a-z0-9][a-z0-9_.:=,+-]{0,127}")
 _NUMERICS = re.compile(r"portable|engine:[a-z0-9_]+-[A-Za-z0-9_.!+-]+")
 _SCALES = re.compile(r"[!-~]{0,128}")
 
@@ -54,7 +55,10 @@ class Namespace:
 
     tokens_per_chunk: int = 256
     tokens_per_tail: int = 0
-    """Divides ``tokens_per_chunk``. Given as 0 it becomes an eighth of a chunk, at least 1."""
+    """Tokens of a link: what one hash covers, and the steps in which a prompt's end is kept.
+
+    Divides ``tokens_per_chunk``. Given as 0 it becomes :func:`kvlayer.links.link_size`.
+    """
 
     adapters: tuple[str, ...] = ()
     """Digests of adapter files folded into the weights when they were loaded, in this order."""
@@ -65,8 +69,13 @@ class Namespace:
     kv_scales: str = ""
     """Names the scales of a quantised KV cache: a digest or a version. Empty: unscaled."""
 
-    codec: str = ""
-    """The lossy codec the bytes went through, if any."""
+    quality: str = "exact"
+    """``exact``, or what made the KV an approximation: a lossy codec, its version and calibration,
+    say. Exact and approximate KV never share a name."""
+
+    hash_scheme: str = "links"
+    """How tokens are hashed: ``links`` (see ``kvlayer.links``), or the name of an engine's scheme
+    that hashes something else, two ids a position, say."""
 
     numerics: str = "portable"
     """``portable``: engines agree up to rounding. ``engine:<name>-<version>``: stable to the bit,
@@ -78,7 +87,7 @@ class Namespace:
     def __post_init__(self) -> None:
         self._check_sizes()
         if not self.tokens_per_tail:
-            object.__setattr__(self, "tokens_per_tail", max(self.tokens_per_chunk // 8, 1))
+            object.__setattr__(self, "tokens_per_tail", link_size(self.tokens_per_chunk))
         self._check_tail()
         self._check_names()
         # The caller keeps its own mappings; what was digested must not change under us.
@@ -96,7 +105,7 @@ class Namespace:
             if type(size) is not int or size < least:
                 raise ConfigError(
                     f"{name} must be a whole number of at least {least}, found {size!r}",
-                    hint="256 tokens a chunk is the default; 0 for the tail is an eighth of it",
+                    hint="256 tokens a chunk is the default; 0 for the tail chooses one",
                 )
 
     def _check_tail(self) -> None:
@@ -112,7 +121,8 @@ class Namespace:
                     "by kvlayer.weights.weights_digest")  # fmt: skip
         for adapter in self.adapters:
             _check_name("adapters", adapter, _ADAPTER, "sha256: and 64 lowercase hex digits each")
-        _check_name("codec", self.codec, _CODEC, "the codec's name, or empty for none")
+        _check_name("quality", self.quality, _QUALITY, "exact, or the name of what it is")
+        _check_name("hash_scheme", self.hash_scheme, _QUALITY, "links, or the scheme's name")
         _check_name("kv_scales", self.kv_scales, _SCALES, "a digest or a version, or empty")
         _check_name("numerics", self.numerics, _NUMERICS, "portable or engine:<name>-<version>")
         if self.compute_dtype not in COMPUTE_DTYPES:

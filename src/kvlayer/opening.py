@@ -345,7 +345,13 @@ def _make_stack(
         high_watermark=config.high_watermark,
         low_watermark=config.low_watermark,
     )
-    nothing = ObjectKey.of(namespace.digest, PUBLIC_ZONE, bytes(32), planner.directory.needs[0])
+    nothing = ObjectKey.of(
+        namespace.digest,
+        PUBLIC_ZONE,
+        bytes(32),
+        namespace.tokens_per_chunk,
+        planner.directory.needs[0],
+    )
     canonical = namespace.canonical()
     for tier in lower:
         tier.guard.hint(partial(objects.introduce, tier.index))

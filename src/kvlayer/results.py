@@ -29,6 +29,8 @@ class Cause(StrEnum):
 
     NEVER_STORED = "never-stored"
     SHORT = "shorter-than-a-chunk"
+    NO_NAME = "no-name"
+    """A token id is larger than any that is named; nothing from there on has a name."""
     EVICTED = "evicted"
     CLEARED = "cleared"
     OTHER_SALT = "other-salt"

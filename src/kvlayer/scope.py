@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from hashlib import sha256
 
 from kvlayer.errors import ConfigError, IdentityError
 from kvlayer.retention import ORDINARY, Retention
 
-__all__ = ["PUBLIC_ZONE", "Content", "Salt", "Scope", "zone_at"]
+__all__ = ["PUBLIC_ZONE", "Content", "Extra", "Salt", "Scope", "zone_at"]
 
 PUBLIC_ZONE = "0"
 """The zone of KV no salt owns."""
@@ -21,7 +22,7 @@ PUBLIC_ZONE = "0"
 class Salt:
     """A secret or tenant name that makes KV private from token ``first_token`` on.
 
-    The chunk in which it starts is private as a whole; everything before stays shared.
+    The chunk or tail in which it starts is private as a whole; everything before stays shared.
     Raises ``IdentityError`` for an empty value, one that is no valid text, or a negative start.
     """
 
@@ -80,6 +81,14 @@ def _check_start(what: str, first_token: object) -> None:
         )
 
 
+class Extra(Enum):
+    """A kind of what folds into the names of tokens."""
+
+    ADAPTER = "adapter"
+    CONTENT = "content"
+    SALT = "salt"
+
+
 @dataclass(frozen=True, slots=True)
 class Scope:
     """What distinguishes one request from another with the same tokens, and what it wishes.
@@ -110,18 +119,24 @@ class Scope:
         """The scope of one tenant or session."""
         return cls(salts=(Salt(salt, first_token),), owner=owner)
 
-    def extras(self) -> list[tuple[int, str, bytes]]:
-        """Everything that folds into the chain, as (first token, kind, bytes), in order."""
-        found = [(c.first_token, "content", c.digest) for c in self.contents]
-        found += [(s.first_token, "salt", s.value.encode()) for s in self.salts]
-        if self.adapter:
-            found.append((0, "adapter", self.adapter))
-        return sorted(found)
+    def extras(self) -> list[tuple[Extra, int, bytes]]:
+        """What folds into the chain, as (kind, first token, bytes): adapter, contents, salts.
+
+        Contents are sorted, so the order in which they are listed names nothing. Salts keep theirs,
+        because the last one owns: the links then say whose a span is.
+        """
+        found = [(Extra.ADAPTER, 0, self.adapter)] if self.adapter else []
+        contents = sorted((c.first_token, c.digest) for c in self.contents)
+        found += [(Extra.CONTENT, first, digest) for first, digest in contents]
+        found += [(Extra.SALT, s.first_token, s.value.encode()) for s in self._salts_in_order()]
+        return found
 
     def zones(self) -> list[tuple[int, str]]:
         """The salts' (first token, zone), earliest first."""
-        ordered = sorted(self.salts, key=lambda s: s.first_token)  # stable: ties keep their order
-        return [(s.first_token, s.zone) for s in ordered]
+        return [(s.first_token, s.zone) for s in self._salts_in_order()]
+
+    def _salts_in_order(self) -> list[Salt]:
+        return sorted(self.salts, key=lambda s: s.first_token)  # stable: ties keep their order
 
     def zone(self, stop: int) -> str:
         """The zone of a span that ends before token ``stop``."""

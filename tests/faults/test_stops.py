@@ -31,7 +31,7 @@ def stored(victim: Victim) -> list[int]:
 
 
 def unfinished(directory: Path) -> dict[str, int]:
-    return {p.name: p.stat().st_size for p in directory.glob("v1/tmp/*/*.part")}
+    return {p.name: p.stat().st_size for p in directory.glob("v2/tmp/*/*.part")}
 
 
 @pytest.mark.parametrize("options", ["", "&capacity=1MiB"])

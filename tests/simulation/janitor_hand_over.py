@@ -35,7 +35,9 @@ class Directory:
     def __init__(self, world: World) -> None:
         self.world = world
         self.root = world.directory
-        self.keys = [ObjectKey.of("ab" * 32, PUBLIC_ZONE, bytes([i]) * 32, PART) for i in range(24)]
+        self.keys = [
+            ObjectKey.of("ab" * 32, PUBLIC_ZONE, bytes([i]) * 32, 16, PART) for i in range(24)
+        ]
         self.sizes = {key: world.chance.choice([1, 1, 2, 3]) * UNIT for key in self.keys}
         self.committed: set[ObjectKey] = set()
         self.uncounted: list[tuple[float, int]] = []
@@ -48,7 +50,7 @@ class Directory:
     def present(self) -> dict[str, int]:
         """Object files by name, and their sizes."""
         found = {}
-        for path in (self.root / "v1").glob("*/??/*"):
+        for path in (self.root / "v2").glob("*/??/*"):
             if path.parts[-3] not in ("tmp", "quarantine"):
                 found[path.name] = path.stat().st_size
         return found
@@ -71,7 +73,7 @@ class Directory:
     def check_that_nothing_is_lost(self) -> None:
         names = Counter(self.present())
         for key in self.committed:
-            name = ".".join(key.split("/")[1:])
+            name = ".".join(key.split("/")[2:])
             if not names[name]:
                 raise invariants.Broken(f"{key} was committed, nobody evicted it, and it is gone")
 
@@ -116,7 +118,7 @@ async def play(world: World) -> None:
         if last.used_nbytes != on_disk:
             raise invariants.Broken(f"{last.used_nbytes} bytes are counted, {on_disk} are there")
         shared.check_that_nothing_is_lost()
-        left = len(os.listdir(world.directory / "v1" / "tmp"))
+        left = len(os.listdir(world.directory / "v2" / "tmp"))
         if left != 1:
             raise invariants.Broken(f"{left - 1} dead processes' unfinished files are left")
         for key in shared.keys:
@@ -150,7 +152,7 @@ async def _die(shared: Directory, backend: FileBackend, work: asyncio.Task[None]
     site.meta.close()
     # What it evicted in its last moment, and what it was writing, it could tell nobody.
     names = shared.present()
-    shared.committed = {k for k in shared.committed if ".".join(k.split("/")[1:]) in names}
+    shared.committed = {k for k in shared.committed if ".".join(k.split("/")[2:]) in names}
     shared.uncounted.append((asyncio.get_running_loop().time(), 4 * UNIT))
     shared.world.counts["died"] += 1
 

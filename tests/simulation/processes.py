@@ -115,7 +115,7 @@ class Process:
             keys = (event.key,)
         else:
             return
-        chunks = [key.chunk for key in keys]
+        chunks = [key.end_hash for key in keys]
         if isinstance(event, ObjectsEvicted) and event.tier == self.cache.stack.host.name:
             self.leaves_host(chunks)
         else:
@@ -123,8 +123,8 @@ class Process:
 
     def holds(self, chunk_hash: bytes, *, in_host: bool = False) -> bool:
         """Whether the cache believes that it can serve all of a chunk."""
-        chunk = self.cache.stack.planner.directory.chunk(chunk_hash)
-        objects = () if chunk is None else tuple(chunk.objects.values())
+        records = self.cache.stack.planner.directory.ending(chunk_hash)
+        objects = [found for record in records for found in record.objects.values()]
         ready = [o.host is Host.READY or (o.is_ready and not in_host) for o in objects]
         return bool(ready) and all(ready)
 

@@ -61,7 +61,7 @@ async def pair(world: World, first: Backend | None = None) -> AsyncGenerator[Pai
 
 def files_of(world: World, prompt: Prompt, cache: Client) -> list[Path]:
     hashes = world.learn(cache.cache, prompt, LONGEST)
-    return [path for each in hashes for path in world.directory.glob(f"v1/*/??/*.{each.hex()}.*")]
+    return [path for each in hashes for path in world.directory.glob(f"v2/*/??/{each.hex()}-*")]
 
 
 def test_a_copy_that_another_process_took_away_is_not_missed_below(arena: Path) -> None:

@@ -98,7 +98,7 @@ def _check_leased(cache: Cache, world: World, path: Sequence[ObjectRecord]) -> N
     for record in path:
         if record.host is not Host.READY:
             raise invariants.Broken(f"{record.key} is leased, and was evicted")
-        expected = world.right[record.key.chunk]
+        expected = world.right[record.key.end_hash]
         if cache.stack.objects.slab.view(record.offset, len(expected)) != expected:
             raise invariants.Broken(f"{record.key} is leased, and its bytes have changed")
 

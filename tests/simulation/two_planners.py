@@ -28,7 +28,7 @@ class Watched(Wrapper):
     async def quarantine(self, items: Sequence[Damaged], /) -> list[DeleteResult]:
         results = await super().quarantine(items)
         for process in self.world.processes:
-            process.gives_up(*(item.key.chunk for item in items))
+            process.gives_up(*(item.key.end_hash for item in items))
         return results
 
 
@@ -73,7 +73,7 @@ async def play(world: World) -> None:
 
 def _damage(world: World) -> None:
     """A bit of one object's file turns."""
-    files = sorted((world.directory / "v1").glob("*/??/*canonical"))
+    files = sorted((world.directory / "v2").glob("*/??/*canonical"))
     if files:
         path = world.chance.choice(files)
         at = world.chance.randrange(path.stat().st_size)

@@ -86,12 +86,12 @@ class World:
         return [span.hash for span in spans]
 
     def bytes_of(self, key: ObjectKey) -> bytes | None:
-        return self.right.get(key.chunk)
+        return self.right.get(key.end_hash)
 
     def lies_in_directory(self, chunk_hash: bytes) -> bool:
         """Whether there is a file of this chunk below the directory, whoever wrote it."""
         text = chunk_hash.hex()
-        return any((self.directory / "v1").glob(f"*/{text[:2]}/*.{text}.*"))
+        return any((self.directory / "v2").glob(f"*/{text[:2]}/{text}-*"))
 
     def check_stored(self, objects: dict[ObjectKey, bytes]) -> None:
         """What lies on a tier below is right, too."""

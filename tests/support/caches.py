@@ -62,7 +62,7 @@ def tokens(count: int, seed: int = 0) -> array[int]:
 
 def stored_files(directory: Path) -> list[Path]:
     """The object files of a file tier, in no particular order."""
-    root = directory / "v1"
+    root = directory / "v2"
     return [
         path
         for path in root.rglob("*")

@@ -105,7 +105,7 @@ signal.signal(signal.SIGVTALRM, _hang)
 
 _GROUP = KVGroup(AttentionKind.MHA, (0, 1, 2), "float16", 2, 8)
 _PAYLOAD = Payload.of(_GROUP, Part(0, (0, 3), (0, 2)), 16)
-_KEY = ObjectKey.of("ab" * 32, "0", bytes(range(32)), _PAYLOAD.part)
+_KEY = ObjectKey.of("ab" * 32, "0", bytes(range(32)), 16, _PAYLOAD.part)
 _FIRST = 32
 _BODY_AT = 24
 
@@ -236,15 +236,19 @@ def names(given: bytes) -> bool:
     with suppress(ValueError):
         key = ObjectKey.parse(first)
         assert str(key.part) == first.rsplit("/", 1)[1]
-        assert "/".join((key.namespace, key.zone, key.chunk.hex(), str(key.part))) == first
+        assert ObjectKey.of(key.namespace, key.zone, key.end_hash, key.tokens, key.part) == first
         accepted = _as_file(key)
     with suppress(ValueError):
         path = _PATHS.object(first)  # checks less than ``parse``: never out of its shard
         folder, _, file = path.rpartition("/")
-        assert folder.startswith(f"{_PATHS.v1}/") and folder.count("/") == _PATHS.v1.count("/") + 2
+        assert (
+            folder.startswith(f"{_PATHS.folder}/")
+            and folder.count("/") == _PATHS.folder.count("/") + 2
+        )
         assert file not in ("", ".", "..") and "\0" not in path
-    shard = Shard(first[:64], first[64:66])
-    if _PATHS.is_namespace(shard.namespace) and _PATHS.is_shard(shard.prefix):
+    for shard in (Shard(first[:64], first[64:66]), Shard(first[:64], first[64:96])):
+        if not (_PATHS.is_namespace(shard.namespace) and _PATHS.is_shard(shard.folder)):
+            continue
         found = _PATHS.key(shard, name)
         if found is not None:
             assert _PATHS.object(found) == f"{_PATHS.shard(shard)}/{name}"

@@ -133,7 +133,7 @@ async def store(
 def debris(directory: str, objects: Sequence[Path]) -> list[str]:
     """Files that are neither objects nor what a directory in use has beside them."""
     kept = {"namespace.msgpack", "janitor.lock", "lock"}
-    every = (path for path in Path(directory, "v1").rglob("*") if path.is_file())
+    every = (path for path in Path(directory, "v2").rglob("*") if path.is_file())
     return sorted(str(path) for path in every if path not in objects and path.name not in kept)
 
 
@@ -169,7 +169,7 @@ async def recover(directory: str, seeds: Sequence[int], options: str = "") -> No
                     "objects": disk.objects,
                     "files": len(files),
                     "debris": debris(directory, files),
-                    "writers": len(list(Path(directory, "v1", "tmp").iterdir())),
+                    "writers": len(list(Path(directory, "v2", "tmp").iterdir())),
                 }
             )
         )

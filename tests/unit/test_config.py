@@ -320,14 +320,9 @@ def test_a_wrong_value_in_a_file_names_the_file_and_the_whole_key(toml):
     assert f"(tiers.0.max_inflight: file {file})" in str(refused(file))
 
 
-def test_a_tail_is_an_eighth_of_a_chunk_and_at_least_one_token():
-    assert [CacheConfig(tokens_per_chunk=n).tail_tokens for n in (256, 12, 4)] == [32, 1, 1]
-
-
-def test_a_chunk_whose_eighth_does_not_divide_it_asks_for_a_tail():
-    error = refused(tokens_per_chunk=100)
-    assert "found 12 (an eighth of a chunk) and 100" in str(error)
-    assert "tokens_per_tail" in error.hint
+def test_a_tail_is_a_power_of_two_of_at_most_an_eighth_of_a_chunk_and_at_most_32():
+    sizes = (256, 12, 4, 512, 4096, 100)
+    assert [CacheConfig(tokens_per_chunk=n).tail_tokens for n in sizes] == [32, 1, 1, 32, 32, 4]
 
 
 def test_a_quarrel_between_two_keys_names_the_origin_of_both():

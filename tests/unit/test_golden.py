@@ -36,8 +36,10 @@ def _chain(name: str, tokens: list[int], chunk: int, tail: int, **scope: Any) ->
 # A scope: adapter (hex), contents [[digest in hex, first token]], salts [[value, first token]].
 CHAINS = [
     _chain("plain", [*range(20)], 8, 1),
-    _chain("plain, pages of one token", [7, 0, 2**32 - 1], 1, 1),
-    _chain("plain, real ids in pages of 16", [128000 + 37 * i for i in range(50)], 16, 2),
+    _chain("plain, pages of one token", [7, 0, 2**30 - 1], 1, 1),
+    _chain("plain, real ids in pages of 2", [128000 + 37 * i for i in range(50)], 16, 2),
+    _chain("plain, real ids in pages of 16", [128000 + 37 * i for i in range(50)], 16, 16),
+    _chain("plain, pages of 16, four a chunk", [128000 + 37 * i for i in range(150)], 64, 16),
     _chain("empty prompt", [], 8, 1),
     _chain("shorter than a tail", [1, 2, 3], 16, 4),
     _chain("shorter than a chunk", [*range(100, 111)], 16, 2),
@@ -95,8 +97,8 @@ _STATE = _MHA | {
 def _space(name: str, *groups: dict[str, Any], **changed: Any) -> dict[str, Any]:
     fields = {
         "weights": f"sha256:{A}", "compute_dtype": "bfloat16", "tokens_per_chunk": 256,
-        "tokens_per_tail": 32, "adapters": [], "overrides": {}, "kv_scales": "", "codec": "",
-        "numerics": "portable",
+        "tokens_per_tail": 32, "adapters": [], "overrides": {}, "kv_scales": "", "quality": "exact",
+        "hash_scheme": "links", "numerics": "portable",
     }  # fmt: skip
     return {"name": name, "fields": fields | {"groups": list(groups)} | changed}
 
@@ -119,7 +121,7 @@ NAMESPACES = [
             "ü": "",
         },
     ),
-    _space("folded adapters", _MHA, adapters=[f"sha256:{B}", f"sha256:{A}"], codec="int8"),
+    _space("folded adapters", _MHA, adapters=[f"sha256:{B}", f"sha256:{A}"], quality="int8"),
     _space("private", _MHA, weights=f"process:{'5e' * 16}", tokens_per_chunk=16, tokens_per_tail=2),
 ]
 
@@ -172,19 +174,37 @@ def sglang_page_hash(tokens: list[int], prior: bytes) -> bytes:
     return hasher.digest()
 
 
+def fold(parent: bytes, fields: bytes) -> bytes:
+    preimage = b"kvlayer: a fold of extras, v2..." + bytes([len(parent)]) + parent
+    preimage += struct.pack("<Q", len(fields)) + fields
+    while len(preimage) % 4 != 1:
+        preimage += b"\0"
+    return sha256(preimage).digest()
+
+
+def expected_links(case: dict[str, Any]) -> dict[int, bytes]:
+    """By where it ends."""
+    tokens, scope = case["tokens"], case["scope"]
+    extras = [(1, 0, bytes.fromhex(scope["adapter"]))] if "adapter" in scope else []
+    extras += sorted((2, at, bytes.fromhex(d)) for d, at in scope.get("contents", []))
+    salts = sorted(scope.get("salts", []), key=lambda salt: salt[1])
+    extras += [(3, at, value.encode()) for value, at in salts]
+
+    links, parent = {0: b""}, b""
+    for start in range(0, len(tokens) - case["tail"] + 1, case["tail"]):
+        stop = start + case["tail"]
+        starting = [extra for extra in extras if start <= extra[1] < stop]
+        fields = b"".join(
+            struct.pack("<BIQ", kind, at - start, len(raw)) + raw for kind, at, raw in starting
+        )
+        parent = sglang_page_hash(tokens[start:stop], fold(parent, fields) if fields else parent)
+        links[stop] = parent
+    return links
+
+
 def expected_chain(case: dict[str, Any]) -> dict[str, Any]:
     tokens, chunk, scope = case["tokens"], case["chunk"], case["scope"]
-    extras = [(at, "content", bytes.fromhex(d)) for d, at in scope.get("contents", [])]
-    extras += [(at, "salt", value.encode()) for value, at in scope.get("salts", [])]
-    if "adapter" in scope:
-        extras.append((0, "adapter", bytes.fromhex(scope["adapter"])))
-    extras.sort()
-
-    def name(parent: bytes, start: int, stop: int) -> bytes:
-        starting = [[at - start, kind, raw] for at, kind, raw in extras if start <= at < stop]
-        if starting:
-            parent = sha256(b"extra" + parent + msgpack_by_hand(starting)).digest()
-        return sglang_page_hash(tokens[start:stop], parent)
+    links = expected_links(case)
 
     def zone(stop: int) -> str:
         owner = "0"
@@ -193,16 +213,12 @@ def expected_chain(case: dict[str, Any]) -> dict[str, Any]:
                 owner = sha256(b"zone" + value.encode()).hexdigest()[:32]
         return owner
 
-    parents, spans, tails = [b""], [], []
-    for start in range(0, len(tokens) - chunk + 1, chunk):
-        parents.append(name(parents[-1], start, start + chunk))
-        spans.append([start, start + chunk, parents[-1].hex(), zone(start + chunk)])
-    for index, parent in enumerate(parents):
-        start = index * chunk
-        for size in range(chunk - 1, 0, -1):
-            if size % case["tail"] == 0 and start + size <= len(tokens):
-                stop = start + size
-                tails.append([start, stop, name(parent, start, stop).hex(), zone(stop)])
+    spans, tails = [], []
+    for start in range(0, len(tokens) + 1, chunk):
+        for stop in range(start + chunk, start, -1):
+            if stop in links:
+                found = spans if stop == start + chunk else tails
+                found.append([start, stop, links[stop].hex(), zone(stop)])
     return {"chunks": spans, "tails": tails}
 
 
@@ -211,7 +227,11 @@ def expected_key(part: dict[str, Any]) -> dict[str, Any]:
     if part["heads"] is not None:
         text += f".h{part['heads'][0]}-{part['heads'][1]}"
     text += f".{part['form']}"
-    return {"part": text, "public": f"{A}/0/{B}/{text}", "salted": f"{A}/{'5e' * 16}/{B}/{text}"}
+    return {
+        "part": text,
+        "public": f"{A}/0/{B}-256/{text}",
+        "salted": f"{A}/{'5e' * 16}/{B}-32/{text}",
+    }
 
 
 def expected_namespace(case: dict[str, Any]) -> dict[str, Any]:
@@ -219,13 +239,13 @@ def expected_namespace(case: dict[str, Any]) -> dict[str, Any]:
         group | {"v_head_size": group["v_head_size"] or group["head_size"]}
         for group in case["fields"]["groups"]
     ]
-    canonical = msgpack_by_hand(case["fields"] | {"groups": groups, "schema": 1})
+    canonical = msgpack_by_hand(case["fields"] | {"groups": groups, "schema": 2})
     return {"canonical": canonical.hex(), "digest": sha256(canonical).hexdigest()}
 
 
 def expected_vectors() -> dict[str, Any]:
     return {
-        "schema": 1,
+        "schema": 2,
         "chains": [case | expected_chain(case) for case in CHAINS],
         "keys": [part | expected_key(part) for part in KEYS],
         "namespaces": [case | expected_namespace(case) for case in NAMESPACES],
@@ -272,16 +292,16 @@ PLAIN = [case for case in golden()["chains"] if not case["scope"]]
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=lambda case: case["name"])
-def test_plain_chunks_are_named_like_sglang_pages(case: dict[str, Any]) -> None:
+def test_plain_links_are_named_like_sglang_pages(case: dict[str, Any]) -> None:
     chain = ChunkChain(
         case["tokens"], Scope(), tokens_per_chunk=case["chunk"], tokens_per_tail=case["tail"]
     )
-    parent, pages = b"", []
-    for start in range(0, len(case["tokens"]) - case["chunk"] + 1, case["chunk"]):
-        parent = sglang_page_hash(case["tokens"][start : start + case["chunk"]], parent)
+    parent, pages, page = b"", [], case["tail"]
+    for start in range(0, len(case["tokens"]) - page + 1, page):
+        parent = sglang_page_hash(case["tokens"][start : start + page], parent)
         pages.append(parent)
 
-    assert chain.hashes == pages
+    assert chain.links == pages
 
 
 @pytest.mark.parametrize("case", golden()["keys"], ids=lambda case: case["part"])
@@ -291,8 +311,8 @@ def test_objects_are_stored_under_the_written_keys(case: dict[str, Any]) -> None
     chunk = bytes.fromhex(B)
 
     assert str(part) == case["part"]
-    assert ObjectKey.of(A, "0", chunk, part) == case["public"]
-    assert ObjectKey.of(A, "5e" * 16, chunk, part) == case["salted"]
+    assert ObjectKey.of(A, "0", chunk, 256, part) == case["public"]
+    assert ObjectKey.of(A, "5e" * 16, chunk, 32, part) == case["salted"]
     assert ObjectKey.parse(case["salted"]).part == part
 
 
@@ -321,6 +341,8 @@ def _write() -> str:
     """Add the vectors that are new. Exits with an error when a written one would change."""
     new = expected_vectors()
     old = golden()
+    if old.get("schema") != new["schema"]:
+        old = {"chains": [], "keys": [], "namespaces": []}
     for kind in ("chains", "keys", "namespaces"):
         lost = [vector for vector in old[kind] if vector not in new[kind]]
         if lost:

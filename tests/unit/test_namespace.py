@@ -77,7 +77,8 @@ def namespaces(draw: st.DrawFn) -> Namespace:
         adapters=tuple(draw(st.lists(digests, max_size=2))),
         overrides=draw(flat),
         kv_scales=draw(st.sampled_from(["", "v1"])),
-        codec=draw(st.sampled_from(["", "int8", "mixed:bits=5"])),
+        quality=draw(st.sampled_from(["exact", "int8", "mixed:bits=5"])),
+        hash_scheme=draw(st.sampled_from(["links", "sglang:pairs"])),
         numerics=draw(st.sampled_from(["portable", "engine:vllm-0.32.0+cpu"])),
     )
 
@@ -166,7 +167,8 @@ CHANGES: dict[str, Any] = {
     "adapters": ("sha256:" + "cd" * 32,),
     "overrides": {"quantization": "fp8"},
     "kv_scales": "v1",
-    "codec": "int8",
+    "quality": "int8",
+    "hash_scheme": "sglang:pairs",
     "numerics": "engine:vllm-0.32.0",
     "groups": (replace(MHA, dtype="fp8_e4m3"),),
 }
@@ -210,9 +212,9 @@ def test_another_value_of_any_field_of_a_group_is_another_namespace_and_is_named
 
 def test_differences_say_both_values() -> None:
     here = space(overrides={"a": 1, "b": True}, groups=(MHA, MLA))
-    there = space(overrides={"a": 1, "b": 1}, codec="int8", compute_dtype="float16")
+    there = space(overrides={"a": 1, "b": 1}, quality="int8", compute_dtype="float16")
     lines = here.differences(there)
-    assert "codec: '' here, 'int8' there" in lines
+    assert "quality: 'exact' here, 'int8' there" in lines
     assert "compute_dtype: 'bfloat16' here, 'float16' there" in lines
     assert "overrides.b: True here, 1 there" in lines
     assert "groups[1].head_size: 576 here, absent there" in lines
@@ -228,15 +230,31 @@ def test_what_did_not_shape_the_bytes_is_no_field() -> None:
 # ---- Defaults and refusals ----
 
 
-@pytest.mark.parametrize(("chunk", "tail"), [(256, 32), (8, 1), (7, 1), (1, 1), (16, 2)])
-def test_a_tail_is_an_eighth_of_a_chunk_and_at_least_a_token(chunk: int, tail: int) -> None:
+@pytest.mark.parametrize(
+    ("chunk", "tail"),
+    [
+        (256, 32),
+        (8, 1),
+        (7, 1),
+        (1, 1),
+        (16, 2),
+        (512, 32),
+        (4096, 32),
+        (100, 4),
+        (272, 16),
+        (257, 1),
+    ],
+)
+def test_a_tail_is_a_power_of_two_of_at_most_an_eighth_of_a_chunk_and_at_most_32(
+    chunk: int, tail: int
+) -> None:
     assert space(tokens_per_chunk=chunk).tokens_per_tail == tail
     assert space(tokens_per_chunk=chunk) == space(tokens_per_chunk=chunk, tokens_per_tail=tail)
 
 
 @pytest.mark.parametrize(
     "sizes",
-    [(0, 0), (-8, 1), (8, -1), (8, 3), (8, 16), (100, 0), (True, 1), (8.0, 1), (8, "1"), (None, 1)],
+    [(0, 0), (-8, 1), (8, -1), (8, 3), (8, 16), (True, 1), (8.0, 1), (8, "1"), (None, 1)],
 )
 def test_a_chunk_or_tail_size_that_cannot_work_is_refused(sizes: tuple[Any, Any]) -> None:
     with pytest.raises(ConfigError, match="tokens_per") as caught:
@@ -257,7 +275,8 @@ def test_weights_nobody_can_name_stay_in_the_process() -> None:
         ("weights", None), ("adapters", ("my-lora",)), ("adapters", ("process:" + "0" * 32,)),
         ("compute_dtype", "torch.bfloat16"), ("compute_dtype", "auto"), ("compute_dtype", ""),
         ("numerics", "engine"), ("numerics", "engine:vllm"), ("numerics", "exact"),
-        ("codec", "Int 8"), ("kv_scales", "two words"), ("groups", ()),
+        ("quality", "Int 8"), ("quality", ""), ("hash_scheme", ""), ("kv_scales", "two words"),
+        ("groups", ()),
         ("overrides", {"x": [1]}), ("overrides", {"x": {}}), ("overrides", {1: "x"}),
         ("overrides", {"x": float("nan")}), ("overrides", {"x": np.float64(1)}),
         ("overrides", {"x": b"bytes"}), ("overrides", {"x": 2**64}), ("overrides", {"x": "\ud800"}),
@@ -287,7 +306,7 @@ def test_repacking_alone_changes_nothing() -> None:
     assert Namespace.from_canonical(repacked()) == space()
 
 
-@pytest.mark.parametrize("schema", [0, 2, 99, "1", None, True, 1.0, ...])
+@pytest.mark.parametrize("schema", [0, 1, 3, 99, "2", None, True, 1.0, ...])
 def test_a_namespace_of_an_unknown_schema_is_refused_by_number(schema: Any) -> None:
     with pytest.raises(IdentityError, match="key schema") as caught:
         Namespace.from_canonical(repacked(schema=schema, some_new_field=1))
@@ -313,7 +332,7 @@ GARBAGE: dict[str, bytes] = {
     "trailing bytes": space().canonical() + b"\x00",
     "unsorted": msgpack.packb(dict(reversed(msgpack.unpackb(space().canonical()).items()))),
     "a field too many": repacked(host="a"),
-    "a field too few": repacked(codec=...),
+    "a field too few": repacked(quality=...),
     "no groups": repacked(groups=[]),
     "groups of numbers": repacked(groups=[1]),
     "groups is text": repacked(groups="abc"),
@@ -342,7 +361,7 @@ GARBAGE: dict[str, bytes] = {
     "an extension": b"\xd4\x01\x00",
     "a key that is no text": b"\x81\xc4\x01a\x01",
     "a key twice": b"\x82\xa1a\x01\xa1a\x01",
-    "too large": repacked(codec="x" * 70_000),
+    "too large": repacked(quality="x" * 70_000),
     "a number in a long form": space()
     .canonical()
     .replace(b"\xcd\x01\x00", b"\xce\x00\x00\x01\x00"),

@@ -67,8 +67,7 @@ def nothing_lost(cache: Cache, committed: Iterable[bytes]) -> None:
     """
     directory = cache.stack.planner.directory
     for chunk_hash in committed:
-        record = directory.chunk(chunk_hash)
-        objects = () if record is None else tuple(record.objects.values())
+        objects = [o for record in directory.ending(chunk_hash) for o in record.objects.values()]
         _hold(
             bool(objects) and all(found.is_ready for found in objects),
             f"chunk {chunk_hash.hex()[:12]} was committed, nothing took it away, and it is gone",

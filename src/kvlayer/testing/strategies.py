@@ -31,6 +31,7 @@ from kvlayer.namespace import Namespace
 from kvlayer.payload import Payload
 from kvlayer.scope import Content, Salt, Scope
 from kvlayer.testing.loan import PAGE
+from kvlayer.tokens import MAX_NAMED
 
 __all__ = [
     "contents",
@@ -85,10 +86,11 @@ def parts() -> st.SearchStrategy[Part]:
 def object_keys(namespace: str | None = None) -> st.SearchStrategy[ObjectKey]:
     """Any key, by default of any namespace."""
     names = digests().map(bytes.hex) if namespace is None else st.just(namespace)
-    return st.builds(ObjectKey.of, names, zones(), digests(), parts())
+    tokens = st.integers(1, 4096) | st.just(999_999_999)
+    return st.builds(ObjectKey.of, names, zones(), digests(), tokens, parts())
 
 
-def prompts(max_size: int = 200, vocabulary: int = 1 << 31) -> st.SearchStrategy[array[int]]:
+def prompts(max_size: int = 200, vocabulary: int = MAX_NAMED + 1) -> st.SearchStrategy[array[int]]:
     """Token ids as a buffer of 32-bit integers."""
     ids = st.lists(st.integers(0, vocabulary - 1), max_size=max_size)
     return ids.map(lambda tokens: array("i", tokens))

@@ -112,7 +112,7 @@ class Trial:
 
     def key(self, number: int, *, zone: str = PUBLIC_ZONE, part: Part = PART) -> ObjectKey:
         """One object's key: the same for the same arguments."""
-        key = ObjectKey.of(self.namespace, zone, sha256(b"%d" % number).digest(), part)
+        key = ObjectKey.of(self.namespace, zone, sha256(b"%d" % number).digest(), 16, part)
         self.keys.add(key)
         return key
 

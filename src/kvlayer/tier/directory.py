@@ -1,8 +1,8 @@
 """What is where: the state of every object on every tier. Pure memory; no clock, no I/O, no locks.
 
-Records are found by chunk hash: a salt folds into the hash, so a hash belongs to one zone. Tier 0
-is the host; an object there is absent, being filled or ready, at one slab offset. On a lower tier
-it is known to be there or not.
+Records are found by the hash at their end; the same end may close a whole chunk and a shorter span,
+which are two records. Tier 0 is the host; an object there is absent, being filled or ready, at one
+slab offset. On a lower tier it is known to be there or not.
 """
 
 from __future__ import annotations
@@ -64,16 +64,23 @@ class ObjectRecord:
 
 
 class ChunkRecord:
-    """One chunk or tail and its objects. ``covers`` caches, per group, what serves this rank.
+    """One span of tokens and its objects. ``covers`` caches, per group, what serves this rank.
 
     ``span``: where it stands in its prompts; known once any of its bytes were in host memory.
     """
 
-    __slots__ = ("covers", "hash", "objects", "span", "zone")
+    __slots__ = ("covers", "hash", "objects", "other", "span", "tokens", "zone")
 
-    def __init__(self, chunk_hash: bytes, zone: str) -> None:
-        self.hash = chunk_hash
+    def __init__(
+        self, end_hash: bytes, tokens: int, zone: str, other: ChunkRecord | None = None
+    ) -> None:
+        self.hash = end_hash
+        self.tokens = tokens
         self.zone = zone
+        self.other = other
+        """The next record with the same end: another number of tokens, or a zone that somebody's
+        listing made up. A hash tells the zone (see ``docs/object-format.md``), a listing may lie.
+        """
         self.span: Span | None = None
         self.objects: dict[Part, ObjectRecord] = {}
         self.covers: list[tuple[ObjectRecord, ...] | None] | None = None
@@ -86,24 +93,41 @@ class Directory:
         self.namespace = namespace
         self.needs = tuple(needs)
         self._chunks: dict[bytes, ChunkRecord] = {}
+        """By end hash; :attr:`ChunkRecord.other` leads to more with the same end."""
+        self._count = 0
         self._held: Counter[int] = Counter()
 
     def __len__(self) -> int:
-        """Chunks with at least one object."""
-        return len(self._chunks)
+        """Spans with at least one object."""
+        return self._count
 
     def held(self, tier: int) -> int:
         """Objects that a lower tier holds, as far as is known. Constant time: a scrape asks."""
         return self._held[tier]
 
-    def chunk(self, chunk_hash: bytes) -> ChunkRecord | None:
-        return self._chunks.get(chunk_hash)
+    def chunk(self, end_hash: bytes, tokens: int, zone: str) -> ChunkRecord | None:
+        """The record of the span of ``tokens`` tokens that ends so."""
+        record = self._chunks.get(end_hash)
+        while record is not None and (record.tokens != tokens or record.zone != zone):
+            record = record.other
+        return record
 
-    def covers(self, chunk_hash: bytes) -> list[tuple[ObjectRecord, ...] | None]:
-        """Per group, ready objects that together hold what this rank needs of the chunk."""
-        record = self._chunks.get(chunk_hash)
-        if record is None:
-            return [None] * len(self.needs)
+    def ending(self, end_hash: bytes) -> Iterator[ChunkRecord]:
+        """Every span known to end so."""
+        record = self._chunks.get(end_hash)
+        while record is not None:
+            yield record
+            record = record.other
+
+    def covers(
+        self, end_hash: bytes, tokens: int, zone: str
+    ) -> list[tuple[ObjectRecord, ...] | None]:
+        """Per group, ready objects that together hold what this rank needs of the span."""
+        record = self.chunk(end_hash, tokens, zone)
+        return [None] * len(self.needs) if record is None else self.covers_of(record)
+
+    def covers_of(self, record: ChunkRecord) -> list[tuple[ObjectRecord, ...] | None]:
+        """:meth:`covers` of a record that is at hand."""
         if record.covers is None:
             record.covers = [self._cover(record, need) for need in self.needs]
         return record.covers
@@ -122,30 +146,34 @@ class Directory:
         chosen = plan.cover(need, by_part)
         return None if chosen is None else tuple(by_part[part] for part in chosen)
 
-    def find(self, chunk_hash: bytes, part: Part) -> ObjectRecord | None:
-        record = self._chunks.get(chunk_hash)
+    def find(self, key: ObjectKey) -> ObjectRecord | None:
+        """The record of an object; ``key`` is of this namespace."""
+        zone, end_hash, tokens, part = key.fields()
+        record = self.chunk(end_hash, tokens, zone)
         return None if record is None else record.objects.get(part)
 
     def ensure(self, span: Span, zone: str, part: Part) -> ObjectRecord:
         """The object's record, made if it is new."""
-        return self._ensure(span.hash, zone, part, None)
+        return self._ensure(span.hash, span.tokens, zone, part, None)
 
     def note(self, key: ObjectKey, tier: int) -> ObjectRecord:
         """Record that a lower tier has an object, as its listing says."""
-        _, zone, _, _ = key.split("/")
-        found = self._ensure(key.chunk, zone, key.part, key)
+        zone, end_hash, tokens, part = key.fields()
+        found = self._ensure(end_hash, tokens, zone, part, key)
         self.add_tier(found, tier)
         return found
 
     def _ensure(
-        self, chunk_hash: bytes, zone: str, part: Part, key: ObjectKey | None
+        self, end_hash: bytes, tokens: int, zone: str, part: Part, key: ObjectKey | None
     ) -> ObjectRecord:
-        record = self._chunks.get(chunk_hash)
+        record = self.chunk(end_hash, tokens, zone)
         if record is None:
-            record = self._chunks[chunk_hash] = ChunkRecord(chunk_hash, zone)
+            other = self._chunks.get(end_hash)
+            record = self._chunks[end_hash] = ChunkRecord(end_hash, tokens, zone, other)
+            self._count += 1
         found = record.objects.get(part)
         if found is None:
-            key = key or ObjectKey.of(self.namespace, zone, chunk_hash, part)
+            key = key or ObjectKey.of(self.namespace, zone, end_hash, tokens, part)
             found = ObjectRecord(key, part, record, is_whole=part in self.needs)
             record.objects[part] = found
         return found
@@ -196,14 +224,32 @@ class Directory:
         record = found.chunk
         if record.objects.get(found.part) is found:
             del record.objects[found.part]
-        if not record.objects and self._chunks.get(record.hash) is record:
+        if not record.objects:
+            self._unlink(record)
+
+    def _unlink(self, record: ChunkRecord) -> None:
+        """Take a record without objects out, if it is still in."""
+        first = self._chunks.get(record.hash)
+        before: ChunkRecord | None = None
+        at = first
+        while at is not None and at is not record:
+            before, at = at, at.other
+        if at is None:
+            return
+        self._count -= 1
+        if before is not None:
+            before.other = record.other
+        elif record.other is not None:
+            self._chunks[record.hash] = record.other
+        else:
             del self._chunks[record.hash]
 
     def chunks(self) -> list[ChunkRecord]:
-        """Every chunk known now, in the order they became known."""
-        return list(self._chunks.values())
+        """Every span known now, in the order their ends became known."""
+        return [record for end_hash in self._chunks for record in self.ending(end_hash)]
 
     def objects(self) -> Iterator[ObjectRecord]:
-        """Every record, in the order chunks became known. Do not change states while iterating."""
-        for record in self._chunks.values():
-            yield from record.objects.values()
+        """Every object's record, in the same order. Do not change states while iterating."""
+        for end_hash in self._chunks:
+            for record in self.ending(end_hash):
+                yield from record.objects.values()

@@ -46,46 +46,45 @@ class _Recent(Generic[K, V]):
 
 
 class Journal:
-    """Losses by chunk hash, and for recent stores what else began the same way.
+    """Losses by end hash and tokens, and for recent stores what else began the same way.
 
     ``limit`` bounds each of its maps; tokens are kept for ``limit // 16`` chunks (1 KiB each for
     256 tokens), so the default stays under some 10 MiB.
     """
 
     def __init__(self, limit: int = 65536) -> None:
-        self._losses: _Recent[bytes, Loss] = _Recent(limit)
+        self._losses: _Recent[tuple[bytes, int], Loss] = _Recent(limit)
         self._children: _Recent[bytes, tuple[bytes, bytes]] = _Recent(max(limit // 16, 1))
         self._unscoped: _Recent[bytes, tuple[bytes, str]] = _Recent(limit)
 
-    def lost(self, chunk_hash: bytes, loss: Loss) -> None:
-        """An object of this chunk is gone."""
-        self._losses[chunk_hash] = loss
+    def lost(self, end_hash: bytes, tokens: int, loss: Loss) -> None:
+        """An object of this span is gone."""
+        self._losses[end_hash, tokens] = loss
 
-    def stored(self, chain: ChunkChain, spans: list[Span], plain: list[bytes] | None) -> None:
-        """These spans were stored. ``plain``: hashes the full chunks have without any scope."""
+    def stored(self, chain: ChunkChain, spans: list[Span]) -> None:
+        """These spans were stored."""
+        prints, scope = chain.fingerprints(), describe(chain)
         for span in spans:
-            self._losses.pop(span.hash)
+            self._losses.pop((span.hash, span.tokens))
+            self._children[chain.parent(span.start)] = (span.hash, chain.token_bytes(span))
             index = span.start // chain.chunk_step
-            self._children[chain.parent(index)] = (span.hash, chain.token_bytes(span))
-            if plain is None:
-                self._unscoped[span.hash] = (span.hash, "no salt, adapter or content")
-            elif index < len(plain):
-                self._unscoped[plain[index]] = (span.hash, describe(chain))
+            if index < len(prints) and span.tokens == chain.chunk_step:
+                self._unscoped[prints[index]] = (span.hash, scope)
 
-    def loss(self, chunk_hash: bytes) -> Loss | None:
-        return self._losses.get(chunk_hash)
+    def loss(self, span: Span) -> Loss | None:
+        return self._losses.get((span.hash, span.tokens))
 
-    def elsewhere(self, plain: bytes, chunk_hash: bytes) -> str | None:
-        """Under which other scope the same tokens were stored lately, in words."""
-        found = self._unscoped.get(plain)
-        return None if found is None or found[0] == chunk_hash else found[1]
+    def elsewhere(self, chain: ChunkChain, index: int) -> str | None:
+        """Under which other scope the tokens of chunk ``index`` were stored lately, in words."""
+        prints = chain.fingerprints()
+        found = self._unscoped.get(prints[index]) if index < len(prints) else None
+        return None if found is None or found[0] == chain.hashes[index] else found[1]
 
-    def divergence(self, chain: ChunkChain, index: int) -> int | None:
-        """First token at which the last stored sibling of chunk ``index`` differs from it."""
-        found = self._children.get(chain.parent(index))
+    def divergence(self, chain: ChunkChain, start: int) -> int | None:
+        """First token at which what was stored last from ``start`` on differs from this prompt."""
+        found = self._children.get(chain.parent(start))
         if found is None:
             return None
-        start = index * chain.chunk_step
         mine = chain.token_bytes(Span(start, min(start + chain.chunk_step, chain.num_tokens), b""))
         theirs = found[1]
         for at in range(0, min(len(mine), len(theirs)), 4):

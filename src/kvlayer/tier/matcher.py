@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, cast
 
@@ -10,7 +10,7 @@ from kvlayer.keys import ChunkChain, ObjectKey, Part, Span
 from kvlayer.layout import HitRule, KVGroup
 from kvlayer.payload import Payload
 from kvlayer.tier import plan
-from kvlayer.tier.directory import Directory, Host, ObjectRecord
+from kvlayer.tier.directory import ChunkRecord, Directory, Host, ObjectRecord
 
 __all__ = ["Match", "Matcher"]
 
@@ -55,9 +55,15 @@ class Matcher:
     """Matches prompts for one rank. The caller holds the directory's lock."""
 
     def __init__(
-        self, directory: Directory, groups: Sequence[KVGroup], cuts: Sequence[Sequence[Part]]
+        self,
+        directory: Directory,
+        groups: Sequence[KVGroup],
+        cuts: Sequence[Sequence[Part]],
+        lengths: range,
     ) -> None:
+        """``lengths``: how many tokens an object may hold."""
         self._directory = directory
+        self._lengths = lengths
         self._groups = groups
         self._cuts = cuts
         self._every = [i for i, g in enumerate(groups) if g.hit_rule is HitRule.EVERY_CHUNK]
@@ -68,13 +74,11 @@ class Matcher:
 
     def match(self, chain: ChunkChain, stop: int) -> Match:
         """The longest usable prefix of at most ``stop`` tokens."""
-        found = self._chunks(chain)[: stop // chain.chunk_step]
-        spans = chain.spans(len(found))
-        for tail in chain.tails(len(found)):
-            groups = self._directory.covers(tail.hash)
-            if tail.stop > stop or any(groups[g] is None for g in self._every):
-                continue
-            longer, covers = [*spans, tail], [*found, groups]
+        spans, found = self._chunks(chain, stop)
+        reached = spans[-1].stop if spans else 0
+        for path in self._paths(chain, reached, stop):
+            longer = [*spans, *(span for span, _ in path)]
+            covers = [*found, *(groups for _, groups in path)]
             if self._count(longer, covers) == len(longer):
                 spans, found = longer, covers
                 break
@@ -88,16 +92,54 @@ class Matcher:
         stops = [span.stop for span in spans]
         return plan.prefix(stops, self._groups, lambda i, g: found[i][g] is not None)
 
-    def _chunks(self, chain: ChunkChain) -> list[Covers]:
-        """Covers of the full chunks at the start that all every-chunk groups have."""
-        covers, every = self._directory.covers, self._every
+    def _chunks(self, chain: ChunkChain, stop: int) -> tuple[list[Span], list[Covers]]:
+        """Spans from the start that every-chunk groups have, up to a chunk's end, and covers.
+
+        Mostly full chunks; where one is missing, shorter spans may reach its end together.
+        """
+        covers, step, spans = self._directory.covers, chain.chunk_step, list[Span]()
         found: list[Covers] = []
-        for chunk_hash in chain.hashes:
-            groups = covers(chunk_hash)
-            if None in groups and any(groups[g] is None for g in every):
+        listed = 0  # full chunks that ``spans`` has, or has pieces of
+        for index, end_hash in enumerate(chain.hashes[: stop // step]):
+            groups = covers(end_hash, step, chain.zone_before((index + 1) * step))
+            if self._has_every(groups):
+                found.append(groups)
+                continue
+            path = next(self._paths(chain, index * step, stop), ())
+            if not path or path[-1][0].stop < (index + 1) * step:
                 break
-            found.append(groups)
-        return found
+            spans += [*chain.spans(index)[listed:], *(span for span, _ in path)]
+            found += [groups for _, groups in path]
+            listed = index + 1
+        missing = len(found) - len(spans)
+        return [*spans, *chain.spans(listed + missing)[listed:]], found
+
+    def _has_every(self, groups: Covers) -> bool:
+        return None not in groups or all(groups[g] is not None for g in self._every)
+
+    def _paths(
+        self, chain: ChunkChain, start: int, stop: int
+    ) -> Iterator[tuple[tuple[Span, Covers], ...]]:
+        """Ways from a chunk's start to each end before or at the chunk's, the farthest first.
+
+        Of the ways to one end that with the fewest objects.
+        """
+        ways: dict[int, tuple[tuple[Span, Covers], ...]] = {start: ()}
+        for end in reversed(chain.ends(start)):
+            if end.stop > stop:
+                break
+            zone = chain.zone(end)
+            for record in self._directory.ending(end.hash):
+                before = ways.get(end.stop - record.tokens)
+                if before is None or record.zone != zone:
+                    continue
+                groups = self._directory.covers_of(record)
+                known = ways.get(end.stop)
+                if self._has_every(groups) and (known is None or len(before) + 1 < len(known)):
+                    span = Span(end.stop - record.tokens, end.stop, end.hash)
+                    ways[end.stop] = (*before, (span, groups))
+        del ways[start]
+        return (ways[end] for end in sorted(ways, reverse=True))
 
     def _needed(
         self, spans: list[Span], found: list[Covers]
@@ -119,14 +161,21 @@ class Matcher:
     def probes(self, chain: ChunkChain) -> list[ObjectKey]:
         """Full-chunk objects the directory does not know, from the first gap on."""
         keys: list[ObjectKey] = []
-        gap = False
-        for i, chunk_hash in enumerate(chain.hashes):
-            groups = self._directory.covers(chunk_hash)
-            gap = gap or any(groups[g] is None for g in self._every)
+        reached = self._reached(chain)
+        for i, end_hash in enumerate(chain.hashes):
+            stop = (i + 1) * chain.chunk_step
+            groups = self._directory.covers(end_hash, chain.chunk_step, chain.zone_before(stop))
+            gap = stop > reached
+            if not gap and not self._has_every(groups):
+                continue  # shorter spans stand in its place
             for g, cover in enumerate(groups):
                 if cover is None and (gap or g not in self._every):
                     keys += self._keys(chain, chain.span(i), g)
         return keys
+
+    def _reached(self, chain: ChunkChain) -> int:
+        spans, _ = self._chunks(chain, chain.num_tokens)
+        return spans[-1].stop if spans else 0
 
     def tail_probes(self, chain: ChunkChain) -> list[ObjectKey]:
         """Objects of the tails that may stand at the first missing chunk, longest first.
@@ -134,13 +183,30 @@ class Matcher:
         None below a tail that is there: a shorter one adds nothing to it.
         """
         keys: list[ObjectKey] = []
-        for tail in chain.tails(len(self._chunks(chain))):
-            missing = [g for g, c in enumerate(self._directory.covers(tail.hash)) if c is None]
+        for tail in chain.tails(self._reached(chain) // chain.chunk_step):
+            groups = self._directory.covers(tail.hash, tail.tokens, chain.zone(tail))
+            missing = [g for g, cover in enumerate(groups) if cover is None]
             if not missing:
                 break
             for g in missing:
                 keys += self._keys(chain, tail, g)
         return keys
+
+    def leading(self, chain: ChunkChain) -> Iterator[ChunkRecord]:
+        """What is known of a prompt's full chunks, and of what leads there in their place."""
+        step, is_whole = chain.chunk_step, True
+        for index, end_hash in enumerate(chain.hashes):
+            start, stop = index * step, (index + 1) * step
+            record = self._directory.chunk(end_hash, step, chain.zone_before(stop))
+            if record is not None:
+                yield record
+            elif is_whole:
+                path = next(self._paths(chain, start, stop), ())
+                is_whole = bool(path) and path[-1][0].stop == stop
+                for span, _ in path:
+                    piece = self._directory.chunk(span.hash, span.tokens, chain.zone(span))
+                    assert piece is not None
+                    yield piece
 
     def is_final(self, match: Match) -> bool:
         """Whether nothing that a lower tier could still say would make a match longer."""
@@ -151,11 +217,18 @@ class Matcher:
 
     def _keys(self, chain: ChunkChain, span: Span, group: int) -> list[ObjectKey]:
         zone, space = chain.zone(span), self._directory.namespace
-        return [ObjectKey.of(space, zone, span.hash, part) for part in self._cuts[group]]
+        return [
+            ObjectKey.of(space, zone, span.hash, span.tokens, part) for part in self._cuts[group]
+        ]
 
     def can_exist(self, key: ObjectKey) -> bool:
-        """Whether a key from outside names this namespace and a part that the model has."""
+        """Whether a key from outside names this namespace and what the model can have."""
         if key.count("/") != 3 or not key.startswith(f"{self._directory.namespace}/"):
+            return False
+        try:
+            if key.tokens not in self._lengths:
+                return False
+        except ValueError:
             return False
         text = key.rsplit("/", 1)[1]
         known = self._parts.get(text)

@@ -70,7 +70,8 @@ class Planner:
         """What a tier may hold but could not deliver; the first is forgotten first."""
         self._payloads: dict[tuple[Part, int], Payload] = {}
         self.directory = Directory(namespace, needs)
-        self._matcher = Matcher(self.directory, self._groups, self._cuts)
+        lengths = range(tokens_per_tail, tokens_per_chunk + 1, tokens_per_tail)
+        self._matcher = Matcher(self.directory, self._groups, self._cuts, lengths)
         self.host = HostTier(capacity, policy, self.directory)
         self.leases = LeaseTable(self.host)
         self.journal = Journal()
@@ -250,8 +251,8 @@ class Planner:
 
     def _resident(self, chain: ChunkChain) -> list[ObjectRecord]:
         """What host memory holds of a prompt's full chunks, root first."""
-        chunks = [self.directory.chunk(chunk_hash) for chunk_hash in chain.hashes]
-        records = [found for chunk in chunks if chunk for found in chunk.objects.values()]
+        chunks = self._matcher.leading(chain)
+        records = [found for chunk in chunks for found in chunk.objects.values()]
         return [found for found in records if found.host is Host.READY]
 
     def _plan_span(
@@ -291,7 +292,7 @@ class Planner:
     def _supersede(self, chain: ChunkChain, span: Span) -> None:
         """Tails that the first newly stored span contains are the cheapest thing to lose."""
         for shorter in chain.tails(span.start // chain.chunk_step):
-            record = self.directory.chunk(shorter.hash)
+            record = self.directory.chunk(shorter.hash, shorter.tokens, chain.zone(shorter))
             if record is not None and shorter.stop < span.stop:
                 for found in record.objects.values():
                     self.host.policy.demote(found.key)
@@ -321,12 +322,12 @@ class Planner:
         if gone.tiers:
             return  # still served from below
         detail = f"evicted from {self.tiers[0]} by {self.host.policy.name}"
-        self.lost(gone.chunk.hash, Cause.EVICTED, 0, detail)
+        self.lost(gone.key, Cause.EVICTED, 0, detail)
 
-    def lost(self, chunk_hash: bytes, cause: Cause, tier: int, detail: str) -> None:
-        """Remember why a chunk is gone."""
+    def lost(self, key: ObjectKey, cause: Cause, tier: int, detail: str) -> None:
+        """Remember why an object is gone."""
         loss = Loss(cause, self.tiers[tier], self._wall_clock(), detail)
-        self.journal.lost(chunk_hash, loss)
+        self.journal.lost(key.end_hash, key.tokens, loss)
 
     def stored(self, slots: Sequence[Reservation], *, ok: bool) -> None:
         """The gather of these slots ended: serve them or give the memory back.
@@ -357,17 +358,21 @@ class Planner:
         self.host.drop(slot.record)
         self.host.let_go((slot.record,))
 
-    def remember(self, chain: ChunkChain, spans: list[Span], plain: list[bytes] | None) -> None:
-        """Keep for ``explain`` what was stored, and the hashes it has without its scope."""
+    def remember(self, chain: ChunkChain, spans: list[Span]) -> None:
+        """Keep for ``explain`` what was stored."""
+        chain.fingerprints()  # not while others wait for the lock
         with self.lock:
-            self.journal.stored(chain, spans, plain)
+            self.journal.stored(chain, spans)
 
     def settle(self, chain: ChunkChain, slots: Sequence[Reservation]) -> list[ObjectRecord]:
         """Let go of what a store gathered; the whole prompt is recent now. Returns its objects."""
         with self.lock:
             self.host.let_go([slot.record for slot in slots])
-            hashes = [*chain.hashes, *(slot.span.hash for slot in slots[-1:])]
-            found = [self.directory.chunk(h) for h in dict.fromkeys(hashes)]
+            last = (
+                self.directory.chunk(s.span.hash, s.span.tokens, chain.zone(s.span))
+                for s in slots[-1:]
+            )
+            found = dict.fromkeys([*self._matcher.leading(chain), *last])
             path = [o for record in found if record for o in record.objects.values()]
             self.host.refresh(path)
             return path
@@ -435,7 +440,7 @@ class Planner:
             self._withdraw(record.key, tier)
             self.directory.drop_tier(record, tier)
             if not record.is_ready:
-                self.lost(record.chunk.hash, cause, tier, detail)
+                self.lost(record.key, cause, tier, detail)
 
     def _withdraw(self, key: ObjectKey, tier: int) -> None:
         if tier in self._withdrawn:
@@ -448,11 +453,11 @@ class Planner:
         with self.lock:
             for key in keys:
                 self._withdraw(key, tier)
-                record = self.directory.find(key.chunk, key.part)
+                record = self.directory.find(key)
                 if record is not None and record.tiers >> tier & 1:
                     self.directory.drop_tier(record, tier)
                 if record is None or not record.is_ready:
-                    self.lost(key.chunk, cause, tier, detail)
+                    self.lost(key, cause, tier, detail)
 
     # -- control ---------------------------------------------------------------------------------
 
@@ -465,5 +470,5 @@ class Planner:
                     self.host.drop(record)
                     gone.append(record.key)
                     if not record.tiers:
-                        self.lost(record.chunk.hash, cause, 0, detail)
+                        self.lost(record.key, cause, 0, detail)
         return gone

@@ -197,7 +197,7 @@ class FileBackend(Backend):
                 site.quarantine.hidden.difference_update(gone)
 
     async def quarantine(self, items: Sequence[Damaged], /) -> list[DeleteResult]:
-        """Move damaged objects to ``v1/quarantine``, where the newest 16 stay, each with a note.
+        """Move damaged objects to ``v2/quarantine``, where the newest 16 stay, each with a note.
 
         What can be neither moved nor deleted is hidden from this process. Never fails for a file.
         """

@@ -25,7 +25,7 @@ def write(paths: Paths, unfinished: str, namespace: str, canonical: bytes) -> No
 
     ``unfinished`` is a path on the same filesystem that is this call's own.
     """
-    folder = f"{paths.v1}/{namespace}"
+    folder = f"{paths.folder}/{namespace}"
     target = os.path.join(folder, _NAME)
     if os.path.exists(target):  # noqa: PTH110
         return
@@ -44,8 +44,8 @@ def read_all(paths: Paths) -> dict[str, bytes]:
     """Every description that is what its folder's name says. Blocking."""
     found: dict[str, bytes] = {}
     with suppress(OSError):
-        for name in filter(paths.is_namespace, os.listdir(paths.v1)):
-            with suppress(OSError), open(f"{paths.v1}/{name}/{_NAME}", "rb") as file:
+        for name in filter(paths.is_namespace, os.listdir(paths.folder)):
+            with suppress(OSError), open(f"{paths.folder}/{name}/{_NAME}", "rb") as file:
                 canonical = file.read(_MAX_NBYTES)
                 if sha256(canonical).hexdigest() == name:
                     found[name] = canonical

@@ -153,7 +153,7 @@ class ObjectFiles:
             self._paths.make(directory)
             if self._fsync:  # the new directories are names in their parents
                 _fsync_directory(os.path.dirname(directory))
-                _fsync_directory(self._paths.v1)
+                _fsync_directory(self._paths.folder)
             return _link(temporary, path)
 
     def present(self, keys: Iterable[ObjectKey]) -> list[tuple[int, int] | None]:

@@ -10,25 +10,29 @@ import re
 from contextlib import suppress
 from typing import NamedTuple
 
-from kvlayer.keys import ObjectKey
+from kvlayer.keys import PUBLIC_ZONE, ObjectKey
 
-__all__ = ["Paths", "Shard"]
+__all__ = ["VERSION", "Paths", "Shard"]
+
+VERSION = "v2"
+"""The folder of this release's objects. Releases that name objects otherwise keep their own."""
 
 _NAMESPACE = re.compile(r"[0-9a-f]{64}")
-_SHARD = re.compile(r"[0-9a-f]{2}")
-_INSIDE = re.compile(r"([0-9a-f]{64})/([0-9a-f]{1,32})/(([0-9a-f]{2})[0-9a-f]{62})/([a-z0-9_.:-]+)")
+_SHARD = re.compile(r"[0-9a-f]{2}|[0-9a-f]{32}")
+_INSIDE = re.compile(r"([0-9a-f]{64})/([0-9a-f]{32}|0)/([0-9a-f]{64}-[1-9][0-9]*)/([a-z0-9_.:-]+)")
 
 
 class Shard(NamedTuple):
-    """One of a namespace's 256 directories: the objects whose chunk hash starts alike."""
+    """One folder of a namespace: a private zone's, or one of the 256 of the public zone."""
 
     namespace: str
-    prefix: str
+    folder: str
+    """A zone's 32 hex digits, or the first 2 of the end hashes in it."""
 
     @classmethod
     def of(cls, key: ObjectKey) -> Shard:
-        namespace, _, chunk, _ = key.split("/", 3)
-        return cls(namespace, chunk[:2])
+        namespace, zone, name, _ = key.split("/", 3)
+        return cls(namespace, name[:2] if zone == PUBLIC_ZONE else zone)
 
 
 class Paths:
@@ -36,21 +40,23 @@ class Paths:
 
     ::
 
-        <root>/v1/<namespace>/<first 2 hex of chunk hash>/<zone>.<chunk hash>.<part>
-        <root>/v1/<namespace>/namespace.msgpack   what the digest stands for
-        <root>/v1/tmp/<uuid>/            one process's unfinished files
-        <root>/v1/quarantine/            the newest damaged objects
-        <root>/v1/janitor.lock
+        <root>/v2/<namespace>/<first 2 hex of end hash>/<end hash>-<tokens>.<part>   public
+        <root>/v2/<namespace>/<zone>/<end hash>-<tokens>.<part>                      private
+        <root>/v2/<namespace>/namespace.msgpack   what the digest stands for
+        <root>/v2/tmp/<uuid>/            one process's unfinished files
+        <root>/v2/quarantine/            the newest damaged objects
+        <root>/v2/janitor.lock
 
-    A name that does not parse is not an object: never listed, counted or deleted.
+    A name that does not parse is not an object: never listed, counted or deleted. What lies beside
+    ``v2`` is another release's and is never touched.
     """
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self.v1 = f"{root}/v1"
-        self.tmp = f"{self.v1}/tmp"  # noqa: S108
-        self.quarantine = f"{self.v1}/quarantine"
-        self.janitor_lock = f"{self.v1}/janitor.lock"
+        self.folder = f"{root}/{VERSION}"
+        self.tmp = f"{self.folder}/tmp"  # noqa: S108
+        self.quarantine = f"{self.folder}/quarantine"
+        self.janitor_lock = f"{self.folder}/janitor.lock"
 
     def object(self, key: str) -> str:
         """Raises ``ValueError`` for a key that would name anything but a file in a shard.
@@ -60,19 +66,23 @@ class Paths:
         match = _INSIDE.fullmatch(key)
         if match is None:
             raise ValueError(f"not an object key: {key!r}")
-        namespace, zone, chunk, prefix, part = match.groups()
-        return f"{self.v1}/{namespace}/{prefix}/{zone}.{chunk}.{part}"
+        namespace, zone, name, part = match.groups()
+        folder = name[:2] if zone == PUBLIC_ZONE else zone
+        return f"{self.folder}/{namespace}/{folder}/{name}.{part}"
 
     def shard(self, shard: Shard) -> str:
-        return f"{self.v1}/{shard.namespace}/{shard.prefix}"
+        return f"{self.folder}/{shard.namespace}/{shard.folder}"
 
     @staticmethod
     def text(shard: Shard, name: str) -> str | None:
         """What the file would be the object of, unchecked: None when it cannot be one."""
-        fields = name.split(".", 2)
-        if len(fields) != 3 or not fields[1].startswith(shard.prefix):
-            return None
-        return f"{shard.namespace}/{fields[0]}/{fields[1]}/{fields[2]}"
+        end, dot, part = name.partition(".")
+        zone = shard.folder
+        if len(zone) == 2:
+            if not end.startswith(zone):
+                return None
+            zone = PUBLIC_ZONE
+        return f"{shard.namespace}/{zone}/{end}/{part}" if dot else None
 
     @classmethod
     def key(cls, shard: Shard, name: str) -> ObjectKey | None:
@@ -92,9 +102,9 @@ class Paths:
         return _SHARD.fullmatch(name) is not None
 
     def make(self, directory: str) -> None:
-        """Create ``directory`` (``v1`` or below it) and what is missing above. Raises ``OSError``.
+        """Create ``directory`` (``v2`` or below it) and what is missing above. Raises ``OSError``.
 
-        ``v1`` is closed to other users, because KV tells what was said; whoever wants to share
+        ``v2`` is closed to other users, because KV tells what was said; whoever wants to share
         with them changes the mode of that one directory.
         """
         try:
@@ -104,5 +114,5 @@ class Paths:
         except FileNotFoundError:
             os.makedirs(self.root, exist_ok=True)
             with suppress(FileExistsError):
-                os.mkdir(self.v1, 0o700)
+                os.mkdir(self.folder, 0o700)
             os.makedirs(directory, exist_ok=True)

@@ -61,12 +61,12 @@ def shards(paths: Paths, prefix: str = "") -> Iterator[Shard]:
     Raises ``OSError`` when the directory itself exists and cannot be read.
     """
     try:
-        namespaces = sorted(filter(paths.is_namespace, os.listdir(paths.v1)))
+        namespaces = sorted(filter(paths.is_namespace, os.listdir(paths.folder)))
     except FileNotFoundError:
         return
     for namespace in namespaces:
         if namespace.startswith(prefix[:64]):
-            for name in filter(paths.is_shard, _names(f"{paths.v1}/{namespace}")):
+            for name in filter(paths.is_shard, _names(f"{paths.folder}/{namespace}")):
                 yield Shard(namespace, name)
 
 

@@ -61,7 +61,7 @@ def test_answers_are_not_one_token_over_and_over(played: tuple[Report, Path]) ->
 
 
 def test_damaged_objects_are_kept_as_evidence(played: tuple[Report, Path]) -> None:
-    assert len(list((played[1] / "kv" / "v1" / "quarantine").iterdir())) >= 2
+    assert len(list((played[1] / "kv" / "v2" / "quarantine").iterdir())) >= 2
 
 
 def test_the_table_and_what_explain_says_are_shown(played: tuple[Report, Path]) -> None:

@@ -26,7 +26,7 @@ NEW: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
 
 def object_of(directory: Path, session: Session, ids: list[int], chunk: int) -> Path:
     name = session.portal.cache.chain(ids, Scope()).hashes[chunk].hex()
-    (path,) = directory.glob(f"v1/*/{name[:2]}/*.{name}.*")
+    (path,) = directory.glob(f"v2/*/{name[:2]}/{name}-*")
     return path
 
 

@@ -49,7 +49,7 @@ class Asking:
 
         chain = cache.chain(self.prompt, Scope.private(self.salt))
         hashes = [*chain.hashes, chain.tails(len(chain))[0].hash]
-        named = {key.chunk: key for key in self.engine.tier.objects}
+        named = {key.end_hash: key for key in self.engine.tier.objects}
         return [named[each] for each in hashes if each in named]
 
 

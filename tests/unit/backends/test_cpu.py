@@ -23,7 +23,7 @@ PART = Part(0, (0, 4), (0, 2))
 
 
 def key(number: int) -> ObjectKey:
-    return ObjectKey.of("ab" * 32, "0", sha256(b"%d" % number).digest(), PART)
+    return ObjectKey.of("ab" * 32, "0", sha256(b"%d" % number).digest(), 16, PART)
 
 
 def buffer(pages: int, fill: bytes = b"\0") -> memoryview:

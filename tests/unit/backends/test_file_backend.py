@@ -32,7 +32,7 @@ PART = Part(0, (0, 4), (0, 8))
 
 
 def key(number: int, *, namespace: str = NAMESPACE, zone: str = "0") -> ObjectKey:
-    return ObjectKey.of(namespace, zone, sha256(b"%d" % number).digest(), PART)
+    return ObjectKey.of(namespace, zone, sha256(b"%d" % number).digest(), 16, PART)
 
 
 def lent(nbytes: int, seed: int | None = None) -> memoryview:
@@ -211,7 +211,7 @@ def test_keys_and_file_names_are_each_others_inverse() -> None:
     paths = Paths("/kv")
     parts = (PART, Part(1, (0, 2), None), Part(0, (0, 1), (3, 4), "native:vllm:isa_a-1"))
     for n, part in enumerate(parts):
-        made = ObjectKey.of(NAMESPACE, "0f" * 16, sha256(b"%d" % n).digest(), part)
+        made = ObjectKey.of(NAMESPACE, "0f" * 16, sha256(b"%d" % n).digest(), 16, part)
         path = Path(paths.object(made))
         shard = Shard(path.parent.parent.name, path.parent.name)
         assert paths.key(shard, path.name) == made and shard == Shard.of(made)
@@ -328,7 +328,7 @@ async def test_direct_on_fails_where_the_filesystem_refuses_it_and_auto_goes_wit
     async with opened(tmp_path, direct="auto") as backend:
         assert await store(backend, 1) == await load(backend, 1)
     assert len(files(tmp_path)) == 1
-    assert not list((tmp_path / "v1" / "tmp").iterdir())
+    assert not list((tmp_path / "v2" / "tmp").iterdir())
     async with opened(
         tmp_path, readonly=True
     ) as reader:  # cannot probe, so it tries and falls back
@@ -506,7 +506,7 @@ async def test_closing_leaves_no_thread_no_descriptor_and_no_private_directory(
     await backend.aclose()
     assert set(threading.enumerate()) <= threads
     assert _descriptors() <= descriptors
-    assert not list((tmp_path / "v1" / "tmp").iterdir())
+    assert not list((tmp_path / "v2" / "tmp").iterdir())
     async with opened(tmp_path) as second:
         assert second.is_janitor  # the lock was let go
     for call in (
@@ -550,7 +550,7 @@ async def test_a_cancelled_open_holds_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", gate)
         await _cancel_inside(asyncio.create_task(backend.open()), gate)
-    assert not list((tmp_path / "v1" / "tmp").iterdir())
+    assert not list((tmp_path / "v2" / "tmp").iterdir())
     async with opened(tmp_path) as other:
         assert other.is_janitor
 
@@ -582,7 +582,7 @@ async def test_a_directory_deleted_while_running_is_misses_and_comes_back(tmp_pa
         assert backend.janitor is not None
         await backend.janitor.pass_()
         assert backend.is_janitor and backend.objects == 1
-    assert not list((root / "v1" / "tmp").iterdir())
+    assert not list((root / "v2" / "tmp").iterdir())
 
 
 # -- listing and quarantine ----------------------------------------------------------------------
@@ -599,7 +599,7 @@ async def test_a_listing_shows_objects_and_nothing_else(tmp_path: Path) -> None:
         (shard / "README").write_text("not an object")
         (shard / (path_of(tmp_path, 1).name + "~")).write_text("not an object")
         (shard / path_of(tmp_path, 1).name.replace("g0", "g9")).mkdir()
-        (tmp_path / "v1" / "other").mkdir()
+        (tmp_path / "v2" / "other").mkdir()
         assert await listed(backend) == {key(1), there.key}
         assert await listed(backend, other) == {there.key}
         assert await listed(backend, str(key(1))[:80]) == {key(1)}
@@ -632,7 +632,7 @@ async def test_a_quarantined_object_is_never_offered_again_and_stays_readable(
         assert await load(backend, 1) is None
         assert await backend.contains([key(1)]) == [None]
         assert await listed(backend) == set()
-        aside = tmp_path / "v1" / "quarantine"
+        aside = tmp_path / "v2" / "quarantine"
         (kept,) = [p for p in aside.iterdir() if p.suffix != ".json"]
         assert kept.name.endswith(key(1).replace("/", "."))
         assert kept.read_bytes() == damaged
@@ -653,7 +653,7 @@ async def test_only_the_newest_sixteen_stay_in_quarantine(
         monkeypatch.setattr("time.time_ns", lambda: next(clock))
         for n in range(20):
             await backend.quarantine([Damaged(key(n))])
-        names = sorted(p.name for p in (tmp_path / "v1" / "quarantine").iterdir())
+        names = sorted(p.name for p in (tmp_path / "v2" / "quarantine").iterdir())
         objects = [name for name in names if not name.endswith(".json")]
         assert len(objects) == 16 and len(names) == 32
         assert objects[0].endswith(key(4).replace("/", "."))

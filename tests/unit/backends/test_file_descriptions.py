@@ -23,14 +23,14 @@ async def test_a_described_namespace_is_known_after_a_restart(tmp_path: Path) ->
     async with FileBackend(str(tmp_path)) as backend:
         assert await backend.namespaces() == {DIGEST: CANONICAL}
         assert [listed async for listed in backend.list()] == []
-    assert list((tmp_path / "v1" / "tmp").iterdir()) == []
+    assert list((tmp_path / "v2" / "tmp").iterdir()) == []
 
 
 @pytest.mark.asyncio
 async def test_a_description_that_is_not_its_digests_is_ignored(tmp_path: Path) -> None:
     async with FileBackend(str(tmp_path)) as backend:
         await backend.describe(DIGEST, CANONICAL)
-        path = tmp_path / "v1" / DIGEST / "namespace.msgpack"
+        path = tmp_path / "v2" / DIGEST / "namespace.msgpack"
         path.write_bytes(CANONICAL + b"!")
         assert await backend.namespaces() == {}
         path.write_bytes(b"x" * 1_000_000)

@@ -36,7 +36,7 @@ PART = Part(0, (0, 4), (0, 8))
 
 
 def key(number: int) -> ObjectKey:
-    return ObjectKey.of(NAMESPACE, "0", sha256(b"%d" % number).digest(), PART)
+    return ObjectKey.of(NAMESPACE, "0", sha256(b"%d" % number).digest(), 16, PART)
 
 
 KEYS = [key(n) for n in range(64)]
@@ -159,7 +159,7 @@ async def test_evidence_counts_and_gives_way_to_objects(tmp_path: Path) -> None:
         assert present(tmp_path) == {4, 5}, "an object goes before evidence does"
         (result,) = await put(backend, 6, pages=4)
         assert result is None and present(tmp_path) == {6}
-        assert not list((tmp_path / "v1" / "quarantine").iterdir())
+        assert not list((tmp_path / "v2" / "quarantine").iterdir())
 
 
 @pytest.mark.asyncio
@@ -465,10 +465,10 @@ async def test_what_is_no_object_is_neither_counted_nor_evicted(tmp_path: Path) 
     async with opened(tmp_path) as backend:
         await put(backend, 0)
         shard = Path(Paths(str(tmp_path)).object(KEYS[0])).parent
-    foreign = [shard / "notes.txt", tmp_path / "v1" / "notes.txt", tmp_path / "notes.txt"]
+    foreign = [shard / "notes.txt", tmp_path / "v2" / "notes.txt", tmp_path / "notes.txt"]
     for path in foreign:
         path.write_bytes(bytes(10 * PAGE))
-    (tmp_path / "v1" / ("0" * 64)).write_text("a file where a namespace would be")
+    (tmp_path / "v2" / ("0" * 64)).write_text("a file where a namespace would be")
     async with opened(tmp_path, capacity=2 * PAGE) as backend:
         assert backend.objects == 1 and backend.used_nbytes == PAGE
         await put(backend, 1, 2, 3)
@@ -502,7 +502,7 @@ async def test_what_others_delete_is_forgotten(tmp_path: Path) -> None:
         await other.delete([KEYS[1]])
         await pass_(mine)
         assert mine.objects == 2 and mine.used_nbytes == 2 * PAGE
-        for shard in (tmp_path / "v1" / NAMESPACE).iterdir():
+        for shard in (tmp_path / "v2" / NAMESPACE).iterdir():
             for path in shard.iterdir():
                 path.unlink()
             shard.rmdir()
@@ -516,7 +516,7 @@ async def test_a_pass_reads_only_directories_that_changed(
 ) -> None:
     async with opened(tmp_path) as backend:
         await put(backend, *range(30))
-        shards = list((tmp_path / "v1" / NAMESPACE).iterdir())
+        shards = list((tmp_path / "v2" / NAMESPACE).iterdir())
         for shard in shards:
             os.utime(shard, (1, 1))  # long settled
         await pass_(backend)
@@ -563,7 +563,7 @@ async def test_there_is_one_janitor_and_the_next_takes_over(tmp_path: Path) -> N
 @pytest.mark.asyncio
 async def test_a_janitor_whose_lock_was_deleted_leaves_office(tmp_path: Path) -> None:
     async with opened(tmp_path) as first, opened(tmp_path) as second:
-        (tmp_path / "v1" / "janitor.lock").unlink()
+        (tmp_path / "v2" / "janitor.lock").unlink()
         await pass_(second)
         assert second.is_janitor
         await pass_(first)
@@ -573,7 +573,7 @@ async def test_a_janitor_whose_lock_was_deleted_leaves_office(tmp_path: Path) ->
 @pytest.mark.asyncio
 async def test_only_the_private_directories_of_the_dead_are_cleared(tmp_path: Path) -> None:
     async with opened(tmp_path) as backend, opened(tmp_path):
-        tmp = tmp_path / "v1" / "tmp"
+        tmp = tmp_path / "v2" / "tmp"
         living = {p.name for p in tmp.iterdir()}
         assert len(living) == 2
         dead, busy, unborn, odd = (tmp / uuid.uuid4().hex for _ in range(4))

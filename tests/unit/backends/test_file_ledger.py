@@ -6,7 +6,7 @@ from kvlayer.keys import ObjectKey, Part
 from kvlayer.tier.evict import PrefixLRU
 from kvlayer_backends.file.ledger import Eviction, Ledger
 
-KEY = ObjectKey.of("ab" * 32, "0", bytes(32), Part(0, (0, 1), (0, 1)))
+KEY = ObjectKey.of("ab" * 32, "0", bytes(32), 16, Part(0, (0, 1), (0, 1)))
 
 
 def test_a_file_made_anew_while_its_old_self_was_evicted_stays_counted() -> None:

@@ -41,7 +41,7 @@ root, capacity, OBJECT = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 
 def key(n):
     chunk = sha256(b"%d" % n).digest()
-    return ObjectKey.of("ab" * 32, "0", chunk, Part(0, (0, 4), (0, 8)))
+    return ObjectKey.of("ab" * 32, "0", chunk, 16, Part(0, (0, 4), (0, 8)))
 
 def lent(n=None):
     memory = memoryview(mmap(-1, OBJECT))
@@ -61,7 +61,7 @@ def opened():
 
 
 def key(number: int) -> ObjectKey:
-    return ObjectKey.of(NAMESPACE, "0", sha256(b"%d" % number).digest(), PART)
+    return ObjectKey.of(NAMESPACE, "0", sha256(b"%d" % number).digest(), 16, PART)
 
 
 def opened(root: Path, capacity: int = 0) -> FileBackend:
@@ -150,7 +150,7 @@ async def test_two_processes_share_one_directory(tmp_path: Path) -> None:
         assert await load(backend, 2) == bytes([2]) * OBJECT
         await pass_(backend)
         assert backend.objects == 2
-        assert len(list((tmp_path / "v1" / "tmp").iterdir())) == 1
+        assert len(list((tmp_path / "v2" / "tmp").iterdir())) == 1
 
 
 @pytest.mark.asyncio
@@ -173,13 +173,13 @@ async def test_a_writer_killed_mid_write_leaves_nothing_visible_and_is_cleared_u
         with child(tmp_path, body) as writer:
             assert await writer.hears() == "half"
             await pass_(backend)
-            unfinished = list((tmp_path / "v1" / "tmp").glob("*/*.part"))
+            unfinished = list((tmp_path / "v2" / "tmp").glob("*/*.part"))
             assert [p.stat().st_size for p in unfinished] == [OBJECT // 2], "the living are left be"
             writer.kill()
             assert await backend.contains([key(1), key(2)]) == [OBJECT, None]
             await pass_(backend)
-        assert not list((tmp_path / "v1" / "tmp").glob("*/*.part"))
-        assert len(list((tmp_path / "v1" / "tmp").iterdir())) == 1
+        assert not list((tmp_path / "v2" / "tmp").glob("*/*.part"))
+        assert len(list((tmp_path / "v2" / "tmp").iterdir())) == 1
         assert await load(backend, 2) is None and await load(backend, 1) is not None
         assert weight(tmp_path) == backend.used_nbytes == OBJECT
 
@@ -260,4 +260,4 @@ async def test_a_limit_of_the_system_is_a_value_and_leaves_nothing(
         assert "ulimit" in await limited.hears()
         assert limited.process.wait(60) == 0
     assert weight(tmp_path) == OBJECT
-    assert not list((tmp_path / "v1" / "tmp").iterdir())
+    assert not list((tmp_path / "v2" / "tmp").iterdir())

@@ -57,7 +57,7 @@ async def test_a_store_cancelled_at_any_await_leaves_objects_whole_or_absent(
                 assert hit.tokens == 40
     assert cut > 3
     assert len(stored_files(tmp_path)) == 40 * 3
-    assert list((tmp_path / "v1" / "tmp").iterdir()) == []
+    assert list((tmp_path / "v2" / "tmp").iterdir()) == []
 
 
 @pytest.mark.asyncio

@@ -89,7 +89,7 @@ async def test_damage_is_a_miss_with_its_cause_and_is_stored_again(
         assert same(engine.read(slots[:32]), other.read(slots[:32]))
 
         (gone,) = [event for event in events if isinstance(event, ObjectQuarantined)]
-        assert (gone.cause, gone.key.chunk) == (cause, chain.hashes[2])
+        assert (gone.cause, gone.key.end_hash) == (cause, chain.hashes[2])
         assert cache.control.stats().tiers[1].misses == {cause: 1}
         explained = await cache.control.explain(prompt)
         assert explained.hit_tokens == 32

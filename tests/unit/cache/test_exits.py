@@ -183,7 +183,7 @@ def test_a_process_ends_clean_whatever_still_runs(
             assert complaint not in noise
     else:
         assert noise == ""
-    assert list((tmp_path / "v1" / "tmp").iterdir()) == []
+    assert list((tmp_path / "v2" / "tmp").iterdir()) == []
     assert stored_files(tmp_path)  # the first store had been committed, or a flush did it
 
 
@@ -235,4 +235,4 @@ async def test_an_interpreter_that_exits_with_a_portal_open_does_not_wait_for_it
             read = slots[: report.tokens]
             assert same(engine.read(read), other.read(read))
         await cache.store(tokens(16, 99), engine.view(engine.slots(16)))
-    assert list((tmp_path / "v1" / "tmp").iterdir()) == []
+    assert list((tmp_path / "v2" / "tmp").iterdir()) == []

@@ -266,5 +266,5 @@ async def test_ten_thousand_operations_with_cancellations_leave_nothing(
         await asyncio.sleep(0)
     assert threading.active_count() == threads
     assert descriptors() == files
-    assert list((tmp_path / "v1" / "tmp").glob("*/*")) == []
+    assert list((tmp_path / "v2" / "tmp").glob("*/*")) == []
     figures("operations.cancelled_anywhere", seed=SEED, operations=load.done, loaded=load.loaded)

@@ -367,7 +367,7 @@ async def test_random_requests_leave_nothing_behind(tmp_path: Path, seed: int) -
     assert asyncio.all_tasks() == {asyncio.current_task()}
     assert threading.active_count() == threads
     assert descriptors() == held
-    assert list((tmp_path / "v1" / "tmp").iterdir()) == []
+    assert list((tmp_path / "v2" / "tmp").iterdir()) == []
 
 
 async def _everything_is_right(cache: Cache, model: Model) -> None:

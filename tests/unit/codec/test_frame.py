@@ -32,7 +32,7 @@ NAMESPACE, CHUNK_HASH = "ab" * 32, bytes(range(32))
 
 
 def make_key(part: Part) -> ObjectKey:
-    return ObjectKey.of(NAMESPACE, "0", CHUNK_HASH, part)
+    return ObjectKey.of(NAMESPACE, "0", CHUNK_HASH, 16, part)
 
 
 def mha(layers: int, heads: int = 2, head_size: int = 8) -> KVGroup:
@@ -267,11 +267,11 @@ def test_a_length_beyond_the_page_is_corrupt() -> None:
 
 def test_another_object_in_its_place_is_misplaced() -> None:
     written = Written(shape())
-    elsewhere = ObjectKey.of(NAMESPACE, "0", bytes(32), written.payload.part)
+    elsewhere = ObjectKey.of(NAMESPACE, "0", bytes(32), 16, written.payload.part)
     assert written.cause(key=elsewhere) is Cause.MISPLACED
-    zoned = ObjectKey.of(NAMESPACE, "cd" * 16, CHUNK_HASH, written.payload.part)
+    zoned = ObjectKey.of(NAMESPACE, "cd" * 16, CHUNK_HASH, 16, written.payload.part)
     assert written.cause(key=zoned) is Cause.MISPLACED
-    foreign = ObjectKey.of("cd" * 32, "0", CHUNK_HASH, written.payload.part)
+    foreign = ObjectKey.of("cd" * 32, "0", CHUNK_HASH, 16, written.payload.part)
     assert written.cause(key=foreign) is Cause.MISPLACED
 
 

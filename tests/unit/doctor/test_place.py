@@ -266,8 +266,8 @@ def test_a_tier_larger_than_its_disk_is_a_warning(
 
 
 def test_what_the_tier_holds_already_counts_as_room(fake: Fake, disk: Path) -> None:
-    (disk / "v1" / "ab").mkdir(parents=True)
-    (disk / "v1" / "ab" / "object").write_bytes(bytes(4096))
+    (disk / "v2" / "ab").mkdir(parents=True)
+    (disk / "v2" / "ab" / "object").write_bytes(bytes(4096))
     found = looked(fake, Place(str(disk), capacity=10 * GIB + 4096))["space"]
     assert (found.status, found.detail["held_nbytes"]) == (Status.OK, 4096)
     found = looked(fake, Place(str(disk), capacity=10 * GIB + 4097))["space"]

@@ -34,7 +34,7 @@ from kvlayer.testing.sim import in_virtual_time, run
 from kvlayer.urls import BackendURL
 
 PART = Part(0, (0, 1), (0, 1), "canonical")
-KEYS = [ObjectKey.of("ab" * 32, PUBLIC_ZONE, bytes([i]) * 32, PART) for i in range(8)]
+KEYS = [ObjectKey.of("ab" * 32, PUBLIC_ZONE, bytes([i]) * 32, 16, PART) for i in range(8)]
 PAGE = 4096
 
 

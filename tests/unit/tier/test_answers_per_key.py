@@ -66,7 +66,7 @@ async def test_one_key_that_cannot_be_looked_at_costs_the_others_nothing() -> No
     async def ask(asked: Sequence[ObjectKey], /) -> list[SizeResult]:
         sizes = await contains(asked)
         error = BackendError("an unreadable folder")
-        return [error if k.chunk == hidden else s for k, s in zip(asked, sizes, strict=True)]
+        return [error if k.end_hash == hidden else s for k, s in zip(asked, sizes, strict=True)]
 
     setattr(rig.backend, "contains", ask)  # noqa: B010  # of this one alone
     match = await rig.stack.finder.find(chain_of(3 * CHUNK), at_any_price=True)

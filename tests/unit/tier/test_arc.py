@@ -21,7 +21,7 @@ PART = Part(0, (0, 4), (0, 8))
 
 
 def key(number: int) -> ObjectKey:
-    return ObjectKey.of("ab" * 32, "0", sha256(b"%d" % number).digest(), PART)
+    return ObjectKey.of("ab" * 32, "0", sha256(b"%d" % number).digest(), 16, PART)
 
 
 class Replay:

@@ -25,7 +25,7 @@ def span(number: int) -> Span:
 
 
 def key(number: int, part: Part = WHOLE) -> ObjectKey:
-    return ObjectKey.of(NAMESPACE, "0", span(number).hash, part)
+    return ObjectKey.of(NAMESPACE, "0", span(number).hash, 16, part)
 
 
 @pytest.fixture
@@ -42,21 +42,21 @@ def host(directory: Directory, number: int, part: Part) -> ObjectRecord:
 
 def test_an_object_is_served_only_once_its_bytes_are_there(directory: Directory) -> None:
     found = directory.ensure(span(1), "0", WHOLE)
-    assert directory.covers(span(1).hash) == [None, None]
+    assert directory.covers(span(1).hash, 16, "0") == [None, None]
     directory.fill(found, 8192, 4096)
     assert not found.is_ready
-    assert directory.covers(span(1).hash) == [None, None]
+    assert directory.covers(span(1).hash, 16, "0") == [None, None]
     directory.ready(found)
-    assert directory.covers(span(1).hash) == [(found,), None]
+    assert directory.covers(span(1).hash, 16, "0") == [(found,), None]
     assert directory.drop_host(found) == 8192
-    assert directory.covers(span(1).hash) == [None, None]
+    assert directory.covers(span(1).hash, 16, "0") == [None, None]
 
 
 def test_a_record_that_nothing_refers_to_is_forgotten(directory: Directory) -> None:
     found = host(directory, 1, WHOLE)
     directory.drop_host(found)
     assert len(directory) == 0
-    assert directory.chunk(span(1).hash) is None
+    assert directory.chunk(span(1).hash, 16, "0") is None
     assert directory.ensure(span(1), "0", WHOLE) is not found
 
 
@@ -65,7 +65,7 @@ def test_a_record_that_something_refers_to_is_kept(directory: Directory, why: st
     found = host(directory, 1, WHOLE)
     setattr(found, why, 2)
     directory.drop_host(found)
-    assert directory.find(span(1).hash, WHOLE) is found
+    assert directory.find(key(1)) is found
     setattr(found, why, 0)
     directory.forget(found)
     assert len(directory) == 0
@@ -78,8 +78,8 @@ def test_forgetting_an_old_record_leaves_the_new_one_alone(directory: Directory)
     new = host(directory, 1, WHOLE)
     directory.forget(old)
     directory.drop_tier(old, 1)
-    assert directory.find(span(1).hash, WHOLE) is new
-    assert directory.covers(span(1).hash)[0] == (new,)
+    assert directory.find(key(1)) is new
+    assert directory.covers(span(1).hash, 16, "0")[0] == (new,)
 
 
 def test_the_nearest_tier_serves(directory: Directory) -> None:
@@ -101,13 +101,13 @@ def test_the_nearest_tier_serves(directory: Directory) -> None:
 
 def test_two_halves_cover_one_need_and_losing_one_uncovers_it(directory: Directory) -> None:
     low, high = host(directory, 1, LOW), host(directory, 1, HIGH)
-    cover = directory.covers(span(1).hash)[0]
+    cover = directory.covers(span(1).hash, 16, "0")[0]
     assert cover is not None
     assert set(cover) == {low, high}
     directory.drop_host(low)
-    assert directory.covers(span(1).hash)[0] is None
+    assert directory.covers(span(1).hash, 16, "0")[0] is None
     directory.note(key(1, LOW), 2)
-    cover = directory.covers(span(1).hash)[0]
+    cover = directory.covers(span(1).hash, 16, "0")[0]
     assert cover is not None
     assert {o.tier for o in cover} == {0, 2}
 
@@ -118,16 +118,16 @@ def test_of_two_that_serve_the_nearer_is_chosen_and_chosen_again_when_it_moves(
     wide = Part(0, (0, 4), (0, 4))
     directory.note(key(1, wide), 1)
     near = host(directory, 1, WHOLE)
-    assert directory.covers(span(1).hash)[0] == (near,)
+    assert directory.covers(span(1).hash, 16, "0")[0] == (near,)
     directory.add_tier(near, 2)
     directory.drop_host(near)
-    far = directory.find(span(1).hash, wide)
-    assert directory.covers(span(1).hash)[0] == (far,)
+    far = directory.find(key(1, wide))
+    assert directory.covers(span(1).hash, 16, "0")[0] == (far,)
 
 
 def test_an_unknown_chunk_covers_nothing_and_is_not_remembered(directory: Directory) -> None:
-    assert directory.covers(bytes(32)) == [None, None]
-    assert directory.find(bytes(32), WHOLE) is None
+    assert directory.covers(bytes(32), 16, "0") == [None, None]
+    assert directory.find(key(9)) is None
     assert len(directory) == 0
 
 
@@ -153,7 +153,7 @@ class DirectoryMachine(RuleBasedStateMachine):
         self.tiers: dict[tuple[int, Part], set[int]] = {}
 
     def record(self, number: int, part: Part) -> ObjectRecord | None:
-        return self.directory.find(span(number).hash, part)
+        return self.directory.find(key(number, part))
 
     @rule(number=NUMBERS, part=PARTS)
     def fill(self, number: int, part: Part) -> None:
@@ -210,7 +210,9 @@ class DirectoryMachine(RuleBasedStateMachine):
                 if n == number and state is Host.READY
             }
             ready |= {part for (n, part), tiers in self.tiers.items() if n == number and tiers}
-            for need, cover in zip(NEEDS, self.directory.covers(span(number).hash), strict=True):
+            for need, cover in zip(
+                NEEDS, self.directory.covers(span(number).hash, 16, "0"), strict=True
+            ):
                 assert (cover is None) == (plan.cover(need, ready) is None)
                 for one in cover or ():
                     assert one is self.record(number, one.part)
@@ -227,7 +229,7 @@ def test_a_known_object_costs_about_a_kibibyte_wherever_its_bytes_are() -> None:
     try:
         for number in range(5_000):
             directory.note(key(number), 1)
-            directory.covers(span(number).hash)
+            directory.covers(span(number).hash, 16, "0")
         used, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -23,7 +23,7 @@ ALL = (LRU, PrefixLRU, ARC)
 
 
 def key(number: int) -> ObjectKey:
-    return ObjectKey.of(NAMESPACE, "0", sha256(b"%d" % number).digest(), PART)
+    return ObjectKey.of(NAMESPACE, "0", sha256(b"%d" % number).digest(), 16, PART)
 
 
 KEYS = [key(n) for n in range(5)]

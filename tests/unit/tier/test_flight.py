@@ -12,7 +12,7 @@ from kvlayer.tier.flight import Flight, Flights, outcome_of
 from kvlayer.tier.guard import Guard
 from kvlayer.tier.messages import Outcome
 
-KEY = ObjectKey.of("ab" * 32, "0", bytes(32), Part(0, (0, 4), (0, 2)))
+KEY = ObjectKey.of("ab" * 32, "0", bytes(32), 16, Part(0, (0, 4), (0, 2)))
 NEVER = 3600.0
 
 

@@ -66,7 +66,7 @@ def test_the_least_recently_used_object_goes_first() -> None:
     small.add(4)
     assert small.evicted == [records[1]]
     assert records[1].host is Host.ABSENT
-    assert small.directory.find(span(1).hash, PART) is None
+    assert small.directory.find(span_key(1)) is None
 
 
 def test_a_pinned_object_is_never_evicted() -> None:
@@ -107,9 +107,9 @@ def test_a_pin_on_an_absent_object_holds_its_record_until_it_is_let_go() -> None
     found = small.directory.ensure(span(1), "0", PART)
     small.host.pin([found])
     assert small.host.pinned_nbytes == 0
-    assert small.directory.find(span(1).hash, PART) is found
+    assert small.directory.find(span_key(1)) is found
     small.host.unpin([found])
-    assert small.directory.find(span(1).hash, PART) is None
+    assert small.directory.find(span_key(1)) is None
 
 
 def test_bytes_that_arrive_for_a_pinned_absent_object_count_as_pinned() -> None:
@@ -134,12 +134,12 @@ def test_pins_outlive_bytes_that_never_came() -> None:
     small.host.drop(found)
     small.host.let_go([found])
     assert (small.host.pinned_nbytes, small.host.extents.used) == (0, 0)
-    assert small.directory.find(span(1).hash, PART) is found
+    assert small.directory.find(span_key(1)) is found
     assert small.reserve(1) is found
     small.host.drop(found)
     small.host.let_go([found])
     small.host.unpin([found])
-    assert small.directory.find(span(1).hash, PART) is None
+    assert small.directory.find(span_key(1)) is None
 
 
 def test_pins_on_an_old_record_leave_the_new_one_alone() -> None:
@@ -154,7 +154,7 @@ def test_pins_on_an_old_record_leave_the_new_one_alone() -> None:
     assert new is not old
     small.host.pin([new])
     small.host.unpin([old])
-    assert small.directory.find(span(1).hash, PART) is new
+    assert small.directory.find(span_key(1)) is new
     assert new.host is Host.READY
     assert small.host.policy.victim() is None  # still leased
     small.host.unpin([new])
@@ -275,7 +275,7 @@ def test_what_is_dropped_while_it_is_held_is_not_on_its_way_any_more() -> None:
     assert not small.host.is_leaving(found)
     assert (small.host.aside_nbytes, small.host.pinned_nbytes, len(small.host)) == (0, 0, 0)
     small.host.let_go([found])
-    assert small.directory.find(span(1).hash, PART) is None
+    assert small.directory.find(span_key(1)) is None
     assert small.host.policy.victim() is None
 
 
@@ -291,7 +291,7 @@ def test_a_store_of_a_prompt_refreshes_only_what_is_there() -> None:
 
 
 def span_key(number: int) -> ObjectKey:
-    return ObjectKey.of("ab" * 32, "0", span(number).hash, PART)
+    return ObjectKey.of("ab" * 32, "0", span(number).hash, 16, PART)
 
 
 class HostMachine(RuleBasedStateMachine):
@@ -374,7 +374,7 @@ class HostMachine(RuleBasedStateMachine):
 
     @rule(path=st.lists(st.integers(0, 7), unique=True))
     def refresh(self, path: list[int]) -> None:
-        records = [self.small.directory.find(span(number).hash, PART) for number in path]
+        records = [self.small.directory.find(span_key(number)) for number in path]
         self.host.refresh([found for found in records if found is not None])
 
     @rule(choice=st.randoms(use_true_random=False))

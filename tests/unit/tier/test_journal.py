@@ -30,13 +30,13 @@ def loss(detail: str = "gone") -> Loss:
 
 def test_the_last_loss_of_a_chunk_is_remembered_until_it_is_stored_again() -> None:
     journal, prompt = Journal(), chain(list(range(8)))
-    journal.lost(prompt.hashes[0], loss("first"))
-    journal.lost(prompt.hashes[0], loss("second"))
-    found = journal.loss(prompt.hashes[0])
+    journal.lost(prompt.hashes[0], CHUNK, loss("first"))
+    journal.lost(prompt.hashes[0], CHUNK, loss("second"))
+    found = journal.loss(prompt.span(0))
     assert found is not None
     assert found.detail == "second"
-    journal.stored(prompt, spans(prompt), None)
-    assert journal.loss(prompt.hashes[0]) is None
+    journal.stored(prompt, spans(prompt))
+    assert journal.loss(prompt.span(0)) is None
 
 
 @given(limit=st.integers(1, 40), count=st.integers(0, 120))
@@ -44,25 +44,31 @@ def test_no_map_grows_beyond_its_limit(limit: int, count: int) -> None:
     journal = Journal(limit)
     for n in range(count):
         prompt = chain([n] * 16)
-        journal.lost(prompt.hashes[0], loss(str(n)))
-        journal.stored(prompt, spans(prompt), None if n % 2 else prompt.hashes)
-        journal.lost(prompt.hashes[1], loss(str(n)))
+        journal.lost(prompt.hashes[0], CHUNK, loss(str(n)))
+        journal.stored(prompt, spans(prompt))
+        journal.lost(prompt.hashes[1], CHUNK, loss(str(n)))
     assert len(journal._losses._entries) <= limit
     assert len(journal._unscoped._entries) <= limit
     assert len(journal._children._entries) <= max(limit // 16, 1)
     if count:
         last = chain([count - 1] * 16)
-        assert journal.loss(last.hashes[1]) is not None  # the newest stays
+        assert journal.loss(last.span(1)) is not None  # the newest stays
 
 
 def test_the_oldest_entry_goes_first_and_a_renewed_one_stays() -> None:
     journal = Journal(2)
-    journal.lost(b"a", loss())
-    journal.lost(b"b", loss())
-    journal.lost(b"a", loss())
-    journal.lost(b"c", loss())
-    assert journal.loss(b"b") is None
-    assert journal.loss(b"a") is not None
+    a, b, c = (Span(0, 8, name) for name in (b"a", b"b", b"c"))
+    for span in (a, b, a, c):
+        journal.lost(span.hash, span.tokens, loss())
+    assert journal.loss(b) is None
+    assert journal.loss(a) is not None
+
+
+def test_two_spans_that_end_alike_are_lost_one_by_one() -> None:
+    journal = Journal()
+    journal.lost(b"a", 8, loss())
+    assert journal.loss(Span(0, 8, b"a")) is not None
+    assert journal.loss(Span(4, 8, b"a")) is None
 
 
 @given(common=st.integers(0, 7), index=st.integers(0, 2))
@@ -72,20 +78,20 @@ def test_divergence_is_the_first_token_that_differs(common: int, index: int) -> 
     second = [*first[:at], 999, *first[at + 1 :]]
     journal = Journal()
     one, two = chain(first), chain(second)
-    journal.stored(one, spans(one), None)
-    assert journal.divergence(two, index) == at
-    assert journal.divergence(one, index) is None
+    journal.stored(one, spans(one))
+    assert journal.divergence(two, index * CHUNK) == at
+    assert journal.divergence(one, index * CHUNK) is None
 
 
 def test_a_prompt_that_ends_inside_a_chunk_diverges_nowhere() -> None:
     journal, stored = Journal(), chain(list(range(16)))
-    journal.stored(stored, spans(stored), None)
-    assert journal.divergence(chain(list(range(12))), 1) is None
-    assert journal.divergence(chain([*range(11), 99]), 1) == 11
+    journal.stored(stored, spans(stored))
+    assert journal.divergence(chain(list(range(12))), 8) is None
+    assert journal.divergence(chain([*range(11), 99]), 8) == 11
 
 
 def test_nothing_is_known_of_what_follows_an_unknown_chunk() -> None:
-    assert Journal().divergence(chain(list(range(16))), 1) is None
+    assert Journal().divergence(chain(list(range(16))), 8) is None
 
 
 def test_the_same_tokens_under_another_salt_are_found_and_the_secret_is_not_told() -> None:
@@ -93,26 +99,27 @@ def test_the_same_tokens_under_another_salt_are_found_and_the_secret_is_not_told
     plain = chain(list(range(8)))
     salted = chain(list(range(8)), Scope(salts=(Salt(name),)))
     journal = Journal()
-    journal.stored(salted, spans(salted), plain.hashes)
-    words = journal.elsewhere(plain.hashes[0], plain.hashes[0])
+    journal.stored(salted, spans(salted))
+    words = journal.elsewhere(plain, 0)
     assert words is not None
     assert "salt of zone" in words
     assert name not in words
-    assert journal.elsewhere(plain.hashes[0], salted.hashes[0]) is None  # it is the same one
-    assert journal.elsewhere(b"never", b"never") is None
+    assert journal.elsewhere(salted, 0) is None  # it is the same one
+    assert journal.elsewhere(chain(list(range(1, 9))), 0) is None
+    assert journal.elsewhere(chain([]), 0) is None
 
 
 def test_a_store_without_scope_is_found_from_a_salted_lookup() -> None:
     plain = chain(list(range(8)))
     salted = chain(list(range(8)), Scope(salts=(Salt("s"),)))
     journal = Journal()
-    journal.stored(plain, spans(plain), None)
-    assert journal.elsewhere(plain.hashes[0], salted.hashes[0]) == "no salt, adapter or content"
+    journal.stored(plain, spans(plain))
+    assert journal.elsewhere(salted, 0) == "no salt, adapter or content"
 
 
-def test_a_stored_tail_beyond_the_plain_hashes_is_no_error() -> None:
+def test_a_stored_tail_is_what_followed_its_parent() -> None:
     prompt = chain(list(range(12)), Scope(salts=(Salt("s"),)))
     tail = prompt.tails(1)[0]
     journal = Journal()
-    journal.stored(prompt, [prompt.span(0), tail], chain(list(range(12))).hashes)
-    assert journal.divergence(chain([*range(9), 99, 99, 99]), 1) is None  # another parent
+    journal.stored(prompt, [prompt.span(0), tail])
+    assert journal.divergence(chain([*range(9), 99, 99, 99]), 8) is None  # another parent

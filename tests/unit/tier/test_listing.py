@@ -17,7 +17,7 @@ from kvlayer.tier.listing import listed
 
 
 def key(number: int, namespace: str = NAMESPACE) -> ObjectKey:
-    return ObjectKey.of(namespace, "0", number.to_bytes(32, "big"), "g0.l0-2.h0-2.canonical")
+    return ObjectKey.of(namespace, "0", number.to_bytes(32, "big"), 16, "g0.l0-2.h0-2.canonical")
 
 
 Lists = Callable[[str], AsyncIterator[Any]]

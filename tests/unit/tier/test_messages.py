@@ -25,11 +25,11 @@ from kvlayer.tier.messages import (
     Verb,
 )
 
-KEY = ObjectKey.of("ab" * 32, "0", bytes(32), Part(0, (0, 4), (0, 2)))
+KEY = ObjectKey.of("ab" * 32, "0", bytes(32), 16, Part(0, (0, 4), (0, 2)))
 NUMBERS = st.integers(0, (1 << 63) - 1)
 KEYS = st.builds(
     lambda chunk, zone, heads: ObjectKey.of(
-        "cd" * 32, zone, chunk, Part(1, (0, 4), (0, 2) if heads else None, "native:x")
+        "cd" * 32, zone, chunk, 16, Part(1, (0, 4), (0, 2) if heads else None, "native:x")
     ),
     st.binary(min_size=32, max_size=32),
     st.sampled_from(["0", "ef" * 16]),

@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from stacks import (
+    CHUNK,
     NAMESPACE,
     TAIL,
     Clock,
@@ -39,7 +40,7 @@ STATE = Part(2, (0, 1), None)
 
 
 def key(chain: ChunkChain, index: int, part: Part = FULL) -> ObjectKey:
-    return ObjectKey.of(NAMESPACE, "0", chain.hashes[index], part)
+    return ObjectKey.of(NAMESPACE, "0", chain.hashes[index], CHUNK, part)
 
 
 def stops(match: Match) -> list[int]:
@@ -47,7 +48,7 @@ def stops(match: Match) -> list[int]:
 
 
 def records(planner: Planner, chain: ChunkChain, index: int) -> list[ObjectRecord]:
-    chunk = planner.directory.chunk(chain.hashes[index])
+    chunk = planner.directory.chunk(chain.hashes[index], CHUNK, "0")
     return [] if chunk is None else list(chunk.objects.values())
 
 
@@ -100,7 +101,8 @@ def test_a_tail_without_its_state_gives_way_to_a_shorter_one_that_has_it() -> No
     store(planner, chain_of(20), tail=True)
     store(planner, chain_of(24), tail=True)
     chain = chain_of(24)
-    longest = planner.directory.chunk(chain.tails(1)[0].hash)
+    tail = chain.tails(1)[0]
+    longest = planner.directory.chunk(tail.hash, tail.tokens, "0")
     assert longest is not None
     planner.evict([longest.objects[STATE]], Cause.CLEARED, "")
     assert planner.match(chain).tokens == 20
@@ -138,7 +140,7 @@ def test_tail_probes_are_longest_first_at_the_first_missing_chunk() -> None:
     planner, chain = make_planner(), chain_of(64)
     store(planner, chain_of(16))
     keys = planner.tail_probes(chain)
-    assert [k.chunk for k in keys] == [tail.hash for tail in chain.tails(1)]
+    assert [k.end_hash for k in keys] == [tail.hash for tail in chain.tails(1)]
     assert len(keys) == 3
 
 
@@ -146,10 +148,10 @@ def test_nothing_is_asked_below_a_tail_that_is_there() -> None:
     planner, chain = make_planner(), chain_of(30)  # one chunk, then tails of 12, 8 and 4
     store(planner, chain_of(16))
     longest, middle, _ = chain.tails(1)
-    planner.note([ObjectKey.of(NAMESPACE, "0", middle.hash, FULL)], 1)
-    assert [k.chunk for k in planner.tail_probes(chain)] == [longest.hash]
+    planner.note([ObjectKey.of(NAMESPACE, "0", middle.hash, middle.tokens, FULL)], 1)
+    assert [k.end_hash for k in planner.tail_probes(chain)] == [longest.hash]
     assert not planner.is_final(planner.match(chain))
-    planner.note([ObjectKey.of(NAMESPACE, "0", longest.hash, FULL)], 1)
+    planner.note([ObjectKey.of(NAMESPACE, "0", longest.hash, longest.tokens, FULL)], 1)
     assert planner.tail_probes(chain) == []
     assert planner.is_final(planner.match(chain))
 
@@ -195,7 +197,7 @@ def test_a_part_the_model_does_not_have_is_not_believed(part: Part) -> None:
 
 def test_an_object_of_another_namespace_is_not_believed() -> None:
     planner, chain = make_planner(), chain_of(16)
-    planner.note([ObjectKey.of("cd" * 32, "0", chain.hashes[0], FULL)], 1)
+    planner.note([ObjectKey.of("cd" * 32, "0", chain.hashes[0], CHUNK, FULL)], 1)
     assert planner.match(chain).tokens == 0
 
 
@@ -440,7 +442,7 @@ def test_eviction_is_remembered_with_its_policy() -> None:
     planner, chain = make_planner(pages=1), chain_of(16)
     store(planner, chain)
     store(planner, chain_of(16, seed=1))
-    loss = planner.journal.loss(chain.hashes[0])
+    loss = planner.journal.loss(chain.span(0))
     assert loss is not None
     assert (loss.cause, loss.tier) == (Cause.EVICTED, "tier-0")
     assert "prefix-lru" in loss.detail
@@ -487,7 +489,7 @@ def test_what_is_below_stays_known_when_the_host_gives_it_up() -> None:
     assert [r.tier for r in found] == [1, 1]
     assert planner.match(chain).tokens == 32
     assert planner.plan_spill(chain.span(0), found[0], 1) is None
-    assert planner.journal.loss(chain.hashes[0]) is None
+    assert planner.journal.loss(chain.span(0)) is None
     check_accounts(planner, idle=True)
 
 
@@ -540,7 +542,7 @@ def test_a_copy_that_is_missing_below_is_no_longer_offered_and_explained() -> No
     assert planner.match(chain).tokens == 0
     planner.unpin([found])
     assert len(planner.directory) == 0
-    loss = planner.journal.loss(chain.hashes[0])
+    loss = planner.journal.loss(chain.span(0))
     assert loss is not None
     assert (loss.cause, loss.tier, loss.detail) == (Cause.CORRUPT, "tier-1", "flipped")
 
@@ -552,10 +554,10 @@ def test_an_object_that_vanished_from_one_tier_is_served_from_another() -> None:
     planner.vanished([found.key, key(chain_of(16, seed=9), 0)], 1, "evicted from below")
     assert found.tier == 2
     assert planner.match(chain).tokens == 16
-    assert planner.journal.loss(chain.hashes[0]) is None
+    assert planner.journal.loss(chain.span(0)) is None
     planner.vanished([found.key], 2, "evicted from below")
     assert len(planner.directory) == 0
-    assert planner.journal.loss(chain.hashes[0]) is not None
+    assert planner.journal.loss(chain.span(0)) is not None
 
 
 def test_a_record_made_anew_is_not_touched_by_the_pins_on_the_old_one() -> None:
@@ -767,7 +769,7 @@ class PlannerMachine(RuleBasedStateMachine):
                 if span.stop > first:
                     assert covers[g], (g, span)
                     if all(found.is_ready for found in covers[g]):
-                        assert directory.covers(span.hash)[g] is not None
+                        assert directory.covers(span.hash, span.tokens, "0")[g] is not None
                     else:  # its tier lost it while it was on its way up
                         assert all(found.is_ready or found.pins for found in covers[g])
 

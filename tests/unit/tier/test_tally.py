@@ -22,7 +22,7 @@ LATENT = KVGroup(AttentionKind.MLA, tuple(range(4)), "float32", head_size=8)
 
 def piece(number: int, part: Part) -> Piece:
     return Piece(
-        ObjectKey.of("ab" * 32, "0", number.to_bytes(32, "big"), part), 16 * number, 16, 0, 4096
+        ObjectKey.of("ab" * 32, "0", number.to_bytes(32, "big"), 16, part), 16 * number, 16, 0, 4096
     )
 
 

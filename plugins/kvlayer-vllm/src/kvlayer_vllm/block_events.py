@@ -13,7 +13,7 @@ from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from kvlayer import Cache, Scope
 from kvlayer.events import (
@@ -48,6 +48,10 @@ _KINDS: Mapping[AttentionKind, str] = {
     AttentionKind.MHA: "full_attention",
     AttentionKind.MLA: "mla_attention",
 }
+
+
+Name: TypeAlias = tuple[bytes, int]
+"""A span: the hash at its end, and how many tokens it holds."""
 
 
 class Place(NamedTuple):
@@ -91,9 +95,9 @@ class BlockEvents:
     def __init__(self, groups: Sequence[EngineGroup]) -> None:
         self._groups = tuple(groups)
         self._sizes = sorted({each.tokens_per_block for each in groups})
-        self._named: dict[bytes, list[Named]] = {}
-        """By chunk hash. Two names of one adapter are two sets of blocks for the same bytes."""
-        self._elsewhere: OrderedDict[bytes, None] = OrderedDict()
+        self._named: dict[Name, list[Named]] = {}
+        """By a span's name. Two names of one adapter are two sets of blocks for the same bytes."""
+        self._elsewhere: OrderedDict[Name, None] = OrderedDict()
         """Those that no tier holds, oldest first."""
         self._counts: dict[Place, dict[bytes, int]] = {}
         self._queue: deque[Any] = deque()
@@ -135,14 +139,15 @@ class BlockEvents:
     def _learn(self, cache: Cache, request: Request, span: Span) -> None:
         found = {size: self._blocks(request, span, size) for size in self._sizes}
         blocks = {size: each for size, each in found.items() if each is not None}
-        known = self._named.get(span.hash, [])
+        name = (span.hash, span.tokens)
+        known = self._named.get(name, [])
         if not blocks or blocks in [named.blocks for named in known]:
             return
         named = Named(blocks)
-        self._named[span.hash] = [*known, named]
-        for place in _places(cache, span.hash):
+        self._named[name] = [*known, named]
+        for place in _places(cache, name):
             self._appeared(named, place)
-        self._settle(span.hash)
+        self._settle(name)
 
     def _blocks(self, request: Request, span: Span, size: int) -> Blocks | None:
         """The blocks of a request that end in a span; None without any, or without hashes."""
@@ -180,17 +185,17 @@ class BlockEvents:
 
     def _came(self, tier: str, keys: Iterable[ObjectKey]) -> None:
         for key in keys:
-            for named in self._named.get(key.chunk, ()):
+            for named in self._named.get(_name(key), ()):
                 self._appeared(named, Place(tier, key.part.group))
-            self._settle(key.chunk)
+            self._settle(_name(key))
 
     def _left(self, tier: str, keys: Iterable[ObjectKey]) -> None:
         for key in keys:
-            for named in self._named.get(key.chunk, ()):
+            for named in self._named.get(_name(key), ()):
                 self._disappeared(named, Place(tier, key.part.group))
-            self._settle(key.chunk)
+            self._settle(_name(key))
 
-    def _settle(self, chunk: bytes) -> None:
+    def _settle(self, chunk: Name) -> None:
         """Forget the oldest of the chunks that are nowhere."""
         known = self._named.get(chunk, ())
         if any(named.places for named in known):
@@ -266,14 +271,17 @@ class BlockEvents:
         }
 
 
-def _places(cache: Cache, chunk: bytes) -> list[Place]:
-    """Where a chunk is already. On the loop, which alone changes that."""
-    record = cache.stack.planner.directory.chunk(chunk)
-    if record is None:
-        return []
+def _name(key: ObjectKey) -> Name:
+    return key.end_hash, key.tokens
+
+
+def _places(cache: Cache, name: Name) -> list[Place]:
+    """Where a span is already. On the loop, which alone changes that."""
+    end_hash, tokens = name
     tiers = cache.stack.lower
     host = cache.stack.host.name
-    objects = record.objects.values()
+    records = cache.stack.planner.directory.ending(end_hash)
+    objects = [o for record in records if record.tokens == tokens for o in record.objects.values()]
     return [
         *(Place(host, found.part.group) for found in objects if found.host is Host.READY),
         *(

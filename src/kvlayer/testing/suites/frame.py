@@ -46,7 +46,7 @@ class WrittenFrame:
     def __init__(self, suite: FrameSuite, payload: Payload) -> None:
         self._suite = suite
         self.payload = payload
-        self.key = ObjectKey.of("ab" * 32, "0", _HASH, payload.part)
+        self.key = ObjectKey.of("ab" * 32, "0", _HASH, payload.tokens, payload.part)
         self.header = bytearray(noise(1, HEADER_NBYTES))  # a page that was used before
         self.body = bytearray(noise(2, payload.nbytes))  # as is a slot
         suite.write_header(
@@ -140,11 +140,12 @@ class FrameSuite(Suite):
         "The header repeats the full key. Key, first and tokens are what was asked for: misplaced."
     )
     async def test_another_objects_frame_is_misplaced(self, frame: WrittenFrame) -> None:
-        part = frame.payload.part
+        part, tokens = frame.payload.part, frame.payload.tokens
         for other in (
-            ObjectKey.of("cd" * 32, "0", _HASH, part),
-            ObjectKey.of("ab" * 32, "cd" * 16, _HASH, part),
-            ObjectKey.of("ab" * 32, "0", bytes(32), part),
+            ObjectKey.of("cd" * 32, "0", _HASH, tokens, part),
+            ObjectKey.of("ab" * 32, "cd" * 16, _HASH, tokens, part),
+            ObjectKey.of("ab" * 32, "0", bytes(32), tokens, part),
+            ObjectKey.of("ab" * 32, "0", _HASH, tokens + 1, part),
         ):
             expect(frame.cause(key=other), Cause.MISPLACED, f"the cause under the key {other}")
         for first in (0, _FIRST + 1):

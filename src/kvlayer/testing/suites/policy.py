@@ -23,7 +23,7 @@ _STEPS = 40
 
 def policy_key(number: int) -> ObjectKey:
     """One of any number of keys."""
-    return ObjectKey.of("ab" * 32, PUBLIC_ZONE, sha256(b"%d" % number).digest(), PART)
+    return ObjectKey.of("ab" * 32, PUBLIC_ZONE, sha256(b"%d" % number).digest(), 16, PART)
 
 
 class KnownObjects:

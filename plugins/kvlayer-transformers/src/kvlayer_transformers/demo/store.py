@@ -11,6 +11,7 @@ from urllib.parse import quote
 from kvlayer import CacheConfig, Scope, TierConfig
 from kvlayer.errors import KVLayerError
 from kvlayer.keys import ChunkChain
+from kvlayer.links import link_size
 
 __all__ = ["CHUNK_TOKENS", "PASS_TOKENS", "DemoError", "Store"]
 
@@ -48,10 +49,13 @@ class Store:
     def objects(self, ids: Sequence[int]) -> list[Path | None]:
         """The file of each chunk of a prompt; None where there is none."""
         chain = ChunkChain(
-            list(ids), Scope(), tokens_per_chunk=CHUNK_TOKENS, tokens_per_tail=CHUNK_TOKENS
+            list(ids),
+            Scope(),
+            tokens_per_chunk=CHUNK_TOKENS,
+            tokens_per_tail=link_size(CHUNK_TOKENS),
         )
         names = [chunk.hex() for chunk in chain.hashes]
-        found = [sorted(self.directory.glob(f"v1/*/{name[:2]}/*.{name}.*")) for name in names]
+        found = [sorted(self.directory.glob(f"v2/*/{name[:2]}/{name}-*")) for name in names]
         return [files[0] if files else None for files in found]
 
     def present(self, ids: Sequence[int]) -> int:
@@ -66,7 +70,7 @@ class Store:
 
     def unfinished(self) -> int:
         """How many files were being written when their process died, or still are."""
-        return sum(1 for _ in self.directory.glob("v1/tmp/*/*.part"))
+        return sum(1 for _ in self.directory.glob("v2/tmp/*/*.part"))
 
     def flip_byte(self, ids: Sequence[int], chunk: int) -> str:
         """Invert one byte in the middle of a chunk's object; says what was done."""
