@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-__all__ = ["DRIFT", "TIE", "Answer", "Comparison"]
+if TYPE_CHECKING:
+    from vllm_process import EngineProcess
+
+__all__ = ["DRIFT", "TIE", "Answer", "Comparison", "assert_attended"]
 
 TIE = {"float32": 0.0, "bfloat16": 0.25}
 """Largest gap between the two best log-probabilities at which the second may be chosen."""
 DRIFT = {"float32": 1e-3, "bfloat16": 0.25}
 """Largest difference of a chosen token's log-probability."""
+_FAR = 4
+"""Times that difference: what no rounding and no tie comes near to."""
 
 Answer: TypeAlias = tuple[list[int], int, list[list[float]]]
 """Tokens, how many of the prompt were not computed, the two best log-probabilities of each."""
@@ -45,3 +50,26 @@ class Comparison:
             if drift > DRIFT[self.dtype]:
                 self.wrong += 1
                 return
+
+
+def assert_attended(
+    process: EngineProcess, dtype: str, cold: Answer, prompt: list[int], cached: int
+) -> float:
+    """The negative control: what is loaded is what is attended to.
+
+    The first token of ``cold``, which is ``prompt``'s answer, is as likely as it was when it is
+    computed from the KV that was stored, and becomes far less likely when that is overwritten in
+    host memory. Far more than rounding explains, whatever tokens are about as likely: returns by
+    how much.
+    """
+    token, before = cold[0][0], cold[2][0][0]
+    process("forget")
+    logprob, loaded = process("likelihood", prompt, token)
+    assert loaded == cached and abs(logprob - before) <= DRIFT[dtype]
+    process("forget")
+    assert process("alter", [prompt]) > 0
+    logprob, loaded = process("likelihood", prompt, token)
+    assert loaded == cached
+    drift = abs(float(logprob) - before)
+    assert drift > _FAR * DRIFT[dtype], (drift, dtype)
+    return drift

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from counting import counted
 from damage import damage_file
 
 from kvlayer import Cache, Scope
@@ -70,15 +71,31 @@ def forget(serving: Serving) -> Any:
     return _PREEMPTED[0]
 
 
+def likelihood(serving: Serving, prompt: list[int], token: int) -> Any:
+    """How likely ``token`` comes next, as a log-probability, and what was not computed for it."""
+    # It is taken before the choice is narrowed to the one token.
+    (found,) = serving.ask([prompt], 1, logprobs=0, allowed_token_ids=[token])
+    assert found.tokens == (token,)
+    ((logprob,),) = found.logprobs
+    return [logprob, found.cached]
+
+
 def alter(serving: Serving, prompts: list[list[int]]) -> Any:
-    """Overwrite the KV of these prompts in host memory. How many bytes that were."""
+    """Put noise in place of these prompts' KV in host memory. How many bytes that were.
+
+    Zeros would not do: what attends to nothing goes on from its last tokens, and may guess right.
+    """
+    import torch
+
     stack = serving.connector.scheduler.portal.cache.stack
-    altered = 0
+    noise, altered = torch.Generator().manual_seed(1), 0
     for prompt in prompts:
         chain = serving.connector.scheduler.portal.cache.chain(prompt, Scope())
         for record in stack.planner.match(chain).path():
             slot = stack.objects.slab.view(record.offset, record.nbytes)
-            slot[:] = bytes(slot.nbytes)
+            held = stack.planner.layout.groups[record.part.group].group
+            values = torch.frombuffer(slot, dtype=getattr(torch, held.dtype))
+            values.copy_(4.0 * torch.randn(values.shape, generator=noise))
             altered += slot.nbytes
     return altered
 
@@ -174,35 +191,45 @@ def resident(serving: Serving, chunks: int) -> Any:
     return made, len(cache.stack.planner.directory)
 
 
-def hook_times(serving: Serving, prompts: list[list[int]], tokens: int) -> Any:
-    """Answer prompts; milliseconds of thread CPU time of every call of each hook, in order."""
-    connector = serving.connector
-    times: dict[str, list[float]] = {}
+HOOKS = (
+    "on_new_request",
+    "get_num_new_matched_tokens",
+    "update_state_after_alloc",
+    "build_connector_meta",
+    "update_connector_output",
+    "request_finished_all_groups",
+)
 
-    def timed(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+
+def hook_work(serving: Serving, prompts: list[list[int]], tokens: int, counts: bool) -> Any:
+    """Answer prompts; what every call of each of the scheduler's hooks took, in order.
+
+    ``counts``: instructions of Python and digests that its thread computed. Otherwise milliseconds
+    of the thread's CPU time: counting costs far more of it than the hooks do.
+    """
+    connector = serving.connector
+    work: dict[str, list[Any]] = {name: [] for name in HOOKS}
+
+    def watched(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
+            if counts:
+                result, *found = counted(lambda: hook(*args))
+                work[name].append(found)
+                return result
             began = time.thread_time_ns()
             try:
                 return hook(*args)
             finally:
-                times.setdefault(name, []).append((time.thread_time_ns() - began) / 1e6)
+                work[name].append((time.thread_time_ns() - began) / 1e6)
 
         return call
 
-    names = (
-        "on_new_request",
-        "get_num_new_matched_tokens",
-        "update_state_after_alloc",
-        "build_connector_meta",
-        "update_connector_output",
-        "request_finished_all_groups",
-    )
-    for name in names:
-        setattr(connector, name, timed(name, getattr(connector, name)))
+    for name in HOOKS:
+        setattr(connector, name, watched(name, getattr(connector, name)))
     answers = ask(serving, prompts, tokens)
-    for name in names:
+    for name in HOOKS:
         delattr(connector, name)
-    return times, answers
+    return work, answers
 
 
 def reset(serving: Serving) -> Any:
@@ -222,6 +249,7 @@ VERBS = {
     for each in (
         ask,
         answers,
+        likelihood,
         rest,
         forget,
         alter,
@@ -231,7 +259,7 @@ VERBS = {
         explain,
         state,
         resident,
-        hook_times,
+        hook_work,
         reset,
         close,
     )

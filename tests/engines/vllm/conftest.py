@@ -1,7 +1,8 @@
 """The real engine on a CPU, small models, and what a scheduler would hand to the connector.
 
 Nothing here is collected where vLLM is not installed: the session ``vllm`` has an environment with
-it, the session ``tests`` has none.
+it, the session ``tests`` has none. ``--processor`` runs all of it as on a processor with fewer
+instructions (``vllm_processor.py``).
 """
 
 from __future__ import annotations
@@ -16,20 +17,49 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import vllm_processor
 from vllm_process import EngineProcess
 from zygote import Zygote
 
-if find_spec("vllm") is None:
-    collect_ignore_glob = ["test_*.py"]
-else:
+HAS_VLLM = find_spec("vllm") is not None
+
+if HAS_VLLM:
     from kvlayer_vllm.bench.models import random_model
     from kvlayer_vllm.bench.serving import ENVIRONMENT
+else:
+    collect_ignore_glob = ["test_*.py"]
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--processor",
+        choices=sorted(vllm_processor.LEVELS),
+        default=vllm_processor.NATIVE,
+        help="run vLLM as on a processor with nothing newer than these instructions",
+    )
+
+
+def _level(config: pytest.Config) -> str:
+    # Options of a conftest below the arguments' folders come too late: then there is no choice.
+    return str(config.getoption("--processor", vllm_processor.NATIVE))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not HAS_VLLM:
+        return
     os.environ.update(ENVIRONMENT)  # before anything imports the engine
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # the one thing an eager engine compiles: logprobs
+    vllm_processor.pretend(_level(config))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the engine's own, of which there are many
         import vllm.v1.engine.llm_engine  # noqa: F401
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if HAS_VLLM:
+        terminalreporter.write_line(vllm_processor.describe(_level(config)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

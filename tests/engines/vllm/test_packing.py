@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm_processor import needs
 
 from kvlayer import AttentionKind, KVGroup, KVLayout, KVView
 from kvlayer.abc.stager import HostCopy
@@ -29,6 +30,12 @@ CASES = [
     ("vec16", torch.float32, 32, 80),
     ("vec16", torch.bfloat16, 32, 80),
 ]
+# What the engine's own op has to write; packing and unpacking alone run anywhere.
+WRITTEN = [
+    pytest.param("amx", torch.bfloat16, marks=needs("amx")),
+    ("vec", torch.bfloat16),
+    ("vec", torch.float32),
+]
 
 
 def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Any:
@@ -39,7 +46,6 @@ def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Any:
 
 def written(k: Any, v: Any, slots: Any, cache: Any, isa: str) -> None:
     """Write keys and values ``(token, head, dim)`` as the engine does."""
-    import vllm._C  # noqa: F401  # registers the op
     from vllm import _custom_ops
 
     blocks, heads, tokens, _ = cache.shape
@@ -49,7 +55,10 @@ def written(k: Any, v: Any, slots: Any, cache: Any, isa: str) -> None:
     )
 
 
-@pytest.mark.parametrize(("isa", "dtype", "tokens", "dim"), CASES)
+@pytest.mark.parametrize(
+    ("isa", "dtype", "tokens", "dim"),
+    [pytest.param(*case, marks=needs(case[0])) for case in CASES],
+)
 def test_packing_is_what_the_engine_writes(
     isa: str, dtype: torch.dtype, tokens: int, dim: int
 ) -> None:
@@ -111,7 +120,7 @@ def copy_of(rank: Rank, tokens: int, first: int, *, skip: int = 0, heads: Any = 
     return HostCopy(payload, memoryview(bytearray(payload.nbytes)), first, tokens - skip, skip)
 
 
-@pytest.mark.parametrize(("isa", "dtype"), [("amx", torch.bfloat16), ("vec", torch.float32)])
+@pytest.mark.parametrize(("isa", "dtype"), WRITTEN)
 def test_a_payload_is_canonical_whatever_the_packing(isa: str, dtype: torch.dtype) -> None:
     """Chunks begin and end inside blocks, blocks are anywhere."""
     rank, other = Rank(isa, dtype), Rank(isa, dtype)
@@ -145,13 +154,16 @@ def test_a_payload_is_canonical_whatever_the_packing(isa: str, dtype: torch.dtyp
     assert all(map(torch.equal, again.caches, other.caches))
 
 
-def test_what_is_scattered_into_part_of_a_block_leaves_the_rest_alone() -> None:
-    rank = Rank("amx", torch.bfloat16)
+@pytest.mark.parametrize(("isa", "dtype"), WRITTEN)
+def test_what_is_scattered_into_part_of_a_block_leaves_the_rest_alone(
+    isa: str, dtype: torch.dtype
+) -> None:
+    rank = Rank(isa, dtype)
     slots = torch.arange(64)
-    old, new = rows_of(64, torch.bfloat16), rows_of(64, torch.bfloat16)
-    new = [(-k, -v) for k, v in new]
+    old = rows_of(64, dtype)
+    new = [(-k, -v) for k, v in old]
     rank.fill(slots, old)
-    source = Rank("amx", torch.bfloat16)
+    source = Rank(isa, dtype)
     source.fill(slots, new)
     copy = copy_of(rank, 64, 0)
     late = HostCopy(copy.payload, copy.host, 0, 40, 10)
@@ -165,7 +177,7 @@ def test_what_is_scattered_into_part_of_a_block_leaves_the_rest_alone() -> None:
         await stager.aclose()
 
     asyncio.run(part())
-    expected = Rank("amx", torch.bfloat16)
+    expected = Rank(isa, dtype)
     expected.fill(slots, old)
     expected.fill(slots[13:50], [(k[13:50], v[13:50]) for k, v in new])
     assert all(map(torch.equal, rank.caches, expected.caches))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from damage import damage_file
 from vllm_process import EngineProcess
+from vllm_processor import packing
 from zygote import Zygote
 
 ANSWER = 12
@@ -40,6 +41,9 @@ def cache_in(directory: Path, **more: Any) -> dict[str, Any]:
         **more,
     }
 
+
+INSTRUCTIONS, DIGESTS = 25_000, 400
+"""Of a call: together about a millisecond of a slow processor."""
 
 PROMPTS = [prompt_of(700, 1), prompt_of(300, 1), prompt_of(410, 2), prompt_of(95, 3)]
 USABLE = [672, 288, 384, 64]
@@ -105,24 +109,31 @@ def test_each_way_of_loading_gives_the_same_answers(
     process.close()
 
 
-def test_other_weights_or_another_dtype_never_hit(
+def test_other_weights_never_hit(
     tiny: Path, stored: Path, tmp_path: Path, engine_process: Any
 ) -> None:
-    """Under the same served name: one bit of the weights differs, then the dtype."""
+    """One bit of them differs, the served name is the same."""
     other = tmp_path / tiny.name
     shutil.copytree(tiny, other)
     raw = bytearray((other / "model.safetensors").read_bytes())
     raw[-1] ^= 1
     (other / "model.safetensors").write_bytes(raw)
-    for model, options, field in (
-        (other, TINY_OPTIONS, "weights"),
-        # Packed another way, so that there is not even an object of the same kind to point at.
-        (tiny, {**TINY_OPTIONS, "dtype": "bfloat16"}, "never-stored"),
-    ):
-        process = engine_process(model, cache_in(stored), served_model_name="tiny", **options)
-        assert process("ask", [PROMPTS[0]], 1)[0][1] == 0
-        assert field in process("explain", PROMPTS[2])
-        process.close()
+    options = {**TINY_OPTIONS, "served_model_name": "tiny"}
+    never_hits(engine_process(other, cache_in(stored), **options), "weights")
+
+
+def test_another_dtype_never_hits(tiny: Path, stored: Path, engine_process: Any) -> None:
+    # Packed another way there is not even an object of the same kind to point at.
+    is_alike = packing("bfloat16") == packing("float32")
+    options = {**TINY_OPTIONS, "served_model_name": "tiny", "dtype": "bfloat16"}
+    process = engine_process(tiny, cache_in(stored), **options)
+    never_hits(process, "dtype" if is_alike else "never-stored")
+
+
+def never_hits(process: EngineProcess, reason: str) -> None:
+    assert process("ask", [PROMPTS[0]], 1)[0][1] == 0
+    assert reason in process("explain", PROMPTS[2])
+    process.close()
 
 
 def test_a_process_killed_while_it_writes_leaves_nothing_wrong(
@@ -188,9 +199,13 @@ def test_files_damaged_between_lookup_and_load_are_misses(
 
 @pytest.mark.parametrize(("count", "seeds"), [(2000, [11, 12]), (32_016, [11])])
 def test_the_scheduler_is_never_held(
-    count: int, seeds: list[int], tiny_long: Path, engine_process: Any
+    count: int, seeds: list[int], tiny_long: Path, engine_process: Any, figures: Any
 ) -> None:
-    """With 100,000 resident chunks no hook takes a millisecond of its thread's time."""
+    """With 100,000 resident chunks no hook has more than a millisecond's work for its thread.
+
+    Work is counted, since a clock would also measure what else the machine does. Milliseconds of
+    CPU time are figures only.
+    """
     cache = {"tokens_per_chunk": 32, "tiers": [{"url": "cpu://?capacity=16GiB"}]}
     room = {"max_model_len": 33_000, "num_gpu_blocks_override": 2200}
     process = engine_process(tiny_long, cache, **{**TINY_OPTIONS, **room})
@@ -199,19 +214,16 @@ def test_the_scheduler_is_never_held(
     prompts = [prompt_of(count, seed) for seed in seeds]  # the answer fills its last chunk
     process("ask", prompts, 4)
     process("rest")
-    rounds: list[dict[str, list[float]]] = []
-    for _ in range(7):
-        times, answers = process("hook_times", prompts, 20)
+    longest: dict[bool, dict[str, Any]] = {}
+    for counts in (True, False):
+        work, answers = process("hook_work", prompts, 20, counts)
         assert [cached for _, cached in answers] == [count - 16] * len(seeds)
         process("rest")
-        rounds.append(times)
-    assert len(rounds[0]) == 6
-    for name in rounds[0]:
-        # Every round ends with the same calls; before them it may have had to ask more often. Of
-        # each the shortest: a thread is also charged for being interrupted, and one of twenty
-        # always is on a busy machine.
-        longest = max(map(min, zip(*(reversed(times[name]) for times in rounds), strict=False)))
-        assert longest < 1.0, (name, longest, rounds)
+        longest[counts] = {name: max(calls) for name, calls in work.items()}
+    assert len(longest[True]) == 6
+    for name, (instructions, digests) in longest[True].items():
+        assert 0 < instructions <= INSTRUCTIONS and digests <= DIGESTS, (name, longest[True])
+    figures("vllm.hooks", tokens=count, **{f"{k}_ms": v for k, v in longest[False].items()})
     process.close()
 
 
