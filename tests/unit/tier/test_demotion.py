@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
 import pytest
@@ -16,6 +17,7 @@ from kvlayer.events import ObjectsEvicted
 from kvlayer.keys import ObjectKey
 from kvlayer.layout import KVView
 from kvlayer.results import Cause
+from kvlayer.testing.sim import in_virtual_time
 from kvlayer.tier.directory import Host
 from kvlayer.tier.evict import PrefixLRU
 from kvlayer.tier.guard import Lane
@@ -28,8 +30,8 @@ MARKS = (0.8, 0.9)  # of 20 pages: from 19 on there is too much, at 16 it is eno
 Demoting: TypeAlias = Callable[..., Rig]
 
 
-@pytest_asyncio.fixture
-async def demoting() -> AsyncIterator[Demoting]:
+@asynccontextmanager
+async def making() -> AsyncGenerator[Demoting]:
     """Makes rigs, and closes them whatever became of the test."""
     rigs: list[Rig] = []
 
@@ -44,9 +46,18 @@ async def demoting() -> AsyncIterator[Demoting]:
         rigs.append(make_rig(**settings))
         return rigs[-1]
 
-    yield make
-    for rig in rigs:
-        await rig.aclose()
+    try:
+        yield make
+    finally:
+        for rig in rigs:
+            await rig.aclose()
+
+
+@pytest_asyncio.fixture
+async def demoting() -> AsyncIterator[Demoting]:
+    """:func:`making`, of a test's own loop."""
+    async with making() as make:
+        yield make
 
 
 async def store(rig: Rig, seed: int, *, tokens: int = 16, tail: bool = False) -> None:
@@ -230,32 +241,31 @@ async def test_a_tier_that_admits_few_at_once_gets_them_one_after_the_other(
     check_accounts(rig.planner, idle=True)
 
 
-@pytest.mark.asyncio
-async def test_a_tier_that_hangs_holds_what_is_above_the_low_mark_and_no_more(
-    demoting: Demoting,
-) -> None:
-    rig = demoting(deadline=0.002)
-    rig.backend.gate, rig.backend.is_stubborn = asyncio.Event(), True
-    await fill(rig, 19)
-    await rig.stack.demotion.settled()
-    assert 0 < rig.planner.host.pinned_nbytes <= 3 * 4096
-    assert rig.tier.misses[Cause.DEADLINE] == 1
-    for seed in range(19, 60):
-        await store(rig, seed)
+@in_virtual_time
+async def test_a_tier_that_hangs_holds_what_is_above_the_low_mark_and_no_more() -> None:
+    async with making() as demoting:
+        rig = demoting(deadline=0.002)
+        rig.backend.gate, rig.backend.is_stubborn = asyncio.Event(), True
+        await fill(rig, 19)
         await rig.stack.demotion.settled()
-    assert rig.planner.host.pinned_nbytes <= 4 * 4096
-    assert all(place(rig, seed) == (True, 0) for seed in range(44, 60))  # stores went on
-    rig.tier.guard.deadline = 30.0
-    rig.backend.gate.set()
-    await rig.settled()
-    assert rig.planner.host.pinned_nbytes == 0
-    late = [seed for seed in range(60) if rig.planner.match(chain_of(16, seed=seed)).tokens]
-    assert late[:2] == [0, 1]  # written too late to leave, and not lost
-    serve_again(rig)
-    await store(rig, 60)
-    await rig.stack.flush()
-    assert used(rig) == 16
-    check_accounts(rig.planner, idle=True)
+        assert 0 < rig.planner.host.pinned_nbytes <= 3 * 4096
+        assert rig.tier.misses[Cause.DEADLINE] == 1
+        for seed in range(19, 60):
+            await store(rig, seed)
+            await rig.stack.demotion.settled()
+        assert rig.planner.host.pinned_nbytes <= 4 * 4096
+        assert all(place(rig, seed) == (True, 0) for seed in range(44, 60))  # stores went on
+        rig.tier.guard.deadline = 30.0
+        rig.backend.gate.set()
+        await rig.settled()
+        assert rig.planner.host.pinned_nbytes == 0
+        late = [seed for seed in range(60) if rig.planner.match(chain_of(16, seed=seed)).tokens]
+        assert late[:2] == [0, 1]  # written too late to leave, and not lost
+        serve_again(rig)
+        await store(rig, 60)
+        await rig.stack.flush()
+        assert used(rig) == 16
+        check_accounts(rig.planner, idle=True)
 
 
 @pytest.mark.asyncio
