@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
+import pytest
+
+from kvlayer.bench import sick
 from kvlayer.bench.measure import Row
-from kvlayer.bench.sick import sick_rows
+from kvlayer.testing.sim import run
 
 
-def test_figures_stand_beside_what_they_may_cost() -> None:
-    rows = {row.name: row for row in asyncio.run(sick_rows(1, 5))}
+def test_figures_stand_beside_what_they_may_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In virtual time, in which nothing takes any but waiting: the figures are exact."""
+
+    async def measured() -> list[Row]:
+        clock = SimpleNamespace(perf_counter=asyncio.get_running_loop().time)
+        monkeypatch.setattr(sick, "time", clock)
+        return await sick.sick_rows(1, 5)
+
+    rows = {row.name: row for row in run(measured())}
     assert list(rows) == [
         "tier.healthy",
         "tier.dead.first",
@@ -22,14 +33,12 @@ def test_figures_stand_beside_what_they_may_cost() -> None:
         "tier.flapping.later",
         "tier.flapping.worst",
     ]
+    assert {row.unit for row in rows.values()} == {"s"}
     for name, row in rows.items():
-        assert row.unit == "s" and row.ceiling
+        assert row.ceiling is not None
         if name.endswith(("first", "worst")):
-            assert row.value >= row.ceiling  # it did wait, so the figure means something
-        elif name.endswith("later"):
-            assert row.value < row_of_first(name, rows) / 2
-
-
-def row_of_first(name: str, rows: dict[str, Row]) -> float:
-    """What the first request of the same sickness took."""
-    return rows[name.replace("later", "first")].value
+            assert row.value == pytest.approx(row.ceiling)  # one deadline
+        elif name.endswith("recovery"):
+            assert row.value <= 2 * row.ceiling
+        else:
+            assert row.value == 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,15 +96,12 @@ def test_a_damaged_object_ends_the_prefix_before_it(
 def test_a_sick_tier_costs_a_deadline_and_then_nothing(
     sickness: Sickness, asking: Asking, truth: Any
 ) -> None:
-    cold = asking.engine.serving.ask([asking.prompt], ANSWER, salt=f"{asking.salt} again")[0]
     asking.engine.tier.sickness = sickness
-    began = time.perf_counter()
-    first = asking()
-    first_took = time.perf_counter() - began
-    later = [asking() for _ in range(3)]
-    assert {answer.tokens for answer in (first, *later)} == {truth}
-    # Far more than computing and a deadline of half a second take, and less than hanging.
-    assert first_took < 20 * (cold.seconds + 0.5) + 5
+    for _ in range(4):
+        assert asking().tokens == truth
+        if sickness is not Sickness.FLAPPING:  # which may pass a probe meanwhile
+            # The first has waited for the deadline: the others do not ask, so they do not wait.
+            assert asking.engine.portal.cache.control.stats().tiers[1].reads != "closed"
     asking.engine.tier.sickness = Sickness.HEALTHY
     assert asking().tokens == truth
 
