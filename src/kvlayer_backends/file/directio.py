@@ -1,8 +1,5 @@
 """Moving whole objects between a file and lent memory, past the page cache where that works."""
 
-# Strings and os calls: pathlib costs several times more, on thousands of paths a second.
-# ruff: noqa: PTH108
-
 from __future__ import annotations
 
 import errno
@@ -13,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from kvlayer.payload import ALIGNMENT
+from kvlayer_backends.file import disk
 
 __all__ = ["O_DIRECT", "drain", "fill", "probe", "suits_direct"]
 
@@ -90,7 +88,7 @@ def probe(path: str) -> bool:
         return False
     block = mmap.mmap(-1, ALIGNMENT)
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | O_DIRECT, 0o666)
+        fd = disk.create(path, O_DIRECT)
         try:
             return os.pwritev(fd, [block], 0) == os.preadv(fd, [block], 0) == ALIGNMENT
         finally:
@@ -101,5 +99,4 @@ def probe(path: str) -> bool:
         return False
     finally:
         block.close()
-        if os.path.lexists(path):  # some kernels create the file and then refuse to open it
-            os.unlink(path)
+        disk.remove(path)  # some kernels create the file and then refuse to open it

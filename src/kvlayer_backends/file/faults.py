@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 
 from kvlayer.errors import BackendError
+from kvlayer_backends.file.disk import UntrustedError
 
-__all__ = ["explain", "is_absent", "readonly", "stuck"]
+__all__ = ["explain", "readonly"]
 
 _DENIED = "give this user read, write and search permission there, or open with readonly=true"
 _HINTS = {
@@ -23,15 +24,12 @@ _HINTS = {
     errno.ENOTDIR: "something on the path is a file, not a directory",
     errno.ENOLCK: "the filesystem has no flock: use a local disk",
     errno.EOPNOTSUPP: "the filesystem lacks what kvlayer needs (flock): use a local disk",
+    errno.ETIMEDOUT: "is it being snapshotted (fsfreeze)? Writes go on once it thaws",
     errno.ENAMETOOLONG: "the filesystem allows no name this long: use another one",
 }
-_TRANSIENT = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOSPC})
-_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
-
-
-def is_absent(exc: OSError) -> bool:
-    """Whether the error only says that there is no such file."""
-    return exc.errno in _ABSENT
+_TRANSIENT = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOSPC, errno.ETIMEDOUT}
+)
 
 
 def explain(exc: OSError, doing: str, path: str) -> BackendError:
@@ -39,6 +37,10 @@ def explain(exc: OSError, doing: str, path: str) -> BackendError:
 
     It keeps no reference to ``exc``: a traceback would hold the lent buffers of its frames.
     """
+    if isinstance(exc, UntrustedError):
+        return BackendError(
+            f"file://: cannot {doing}: {exc.filename} is {exc.strerror}", hint=exc.hint
+        )
     code = exc.errno or 0
     name = errno.errorcode.get(code, str(code))
     error = BackendError(
@@ -53,12 +55,4 @@ def readonly(operation: str, root: str) -> BackendError:
     return BackendError(
         f"file://: cannot {operation}: {root} is opened with readonly=true",
         hint="leave readonly out of the URL, or set write = 'never' on the tier",
-    )
-
-
-def stuck(key: str, root: str) -> BackendError:
-    """What storing an object answers whose damaged file is in the way."""
-    return BackendError(
-        f"file://: {key} is damaged in {root} and could be neither moved nor deleted",
-        hint=_DENIED,
     )

@@ -3,14 +3,11 @@
 Errors leave as values, because a traceback would keep the lent buffers of its frames alive.
 """
 
-# Strings and os calls: pathlib costs several times more, on thousands of paths a second.
-# ruff: noqa: PTH104, PTH108, PTH116, PTH120
-
 from __future__ import annotations
 
 import errno
+import logging
 import os
-import stat
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,20 +19,23 @@ from kvlayer.abc.backend import (
     Read,
     ReadResult,
     SizeResult,
-    Version,
     Write,
     contradicts_header,
 )
 from kvlayer.errors import BackendError
 from kvlayer.keys import ObjectKey
 from kvlayer.payload import ALIGNMENT
+from kvlayer_backends.file import descriptions, disk
 from kvlayer_backends.file.directio import O_DIRECT, drain, fill, suits_direct
-from kvlayer_backends.file.faults import explain, is_absent
+from kvlayer_backends.file.faults import explain
 from kvlayer_backends.file.ledger import Eviction, Victim
 from kvlayer_backends.file.paths import Paths
+from kvlayer_backends.file.pulse import Pulse
 from kvlayer_backends.file.scratch import Scratch
 
-__all__ = ["ObjectFiles", "Outcome", "version_of"]
+__all__ = ["ObjectFiles", "Outcome"]
+
+_log = logging.getLogger(__name__)
 
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
@@ -51,13 +51,20 @@ class Outcome:
 
 
 class ObjectFiles:
-    """The object files of one directory. ``direct`` is settled when the backend opens."""
+    """The object files of one directory. ``direct`` is settled when the backend opens.
 
-    def __init__(self, paths: Paths, scratch: Scratch, *, fsync: bool) -> None:
+    What is no file of this user is no object. Nor is one whose length contradicts its own header:
+    such a one is replaced.
+    """
+
+    def __init__(self, paths: Paths, scratch: Scratch, pulse: Pulse, *, fsync: bool) -> None:
         self._paths = paths
         self._scratch = scratch
+        self._pulse = pulse
         self._fsync = fsync
         self.direct = False
+        self.descriptions: dict[str, bytes] = {}
+        """What namespaces stand for: written beside the first of their objects."""
 
     def read(self, read: Read, used_ns: int | None) -> ReadResult:
         """Fill the regions; a hit's file gets the time of use unless that is None."""
@@ -67,143 +74,168 @@ class ObjectFiles:
             return Miss()
         direct = self.direct and suits_direct(read.regions, read.offset)
         try:
-            fd = self._open(path, direct=direct)
+            opened = self._open(path, direct=direct)
+            if opened is None:
+                return Miss()
             try:
-                if not stat.S_ISREG(os.fstat(fd).st_mode):
-                    return Miss()
-                nbytes = fill(fd, read.regions, read.offset)
+                nbytes = fill(opened, read.regions, read.offset)
                 if used_ns is not None:
-                    with suppress(OSError):  # another user's file: it counts as unused
-                        os.utime(fd, ns=(used_ns, used_ns))
+                    with suppress(OSError):  # no error of the read: it counts as unused
+                        self._pulse.check()
+                        disk.stamp(opened, used_ns)
                 if read.landed is not None:
                     read.landed(nbytes)
-                return Hit(nbytes, version_of(os.fstat(fd)))
+                return Hit(nbytes, disk.identity(opened))
             finally:
-                os.close(fd)
+                os.close(opened)
         except OSError as exc:
-            return Miss() if is_absent(exc) else explain(exc, "read", path)
+            return explain(exc, "read", path)
 
     @staticmethod
-    def _open(path: str, *, direct: bool) -> int:
+    def _open(path: str, *, direct: bool) -> int | None:
         try:
-            return os.open(path, os.O_RDONLY | (O_DIRECT if direct else 0))
+            opened = disk.open_object(path, O_DIRECT if direct else 0)
         except OSError as exc:
             if not direct or exc.errno != errno.EINVAL:
                 raise
-            return os.open(path, os.O_RDONLY)
+            opened = disk.open_object(path)
+        return None if opened is None else opened[0]
 
-    def write(self, write: Write, used_ns: int, outcome: Outcome) -> None:
-        """Make the whole object appear, unless it is there already. Leaves nothing half-done."""
+    def write(self, write: Write, used_ns: int, outcome: Outcome, *, replace: bool = False) -> None:
+        """Make the whole object appear, unless it is there already. Leaves nothing half-done.
+
+        ``replace``: what is there is known to be damaged.
+        """
         try:
             path = self._paths.object(ObjectKey.parse(write.key))
         except ValueError as exc:
             outcome.error = BackendError(f"file://: {exc}", hint="build keys with ObjectKey.of")
             return
         try:
-            (found,) = self.present([write.key])
-            replaces = found is not None and found[0] != write.nbytes and _is_no_object(path)
-            if found is not None and not replaces:
-                outcome.found = found
+            outcome.found = None if replace else self._found(path, write.nbytes)
+            if outcome.found is not None:
                 return
+            self._pulse.check()
             try:
-                self._write(path, write.regions, used_ns, outcome, replaces=replaces)
+                self._write(path, write, used_ns, outcome, replace=replace)
             except FileNotFoundError:  # our private directory was deleted
                 self._scratch.open()
-                self._write(path, write.regions, used_ns, outcome, replaces=replaces)
+                self._write(path, write, used_ns, outcome, replace=replace)
         except OSError as exc:
             outcome.error = explain(exc, "write", path)
 
     def _write(
-        self,
-        path: str,
-        regions: Sequence[memoryview],
-        used_ns: int,
-        outcome: Outcome,
-        *,
-        replaces: bool,
+        self, path: str, write: Write, used_ns: int, outcome: Outcome, *, replace: bool
     ) -> None:
         temporary = self._scratch.file()
-        direct = O_DIRECT if self.direct and suits_direct(regions) else 0
+        direct = O_DIRECT if self.direct and suits_direct(write.regions) else 0
         try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | direct, 0o666)
+            fd = disk.create(temporary, direct)
             try:
-                drain(fd, regions)
-                os.utime(fd, ns=(used_ns, used_ns))
+                drain(fd, write.regions)
+                disk.stamp(fd, used_ns)
                 if self._fsync:
                     os.fsync(fd)
             finally:
                 os.close(fd)
-            if replaces:
-                os.rename(temporary, path)
-                outcome.created = True
-            else:
-                outcome.created = self._publish(temporary, path)
+            outcome.created = self._publish(temporary, path)
+            if not outcome.created:
+                outcome.found = None if replace else self._found(path, write.nbytes)
+                if outcome.found is None:  # what has the name is not the object
+                    disk.replace(temporary, path)
+                    outcome.created = True
         finally:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
+            disk.remove(temporary)
         if self._fsync:
-            _fsync_directory(os.path.dirname(path))
+            disk.sync_folder(_folder(path))
 
     def _publish(self, temporary: str, path: str) -> bool:
-        """Give the finished file its name; False when another writer was first."""
+        """Give the finished file its name; False when something else has it."""
         try:
             return _link(temporary, path)
         except FileNotFoundError:
-            directory = os.path.dirname(path)
-            self._paths.make(directory)
-            if self._fsync:  # the new directories are names in their parents
-                _fsync_directory(os.path.dirname(directory))
-                _fsync_directory(self._paths.folder)
+            folder = _folder(path)
+            self._paths.make(folder)
+            if self._fsync:  # the new folders are names in their parents
+                disk.sync_folder(_folder(folder))
+                disk.sync_folder(self._paths.folder)
+            self.describe(_folder(folder).rpartition("/")[2])
             return _link(temporary, path)
 
-    def present(self, keys: Iterable[ObjectKey]) -> list[tuple[int, int] | None]:
-        """Size and last use (ns) of each object; None also for one that cannot be looked at."""
-        return [None if isinstance(found, OSError) else found for found in map(self._stat, keys)]
+    def describe(self, namespace: str) -> None:
+        """Write what a namespace stands for, where that is known. Failing costs nothing."""
+        canonical = self.descriptions.get(namespace)
+        if canonical is None:
+            return
+        try:
+            self._pulse.check()
+            descriptions.write(self._paths, self._scratch.file(), namespace, canonical)
+        except OSError as exc:
+            _log.debug("file:// cannot describe namespace %s: %s", namespace, exc)
 
-    def sizes(self, keys: Iterable[ObjectKey]) -> list[SizeResult]:
-        """Size of each object, or what hides it."""
-        found: list[SizeResult] = []
-        for key in keys:
-            status = self._stat(key)
-            if isinstance(status, OSError):
-                found.append(explain(status, "look at", self._paths.object(key)))
-            else:
-                found.append(None if status is None else status[0])
+    def present(self, writes: Iterable[Write]) -> list[tuple[int, int] | None]:
+        """Size and last use (ns) of each object; None also for one that cannot be looked at."""
+        found: list[tuple[int, int] | None] = []
+        for write in writes:
+            try:
+                found.append(self._found(self._paths.object(write.key), write.nbytes))
+            except (OSError, ValueError):  # the write itself will say what is wrong
+                found.append(None)
         return found
 
-    def _stat(self, key: ObjectKey) -> tuple[int, int] | OSError | None:
+    @staticmethod
+    def _found(path: str, nbytes: int) -> tuple[int, int] | None:
+        """Size and last use of an object; the header is looked at where its size is unexpected."""
+        status = disk.look_at_object(path)
+        if status is None:
+            return None
+        if status.st_size != nbytes:
+            header = disk.read_note(path, ALIGNMENT)
+            if header is None or contradicts_header(header, status.st_size):
+                return None
+        return status.st_size, status.st_mtime_ns
+
+    def sizes(self, keys: Iterable[ObjectKey]) -> list[SizeResult]:
+        """Size of each object, None where there is none, or the error that hides it."""
+        return [self._size(key) for key in keys]
+
+    def _size(self, key: ObjectKey) -> SizeResult:
         try:
-            status = os.stat(self._paths.object(key))
-        except OSError as exc:
-            return None if is_absent(exc) else exc
+            path = self._paths.object(key)
         except ValueError:
             return None
-        return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+        try:
+            status = disk.look_at_object(path)
+        except OSError as exc:
+            return explain(exc, "look at", path)
+        return None if status is None else status.st_size
 
     def use(self, keys: Iterable[ObjectKey], stamps: Iterable[int]) -> None:
-        """Give files their time of use. Missing files and those of other users are ignored."""
-        for key, used_ns in zip(keys, stamps, strict=True):
-            with suppress(OSError, ValueError):
-                os.utime(self._paths.object(key), ns=(used_ns, used_ns))
+        """Give files their time of use. Those that are missing or resist are passed over."""
+        with suppress(OSError):
+            self._pulse.check()
+            for key, used_ns in zip(keys, stamps, strict=True):
+                with suppress(OSError, ValueError):
+                    disk.stamp(self._paths.object(key), used_ns)
 
     def delete(self, keys: Iterable[ObjectKey], gone: list[ObjectKey]) -> list[DeleteResult]:
-        """Remove files, noting in ``gone`` those that are not there any more."""
-        results: list[DeleteResult] = []
+        """Remove files, noting in ``gone`` those that are not there any more; an error per key."""
+        errors: list[DeleteResult] = []
         for key in keys:
+            error = None
             try:
                 path = self._paths.object(key)
-            except ValueError:
-                results.append(None)  # no object has such a name
+            except ValueError:  # no object can have it
+                errors.append(None)
                 continue
             try:
-                os.unlink(path)
+                self._pulse.check()
+                disk.remove(path)
+                gone.append(key)
             except OSError as exc:
-                if not is_absent(exc):
-                    results.append(explain(exc, "delete", path))
-                    continue
-            gone.append(key)
-            results.append(None)
-        return results
+                error = explain(exc, "delete", path)
+            errors.append(error)
+        return errors
 
     def evict(self, victims: Sequence[Victim], nbytes: int, eviction: Eviction) -> None:
         """Remove victims in order until ``nbytes`` are free, sparing what others have used since.
@@ -215,55 +247,35 @@ class ObjectFiles:
                 return
             path = self._paths.object(victim.key)
             try:
-                used_ns = os.stat(path).st_mtime_ns
-                if 0 <= victim.used_ns < used_ns:
-                    eviction.spared.append((victim, used_ns))
-                    continue
-                os.unlink(path)
-                eviction.gone.append(victim)
-            except OSError as exc:
-                if is_absent(exc):
-                    eviction.lost.append(victim)
+                self._pulse.check()
+                status = disk.look(path)
+                if status is None:
+                    eviction.lose(victim)
+                elif 0 <= victim.used_ns < status.st_mtime_ns:
+                    eviction.spared.append((victim, status.st_mtime_ns))
+                elif disk.remove(path):
+                    eviction.go(victim)
                 else:
-                    eviction.failed.append(victim)
-                    eviction.error = explain(exc, "evict", path)
-
-
-def version_of(status: os.stat_result) -> Version:
-    """Tells a file from what had its name before or will: renaming keeps it, writing does not."""
-    return (status.st_dev, status.st_ino, status.st_mtime_ns)
-
-
-def _is_no_object(path: str) -> bool:
-    """Whether a file's length contradicts its own header. Raises ``OSError``."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return True
-    try:
-        return contradicts_header(os.pread(fd, ALIGNMENT, 0), os.fstat(fd).st_size)
-    finally:
-        os.close(fd)
+                    eviction.lose(victim)
+            except OSError as exc:
+                eviction.failed.append(victim)
+                eviction.error = explain(exc, "evict", path)
 
 
 def _link(temporary: str, path: str) -> bool:
     """Name a file without replacing another: what ``rename`` alone cannot promise."""
     try:
-        os.link(temporary, path)
+        disk.link(temporary, path)
     except FileExistsError:
         return False
     except OSError as exc:
         if exc.errno not in _NO_HARD_LINKS:
             raise
-        if os.path.lexists(path):
+        if disk.exists(path):
             return False
-        os.rename(temporary, path)
+        disk.move(temporary, path)
     return True
 
 
-def _fsync_directory(directory: str) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _folder(path: str) -> str:
+    return path.rpartition("/")[0]

@@ -1,16 +1,12 @@
 """Where things lie in the directory: key to path and back. Pure but for ``make``."""
 
-# Strings and os calls: pathlib costs several times more, on thousands of paths a second.
-# ruff: noqa: PTH102, PTH103
-
 from __future__ import annotations
 
-import os
 import re
-from contextlib import suppress
 from typing import NamedTuple
 
 from kvlayer.keys import PUBLIC_ZONE, ObjectKey
+from kvlayer_backends.file import disk
 
 __all__ = ["VERSION", "Paths", "Shard"]
 
@@ -45,7 +41,7 @@ class Paths:
         <root>/v2/<namespace>/namespace.msgpack   what the digest stands for
         <root>/v2/tmp/<uuid>/            one process's unfinished files
         <root>/v2/quarantine/            the newest damaged objects
-        <root>/v2/janitor.lock
+        <root>/v2/janitor.lock           and what the last janitor counted
 
     A name that does not parse is not an object: never listed, counted or deleted. What lies beside
     ``v2`` is another release's and is never touched.
@@ -101,18 +97,20 @@ class Paths:
     def is_shard(name: str) -> bool:
         return _SHARD.fullmatch(name) is not None
 
-    def make(self, directory: str) -> None:
-        """Create ``directory`` (``v2`` or below it) and what is missing above. Raises ``OSError``.
+    def make(self, folder: str) -> None:
+        """Create ``folder`` (``v2`` or below it) and what is missing above. Raises ``OSError``.
 
-        ``v2`` is closed to other users, because KV tells what was said; whoever wants to share
-        with them changes the mode of that one directory.
+        All are closed to other users, because KV tells what was said. What is there already is
+        checked: a folder that others can write, or may have made, is refused (``UntrustedError``).
         """
-        try:
-            os.mkdir(directory)  # nearly always only the last of them is missing
-        except FileExistsError:
+        if folder == self.folder:
+            disk.make_folders(self.root)
+            disk.own_folder(folder)
             return
+        try:
+            made = disk.make_folder(folder)  # nearly always only the last of them is missing
         except FileNotFoundError:
-            os.makedirs(self.root, exist_ok=True)
-            with suppress(FileExistsError):
-                os.mkdir(self.folder, 0o700)
-            os.makedirs(directory, exist_ok=True)
+            self.make(folder.rpartition("/")[0])
+            made = disk.make_folder(folder)
+        if not made:
+            disk.check_folder(folder)

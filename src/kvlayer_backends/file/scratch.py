@@ -1,17 +1,14 @@
 """Unfinished files: one private directory per process, and how a survivor clears a dead one's."""
 
-# Strings and os calls: pathlib costs several times more, on thousands of paths a second.
-# ruff: noqa: PTH106, PTH108, PTH120, PTH208
-
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import uuid
 from contextlib import suppress
 from threading import Lock
 
+from kvlayer_backends.file import disk
 from kvlayer_backends.file.locks import FileLock
 from kvlayer_backends.file.paths import Paths
 
@@ -38,15 +35,19 @@ class Scratch:
     @property
     def path(self) -> str | None:
         """The directory; None while it is not open."""
-        return None if self._lock is None else os.path.dirname(self._lock.path)
+        return None if self._lock is None else _directory(self._lock)
 
     def open(self) -> None:
         """Create the directory, again if it was deleted. Raises ``OSError``."""
         with self._guard:
-            if self._lock is not None and self._lock.held():
-                return
+            self._open()
+
+    def _open(self) -> FileLock:
+        if self._lock is not None and not self._lock.held():
             self._close()
+        if self._lock is None:
             self._lock = self._create()
+        return self._lock
 
     def _create(self) -> FileLock:
         for _ in range(_TRIES):
@@ -60,57 +61,68 @@ class Scratch:
         raise FileNotFoundError(2, "private directories vanish as they are made", self._paths.tmp)
 
     def file(self) -> str:
-        """A path for a new unfinished file. The directory may have been deleted meanwhile."""
-        return f"{self.path or self._paths.tmp}/{next(self._numbers)}{_SUFFIX}"
+        """A path for a new unfinished file. The directory may have been deleted meanwhile.
+
+        Raises ``OSError`` where there is no private directory and none can be made: elsewhere
+        nobody would ever clear up after this process.
+        """
+        with self._guard:
+            lock = self._lock or self._open()
+        return f"{_directory(lock)}/{next(self._numbers)}{_SUFFIX}"
 
     def close(self) -> None:
         """Remove the directory and unlock it. Idempotent; never raises for files that resist."""
         with self._guard:
             self._close()
 
+    def abandon(self) -> None:
+        """Unlock the directory and leave it to a survivor: the disk does not answer. Idempotent."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release()
+
     def _close(self) -> None:
         lock, self._lock = self._lock, None
         if lock is not None:
-            _remove(os.path.dirname(lock.path))
+            with suppress(OSError):
+                _remove(_directory(lock))
             lock.release()
 
 
 def reap(paths: Paths) -> int:
-    """Remove the private directories of processes that have died; how many. Blocking.
+    """Remove the private directories of processes that have died; how many files they had begun.
 
     A directory belongs to the dead when its lock can be taken, or made and taken: who has made a
     directory but no lock yet then makes another. Nothing but unfinished files and the lock is ever
-    deleted.
+    deleted. Blocking. Raises ``OSError`` when it cannot be seen who has left something.
     """
-    reaped = 0
-    for name in filter(_OWNED.fullmatch, _names(paths.tmp)):
+    unfinished = 0
+    for name in filter(_OWNED.fullmatch, disk.list_folder(paths.tmp) or ()):
         directory = f"{paths.tmp}/{name}"
         lock = FileLock(f"{directory}/{_LOCK}")
         try:
             if lock.acquire():
-                reaped += _remove(directory)
+                unfinished += _remove(directory)
         except OSError:
-            continue  # another user's, or gone already
+            continue  # gone already, or it resists: the next pass tries again
         finally:
             lock.release()
-    return reaped
+    return unfinished
 
 
-def _remove(directory: str) -> bool:
-    """Delete unfinished files, then the lock, then the directory if nothing else is in it."""
-    unfinished = [name for name in _names(directory) if name.endswith(_SUFFIX)]
-    try:
-        for name in (*unfinished, _LOCK):
-            with suppress(FileNotFoundError):
-                os.unlink(f"{directory}/{name}")
-        os.rmdir(directory)
-    except OSError:
-        return False
-    return True
+def _directory(lock: FileLock) -> str:
+    return lock.path.rpartition("/")[0]
 
 
-def _names(directory: str) -> list[str]:
-    try:
-        return os.listdir(directory)
-    except OSError:  # gone, or no descriptor left to read it with
-        return []
+def _remove(directory: str) -> int:
+    """Delete unfinished files, then the lock, then the directory if nothing else is in it.
+
+    Returns how many unfinished files there were. Raises ``OSError`` for one that resists.
+    """
+    unfinished: list[str] = []
+    with suppress(OSError):  # no descriptor left to read it with: if it is empty it goes
+        unfinished += [n for n in disk.list_folder(directory) or () if n.endswith(_SUFFIX)]
+    for name in (*unfinished, _LOCK):
+        disk.remove(f"{directory}/{name}")
+    disk.remove_folder(directory)
+    return len(unfinished)

@@ -111,11 +111,11 @@ async def test_a_present_object_is_not_rewritten(tmp_path: Path) -> None:
 async def test_the_first_of_two_writers_wins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hard_links: bool
 ) -> None:
-    link = os.link
+    link, first = os.link, bytes(2 * PAGE)
 
     def beaten(source: str, target: str) -> None:
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        Path(target).write_bytes(b"first")
+        Path(target).write_bytes(first)
         if not hard_links:
             raise OSError(errno.EPERM, "no hard links here")
         link(source, target)
@@ -123,8 +123,8 @@ async def test_the_first_of_two_writers_wins(
     async with opened(tmp_path) as backend:
         monkeypatch.setattr(os, "link", beaten)
         await store(backend, 1)
-        assert await load(backend, 1) == b"first"
-        assert backend.objects == 0 and backend.used_nbytes == 0  # the other one's to be found
+        assert await load(backend, 1) == first
+        assert backend.objects == 1 and backend.used_nbytes == 2 * PAGE  # the other one's
         assert files(tmp_path) == {str(path_of(tmp_path, 1).relative_to(tmp_path))}
 
 
@@ -288,7 +288,7 @@ async def test_contains_raises_when_it_cannot_know(
             raise PermissionError(errno.EACCES, "Permission denied", path)
 
         with monkeypatch.context() as patch:
-            patch.setattr(os, "stat", denied)
+            patch.setattr(os, "lstat", denied)
             (error,) = await backend.contains([key(1)])
         assert isinstance(error, BackendError) and "EACCES" in str(error)
         assert "permission" in (error.hint or "")
@@ -549,7 +549,15 @@ async def test_a_cancelled_open_holds_nothing(
     gate = Gate(os.pwritev)  # the probe for O_DIRECT
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", gate)
-        await _cancel_inside(asyncio.create_task(backend.open()), gate)
+        opening = asyncio.create_task(backend.open())
+        await asyncio.wait_for(gate.entered.wait(), 30)
+        (thread,) = (t for t in threading.enumerate() if t.name.startswith("kvlayer-file-meta"))
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening  # at once: nothing was lent to the thread, which may hang for ever
+        assert gate.inside == 1
+        gate.let_go.set()
+        thread.join(30)  # and gives back what it got
     assert not list((tmp_path / "v2" / "tmp").iterdir())
     async with opened(tmp_path) as other:
         assert other.is_janitor
@@ -675,10 +683,13 @@ async def test_damage_that_can_be_neither_moved_nor_deleted_is_hidden(
             await backend.quarantine([Damaged(key(1))])
         assert await load(backend, 1) is None
         assert await listed(backend) == set()
-        (error,) = await backend.put([Write(key(1), (lent(PAGE),))])
-        assert isinstance(error, BackendError)
-        await backend.delete([key(1)])
-        assert await store(backend, 1) == await load(backend, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", refuse)
+            (error,) = await backend.put([Write(key(1), (lent(2 * PAGE, 1),))])
+            assert isinstance(error, BackendError) and "read-only" in (error.hint or "")
+            assert await load(backend, 1) is None
+        assert await store(backend, 1) == await load(backend, 1)  # it takes the damaged one's place
+        assert backend.objects == 1 and backend.used_nbytes == 2 * PAGE
 
 
 # -- URL -----------------------------------------------------------------------------------------

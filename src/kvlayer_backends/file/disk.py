@@ -1,0 +1,307 @@
+"""The one door to the disk: whatever this package opens, looks at, lists, makes or removes.
+
+Nothing is believed because it lies there. A file or folder counts only if it is one (no link, no
+FIFO), belongs to this user and cannot be written by another; what is made is closed to others.
+An error is never an absence: a name that is not there is None, everything else raises ``OSError``.
+
+Blocking calls on threads. Paths are text: pathlib costs several times more.
+"""
+
+# ruff: noqa: PTH102, PTH103, PTH104, PTH106, PTH108, PTH208
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+
+__all__ = [
+    "UntrustedError",
+    "check_folder",
+    "check_private",
+    "create",
+    "exists",
+    "identity",
+    "link",
+    "list_folder",
+    "look",
+    "look_at_folder",
+    "look_at_object",
+    "make_folder",
+    "make_folders",
+    "move",
+    "open_lock",
+    "open_object",
+    "own_folder",
+    "read_note",
+    "remove",
+    "remove_folder",
+    "replace",
+    "stamp",
+    "sync_folder",
+]
+
+_ABSENT = frozenset({errno.ENOENT, errno.ENAMETOOLONG})
+_SAFE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a FIFO would hold its opener for ever
+_NO_FILE = frozenset({errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EACCES, errno.EISDIR})
+"""What opening something else than a file of one's own may answer."""
+_GET_GENERATION = 0x80087601  # FS_IOC_GETVERSION
+_FOLDER_MODE = 0o700
+_FILE_MODE = 0o600
+
+
+class UntrustedError(OSError):
+    """Something lies there that may not be this user's work. ``hint`` says what to do about it."""
+
+    def __init__(self, path: str, found: str, expected: str, hint: str) -> None:
+        super().__init__(errno.EPERM, f"{found}; expected {expected}", path)
+        self.hint = hint
+
+
+def is_absent(exc: OSError) -> bool:
+    """Whether the error only says that nothing has that name."""
+    return exc.errno in _ABSENT
+
+
+# -- looking -----------------------------------------------------------------------------------
+
+
+def look(path: str) -> os.stat_result | None:
+    """What has this name, a link itself included; None when nothing has."""
+    try:
+        return os.lstat(path)
+    except OSError as exc:
+        if is_absent(exc):
+            return None
+        raise
+
+
+def exists(path: str) -> bool:
+    """Whether anything has this name."""
+    return look(path) is not None
+
+
+def look_at_object(path: str) -> os.stat_result | None:
+    """The file of this user with this name; None when there is none: whatever else is no object."""
+    status = look(path)
+    return status if status is not None and _is_own_file(status) else None
+
+
+def look_at_folder(path: str) -> os.stat_result | None:
+    """The folder of this user with this name; None when there is none."""
+    status = look(path)
+    return status if status is not None and _is_own_folder(status) else None
+
+
+def list_folder(path: str) -> list[str] | None:
+    """The names in a folder; None when there is no folder."""
+    try:
+        return os.listdir(path)
+    except OSError as exc:
+        if is_absent(exc):
+            return None
+        raise
+
+
+def _is_own_file(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode) and _is_own(status)
+
+
+def _is_own_folder(status: os.stat_result) -> bool:
+    return stat.S_ISDIR(status.st_mode) and _is_own(status)
+
+
+def _is_own(status: os.stat_result) -> bool:
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+
+# -- opening -----------------------------------------------------------------------------------
+
+
+def open_object(path: str, flags: int = 0) -> tuple[int, os.stat_result] | None:
+    """Open this user's file for reading: its descriptor and what it is.
+
+    None when nothing has that name, or something that is not a file of this user.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | _SAFE | flags)
+    except OSError as exc:
+        if is_absent(exc) or (exc.errno in _NO_FILE and look_at_object(path) is None):
+            return None
+        raise
+    try:
+        status = os.fstat(fd)
+        if _is_own_file(status):
+            fd, kept = -1, fd
+            return kept, status
+        return None
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def identity(fd: int) -> tuple[int, ...]:
+    """Tells an open file from all that had its name before or will; renaming keeps it.
+
+    Inode numbers are given again, so the number of times that happened is part of it. Where the
+    file system does not say, the time of the last write or use stands for it.
+    """
+    status, generation = os.fstat(fd), bytearray(8)
+    try:
+        fcntl.ioctl(fd, _GET_GENERATION, generation)
+    except OSError:
+        return status.st_dev, status.st_ino, -status.st_mtime_ns
+    return status.st_dev, status.st_ino, int.from_bytes(generation[:4], "little")
+
+
+def read_note(path: str, nbytes: int) -> bytes | None:
+    """The first bytes of a small file of this user; None when there is no such file."""
+    opened = open_object(path)
+    if opened is None:
+        return None
+    fd, _ = opened
+    try:
+        return os.read(fd, nbytes)
+    finally:
+        os.close(fd)
+
+
+def create(path: str, flags: int = 0) -> int:
+    """Make a file that was not there and open it for writing (and reading: probes do)."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _SAFE | flags, _FILE_MODE)
+
+
+def open_lock(path: str) -> int:
+    """Open the file that is locked, made where it is missing. Raises ``UntrustedError``."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | _SAFE, _FILE_MODE)
+    try:
+        status = os.fstat(fd)
+        if not _is_own_file(status):
+            raise UntrustedError(path, _described(status), _wanted("file", _FILE_MODE), _HINT)
+        fd, kept = -1, fd
+        return kept
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+# -- making and removing -----------------------------------------------------------------------
+
+
+def own_folder(path: str) -> None:
+    """Make a folder that only this user may enter, or check that the one there is such a folder.
+
+    Raises :class:`UntrustedError` when it is another's, a link, or open to others.
+    """
+    make_folder(path)
+    check_private(path)
+
+
+def check_private(path: str) -> None:
+    """Raise ``UntrustedError`` unless this is a folder that only this user may enter."""
+    status = os.lstat(path)
+    if not _is_own_folder(status) or status.st_mode & 0o077:
+        raise UntrustedError(path, _described(status), _wanted("folder", _FOLDER_MODE), _HINT)
+
+
+def check_folder(path: str) -> None:
+    """Raise ``UntrustedError`` unless this is a folder of this user that no other may write."""
+    status = os.lstat(path)
+    if not _is_own_folder(status):
+        raise UntrustedError(path, _described(status), _wanted("folder", _FOLDER_MODE), _HINT)
+
+
+def make_folder(path: str) -> bool:
+    """Make a folder that is closed to others; False when something has that name already."""
+    try:
+        os.mkdir(path, _FOLDER_MODE)
+    except FileExistsError:
+        return False
+    return True
+
+
+def make_folders(path: str) -> None:
+    """Make a folder, which no other may write, and what is missing above it."""
+    os.makedirs(path, 0o755, exist_ok=True)
+
+
+def link(source: str, target: str) -> None:
+    """Give a file a second name. Raises ``FileExistsError`` when that is taken."""
+    os.link(source, target)
+
+
+def move(source: str, target: str) -> None:
+    """Rename a file; what had the new name is replaced."""
+    os.rename(source, target)
+
+
+def replace(source: str, target: str) -> None:
+    """:func:`move` where a folder may have the new name: an empty one gives way."""
+    try:
+        os.rename(source, target)
+    except IsADirectoryError:
+        os.rmdir(target)
+        os.rename(source, target)
+
+
+def remove(path: str) -> bool:
+    """Remove a file; False when nothing has that name."""
+    try:
+        os.unlink(path)
+    except OSError as exc:
+        if is_absent(exc):
+            return False
+        raise
+    return True
+
+
+def remove_folder(path: str) -> bool:
+    """Remove an empty folder; False when it holds something, or is not there."""
+    try:
+        os.rmdir(path)
+    except OSError as exc:
+        if exc.errno in (errno.ENOTEMPTY, errno.EEXIST) or is_absent(exc):
+            return False
+        raise
+    return True
+
+
+def stamp(target: str | int, used_ns: int) -> None:
+    """Give a file, named or open, its time of use (Unix nanoseconds)."""
+    if isinstance(target, int):
+        os.utime(target, ns=(used_ns, used_ns))
+    else:
+        os.utime(target, ns=(used_ns, used_ns), follow_symlinks=False)
+
+
+def sync_folder(path: str) -> None:
+    """Bring the names in a folder onto the medium."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# -- saying what was found ---------------------------------------------------------------------
+
+_HINT = (
+    "users cannot share a directory: give each its own; or, if what lies there can be trusted, "
+    "chown it to this user and chmod it to that mode"
+)
+_KINDS = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "folder",
+    stat.S_IFLNK: "symbolic link",
+    stat.S_IFIFO: "FIFO",
+}
+
+
+def _described(status: os.stat_result) -> str:
+    kind = _KINDS.get(stat.S_IFMT(status.st_mode), "special file")
+    return f"a {kind} of user {status.st_uid} with mode {stat.S_IMODE(status.st_mode):04o}"
+
+
+def _wanted(kind: str, mode: int) -> str:
+    return f"a {kind} of user {os.geteuid()} with mode {mode:04o}"

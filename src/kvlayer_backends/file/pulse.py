@@ -1,0 +1,90 @@
+"""Whether the disk takes changes, found out by a call that cannot hang.
+
+A file system that is frozen (a snapshot, ``fsfreeze``, a suspended device) puts every thread that
+changes something to sleep, where no signal reaches it: such a thread cannot be left behind, and its
+process cannot end. Reading goes on; and a read moves a file's time of access unless the file system
+is frozen. So before something is changed, a small file is read and looked at.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from threading import Lock
+
+from kvlayer_backends.file import disk
+
+__all__ = ["Pulse"]
+
+_FRESH_SECONDS = 0.001
+"""For so long the last answer is believed: a freeze that falls in between is not seen."""
+_PATIENCE_SECONDS = 1.0
+"""What a snapshot may take before writers are refused instead of held."""
+_POLL_SECONDS = 0.02
+_NO_ATIMES = getattr(os, "ST_NOATIME", 0) | os.ST_RDONLY
+"""Mount options with which a read tells nothing."""
+
+
+class Pulse:
+    """A file of this user, whose time of access is set back to 0 after each look.
+
+    Blocking calls, from any thread. Where there is no such file yet, and where times of access are
+    not kept, it finds nothing wrong.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lock = Lock()
+        self._fd = -1
+        self._beat_at = 0.0
+        self._stalled_at: float | None = None
+
+    def begin(self) -> None:
+        """Set the time back for the first time. Raises ``OSError``."""
+        with self._lock:
+            self._look()
+            if self._fd >= 0:
+                self._set_back()
+
+    def check(self) -> None:
+        """Return when the disk takes changes.
+
+        Raises ``OSError`` (``ETIMEDOUT``) when it has taken none for a second.
+        """
+        with self._lock:
+            if time.monotonic() - self._beat_at < _FRESH_SECONDS:
+                return
+            self._look()
+            while self._fd >= 0 and not self._beats():
+                now = time.monotonic()
+                if self._stalled_at is None:
+                    self._stalled_at = now
+                if now - self._stalled_at >= _PATIENCE_SECONDS:
+                    raise OSError(errno.ETIMEDOUT, "the file system is frozen", self._path)
+                time.sleep(_POLL_SECONDS)
+            self._stalled_at = None
+            self._beat_at = time.monotonic()
+
+    def _look(self) -> None:
+        if self._fd < 0:
+            opened = disk.open_object(self._path)
+            if opened is not None:
+                self._fd = opened[0]
+
+    def _beats(self) -> bool:
+        os.pread(self._fd, 1, 0)
+        if os.fstat(self._fd).st_atime_ns == 0:
+            return bool(os.fstatvfs(self._fd).f_flag & _NO_ATIMES)
+        self._set_back()
+        return True
+
+    def _set_back(self) -> None:
+        os.utime(self._fd, ns=(0, os.fstat(self._fd).st_mtime_ns))
+
+    def close(self) -> None:
+        """Idempotent."""
+        with self._lock:
+            fd, self._fd = self._fd, -1
+            if fd >= 0:
+                os.close(fd)

@@ -1,0 +1,213 @@
+"""Nothing is believed because it lies there: owner, mode and kind of every file and folder."""
+
+from __future__ import annotations
+
+import ast
+import os
+import socket
+from collections.abc import Callable
+from mmap import mmap
+from pathlib import Path
+
+import pytest
+
+import kvlayer_backends
+from kvlayer.abc.backend import Hit, Miss, Read, Write
+from kvlayer.errors import BackendError
+from kvlayer.keys import ObjectKey, Part
+from kvlayer.tier.evict import PrefixLRU
+from kvlayer_backends.file import FileBackend, FileOptions, disk
+from kvlayer_backends.file.descriptions import NAME
+from kvlayer_backends.file.paths import Paths
+
+PAGE = 4096
+KEY = ObjectKey.of("ab" * 32, "0", bytes(range(32)), 16, Part(0, (0, 4), (0, 8)))
+NOBODY = 65534
+
+
+def backend(root: Path, **more: object) -> FileBackend:
+    options = FileOptions(**{"interval": 3600.0, **more})  # type: ignore[arg-type]
+    return FileBackend(str(root), options, policy=PrefixLRU)
+
+
+def page(fill: int = 0) -> memoryview:
+    memory = memoryview(mmap(-1, PAGE))
+    memory[:] = bytes([fill]) * PAGE
+    return memory
+
+
+def link(path: Path) -> None:
+    target = path.with_name("elsewhere")
+    target.write_bytes(bytes(PAGE))
+    path.symlink_to(target)
+
+
+def dangling(path: Path) -> None:
+    path.symlink_to(path.with_name("nowhere"))
+
+
+def listening(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as unix:
+        folder = os.open(path.parent, os.O_PATH)
+        unix.bind(f"/proc/self/fd/{folder}/{path.name}")
+        os.close(folder)
+
+
+def foreign(path: Path) -> None:
+    path.write_bytes(bytes(PAGE))
+    os.chown(path, NOBODY, NOBODY)
+
+
+def open_to_all(path: Path) -> None:
+    path.write_bytes(bytes(PAGE))
+    path.chmod(0o666)
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+NO_OBJECTS = [
+    pytest.param(os.mkfifo, id="FIFO"),
+    pytest.param(link, id="link"),
+    pytest.param(dangling, id="dangling link"),
+    pytest.param(listening, id="socket"),
+    pytest.param(os.mkdir, id="folder"),
+    pytest.param(foreign, id="another user's", marks=needs_root),
+    pytest.param(open_to_all, id="open to all"),
+]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("make", NO_OBJECTS)
+async def test_what_is_no_file_of_this_user_is_no_object_and_gives_way(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    path = Path(Paths(str(tmp_path)).object(KEY))
+    async with backend(tmp_path) as files:
+        await files.put([Write(KEY, (page(1),))])
+        path.unlink()
+        make(path)
+        assert await files.contains([KEY]) == [None]
+        memory = page(7)
+        assert await files.get([Read(KEY, (memory,))]) == [Miss()]
+        assert bytes(memory) == bytes([7]) * PAGE
+    async with backend(tmp_path) as files:
+        assert [listed async for listed in files.list()] == []
+        assert files.objects == 0
+        assert await files.put([Write(KEY, (page(2),))]) == [None]
+        assert await files.get([Read(KEY, (memory,))]) == [Hit(PAGE)]
+        assert bytes(memory) == bytes([2]) * PAGE
+        assert not path.is_symlink() and path.stat().st_uid == os.geteuid()
+        assert (files.objects, files.used_nbytes) == (1, PAGE)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("make", NO_OBJECTS)
+async def test_what_is_no_file_of_this_user_describes_nothing(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "v2" / KEY.namespace / NAME
+    async with backend(tmp_path) as files:
+        await files.describe(KEY.namespace, b"what it is")
+        path.unlink()
+        make(path)
+        assert await files.namespaces() == {}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+async def test_all_that_is_made_is_closed_to_others(tmp_path: Path, umask: int) -> None:
+    root = tmp_path / "deep" / "kv"
+    root.parent.mkdir()
+    before = os.umask(umask)
+    try:
+        async with backend(root) as files:
+            await files.describe(KEY.namespace, b"what it is")
+            assert await files.put([Write(KEY, (page(),)), Write(ObjectKey("x"), (page(),))])
+            made = [p.lstat() for p in (root / "v2", *(root / "v2").rglob("*"))]
+            await files.quarantine([(KEY, None)])  # type: ignore[list-item]
+            made += [p.lstat() for p in (root / "v2").rglob("*")]
+    finally:
+        os.umask(before)
+    assert len(made) > 12
+    assert {status.st_mode & 0o077 for status in made} == {0}
+    assert not root.stat().st_mode & 0o022
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("mode", [0o701, 0o710, 0o720, 0o702, 0o755, 0o777])
+@pytest.mark.parametrize("readonly", [False, True])
+async def test_a_folder_that_is_open_to_others_is_refused(
+    tmp_path: Path, mode: int, readonly: bool
+) -> None:
+    (tmp_path / "v2").mkdir()
+    (tmp_path / "v2").chmod(mode)
+    with pytest.raises(BackendError, match=f"mode {mode:04o}; expected") as caught:
+        await backend(tmp_path, readonly=readonly).open()
+    assert str(tmp_path / "v2") in str(caught.value) and "chmod" in (caught.value.hint or "")
+    (tmp_path / "v2").chmod(0o700)
+    async with backend(tmp_path) as files:
+        assert await files.put([Write(KEY, (page(),))]) == [None]
+
+
+@needs_root
+@pytest.mark.asyncio
+@pytest.mark.parametrize("inner", ["v2", "v2/tmp", "v2/janitor.lock"])
+async def test_what_another_user_made_first_is_refused(tmp_path: Path, inner: str) -> None:
+    async with backend(tmp_path):
+        pass
+    os.chown(tmp_path / inner, NOBODY, NOBODY)
+    with pytest.raises(BackendError, match=f"user {NOBODY}") as caught:
+        await backend(tmp_path).open()
+    assert "chown" in (caught.value.hint or "")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("inner", ["v2", "v2/tmp", "v2/janitor.lock"])
+async def test_a_link_in_the_place_of_ours_is_refused(tmp_path: Path, inner: str) -> None:
+    root = tmp_path / "kv"
+    async with backend(root):
+        pass
+    (root / inner).rename(tmp_path / "elsewhere")
+    (root / inner).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BackendError):
+        await backend(root).open()
+
+
+@pytest.mark.asyncio
+async def test_a_namespace_or_shard_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    root = tmp_path / "kv"
+    async with backend(root) as files:
+        assert await files.put([Write(KEY, (page(),))]) == [None]
+    shard = Path(Paths(str(root)).object(KEY)).parent
+    for folder in (shard, shard.parent):
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere")
+        async with backend(root, capacity=PAGE) as files:
+            await files.recovered()
+            assert files.objects == 0
+            assert [listed async for listed in files.list()] == []
+        folder.unlink()
+        (tmp_path / "elsewhere").rename(folder)
+
+
+def test_every_call_to_the_disk_goes_through_one_door() -> None:
+    """What opens, looks, lists, makes or removes by name is called in ``disk`` only."""
+    doors = {"open", "listdir", "scandir", "stat", "lstat", "walk", "mkdir", "makedirs", "link",
+             "rename", "replace", "unlink", "remove", "rmdir", "symlink", "mkfifo", "truncate",
+             "chmod", "chown", "access"}  # fmt: skip
+    found: list[str] = []
+    package = Path(kvlayer_backends.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        if path == Path(disk.__file__):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = node.func if isinstance(node, ast.Call) else None
+            is_os = (
+                isinstance(name, ast.Attribute)
+                and isinstance(name.value, ast.Name)
+                and name.value.id in ("os", "shutil", "io", "aiofiles", "Path", "pathlib")
+                and name.attr in doors
+            )
+            is_plain = isinstance(name, ast.Name) and name.id in ("open", "Path")
+            if name is not None and (is_os or is_plain):
+                found.append(f"{path.relative_to(package)}:{name.lineno}")
+    assert found == []
