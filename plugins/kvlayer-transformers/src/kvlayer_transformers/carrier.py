@@ -19,6 +19,7 @@ from kvlayer.errors import (
     UnsupportedError,
 )
 from kvlayer.results import Failure
+from kvlayer_transformers.adapters import Adapters
 from kvlayer_transformers.engine import Past
 from kvlayer_transformers.geometry import Geometry
 from kvlayer_transformers.past import Layers, allocate, as_cache, view_of
@@ -50,11 +51,11 @@ class Loading:
 class Carrier:
     """One model's way in and out of one cache. All calls block the calling thread."""
 
-    def __init__(self, portal: Portal, geometry: Geometry, *, adapted: bool) -> None:
-        """``adapted``: the model has an adapter, so every scope must name one."""
+    def __init__(self, portal: Portal, geometry: Geometry, adapters: Adapters) -> None:
+        """``adapters`` of the model: while one is active, every scope must name it."""
         self.portal = portal
         self.geometry = geometry
-        self.adapted = adapted
+        self._adapters = adapters
         self.troubles = 0
 
     def load(self, prompts: Prompts, scopes: Scopes, *, step: int) -> Loading:
@@ -126,12 +127,7 @@ class Carrier:
                 f"{len(each)} scopes for {prompts.rows} prompts",
                 hint="pass one scope for all of them, or one for each",
             )
-        if self.adapted and not all(scope.adapter for scope in each):
-            raise UnsupportedError(
-                "the model has an adapter, but the scope names none: KV of different adapters "
-                "would meet",
-                hint="pass scope=Scope(adapter=<digest of the adapter's files>)",
-            )
+        self._adapters.check(each)
         return [
             Row(_tokens(prompts.ids[index, pad:end]), scope, pad)
             for index, (pad, end, scope) in enumerate(zip(prompts.pads, ends, each, strict=True))

@@ -6,6 +6,8 @@ names are handed on untyped; what the adapter makes of them is typed where it is
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, Final, TypeAlias
 
 import transformers
@@ -20,10 +22,12 @@ __all__ = [
     "DynamicCache",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
+    "GenerationConfig",
     "Model",
     "Past",
     "check_version",
     "has_adapter",
+    "quiet",
 ]
 
 Model: TypeAlias = Any
@@ -38,6 +42,7 @@ TESTED: Final = ((5, 16), (5, 23))
 
 AutoConfig: Final[Any] = transformers.AutoConfig
 DynamicCache: Final[Any] = transformers.DynamicCache
+GenerationConfig: Final[Any] = transformers.GenerationConfig
 DynamicLayer: Final[Any] = cache_utils.DynamicLayer
 DynamicSlidingWindowLayer: Final[Any] = cache_utils.DynamicSlidingWindowLayer
 
@@ -61,3 +66,15 @@ def check_version(version: str = VERSION) -> None:
 def has_adapter(model: Model) -> bool:
     """Whether a PEFT adapter (LoRA) is loaded into the model or wrapped around it."""
     return bool(getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"))
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """Without what transformers logs of models and calls that are ours, not the user's."""
+    logging: Any = transformers.logging
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -25,8 +25,9 @@ from kvlayer_transformers.engine import (
     Past,
     check_version,
 )
+from kvlayer_transformers.watch import check_ready
 
-__all__ = ["Geometry", "check_cache", "overrides_of"]
+__all__ = ["Geometry", "check_cache", "config_digest", "overrides_of"]
 
 Scalar: TypeAlias = str | int | float | bool
 
@@ -72,11 +73,15 @@ class Geometry:
         check_version()
         config = model.config.get_text_config(decoder=True)
         _check_model(model, config)
+        check_ready(model)
         past: Past = DynamicCache()
-        with torch.inference_mode():
+        with torch.no_grad():  # as generate: what works there may fail in inference_mode
             one = torch.zeros((1, 1), dtype=torch.long, device=model.device)
             model(one, past_key_values=past, use_cache=True)
         check_cache(past, config.num_hidden_layers)
+        columns = past.layers[0].keys.shape[-2]
+        if columns != 1:
+            _refuse(f"a past of {columns} columns for one token: the model adds its own")
         if len({layer.keys.device for layer in past.layers}) > 1:
             _refuse("a past that is spread over several devices")
         kinds: list[str] = getattr(config, "layer_types", None) or ["full_attention"] * len(
@@ -140,12 +145,17 @@ def overrides_of(model: Model, folder: str) -> dict[str, Scalar]:
     config = _shaping(model.config)
     published = _published(folder or model.config.name_or_path)
     if published is None:
-        return {"config": f"sha256:{sha256(_canonical(config).encode()).hexdigest()}"}
+        return {"config": f"sha256:{config_digest(model)}"}
     return {
         key: value if isinstance(value := config.get(key), Scalar) else _canonical(value)
         for key in sorted(config.keys() | published.keys())
         if config.get(key) != published.get(key)
     }
+
+
+def config_digest(model: Model) -> str:
+    """sha256, in hex, of every field of the configuration that may shape KV."""
+    return sha256(_canonical(_shaping(model.config)).encode()).hexdigest()
 
 
 def _refuse(what: str) -> NoReturn:

@@ -11,7 +11,7 @@ from kvlayer.layout import KVView
 from kvlayer_transformers.engine import DynamicCache, Past
 from kvlayer_transformers.geometry import Geometry, check_cache
 
-__all__ = ["Layers", "allocate", "as_cache", "layers_of", "view_of"]
+__all__ = ["Layers", "allocate", "as_cache", "computed_columns", "layers_of", "view_of"]
 
 Layers: TypeAlias = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """K and V of every layer of the model in order, each ``(rows, heads, columns, head size)``."""
@@ -46,6 +46,17 @@ def layers_of(past: Past, geometry: Geometry) -> Layers:
     """The tensors a cache holds, borrowed. Raises what ``check_cache`` raises."""
     check_cache(past, geometry.num_layers)
     return [(layer.keys, layer.values) for layer in past.layers]
+
+
+def computed_columns(past: Past, geometry: Geometry) -> int:
+    """How many leading columns every layer holds keys and values of.
+
+    Less than :meth:`get_seq_length` says where a pass was interrupted between two layers.
+    """
+    if len(past.layers) < geometry.num_layers or not all(x.is_initialized for x in past.layers):
+        return 0
+    planes = [plane for keys, values in layers_of(past, geometry) for plane in (keys, values)]
+    return min(plane.shape[-2] if plane.ndim > 1 else 0 for plane in planes)
 
 
 def as_cache(layers: Layers, columns: int) -> Past:

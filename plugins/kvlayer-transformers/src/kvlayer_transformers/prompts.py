@@ -28,12 +28,9 @@ class Prompts:
     pads: tuple[int, ...]
 
     @classmethod
-    def of(cls, ids: PromptIds, attention_mask: torch.Tensor | None = None) -> Prompts:
+    def of(cls, ids: PromptIds, attention_mask: Any = None) -> Prompts:
         """Raises ``TokensError`` for anything that is not integers in left-padded rows."""
-        try:
-            tensor = torch.as_tensor(ids).cpu()
-        except (TypeError, ValueError, RuntimeError) as exc:
-            raise TokensError(f"input_ids are not a tensor of ids: {exc}", hint=_HINT) from None
+        tensor = _tensor("input_ids", ids)
         integers = not (tensor.is_floating_point() or tensor.dtype is torch.bool)
         if not integers or tensor.ndim not in (1, 2) or 0 in tensor.shape:
             raise TokensError(
@@ -44,7 +41,7 @@ class Prompts:
         tensor = tensor.to(torch.long).reshape(-1, tensor.shape[-1])
         if attention_mask is None:
             return cls(tensor, (0,) * tensor.shape[0])
-        return cls(tensor, _pads(attention_mask.cpu(), tuple(tensor.shape)))
+        return cls(tensor, _pads(_tensor("attention_mask", attention_mask), tuple(tensor.shape)))
 
     @property
     def rows(self) -> int:
@@ -78,11 +75,38 @@ class Prompts:
 _HINT = "pass one prompt's ids, or what a tokenizer with padding_side='left' returns"
 
 
+def _tensor(name: str, value: Any) -> torch.Tensor:
+    """A tensor on the CPU from a tensor, an array or lists of equal length."""
+    if isinstance(value, str):
+        raise TokensError(
+            f"{name} are text, expected token ids", hint=f"tokenize it first; {_HINT}"
+        )
+    try:
+        return torch.as_tensor(value).detach().cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as exc:
+        ragged = "expected sequence of length" in str(exc)
+        raise TokensError(
+            f"{name} are not a tensor of integers: {exc}",
+            hint="rows must have one length: tokenize with padding=True and padding_side='left'"
+            if ragged
+            else _HINT,
+        ) from None
+
+
 def _pads(mask: torch.Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
-    mask = mask.reshape(-1, mask.shape[-1]) if mask.ndim else mask
+    found = tuple(mask.shape)
+    mask = mask.reshape(-1, mask.shape[-1]) if mask.ndim in (1, 2) and 0 not in found else mask
     if tuple(mask.shape) != shape:
-        raise TokensError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {shape}")
+        raise TokensError(
+            f"attention_mask has shape {found}, input_ids {shape}",
+            hint="pass the mask that the tokenizer returned with the ids",
+        )
     real = mask != 0
+    if not bool((real == mask).all()):
+        raise TokensError(
+            "attention_mask has other values than 0 and 1",
+            hint="packed sequences and weights cannot be stored: pass 1 for tokens, 0 for padding",
+        )
     counts: Any = (~real).sum(dim=1)  # torch leaves the type of tolist() open
     pads: list[int] = counts.tolist()
     for row, pad in enumerate(pads):

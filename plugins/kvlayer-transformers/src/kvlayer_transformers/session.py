@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -14,19 +13,20 @@ import torch
 from kvlayer import CacheConfig, Portal, Scope, StoreReport
 from kvlayer.errors import LayoutError, UnsupportedError
 from kvlayer.events import Sink
-from kvlayer_transformers.arguments import answer_ends, check_arguments, eos_ids
+from kvlayer_transformers.adapters import Adapters
+from kvlayer_transformers.arguments import answer_ends, checked_arguments, eos_ids
 from kvlayer_transformers.carrier import Carrier, Loading, Scopes
-from kvlayer_transformers.engine import Model, Past, has_adapter
+from kvlayer_transformers.encodings import read_prompts
+from kvlayer_transformers.engine import Model, Past
 from kvlayer_transformers.generation import Generation, Loaded
 from kvlayer_transformers.geometry import Geometry
 from kvlayer_transformers.identity import identity_of
-from kvlayer_transformers.past import as_cache, layers_of
-from kvlayer_transformers.prompts import PromptIds, Prompts, passes
+from kvlayer_transformers.past import as_cache, computed_columns, layers_of
+from kvlayer_transformers.prefill import OnPass, generate, prefill
+from kvlayer_transformers.prompts import PromptIds, Prompts
+from kvlayer_transformers.suitability import Suitability
 
 __all__ = ["OnPass", "Session"]
-
-OnPass = Callable[[int, int], None]
-"""Hears ``(columns done, columns of the prompt)`` after each forward pass over a prompt."""
 
 _PUBLIC = Scope()
 
@@ -56,6 +56,7 @@ class Session:
         exact: bool = True,
         keep_answers: bool = True,
         report_prefill: bool = True,
+        prove: bool = True,
         geometry: Geometry | None = None,
     ) -> None:
         """``portal`` stays the caller's and was opened with this model's ``Geometry.of(model)``.
@@ -63,7 +64,8 @@ class Session:
         ``pass_tokens`` is a multiple of the cache's chunk, by default two chunks. With
         ``report_prefill`` the cache hears how fast the model computes prompts, and leaves on slow
         tiers what is computed faster than it is loaded. Raises ``UnsupportedError`` for a model
-        whose past kvlayer cannot carry.
+        whose past kvlayer cannot carry. With ``prove`` that is tried by computing, once per class
+        and configuration: see :mod:`kvlayer_transformers.proof`.
         """
         self.model = model
         self.geometry = geometry or Geometry.of(model)
@@ -83,10 +85,10 @@ class Session:
                 f"{self.pass_tokens}",
                 hint="reuse begins where a pass and a chunk end together",
             )
-        self._carrier = Carrier(portal, self.geometry, adapted=has_adapter(model))
+        adapters = Adapters(model)
+        self._suitability = Suitability(model, adapters, prove=prove)
+        self._carrier = Carrier(portal, self.geometry, adapters)
         self._owned = ExitStack()
-        accepted = inspect.signature(model.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
     @classmethod
     def open(
@@ -99,6 +101,7 @@ class Session:
         exact: bool = True,
         keep_answers: bool = True,
         report_prefill: bool = True,
+        prove: bool = True,
         geometry: Geometry | None = None,
         sinks: Iterable[Sink] = (),
     ) -> Self:
@@ -123,6 +126,7 @@ class Session:
                 exact=exact,
                 keep_answers=keep_answers,
                 report_prefill=report_prefill,
+                prove=prove,
                 geometry=geometry,
             )
             session._owned = opened.pop_all()
@@ -165,7 +169,7 @@ class Session:
 
         Never all of them: at least the last column is left to compute. The cache is the caller's.
         """
-        loading = self._load(Prompts.of(input_ids, attention_mask), scope)
+        loading = self._load(self._prompts(input_ids, attention_mask), scope)
         return Loaded(loading.past, loading.columns)
 
     def save(
@@ -183,7 +187,7 @@ class Session:
         Returns once the bytes have left ``past`` and the tiers written through have committed.
         Raises ``UnsupportedError`` for a ``past`` of a kind kvlayer cannot carry.
         """
-        prompts = Prompts.of(input_ids, attention_mask)
+        prompts = self._prompts(input_ids, attention_mask)
         layers = layers_of(past, self.geometry)
         rows = layers[0][0].shape[0]
         if rows != prompts.rows:
@@ -202,7 +206,7 @@ class Session:
 
     def generate(
         self,
-        input_ids: PromptIds,
+        input_ids: PromptIds = None,
         attention_mask: torch.Tensor | None = None,
         *,
         scope: Scopes = _PUBLIC,
@@ -214,81 +218,111 @@ class Session:
         """``model.generate``, but what is stored is loaded and what is computed is stored.
 
         ``arguments`` go to ``model.generate`` (``max_new_tokens``, ``do_sample``, ``streamer``
-        and so on); those that stored KV cannot honour are refused with ``UnsupportedError``.
-        Without ``attention_mask`` every id counts as a token: padding is never guessed. ``load``
-        and ``save`` switch either half off.
+        and so on); those not known to go together with stored KV are refused with
+        ``UnsupportedError``. ``input_ids`` may be what a tokenizer returned. Without
+        ``attention_mask`` every id counts as a token: padding is never guessed. ``load`` and
+        ``save`` switch either half off.
+
+        Whatever ends the call early (an error, a streamer or ``on_pass`` that raises,
+        ``KeyboardInterrupt``) is raised once the KV of the prompt, as far as it was computed, has
+        been stored.
         """
-        check_arguments(self.model, arguments)
-        if self.model.training:
-            raise UnsupportedError(
-                "the model is in training mode: dropout would be part of its KV",
-                hint="call model.eval() first",
-            )
-        prompts = Prompts.of(input_ids, attention_mask)
+        prompts, rest = read_prompts(input_ids, attention_mask, arguments)
+        rest = checked_arguments(self.model, rest)
+        self._suitability.check()
+        self._suitability.check_prompts(prompts)
         loading = self._load(prompts, scope) if load else Loading(as_cache([], 0))
         past = loading.past
-        self._compute(prompts, past, loading.columns, on_pass)
-        if past.get_seq_length() >= prompts.columns:
-            # transformers would silently feed the whole prompt once more
-            raise AssertionError(f"the past covers all {prompts.columns} columns of the prompt")
-        device = self.model.device
-        mask = torch.ones_like(prompts.ids) if not any(prompts.pads) else prompts.mask()
-        sequences: torch.Tensor = self.model.generate(
-            prompts.ids.to(device),
-            attention_mask=mask.to(device),
-            past_key_values=past,
-            **arguments,
-        )
+        try:
+            self._compute(prompts, past, loading.columns, on_pass)
+            sequences: torch.Tensor = generate(self.model, prompts, past, **rest)
+        except BaseException:
+            if save:
+                self._save_prompts(prompts, past, scope, loaded=loading.columns)
+            raise
         stored: tuple[StoreReport, ...] = ()
         if save:
-            answers = Prompts(sequences.cpu(), prompts.pads)
-            ends = [prompts.columns] * prompts.rows
-            if self.keep_answers:
-                eos = eos_ids(self.model, arguments)
-                ends = answer_ends(answers.ids, prompts.columns, eos)
-            stored = self._save(answers, ends, past, scope, loaded=loading.columns)
+            stored = self._save(prompts, sequences, past, scope, rest, loaded=loading.columns)
         return Generation(sequences, loading.columns, loading.failed, stored)
+
+    def _prompts(self, input_ids: PromptIds, attention_mask: Any) -> Prompts:
+        """The prompts of a call without generation. Raises what the checks raise."""
+        prompts, rest = read_prompts(input_ids, attention_mask, {})
+        checked_arguments(self.model, rest)
+        self._suitability.check()
+        self._suitability.check_prompts(prompts)
+        return prompts
 
     def _load(self, prompts: Prompts, scope: Scopes) -> Loading:
         return self._carrier.load(prompts, scope, step=self.pass_tokens if self.exact else 1)
 
     def _compute(self, prompts: Prompts, past: Past, start: int, on_pass: OnPass | None) -> None:
         """All passes over the prompts but the last, which is ``model.generate``'s."""
-        device, width = self.model.device, self.pass_tokens
-        began, computed = time.perf_counter(), 0
-        with torch.no_grad():
-            for begin, end in passes(start, (prompts.columns - 1) // width * width, width):
-                self.model(
-                    prompts.ids[:, begin:end].to(device),
-                    past_key_values=past,
-                    use_cache=True,
-                    **prompts.padding(begin, end, device),
-                    **self._last_only,
-                )
-                computed += (end - begin) * prompts.rows
-                if on_pass is not None:
-                    on_pass(end, prompts.columns)
+        began = time.perf_counter()
+        computed = prefill(
+            self.model, prompts, past, start, width=self.pass_tokens, on_pass=on_pass
+        )
         if computed and self.report_prefill:
+            device = self.model.device
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)  # what is queued is not computed yet
             self._carrier.computed(computed, time.perf_counter() - began)
 
     def _save(
-        self, answers: Prompts, ends: list[int], past: Past, scope: Scopes, *, loaded: int
+        self,
+        prompts: Prompts,
+        sequences: torch.Tensor,
+        past: Past,
+        scope: Scopes,
+        arguments: Mapping[str, Any],
+        *,
+        loaded: int,
     ) -> tuple[StoreReport, ...]:
-        """Store prompts and answers up to each row's end column, if it has been fed."""
+        """Store prompts and, if asked for, answers up to each row's end, if fed."""
+        answers = Prompts(sequences.cpu(), prompts.pads)
         fed = answers.columns - 1  # the last token never was
-        if past.get_seq_length() != fed:
-            self._carrier.trouble(f"the past has {past.get_seq_length()} columns, expected {fed}")
+        held = computed_columns(past, self.geometry)
+        if held != fed:
+            self._carrier.trouble(f"the past has {held} columns, expected {fed}")
             return ()
+        if not torch.equal(answers.ids[:, : prompts.columns], prompts.ids):
+            self._carrier.trouble("something in generate() changed the ids of the prompt in place")
+            return ()
+        ends = [prompts.columns] * prompts.rows
+        if self.keep_answers:
+            eos = eos_ids(self.model, arguments)
+            ends = answer_ends(answers.ids, prompts.columns, eos)
+        return self._store(answers, past, scope, [min(end, fed) for end in ends], loaded)
+
+    def _save_prompts(self, prompts: Prompts, past: Past, scope: Scopes, *, loaded: int) -> None:
+        """Store what was computed of prompts whose generation failed; troubles are counted."""
+        try:
+            end = min(prompts.columns, computed_columns(past, self.geometry))
+            if end > loaded:
+                self._store(prompts, past, scope, [max(end, pad) for pad in prompts.pads], loaded)
+        except Exception as exc:  # noqa: BLE001  # the caller is to see what ended generation
+            self._carrier.trouble(f"{type(exc).__name__}: {exc}", exc)
+
+    def _store(
+        self, prompts: Prompts, past: Past, scope: Scopes, ends: list[int], loaded: int
+    ) -> tuple[StoreReport, ...]:
+        """Store each row up to its end column, unless the model changed while it computed."""
+        try:
+            self._suitability.check()
+        except UnsupportedError as exc:
+            self._carrier.trouble(f"nothing is stored: {exc}", exc)
+            return ()
+        held = max(ends)
+        layers = layers_of(past, self.geometry)
         return self._carrier.save(
-            answers,
-            layers_of(past, self.geometry),
+            prompts,
+            # Where a pass was interrupted, some layers are longer than others.
+            [(keys[:, :, :held], values[:, :, :held]) for keys, values in layers],
             scope,
-            ends=[min(end, fed) for end in ends],
+            ends=ends,
             # What was loaded is stored: begin with the chunk in which it ends.
             first_tokens=[
-                max(loaded - pad, 0) // self._chunk * self._chunk for pad in answers.pads
+                max(loaded - pad, 0) // self._chunk * self._chunk for pad in prompts.pads
             ],
             tail=not self.exact,
         )

@@ -1,0 +1,278 @@
+"""Notices at every call whether a model is still the one whose KV the session names.
+
+Identity is taken once, when a session opens. Whatever shapes KV and can change afterwards is
+looked at again: weights and buffers, the modules themselves and their numbers, hooks, the
+configuration, dtype and device. Counters and pointers first, then a sample of the content.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+
+from kvlayer.errors import UnsupportedError
+from kvlayer_transformers.adapters import is_tuner
+from kvlayer_transformers.engine import Model
+
+__all__ = ["Watch", "check_ready"]
+
+_SAMPLE: Final = 1 << 18
+"""Elements compared at each call: all of a tiny model, evenly spread ones of a large model."""
+_LEAST: Final = 64
+_TRUSTED: Final = ("torch.", "transformers.", "peft.", "accelerate.", "kernels.", "liger_kernel.")
+"""Whose hooks and replaced forwards are known to leave KV as the weights say."""
+_DROPS_OUT: Final = ("transformers", "torch.nn.modules.dropout")
+"""Whose modules read ``training``. Layers of quantisers are always in training mode."""
+_INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def check_ready(model: Model) -> None:
+    """Refuse a state in which what the model computes is not what its weights say.
+
+    Training mode, autocast, weights that are not on the device, hooks of unknown origin. Raises
+    ``UnsupportedError``. Costs a walk over the modules.
+    """
+    device = getattr(model, "device", None)
+    kind = getattr(device, "type", "cpu")
+    for name, module in model.named_modules():
+        place = name or "the model"
+        if module.training and (not name or type(module).__module__.startswith(_DROPS_OUT)):
+            raise UnsupportedError(
+                f"{place} is in training mode: dropout would be part of its KV",
+                hint="call model.eval() first",
+            )
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and tensor.device.type == "meta":
+                raise UnsupportedError(
+                    f"kvlayer cannot carry an offloaded model: weights of {place} are kept off "
+                    "the device",
+                    hint="load the model onto one device, without device_map offloading",
+                )
+        foreign = next(_foreign_code(module), None)
+        if foreign is not None:
+            raise UnsupportedError(
+                f"{place} has {foreign}, which may change KV in a way that nothing names",
+                hint="remove it, or call model.generate() without the session",
+            )
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        raise UnsupportedError(
+            "autocast is on: keys and values would be computed in another dtype than the model's",
+            hint="leave torch.autocast, or load the model in the dtype you want",
+        )
+
+
+class Watch:
+    """What a model was at one moment. :meth:`check` costs some milliseconds for 300 tensors."""
+
+    def __init__(self, model: Model) -> None:
+        """Raises what :func:`check_ready` raises."""
+        check_ready(model)
+        self._model = model
+        self._config = _config_of(model)
+        self._modules = _modules_of(model)
+        self._tensors = {name: _Mark(tensor) for name, tensor, _ in _tensors_of(model)}
+        self._each = max(_LEAST, _SAMPLE // max(len(self._tensors), 1))
+        self._sample = self._take()
+
+    def check(self) -> None:
+        """Raise ``UnsupportedError``, naming what has changed since this was made."""
+        check_ready(self._model)
+        what = self._changed()
+        if what is not None:
+            raise UnsupportedError(
+                f"the model is no longer the one this session was opened for: {what}",
+                hint="open a new Session for it, with weights= that names what it is now",
+            )
+
+    def _changed(self) -> str | None:
+        config = _config_of(self._model)
+        if config != self._config:
+            names = sorted(k for k in config if config[k] != self._config.get(k))
+            return f"its configuration has another {names[0] if names else 'shape'}"
+        modules = _modules_of(self._model)
+        if modules != self._modules:
+            return _first_difference(modules, self._modules)
+        found = {name: (tensor, kept) for name, tensor, kept in _tensors_of(self._model)}
+        if found.keys() != self._tensors.keys():
+            name = min(found.keys() ^ self._tensors.keys())
+            return f"{name} has {'come' if name in found else 'gone'}"
+        grown: list[str] = []
+        for name, (tensor, persistent) in found.items():
+            what = self._tensors[name].differs(tensor)
+            if what is not None and persistent:
+                return f"{name} {what}"
+            if what is not None:
+                grown.append(name)
+        return self._content_changed(grown)
+
+    def _content_changed(self, grown: list[str]) -> str | None:
+        """Compare samples. ``grown``: tables the model computes for itself, made anew."""
+        now = self._take()
+        for name, before in self._sample.items():
+            after = now[name]
+            if before.shape != after.shape or not torch.equal(before, after):
+                return f"the content of {name} has changed"
+        for name, tensor, _ in _tensors_of(self._model):
+            if name in grown:
+                self._tensors[name] = _Mark(tensor)
+        return None
+
+    def _take(self) -> dict[str, torch.Tensor]:
+        """A few bits of every tensor, by name."""
+        return {
+            name: sample
+            for name, tensor, _ in _tensors_of(self._model)
+            if (sample := _spread(tensor, self._each, self._tensors[name].numel)) is not None
+        }
+
+
+class _Mark:
+    """What tells one tensor from another, and from itself after a change in place."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.ref = weakref.ref(tensor)
+        self.numel = tensor.numel()
+        self.seen = _seen(tensor)
+
+    def differs(self, tensor: torch.Tensor) -> str | None:
+        dtype, shape, device, pointer, version = _seen(tensor)
+        if dtype != self.seen[0]:
+            return f"is now {dtype}, it was {self.seen[0]}"
+        if device != self.seen[2]:
+            return f"is now on {device}, it was on {self.seen[2]}"
+        if shape != self.seen[1]:
+            return f"has now shape {shape}, it had {self.seen[1]}"
+        if self.ref() is not tensor or pointer != self.seen[3]:
+            return "was replaced"
+        return None if version == self.seen[4] else "was changed in place"
+
+
+def _seen(tensor: torch.Tensor) -> tuple[Any, ...]:
+    version = None if tensor.is_inference() else tensor._version
+    return tensor.dtype, tuple(tensor.shape), tensor.device, _pointer(tensor), version
+
+
+def _pointer(tensor: torch.Tensor) -> int | None:
+    try:
+        pointer: int = tensor.data_ptr()
+    except (RuntimeError, NotImplementedError):  # a quantised tensor that wraps others
+        return None
+    return pointer
+
+
+def _spread(tensor: torch.Tensor, count: int, numel: int) -> torch.Tensor | None:
+    """About ``count`` of the first ``numel`` elements as integers; None if they cannot be read."""
+    plain = tensor.detach()
+    if type(plain) is not torch.Tensor or not plain.is_contiguous() or not plain.numel():
+        return None
+    size = plain.element_size()
+    if plain.layout is not torch.strided or size not in _INTEGERS:
+        return None
+    bits = plain.view(-1)[:numel].view(_INTEGERS[size])
+    return bits[:: max(1, -(-numel // count))].clone()
+
+
+def _tensors_of(model: Model) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Name, tensor, whether it is part of the weights. Adapters are judged elsewhere."""
+    for name, module in _own_modules(model):
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                persistent = key not in module._non_persistent_buffers_set
+                yield from _pieces(f"{name}.{key}" if name else key, tensor, persistent)
+
+
+def _pieces(
+    name: str, tensor: torch.Tensor, persistent: bool
+) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """A tensor, and what it is made of where it wraps others (torchao, quanto)."""
+    yield name, tensor, persistent
+    if hasattr(tensor, "__tensor_flatten__") and type(tensor) is not torch.nn.Parameter:
+        inner: Any = tensor
+        for key in inner.__tensor_flatten__()[0]:
+            yield from _pieces(f"{name}.{key}", getattr(inner, key), persistent)
+
+
+def _own_modules(model: Model) -> Iterator[tuple[str, Any]]:
+    """The model's modules under the names they have without PEFT's wrappers, its own left out."""
+    adapted: list[str] = []
+    for name, module in model.named_modules():
+        parts = name.removeprefix("base_model.model.")
+        if name in ("base_model", "base_model.model") or (
+            not name and type(module).__module__.startswith("peft.")
+        ):
+            if name == "base_model.model":
+                yield "", module
+            continue
+        if any(name.startswith(prefix) and ".base_layer" not in name for prefix in adapted):
+            continue
+        if is_tuner(module):
+            adapted.append(f"{name}.")
+            continue
+        yield parts.replace(".base_layer", ""), module
+
+
+def _modules_of(model: Model) -> dict[str, tuple[object, ...]]:
+    """Type and public numbers of every module: a window, a scale, whether attention is causal."""
+    return {
+        name: (
+            type(module),
+            *(
+                (key, value)
+                for key, value in _attributes(module).items()
+                if isinstance(value, int | float | str | bool | None)
+                and not key.startswith("_")
+                and key != "training"
+            ),
+        )
+        for name, module in _own_modules(model)
+    }
+
+
+def _attributes(module: Any) -> dict[str, Any]:
+    found: dict[str, Any] = module.__dict__
+    return found
+
+
+def _first_difference(now: dict[str, Any], before: dict[str, Any]) -> str:
+    for name in {**before, **now}:
+        if now.get(name) != before.get(name):
+            place = name or "the model"
+            if name not in before or name not in now:
+                return f"{place} has {'come' if name in now else 'gone'}"
+            if now[name][0] is not before[name][0]:
+                return f"{place} is now a {now[name][0].__name__}, not a {before[name][0].__name__}"
+            changed = sorted({key for key, _ in set(now[name][1:]) ^ set(before[name][1:])})
+            return f"{place} has another {changed[0]}"
+    return "its modules stand in another order"
+
+
+def _config_of(model: Model) -> dict[str, Any]:
+    config = model.config
+    return {**config.to_dict(), "attention implementation": config._attn_implementation}
+
+
+def _foreign_code(module: Any) -> Iterator[str]:
+    for kind, hooks in (
+        ("forward hook", module._forward_hooks),
+        ("forward pre-hook", module._forward_pre_hooks),
+    ):
+        for hook in hooks.values():
+            if not _is_trusted(hook):
+                yield f"a {kind} ({_origin(hook)})"
+    replaced = _attributes(module).get("forward")
+    if replaced is not None and not _is_trusted(replaced):
+        yield f"a forward that was replaced ({_origin(replaced)})"
+
+
+def _is_trusted(function: Any) -> bool:
+    return f"{_origin(function)}.".startswith(_TRUSTED)
+
+
+def _origin(function: Any) -> str:
+    while hasattr(function, "func"):  # functools.partial
+        function = function.func
+    owner = getattr(function, "__module__", None) or type(function).__module__
+    return f"{owner}.{getattr(function, '__qualname__', type(function).__name__)}"
