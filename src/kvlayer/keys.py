@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from kvlayer.chain import ChunkChain, Span
 from kvlayer.errors import LayoutError
@@ -16,9 +17,12 @@ from kvlayer.tokens import Tokens, token_bytes
 
 __all__ = [
     "PUBLIC_ZONE",
+    "RAW",
     "ChunkChain",
     "Content",
+    "Encoding",
     "ObjectKey",
+    "ObjectName",
     "Part",
     "Salt",
     "Scope",
@@ -134,3 +138,67 @@ class ObjectKey(str):
     def part(self) -> Part:
         """What the object holds of those tokens."""
         return Part.parse(self.rsplit("/", 1)[1])
+
+
+_ENCODING = re.compile(
+    r"([1-9][0-9]{0,3})\.([a-z0-9][a-z0-9_-]{0,31})(?:\.([a-z0-9][a-z0-9_-]{0,31}))?"
+)
+
+
+class Encoding(NamedTuple):
+    """How an object's bytes lie on a tier: as text ``2.raw``, or ``2.zstd-1.aes``.
+
+    The frame's version, the lossless codec of its segments, and the seal around those if any.
+    """
+
+    frame: int
+    codec: str
+    seal: str = ""
+
+    def __str__(self) -> str:
+        return ".".join(map(str, filter(None, self)))
+
+    @classmethod
+    def parse(cls, text: str) -> Encoding:
+        """Inverse of ``str``. Raises ``ValueError`` for anything ``str`` cannot produce."""
+        match = _ENCODING.fullmatch(text)
+        if match is None:
+            raise ValueError(f"not an encoding: {text!r}")
+        return cls(int(match[1]), match[2], match[3] or "")
+
+
+RAW = Encoding(2, "raw")
+"""The payload as it lies in host memory."""
+
+
+class ObjectName(str):
+    """What a tier stores an object under: ``key/encoding``.
+
+    A name's bytes never change: an object is coded anew by putting it under the new name and
+    deleting the old.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, key: ObjectKey, encoding: Encoding = RAW) -> ObjectName:
+        """The name of one object; nothing is checked (hot path)."""
+        return cls(f"{key}/{encoding}")
+
+    @classmethod
+    def parse(cls, text: str) -> ObjectName:
+        """Check a name that came from outside. Raises ``ValueError``."""
+        key, _, encoding = text.rpartition("/")
+        ObjectKey.parse(key)
+        Encoding.parse(encoding)
+        return cls(text)
+
+    @property
+    def key(self) -> ObjectKey:
+        """Which object it is."""
+        return ObjectKey(self.rpartition("/")[0])
+
+    @property
+    def encoding(self) -> Encoding:
+        """How its bytes lie."""
+        return Encoding.parse(self.rpartition("/")[2])

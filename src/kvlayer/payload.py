@@ -1,9 +1,9 @@
 """How one object's bytes lie, in host memory and in a frame alike. Pure arithmetic.
 
 Canonical payloads are ``[layer][K|V][head][token][dim]`` (MLA: ``[layer][token][dim]``; state:
-opaque per layer), native ones ``[layer]`` followed by the engine's own blocks. Layers are packed
-into segments; each segment starts on a 4 KiB boundary, so a slot in the host slab can be written
-to and read from a disk directly.
+opaque per layer), native ones ``[layer]`` followed by the engine's own blocks. Layers lie back to
+back; segments only group them. The whole is padded to 4 KiB once, so that a slot in the host slab
+can be written to and read from a disk directly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvlayer.layout import AttentionKind, KVGroup
 __all__ = ["ALIGNMENT", "Payload", "Segment", "align"]
 
 ALIGNMENT = 4096
-_MIN_SEGMENT = 256 * 1024  # keeps the padding of all but the last segment under 2%
+_MIN_SEGMENT = 256 * 1024  # large enough that checking it costs more than calling for the check
 _MAX_SEGMENTS = 64  # what one 4 KiB header can list
 
 
@@ -31,7 +31,7 @@ class Segment(NamedTuple):
     """Consecutive layers that are stored, verified and decoded alone.
 
     ``layer`` counts from the part's first layer; ``offset`` and ``nbytes`` are bytes in the
-    payload, padding excluded.
+    payload.
     """
 
     layer: int
@@ -87,20 +87,18 @@ class Payload:
         return _num_heads(self.part)
 
     @property
-    def segment_stride(self) -> int:
-        """Bytes from one segment's start to the next's."""
-        return align(self.layers_per_segment * self.layer_nbytes)
+    def body_nbytes(self) -> int:
+        """Bytes of all layers."""
+        return self.num_layers * self.layer_nbytes
 
     @property
     def nbytes(self) -> int:
-        """Bytes in host memory and, uncompressed, in a frame: segments padded to 4 KiB."""
-        full, rest = divmod(self.num_layers, self.layers_per_segment)
-        return full * self.segment_stride + align(rest * self.layer_nbytes)
+        """Bytes in host memory and, uncompressed, in a frame: padded to 4 KiB."""
+        return align(self.body_nbytes)
 
     def layer_offset(self, layer: int) -> int:
         """Where layer ``layer`` (counted from the part's first) starts."""
-        segment, inside = divmod(layer, self.layers_per_segment)
-        return segment * self.segment_stride + inside * self.layer_nbytes
+        return layer * self.layer_nbytes
 
     def segments(self) -> list[Segment]:
         """All segments in order."""

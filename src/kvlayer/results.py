@@ -55,13 +55,14 @@ class Cause(StrEnum):
 
     @property
     def is_damage(self) -> bool:
-        """Whether the stored object itself is unusable and must be quarantined."""
+        """Whether the stored object itself is unusable and must be quarantined.
+
+        What another release has written is not: it is passed over.
+        """
         return self in _DAMAGE
 
 
-_DAMAGE = frozenset(
-    {Cause.EMPTY, Cause.TRUNCATED, Cause.CORRUPT, Cause.MISPLACED, Cause.FOREIGN_VERSION}
-)
+_DAMAGE = frozenset({Cause.EMPTY, Cause.TRUNCATED, Cause.CORRUPT, Cause.MISPLACED})
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,12 +205,17 @@ def test_every_promise_of_a_policy_has_a_liar() -> None:
 # -- the frame -----------------------------------------------------------------------------------
 
 
-def copies_the_slot(header: memoryview, payload_bytes: memoryview, **what: Any) -> None:
-    before = bytes(payload_bytes)
+def keeps_the_page(header: memoryview, payload_bytes: memoryview, **what: Any) -> None:
+    before = bytes(header)
     write_header(header, payload_bytes, **what)
-    end = what["payload"].segments()[-1]
-    rest = slice(end.offset + end.nbytes, None)
-    payload_bytes[rest] = before[rest]
+    used = 24 + int.from_bytes(header[12:16], "little")
+    header[used:] = before[used:]
+
+
+def pads_the_slot(header: memoryview, payload_bytes: memoryview, **what: Any) -> None:
+    write_header(header, payload_bytes, **what)
+    rest = payload_bytes[what["payload"].body_nbytes :]
+    rest[:] = bytes(rest.nbytes)
 
 
 def ignoring(*causes: Cause) -> Callable[..., None]:
@@ -281,9 +286,13 @@ def repairs(header: memoryview, payload_bytes: memoryview, filled: int, **what: 
 
 FRAME_LIARS: dict[str, tuple[dict[str, Callable[..., None]], str]] = {
     "repairs": ({"check_frame": repairs}, "what was written is accepted and unchanged"),
-    "copies the slot": (
-        {"write_header": copies_the_slot},
-        "nothing of a slots former content is written",
+    "keeps the page": (
+        {"write_header": keeps_the_page},
+        "nothing of a pages former content is written",
+    ),
+    "pads the slot": (
+        {"write_header": pads_the_slot},
+        "nothing of a pages former content is written",
     ),
     "ignores a short read": (
         {"check_frame": ignoring(Cause.TRUNCATED)},

@@ -42,6 +42,7 @@ from kvlayer.keys import ObjectKey, Part
 from kvlayer.layout import AttentionKind, KVGroup
 from kvlayer.namespace import Namespace
 from kvlayer.payload import Payload
+from kvlayer.results import Cause
 from kvlayer.tier.messages import Completion, Greeting, Order
 from kvlayer.urls import BackendURL, format_bytes, local_directory, parse_bytes
 from kvlayer.weights_cache import DigestCache, _line
@@ -143,7 +144,7 @@ def frame(given: bytes) -> bool:
         packed = rest[: HEADER_NBYTES - _BODY_AT]
         header[:8], header[8:10] = MAGIC, VERSION.to_bytes(2, "little")
         header[12:16] = len(packed).to_bytes(4, "little")
-        header[16:24] = xxh3_64_intdigest(packed).to_bytes(8, "little")
+        header[16:24] = xxh3_64_intdigest(header[:16] + packed).to_bytes(8, "little")
         header[_BODY_AT : _BODY_AT + len(packed)] = packed
     else:
         for at in range(0, len(rest) - 2, 3):
@@ -162,7 +163,7 @@ def frame(given: bytes) -> bool:
     except FrameError as exc:
         refused = exc
     if refused is not None:
-        assert refused.cause.is_damage
+        assert refused.cause.is_damage or refused.cause is Cause.FOREIGN_VERSION
         return False
     for segment in _PAYLOAD.segments():
         span = slice(segment.offset, segment.offset + segment.nbytes)

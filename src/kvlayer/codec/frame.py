@@ -1,45 +1,55 @@
-"""The frame: a 4 KiB header that names and checks an object, then its payload.
+"""The frame: a 4 KiB header that names and checks an object, then its segments.
 
 ::
 
     0      8        10       12        16          24
-    magic  version  0        length    xxh3_64     msgpack map, zero padding to 4096
-    then the payload: segments, each starting on a 4 KiB boundary
+    magic  version  0        length    xxh3_64     msgpack map, zeros to 4096
+    then the segments' encoded bytes, back to back; zeros to the next 4 KiB
 
-All integers are little-endian. The map holds the full object key, the first token's position, the
-token count, the codec, the RoPE state of K, the time of creation, the writer's build, and a row
-per segment: first layer, layers, offset in the payload, raw bytes, encoded bytes, xxh3_64 of the
-encoded bytes. A segment verifies alone. Pure: reads and writes memory, never files.
+All integers are little-endian. Every version of the frame keeps these first 24 bytes: the checksum
+covers those before it and the map. A segment verifies alone. Pure: reads and writes memory, never
+files, and never the payload's.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64, xxh3_64_intdigest
 
-from kvlayer._pack import as_list, as_map, pack, unpack
-from kvlayer.keys import ObjectKey
-from kvlayer.payload import ALIGNMENT, Payload, align
+from kvlayer._pack import as_list, as_map, is_count, pack, unpack
+from kvlayer.keys import RAW, ObjectKey, ObjectName
+from kvlayer.payload import ALIGNMENT, Payload, Segment, align
 from kvlayer.results import Cause
 
 __all__ = [
     "HEADER_NBYTES",
     "VERSION",
     "FrameError",
+    "Header",
+    "Row",
     "check_frame",
+    "check_segment",
     "contradicts_header",
+    "pack_header",
+    "pack_rows",
+    "read_header",
+    "read_rows",
     "write_header",
 ]
 
 HEADER_NBYTES = ALIGNMENT
 MAGIC = b"KVLFRAME"
-VERSION = 1
+VERSION = RAW.frame
 
-_PREFIX = struct.Struct("<8sHHIQ")
-_RAW = "raw"
+_PREFIX = struct.Struct("<8sHHI")
+_CHECKSUM = struct.Struct("<Q")
+_MAP_AT = _PREFIX.size + _CHECKSUM.size
 _ROPE = "absolute"  # K is stored rotated for the positions it was computed at
+_MAX_TABLE = 64  # segments of an object
 
 
 class FrameError(Exception):
@@ -51,75 +61,125 @@ class FrameError(Exception):
         self.detail = detail
 
 
-def write_header(
+class Row(NamedTuple):
+    """A segment as it is stored: ``nbytes`` encoded bytes, ``offset`` behind the header.
+
+    The first ``meta_nbytes`` of the encoded bytes are the codec's own, to decode the rest with.
+    ``checksum`` is xxh3_64 of all of them.
+    """
+
+    layer: int
+    num_layers: int
+    offset: int
+    raw_nbytes: int
+    nbytes: int
+    checksum: int
+    meta_nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a header says. ``fields``: the whole map, those a codec or a seal added among them."""
+
+    rows: tuple[Row, ...]
+    fields: Mapping[str, object]
+
+    @property
+    def body_nbytes(self) -> int:
+        """Encoded bytes behind the header, padding excluded."""
+        return self.rows[-1].offset + self.rows[-1].nbytes
+
+
+# -- any encoding ----------------------------------------------------------------------------------
+
+
+def pack_rows(
     header: memoryview,
-    payload_bytes: memoryview,
+    rows: Sequence[Row],
     *,
-    key: ObjectKey,
-    payload: Payload,
-    first_token: int,
+    name: ObjectName,
+    first_token: int | None,
     created: float,
     build: str,
+    required: Mapping[str, object] | None = None,
 ) -> None:
-    """Fill ``header`` (4 KiB) for the payload that lies in ``payload_bytes``.
+    """Fill ``header`` (4 KiB) for segments that are stored as ``rows`` say, back to back.
 
-    Reads all of the payload to checksum it and zeroes its padding, so that nothing of a slot's
-    former content leaves the process.
+    ``first_token`` is None where only the engine knows the position. ``required``: further entries
+    of the map, such as a seal's table, without which nobody may read the object. Raises
+    ``ValueError`` when it does not fit.
     """
-    rows: list[tuple[int, ...]] = []
-    for segment in payload.segments():
-        end = segment.offset + segment.nbytes
-        padding = -segment.nbytes % ALIGNMENT
-        payload_bytes[end : end + padding] = bytes(padding)
-        checksum = xxh3_64_intdigest(payload_bytes[segment.offset : end])
-        rows.append((*segment, segment.nbytes, checksum))
-    body = pack(
-        {
-            "key": str(key),
-            "first": first_token,
-            "tokens": payload.tokens,
-            "codec": _RAW,
-            "rope": _ROPE,
-            "created": created,
-            "build": build,
-            "segments": rows,
-        }
-    )
-    if _PREFIX.size + len(body) > HEADER_NBYTES:
-        raise ValueError(f"a header of {len(body)} bytes for {key} does not fit {HEADER_NBYTES}")
-    _PREFIX.pack_into(header, 0, MAGIC, VERSION, 0, len(body), xxh3_64_intdigest(body))
-    end = _PREFIX.size + len(body)
-    header[_PREFIX.size : end] = body
-    header[end:] = bytes(HEADER_NBYTES - end)
+    fields: dict[str, object] = {
+        "name": str(name),
+        "first": first_token,
+        "tokens": name.key.tokens,
+        "rope": _ROPE,
+        "created": created,
+        "build": build,
+        "must": sorted(required or ()),
+        "segments": rows,
+        **(required or {}),
+    }
+    packed = pack(fields)
+    end = _MAP_AT + len(packed)
+    if end > HEADER_NBYTES:
+        raise ValueError(f"a header of {end} bytes for {name} does not fit {HEADER_NBYTES}")
+    prefix = _PREFIX.pack(MAGIC, VERSION, 0, len(packed))
+    page = prefix + _CHECKSUM.pack(_checksum(prefix, packed)) + packed
+    header[:] = page + bytes(HEADER_NBYTES - end)
 
 
-def check_frame(
+def read_rows(
     header: memoryview,
-    payload_bytes: memoryview,
     filled: int,
     *,
-    key: ObjectKey,
+    name: ObjectName,
     payload: Payload,
-    first_token: int,
-) -> None:
-    """Raise ``FrameError`` unless the first ``filled`` bytes of header and payload are the object.
+    first_token: int | None,
+    understood: Collection[str] = (),
+) -> Header:
+    """What the header of an object says, checked against what was asked for.
 
-    ``header`` is 4 KiB, ``payload_bytes`` at least ``payload.nbytes``. Afterwards the payload is
-    exactly what was written under this key.
+    ``filled`` bytes of header and body were read. ``understood``: entries of the map that the
+    caller's codec or seal reads. Raises ``FrameError``. Afterwards each row is a segment of
+    ``payload`` and all of the encoded bytes are there; what they hold is not looked at.
     """
-    rows = _read_header(header, filled, key, payload, first_token)
-    needed = HEADER_NBYTES + payload.nbytes
+    if filled == 0:
+        raise FrameError(Cause.EMPTY, "the object has no bytes")
+    if filled < HEADER_NBYTES:
+        raise FrameError(Cause.TRUNCATED, f"{filled} bytes are less than a header")
+    fields = _fields(header)
+    if fields.get("name") != str(name):
+        raise FrameError(Cause.MISPLACED, f"the header names {fields.get('name')!r}")
+    _check_place(fields, payload, first_token)
+    must = fields.get("must")
+    if not _is_subset(must, understood) or fields.get("rope") != _ROPE:
+        raise FrameError(
+            Cause.FOREIGN_VERSION,
+            f"it requires {must!r}, RoPE {fields.get('rope')!r}; this build reads "
+            f"{sorted(understood)}, {_ROPE!r}",
+        )
+    rows = _table(fields.get("segments"))
+    if not rows or [(r.layer, r.num_layers, r.raw_nbytes) for r in rows] != [
+        (s.layer, s.num_layers, s.nbytes) for s in payload.segments()
+    ]:
+        raise FrameError(Cause.FOREIGN_VERSION, "segments are not cut as this build cuts them")
+    found = Header(rows, fields)
+    needed = HEADER_NBYTES + align(found.body_nbytes)
     if filled < needed:
         raise FrameError(Cause.TRUNCATED, f"{filled} of {needed} bytes are there")
-    for segment, (*_, checksum) in zip(payload.segments(), rows, strict=True):
-        found = xxh3_64_intdigest(payload_bytes[segment.offset : segment.offset + segment.nbytes])
-        if found != checksum:
-            last = segment.layer + segment.num_layers - 1
-            raise FrameError(
-                Cause.CORRUPT,
-                f"checksum of layers {segment.layer}..{last} is {found:016x}, "
-                f"written as {checksum:016x}",
-            )
+    return found
+
+
+def check_segment(segment: Segment | Row, found: int, written: int) -> None:
+    """Raise ``FrameError`` unless the checksum that was ``found`` is the one that was written."""
+    if found != written:
+        last = segment.layer + segment.num_layers - 1
+        raise FrameError(
+            Cause.CORRUPT,
+            f"checksum of layers {segment.layer}..{last} is {found:016x}, "
+            f"written as {written:016x}",
+        )
 
 
 def contradicts_header(head: bytes | memoryview, nbytes: int) -> bool:
@@ -134,75 +194,168 @@ def contradicts_header(head: bytes | memoryview, nbytes: int) -> bool:
     if len(head) < HEADER_NBYTES:
         return False
     try:
-        rows = _table(_fields(head).get("segments"))
+        fields = _fields(head)
     except FrameError:
         return False
-    if not rows:
-        return False
-    _, _, offset, _, encoded, _ = rows[-1]
-    return nbytes != HEADER_NBYTES + align(offset + encoded)
-
-
-def _read_header(
-    header: memoryview, filled: int, key: ObjectKey, payload: Payload, first_token: int
-) -> Sequence[Sequence[int]]:
-    if filled == 0:
-        raise FrameError(Cause.EMPTY, "the object has no bytes")
-    if filled < HEADER_NBYTES:
-        raise FrameError(Cause.TRUNCATED, f"{filled} bytes are less than a header")
-    fields = _fields(header)
-    if fields.get("key") != str(key):
-        raise FrameError(Cause.MISPLACED, f"the header names {fields.get('key')!r}")
-    if (fields.get("first"), fields.get("tokens")) != (first_token, payload.tokens):
-        raise FrameError(
-            Cause.MISPLACED,
-            f"holds {fields.get('tokens')} tokens from {fields.get('first')}, "
-            f"expected {payload.tokens} from {first_token}",
-        )
-    if fields.get("codec") != _RAW or fields.get("rope") != _ROPE:
-        raise FrameError(
-            Cause.FOREIGN_VERSION,
-            f"codec {fields.get('codec')!r}, RoPE {fields.get('rope')!r}; this build reads "
-            f"{_RAW!r}, {_ROPE!r}",
-        )
     rows = _table(fields.get("segments"))
-    expected = [[*segment, segment.nbytes] for segment in payload.segments()]
-    if rows is None or [row[:5] for row in rows] != expected:
+    return bool(rows) and nbytes != HEADER_NBYTES + align(Header(rows, fields).body_nbytes)
+
+
+# -- raw: the encoded bytes are the payload --------------------------------------------------------
+
+
+def pack_header(
+    header: memoryview,
+    checksums: Sequence[int],
+    *,
+    key: ObjectKey,
+    payload: Payload,
+    first_token: int | None,
+    created: float,
+    build: str,
+) -> None:
+    """Fill ``header`` (4 KiB) for a payload whose segments have these checksums."""
+    segments = payload.segments()
+    rows = [
+        Row(*segment, segment.nbytes, checksum)
+        for segment, checksum in zip(segments, checksums, strict=True)
+    ]
+    name = ObjectName.of(key, RAW)
+    pack_rows(header, rows, name=name, first_token=first_token, created=created, build=build)
+
+
+def read_header(
+    header: memoryview,
+    filled: int,
+    *,
+    key: ObjectKey,
+    payload: Payload,
+    first_token: int | None,
+) -> list[int]:
+    """The checksums of the segments, as they were written.
+
+    Raises ``FrameError`` unless ``header`` is that of this object and all ``filled`` bytes of
+    header and payload are there.
+    """
+    name = ObjectName.of(key, RAW)
+    found = read_rows(header, filled, name=name, payload=payload, first_token=first_token)
+    if any(row.nbytes != row.raw_nbytes or row.meta_nbytes for row in found.rows):
         raise FrameError(Cause.FOREIGN_VERSION, "segments are not cut as this build cuts them")
-    return rows
+    return [row.checksum for row in found.rows]
+
+
+def write_header(
+    header: memoryview,
+    payload_bytes: memoryview,
+    *,
+    key: ObjectKey,
+    payload: Payload,
+    first_token: int | None,
+    created: float,
+    build: str,
+) -> None:
+    """Fill ``header`` (4 KiB) for the payload that lies in ``payload_bytes``, all of which is read.
+
+    What follows the payload is the caller's: zeros, or a slot's former content leaves the process.
+    """
+    checksums = [
+        xxh3_64_intdigest(payload_bytes[segment.offset : segment.offset + segment.nbytes])
+        for segment in payload.segments()
+    ]
+    pack_header(
+        header,
+        checksums,
+        key=key,
+        payload=payload,
+        first_token=first_token,
+        created=created,
+        build=build,
+    )
+
+
+def check_frame(
+    header: memoryview,
+    payload_bytes: memoryview,
+    filled: int,
+    *,
+    key: ObjectKey,
+    payload: Payload,
+    first_token: int | None,
+) -> None:
+    """Raise ``FrameError`` unless the first ``filled`` bytes of header and payload are the object.
+
+    ``header`` is 4 KiB, ``payload_bytes`` at least ``payload.nbytes``. Afterwards the payload is
+    exactly what was written under this key.
+    """
+    checksums = read_header(header, filled, key=key, payload=payload, first_token=first_token)
+    for segment, checksum in zip(payload.segments(), checksums, strict=True):
+        end = segment.offset + segment.nbytes
+        check_segment(segment, xxh3_64_intdigest(payload_bytes[segment.offset : end]), checksum)
+
+
+# -- the map ---------------------------------------------------------------------------------------
+
+
+def _checksum(prefix: bytes, packed: bytes | memoryview) -> int:
+    state = xxh3_64(prefix)
+    state.update(packed)
+    return state.intdigest()
 
 
 def _fields(header: memoryview) -> dict[str, object]:
     """What a header's map holds. Raises ``FrameError``."""
-    magic, version, _, length, checksum = _PREFIX.unpack_from(header)
+    prefix = bytes(header[: _PREFIX.size])
+    magic, version, _, length = _PREFIX.unpack(prefix)
     if magic != MAGIC:
         raise FrameError(Cause.CORRUPT, f"starts with {bytes(magic)!r}, not with {MAGIC!r}")
+    packed = header[_MAP_AT : _MAP_AT + length]
+    (written,) = _CHECKSUM.unpack_from(header, _PREFIX.size)
+    if length > HEADER_NBYTES - _MAP_AT or _checksum(prefix, packed) != written:
+        raise FrameError(Cause.CORRUPT, "the header's checksum does not match")
     if version != VERSION:
         raise FrameError(
             Cause.FOREIGN_VERSION, f"frame version {version}, this build reads {VERSION}"
         )
-    body = header[_PREFIX.size : _PREFIX.size + length]
-    if length > HEADER_NBYTES - _PREFIX.size or xxh3_64_intdigest(body) != checksum:
-        raise FrameError(Cause.CORRUPT, "the header's checksum does not match")
-    return _unpack(body)
-
-
-def _table(value: object) -> list[list[int]] | None:
-    """``value`` if it is a list of rows of six integers, else None."""
-    table: list[list[int]] = []
-    for entry in as_list(value) or [None]:
-        row = [cell for cell in as_list(entry) or [] if isinstance(cell, int)]
-        if len(row) != len(as_list(entry) or []) or len(row) != 6:
-            return None
-        table.append(row)
-    return table
-
-
-def _unpack(body: memoryview) -> dict[str, object]:
     try:
-        fields = as_map(unpack(bytes(body)))
+        fields = as_map(unpack(bytes(packed)))
     except ValueError as exc:
         raise FrameError(Cause.CORRUPT, f"the header cannot be read: {exc}") from None
     if fields is None:
         raise FrameError(Cause.CORRUPT, "the header is not a map")
     return fields
+
+
+def _check_place(fields: Mapping[str, object], payload: Payload, first_token: int | None) -> None:
+    """Raise ``FrameError`` unless the object stands where it was looked for.
+
+    An object whose position nobody knows is for readers that do not know it either.
+    """
+    first, tokens = fields.get("first"), fields.get("tokens")
+    if "first" in fields and (first is None) is not (first_token is None):
+        raise FrameError(Cause.FOREIGN_VERSION, f"its position is {first}, asked for {first_token}")
+    if (first, tokens) != (first_token, payload.tokens) or "first" not in fields:
+        raise FrameError(
+            Cause.MISPLACED,
+            f"holds {tokens} tokens from {first}, expected {payload.tokens} from {first_token}",
+        )
+
+
+def _is_subset(must: object, understood: Collection[str]) -> bool:
+    names = as_list(must)
+    return names is not None and all(isinstance(n, str) and n in understood for n in names)
+
+
+def _table(value: object) -> tuple[Row, ...]:
+    """``value`` if it is a list of rows that lie back to back, else nothing."""
+    rows: list[Row] = []
+    end = 0
+    for entry in (as_list(value) or [])[: _MAX_TABLE + 1]:
+        cells = [cell for cell in as_list(entry) or [] if is_count(cell)]
+        if len(cells) != len(as_list(entry) or []) or len(cells) != len(Row._fields):
+            return ()
+        row = Row(*cells)
+        if row.offset != end or not row.nbytes > 0 or row.meta_nbytes > row.nbytes:
+            return ()
+        end += row.nbytes
+        rows.append(row)
+    return tuple(rows) if len(rows) <= _MAX_TABLE else ()

@@ -301,11 +301,13 @@ class Loads:
         if cause is None or not record.tiers >> tier.index & 1:
             return  # another request was faster
         is_hopeless = tier.is_hopeless(Lane.READS, record.key)
-        if not (is_hopeless or cause.is_damage or cause is Cause.VANISHED):
+        is_foreign = cause is Cause.FOREIGN_VERSION  # another release serves it
+        if not (is_hopeless or is_foreign or cause.is_damage or cause is Cause.VANISHED):
             return
         detail = f"{tier.name}: {outcome.detail}"
-        self._planner.missing(record, tier.index, cause, detail, aside=is_hopeless)
-        if is_hopeless:
+        aside = is_hopeless or is_foreign
+        self._planner.missing(record, tier.index, cause, detail, aside=aside)
+        if is_hopeless and not is_foreign:
             tier.sets_aside(record.key)
         elif not cause.is_damage:
             return

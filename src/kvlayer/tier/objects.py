@@ -88,6 +88,8 @@ class Objects:
         payload = self._shape(piece.key.part, piece.num_tokens)
         view = self._slab.view(piece.offset, payload.nbytes)
         header = self._headers.take()
+        padding = payload.nbytes - payload.body_nbytes
+        view[payload.body_nbytes :] = bytes(padding)  # a slot's former content stays here
         try:
             await self._checks.run(
                 write_header,

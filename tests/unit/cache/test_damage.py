@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from caches import config, layout, stored_files, tokens
 from engine import Engine, same
+from xxhash import xxh3_64_intdigest
 
 from kvlayer import Cache, Cause, Scope
 from kvlayer.events import Event, ObjectQuarantined
@@ -46,9 +47,13 @@ def _misplace(path: Path) -> None:
     shutil.copyfile(other, path)
 
 
-def _other_version(path: Path) -> None:
+def _of_a_later_release(path: Path) -> None:
+    """The first 24 bytes mean the same in every version of the frame."""
     data = bytearray(path.read_bytes())
     data[8] += 1  # the frame version follows the magic
+    length = int.from_bytes(data[12:16], "little")
+    checksum = xxh3_64_intdigest(bytes(data[:16] + data[24 : 24 + length]))
+    data[16:24] = checksum.to_bytes(8, "little")
     path.write_bytes(data)
 
 
@@ -61,7 +66,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], Cause]] = {
     "a flipped bit of the header": (lambda path: _flip(path, 60), Cause.CORRUPT),
     "a flipped bit of the magic": (lambda path: _flip(path, 0), Cause.CORRUPT),
     "a misplaced object": (_misplace, Cause.MISPLACED),
-    "an object of a foreign version": (_other_version, Cause.FOREIGN_VERSION),
+    "a flipped bit of the version": (lambda path: _flip(path, 8), Cause.CORRUPT),
 }
 
 
@@ -101,6 +106,39 @@ async def test_damage_is_a_miss_with_its_cause_and_is_stored_again(
     async with Cache.open(config(tmp_path), layout()) as cache, cache.lookup(prompt) as hit:
         assert (await cache.retrieve(hit, other.view(slots))).tokens == 64
     assert same(engine.read(slots), other.read(slots))
+
+
+@pytest.mark.asyncio
+async def test_an_object_of_a_later_release_is_a_counted_miss_and_stays_where_it_is(
+    tmp_path: Path,
+) -> None:
+    engine, other = Engine(layout(), 32, 1), Engine(layout(), 32, 2)
+    prompt, slots = tokens(64), engine.slots(64)
+    async with Cache.open(config(tmp_path), layout()) as cache:
+        chain = cache.chain(prompt)
+        await cache.store(prompt, engine.view(slots))
+    theirs = next(p for p in stored_files(tmp_path) if chain.hashes[2].hex() in p.name)
+    _of_a_later_release(theirs)
+    before = theirs.read_bytes()
+
+    events: list[Event] = []
+    async with Cache.open(config(tmp_path), layout(), sinks=[events.append]) as cache:
+        async with cache.lookup(prompt) as hit:
+            report = await cache.retrieve(hit, other.view(slots))
+        assert report.tokens == 32
+        assert [failure.cause for failure in report.failed] == [Cause.FOREIGN_VERSION]
+        assert not [event for event in events if isinstance(event, ObjectQuarantined)]
+        assert cache.control.stats().tiers[1].misses == {Cause.FOREIGN_VERSION: 1}
+        async with cache.lookup(prompt) as hit:  # it is not offered again
+            assert hit.tokens == 32
+        (miss,) = (await cache.control.explain(prompt)).misses
+        assert miss.cause is Cause.FOREIGN_VERSION
+        again = await cache.store(prompt, engine.view(slots))
+        assert (again.stored, again.failed) == (1, ())
+        async with cache.lookup(prompt) as hit:  # host memory has it
+            assert (await cache.retrieve(hit, other.view(slots))).tokens == 64
+    assert same(engine.read(slots), other.read(slots))
+    assert theirs.read_bytes() == before
 
 
 @pytest.mark.asyncio

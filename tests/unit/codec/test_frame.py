@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -13,17 +14,21 @@ from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from kvlayer._pack import pack, unpack
-from kvlayer.codec import frame
 from kvlayer.codec.frame import (
     HEADER_NBYTES,
     MAGIC,
     VERSION,
     FrameError,
+    Row,
     check_frame,
     contradicts_header,
+    pack_header,
+    pack_rows,
+    read_header,
+    read_rows,
     write_header,
 )
-from kvlayer.keys import ObjectKey, Part
+from kvlayer.keys import RAW, Encoding, ObjectKey, ObjectName, Part
 from kvlayer.layout import AttentionKind, KVGroup
 from kvlayer.payload import ALIGNMENT, Payload
 from kvlayer.results import Cause
@@ -31,8 +36,8 @@ from kvlayer.results import Cause
 NAMESPACE, CHUNK_HASH = "ab" * 32, bytes(range(32))
 
 
-def make_key(part: Part) -> ObjectKey:
-    return ObjectKey.of(NAMESPACE, "0", CHUNK_HASH, 16, part)
+def make_key(payload: Payload, part: Part | None = None) -> ObjectKey:
+    return ObjectKey.of(NAMESPACE, "0", CHUNK_HASH, payload.tokens, part or payload.part)
 
 
 def mha(layers: int, heads: int = 2, head_size: int = 8) -> KVGroup:
@@ -48,7 +53,7 @@ class Written:
 
     def __init__(self, payload: Payload, *, first_token: int = 32, seed: int = 0) -> None:
         self.payload = payload
-        self.key = make_key(payload.part)
+        self.key = make_key(payload)
         self.first_token = first_token
         self.header = bytearray(random.Random(seed + 1).randbytes(HEADER_NBYTES))  # a reused page
         self.body = bytearray(random.Random(seed).randbytes(payload.nbytes))  # stale slot bytes
@@ -80,7 +85,7 @@ class Written:
         with pytest.raises(FrameError) as caught:
             self.check(filled, **other)
         assert caught.value.detail
-        assert caught.value.cause.is_damage
+        assert caught.value.cause.is_damage or caught.value.cause is Cause.FOREIGN_VERSION
         return caught.value.cause
 
     def fields(self) -> dict[str, Any]:
@@ -89,12 +94,11 @@ class Written:
         assert isinstance(found, dict)
         return found
 
-    def rewrite(self, body: bytes) -> None:
+    def rewrite(self, body: bytes, version: int = VERSION) -> None:
         """Another header with a valid checksum."""
-        frame._PREFIX.pack_into(
-            self.header, 0, MAGIC, VERSION, 0, len(body), xxh3_64_intdigest(body)
-        )
-        self.header[24:] = body + bytes(HEADER_NBYTES - 24 - len(body))
+        prefix = struct.pack("<8sHHI", MAGIC, version, 0, len(body))
+        checksum = struct.pack("<Q", xxh3_64_intdigest(prefix + body))
+        self.header[:] = prefix + checksum + body + bytes(HEADER_NBYTES - 24 - len(body))
 
 
 KINDS = st.sampled_from(list(AttentionKind))
@@ -132,12 +136,11 @@ def test_what_was_written_is_read_back(payload: Payload, first: int, seed: int) 
 
 
 @given(payload=payloads())
-def test_no_stale_byte_of_a_slot_or_page_leaves_the_process(payload: Payload) -> None:
+def test_a_payload_is_only_read_and_no_stale_byte_of_a_page_leaves_the_process(
+    payload: Payload,
+) -> None:
     written = Written(payload)
-    kept = bytearray(len(written.body))
-    for segment in payload.segments():
-        kept[segment.offset : segment.offset + segment.nbytes] = b"\1" * segment.nbytes
-    assert all(byte == 0 for byte, mark in zip(written.body, kept, strict=True) if not mark)
+    assert written.body == random.Random(0).randbytes(payload.nbytes)
     length = int.from_bytes(written.header[12:16], "little")
     assert not any(written.header[24 + length :])
 
@@ -148,21 +151,20 @@ def test_no_stale_byte_of_a_slot_or_page_leaves_the_process(payload: Payload) ->
 def test_a_header_fits_its_page(layers: int, tokens: int, heads: int) -> None:
     """Nothing is allocated: the largest numbers a header can name are written from shapes alone."""
     payload = shape(layers, tokens, heads, 128)
-    rows = [(*s, s.nbytes, (1 << 64) - 1) for s in payload.segments()]
-    body = pack(
-        {
-            "key": str(make_key(payload.part)).replace("/0/", f"/{'f' * 32}/"),
-            "first": 1 << 40,
-            "tokens": tokens,
-            "codec": "raw",
-            "rope": "absolute",
-            "created": 1e18 / 3,
-            "build": "kvlayer-core 12.34.56.dev7890+g0123456789abcdef",
-            "segments": rows,
-        }
+    rows = [Row(*s, s.nbytes, (1 << 64) - 1, 300) for s in payload.segments()]
+    key = ObjectKey.of(NAMESPACE, "f" * 32, CHUNK_HASH, tokens, payload.part)
+    header = memoryview(bytearray(HEADER_NBYTES))
+    pack_rows(
+        header,
+        rows,
+        name=ObjectName.of(key, Encoding(VERSION, "c" * 32, "s" * 32)),
+        first_token=1 << 40,
+        created=1e18 / 3,
+        build="kvlayer-core 12.34.56.dev7890+g0123456789abcdef",
+        # Room for a seal: a tag of 16 bytes for each segment, a nonce and a wrapped key.
+        required={"seal": [bytes(16)] * len(rows), "nonce": bytes(12), "key": bytes(72)},
     )
     assert len(rows) <= 64
-    assert 24 + len(body) <= HEADER_NBYTES
 
 
 def test_the_header_says_what_the_contract_says() -> None:
@@ -170,17 +172,17 @@ def test_the_header_says_what_the_contract_says() -> None:
     fields = written.fields()
     rows = fields.pop("segments")
     assert fields == {
-        "key": str(written.key),
+        "name": f"{written.key}/2.raw",
         "first": 32,
         "tokens": 16,
-        "codec": "raw",
         "rope": "absolute",
         "created": 1.5,
         "build": "test",
+        "must": [],
     }
     (segment,) = written.payload.segments()
     stored = written.body[: segment.nbytes]
-    assert rows == [[*segment, segment.nbytes, xxh3_64_intdigest(stored)]]
+    assert rows == [[*segment, segment.nbytes, xxh3_64_intdigest(stored), 0]]
 
 
 def test_a_header_that_cannot_fit_is_refused() -> None:
@@ -190,7 +192,7 @@ def test_a_header_that_cannot_fit_is_refused() -> None:
         write_header(
             memoryview(bytearray(HEADER_NBYTES)),
             memoryview(bytearray(payload.nbytes)),
-            key=make_key(part),
+            key=make_key(payload, part),
             payload=payload,
             first_token=0,
             created=0.0,
@@ -243,19 +245,21 @@ def test_a_flipped_byte_anywhere_in_the_header_is_damage_or_means_nothing() -> N
     written = Written(shape())
     length = int.from_bytes(written.header[12:16], "little")
     for at in range(24 + length):
-        written.header[at] ^= 0x01
-        if at in (10, 11):  # reserved: zero, unread
-            written.check()
-        else:
-            expected = Cause.FOREIGN_VERSION if at in (8, 9) else Cause.CORRUPT
-            assert written.cause() is expected, at
-        written.header[at] ^= 0x01
+        for bit in (0x01, 0x80):
+            written.header[at] ^= bit
+            assert written.cause() is Cause.CORRUPT, at  # a version that was flipped is none
+            written.header[at] ^= bit
 
 
 def test_a_frame_of_another_version_is_foreign() -> None:
-    written = Written(shape())
-    written.header[8:10] = (VERSION + 1).to_bytes(2, "little")
-    assert written.cause() is Cause.FOREIGN_VERSION
+    """And no damage: a mixed fleet must not take each other's objects away."""
+    for version in (1, VERSION + 1, 65535):
+        for body in (pack({"later": 1}), b"no map at all"):
+            written = Written(shape())
+            written.rewrite(body, version)
+            assert written.cause() is Cause.FOREIGN_VERSION
+            assert not contradicts_header(written.header, 8192)
+    assert not Cause.FOREIGN_VERSION.is_damage
 
 
 def test_a_length_beyond_the_page_is_corrupt() -> None:
@@ -280,13 +284,21 @@ def test_another_position_or_length_is_misplaced() -> None:
     assert written.cause(first_token=31) is Cause.MISPLACED
     # The same bytes read as a longer or shorter chunk: same part, same key, other token count.
     assert written.cause(payload=shape(tokens=15)) is Cause.MISPLACED
+    longer = ObjectKey.of(NAMESPACE, "0", CHUNK_HASH, 17, written.payload.part)
+    assert written.cause(key=longer) is Cause.MISPLACED
 
 
 FOREIGN: list[Callable[[dict[str, Any]], object]] = [
-    lambda f: f.update(codec="zstd"),
-    lambda f: f.update(codec=None),
-    lambda f: f.pop("codec"),
+    lambda f: f.update(must=["seal"], seal=b"x"),
+    lambda f: f.update(must=["first"]),
+    lambda f: f.update(must=[1]),
+    lambda f: f.update(must=None),
+    lambda f: f.pop("must"),
+    lambda f: f.update(first=None),
     lambda f: f.update(rope="none"),
+    lambda f: f.update(segments=f["segments"] * 70),
+    lambda f: f["segments"][0].__setitem__(3, f["segments"][0][3] + 1),
+    lambda f: f["segments"][0].__setitem__(6, 1),
     lambda f: f.update(segments=[]),
     lambda f: f.update(segments=None),
     lambda f: f.update(segments=[[0, 3]]),
@@ -296,6 +308,7 @@ FOREIGN: list[Callable[[dict[str, Any]], object]] = [
     lambda f: f["segments"][0].append(0),
     lambda f: f["segments"][0].__setitem__(5, "checksum"),
     lambda f: f["segments"][0].__setitem__(5, None),
+    lambda f: f["segments"][0].__setitem__(5, True),
 ]
 
 
@@ -326,7 +339,7 @@ MSGPACK = st.recursive(
     ),
     max_leaves=12,
 )
-NAMES = st.sampled_from(["key", "first", "tokens", "codec", "rope", "created", "segments"])
+NAMES = st.sampled_from(["name", "first", "tokens", "must", "rope", "created", "segments"])
 
 
 @given(changes=st.dictionaries(NAMES, MSGPACK), kept=st.booleans())
@@ -343,7 +356,7 @@ def test_wrong_types_behind_a_valid_checksum_are_a_frame_error(
         written.cause()
 
 
-@given(rows=st.lists(st.lists(MSGPACK, max_size=7), max_size=3), choice=st.integers(0, 5))
+@given(rows=st.lists(st.lists(MSGPACK, max_size=8), max_size=3), choice=st.integers(0, 6))
 def test_wrong_types_in_the_segment_table_are_a_frame_error(
     rows: list[list[Any]], choice: int
 ) -> None:
@@ -426,7 +439,7 @@ def test_a_header_tells_whether_its_object_is_cut_short(
 @given(
     junk=st.binary(max_size=64),
     nbytes=st.integers(1, 10_000),
-    at=st.integers(0, 9) | st.integers(12, 200),  # two bytes are reserved
+    at=st.integers(0, 200),
 )
 def test_of_what_has_no_header_nobody_can_tell(junk: bytes, nbytes: int, at: int) -> None:
     head = (b"x" + junk + bytes(HEADER_NBYTES))[: min(nbytes, HEADER_NBYTES)]
@@ -434,3 +447,93 @@ def test_of_what_has_no_header_nobody_can_tell(junk: bytes, nbytes: int, at: int
     damaged = bytearray(Written(shape()).header)
     damaged[at] ^= 1
     assert not contradicts_header(bytes(damaged), HEADER_NBYTES + 1)
+
+
+# -- encodings other than raw ---------------------------------------------------------------------
+
+
+def test_an_object_of_another_encoding_is_misplaced_under_the_name_of_this_one() -> None:
+    written = Written(shape())
+    name = ObjectName.of(written.key, Encoding(VERSION, "zstd-1"))
+    rows = read_rows(
+        memoryview(written.header),
+        written.nbytes,
+        name=ObjectName.of(written.key, RAW),
+        payload=written.payload,
+        first_token=32,
+    ).rows
+    header = memoryview(written.header)
+    pack_rows(header, rows, name=name, first_token=32, created=0.0, build="")
+    assert written.cause() is Cause.MISPLACED
+
+
+@given(payload=payloads(), data=st.data())
+def test_encoded_segments_lie_back_to_back_and_are_padded_once(payload: Payload, data: Any) -> None:
+    name = ObjectName.of(make_key(payload), Encoding(VERSION, "doubling"))
+    rows, end = [], 0
+    for segment in payload.segments():
+        nbytes = data.draw(st.integers(1, 2 * segment.nbytes))
+        meta = data.draw(st.integers(0, nbytes))
+        raw = segment.nbytes
+        rows.append(Row(segment.layer, segment.num_layers, end, raw, nbytes, 7, meta))
+        end += nbytes
+    header = memoryview(bytearray(HEADER_NBYTES))
+    needs = {"table": [1, 2, 3]}
+    pack_rows(header, rows, name=name, first_token=None, created=0.0, build="", required=needs)
+    filled = HEADER_NBYTES + -(-end // ALIGNMENT) * ALIGNMENT
+
+    def read(
+        filled: int, understood: tuple[str, ...] = ("table",), first: int | None = None
+    ) -> Any:
+        return read_rows(
+            header,
+            filled,
+            name=name,
+            payload=payload,
+            first_token=first,
+            understood=understood,
+        )
+
+    found = read(filled)
+    assert found.rows == tuple(rows)
+    assert found.fields["table"] == [1, 2, 3]
+    assert found.body_nbytes == end
+    assert not contradicts_header(header, filled)
+    assert contradicts_header(header, filled + ALIGNMENT)
+    for wrong, cause in (
+        (lambda: read(filled - 1), Cause.TRUNCATED),
+        (lambda: read(filled, ()), Cause.FOREIGN_VERSION),
+        (lambda: read(filled, first=0), Cause.FOREIGN_VERSION),
+    ):
+        with pytest.raises(FrameError) as caught:
+            wrong()
+        assert caught.value.cause is cause
+
+
+def test_an_object_whose_position_nobody_knows_is_for_readers_that_do_not_know_it_either() -> None:
+    written = Written(shape(), first_token=None)  # type: ignore[arg-type]
+    written.check()
+    assert written.fields()["first"] is None
+    assert written.cause(first_token=0) is Cause.FOREIGN_VERSION
+    placed = Written(shape(), first_token=0)
+    assert placed.cause(first_token=None) is Cause.FOREIGN_VERSION
+
+
+def test_checksums_alone_make_the_header_that_writing_makes() -> None:
+    written = Written(shape(70, 16, 2, 512))
+    header = memoryview(bytearray(HEADER_NBYTES))
+    about: dict[str, Any] = {"key": written.key, "payload": written.payload, "first_token": 32}
+    checksums = read_header(memoryview(written.header), written.nbytes, **about)
+    assert len(checksums) > 10
+    pack_header(header, checksums, created=1.5, build="test", **about)
+    assert header == written.header
+
+
+def test_overlapping_or_distant_segments_are_no_object_of_ours() -> None:
+    written = Written(shape(70, 16, 2, 512))
+    fields = written.fields()
+    for at, by in ((1, -1), (1, 1), (0, 4096)):
+        changed = [[*row] for row in fields["segments"]]
+        changed[at][2] += by
+        written.rewrite(pack({**fields, "segments": changed}))
+        assert written.cause() is Cause.FOREIGN_VERSION

@@ -321,7 +321,7 @@ DAMAGE: list[tuple[Any, Cause]] = [
     (lambda stored: stored[:-1], Cause.TRUNCATED),
     (lambda stored: stored[:5000] + b"\xff" + stored[5001:], Cause.CORRUPT),
     (lambda stored: bytes(len(stored)), Cause.CORRUPT),
-    (lambda stored: stored[:8] + b"\x09" + stored[9:], Cause.FOREIGN_VERSION),
+    (lambda stored: stored[:8] + b"\x09" + stored[9:], Cause.CORRUPT),
 ]
 
 
