@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -140,15 +140,21 @@ class Control:
         with planner.lock:
             counts = {tier.index: planner.directory.held(tier.index) for tier in stack.lower}
             extents = planner.host.extents
-            host = stack.host.stats(
-                len(planner.host), extents.used, extents.capacity, planner.host.pinned_nbytes
+            host = replace(
+                stack.host.stats(
+                    len(planner.host), extents.used, extents.capacity, planner.host.pinned_nbytes
+                ),
+                policies_replaced=planner.host.order.replaced,
             )
             leases, owners = len(planner.leases), planner.leases.owners()
         lower = [
-            tier.stats(
-                counts[tier.index],
-                getattr(tier.backend, "used_nbytes", 0),
-                getattr(tier.backend, "capacity_nbytes", None),
+            replace(
+                tier.stats(
+                    counts[tier.index],
+                    getattr(tier.backend, "used_nbytes", 0),
+                    getattr(tier.backend, "capacity_nbytes", None),
+                ),
+                policies_replaced=getattr(tier.backend, "policies_replaced", 0),
             )
             for tier in stack.lower
         ]

@@ -269,7 +269,7 @@ def _make_planner(
         layout,
         tiers=[tier.name for tier in tiers],
         capacity=capacity,
-        policy=POLICIES.load(config.policy)(),
+        policy=POLICIES.load(config.policy),
         tokens_per_chunk=namespace.tokens_per_chunk,
         tokens_per_tail=namespace.tokens_per_tail,
         head_shards=config.head_shards,

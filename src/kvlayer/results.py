@@ -161,6 +161,8 @@ class TierStats:
     """What a load moves beyond that; None while nothing was loaded."""
     demoted: int = 0
     """Dropped from host memory before its room was needed; a lower tier has them."""
+    policies_replaced: int = 0
+    """How often the eviction policy broke its contract and ``prefix-lru`` took its place."""
     set_aside: int = 0
     """Objects that failed three times in a row: not offered until they are written anew."""
 

@@ -36,31 +36,38 @@ class Retention:
     keep_until: float = 0.0
 
     def __post_init__(self) -> None:
-        # Callers pass what a request said, types unchecked; hence ``object``.
-        priority: object = self.priority
-        if (
-            isinstance(priority, bool)
-            or not isinstance(priority, int)
-            or not -_HIGHEST <= priority <= _HIGHEST
-        ):
-            raise ConfigError(
-                f"a priority is a whole number from {-_HIGHEST} to {_HIGHEST}, found {priority!r}",
-                hint="0 is every request's that says nothing; higher ones go later",
-            )
-        until: object = self.keep_until
-        if (
-            isinstance(until, bool)
-            or not isinstance(until, int | float)
-            or not 0 <= until < _LATEST
-        ):
-            raise ConfigError(
-                f"keep_until is a time in Unix seconds, found {until!r}",
-                hint="pass time.time() plus the seconds to keep it, or 0 for no such time",
-            )
+        _check_priority(self.priority)
+        _check_time(self.keep_until)
+
+    def joined(self, other: Retention) -> Retention:
+        """What is wished of an object that two requests stored: the higher of each."""
+        if self == other:
+            return self
+        until = max(self.keep_until, other.keep_until)
+        return Retention(max(self.priority, other.priority), until)
 
     def rank(self, now: float) -> int:
         """Where the object stands at ``now`` (Unix seconds): of two, the lower rank goes first."""
         return self.priority + _HIGHEST + (_PRIORITIES if now < self.keep_until else 0)
+
+
+# Callers pass what a request said, types unchecked; hence ``object``.
+
+
+def _check_priority(found: object) -> None:
+    if not isinstance(found, int) or isinstance(found, bool) or not -_HIGHEST <= found <= _HIGHEST:
+        raise ConfigError(
+            f"a priority is a whole number from {-_HIGHEST} to {_HIGHEST}, found {found!r}",
+            hint="0 is every request's that says nothing; higher ones go later",
+        )
+
+
+def _check_time(found: object) -> None:
+    if not isinstance(found, int | float) or isinstance(found, bool) or not 0 <= found < _LATEST:
+        raise ConfigError(
+            f"keep_until is a time in Unix seconds, found {found!r}",
+            hint="pass time.time() plus the seconds to keep it, or 0 for no such time",
+        )
 
 
 ORDINARY = Retention()

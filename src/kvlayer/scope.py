@@ -81,6 +81,14 @@ def _check_start(what: str, first_token: object) -> None:
         )
 
 
+def _check_retention(found: object) -> None:
+    if not isinstance(found, Retention):
+        raise ConfigError(
+            f"a scope's retention is a Retention, found {found!r}",
+            hint="pass kvlayer.Retention(priority=1), or leave it out",
+        )
+
+
 class Extra(Enum):
     """A kind of what folds into the names of tokens."""
 
@@ -107,17 +115,19 @@ class Scope:
 
     def __post_init__(self) -> None:
         _check_digest("an adapter", self.adapter)
-        retention: object = self.retention
-        if not isinstance(retention, Retention):
-            raise ConfigError(
-                f"a scope's retention is a Retention, found {retention!r}",
-                hint="pass kvlayer.Retention(priority=1), or leave it out",
-            )
+        _check_retention(self.retention)
 
     @classmethod
-    def private(cls, salt: str, *, first_token: int = 0, owner: str = "") -> Scope:
+    def private(
+        cls,
+        salt: str,
+        *,
+        first_token: int = 0,
+        owner: str = "",
+        retention: Retention = ORDINARY,
+    ) -> Scope:
         """The scope of one tenant or session."""
-        return cls(salts=(Salt(salt, first_token),), owner=owner)
+        return cls(salts=(Salt(salt, first_token),), owner=owner, retention=retention)
 
     def extras(self) -> list[tuple[Extra, int, bytes]]:
         """What folds into the chain, as (kind, first token, bytes): adapter, contents, salts.

@@ -27,8 +27,8 @@ from kvlayer.abc.backend import (
     WriteResult,
 )
 from kvlayer.abc.host import HostMemory
-from kvlayer.abc.policy import EvictionPolicy
 from kvlayer.errors import BackendError, ClosedError, ConfigError
+from kvlayer.eviction.order import EvictionOrder
 from kvlayer.keys import ObjectKey
 from kvlayer.memory.extents import Extents
 from kvlayer.memory.slab import Slab
@@ -57,7 +57,12 @@ class _Held:
     written: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the writer has ended, well or not."""
     readers: int = 0
-    is_ready: bool = False
+    row: int = -1
+    """In the order of eviction, once it is ready."""
+
+    @property
+    def is_ready(self) -> bool:
+        return self.row >= 0
 
 
 class CpuBackend(Backend, HostMemory):
@@ -72,7 +77,9 @@ class CpuBackend(Backend, HostMemory):
 
     def __init__(self, options: CpuOptions) -> None:
         self._options = options
-        self._policy: EvictionPolicy = POLICIES.load_option("policy", options.policy)()
+        self._order = EvictionOrder(POLICIES.load_option("policy", options.policy))
+        self._keys: dict[int, ObjectKey] = {}
+        """By row of the order."""
         self._slab: Slab | None = None
         self._extents = Extents(options.capacity)
         self._held: dict[ObjectKey, _Held] = {}
@@ -106,6 +113,11 @@ class CpuBackend(Backend, HostMemory):
     def used_nbytes(self) -> int:
         """Bytes held, as a lower tier."""
         return self._extents.used
+
+    @property
+    def policies_replaced(self) -> int:
+        """How often the eviction policy broke its contract and was replaced."""
+        return self._order.replaced
 
     async def open(self) -> None:
         if self._slab is None:
@@ -153,7 +165,7 @@ class CpuBackend(Backend, HostMemory):
         start = min(read.offset, held.nbytes)
         nbytes = min(held.nbytes - start, read.nbytes)
         source = slab.view(held.offset + start, nbytes)
-        self._hold(read.key, held)
+        self._hold(held)
         try:
             await self._copies.run(_copy_out, source, read)
         finally:
@@ -171,7 +183,7 @@ class CpuBackend(Backend, HostMemory):
                 if held is None or not held.is_ready:
                     lent.append(None)
                     continue
-                self._hold(key, held)
+                self._hold(held)
                 view = slab.view(held.offset, held.nbytes)
                 each = Lent((view.toreadonly(),), held.version)
                 view.release()
@@ -186,10 +198,10 @@ class CpuBackend(Backend, HostMemory):
                         region.release()
                     self._let_go(key, held)
 
-    def _hold(self, key: ObjectKey, held: _Held) -> None:
+    def _hold(self, held: _Held) -> None:
         """Somebody reads these bytes: they stay where they are until :meth:`_let_go`."""
         held.readers += 1
-        self._policy.pin(key)
+        self._order.pin((held.row,))
 
     def _let_go(self, key: ObjectKey, held: _Held) -> None:
         held.readers -= 1
@@ -197,7 +209,7 @@ class CpuBackend(Backend, HostMemory):
         if held.readers:
             return
         if self._held.get(key) is held:
-            self._policy.unpin((key,))
+            self._order.unpin((held.row,), used=True)
         else:  # deleted meanwhile
             self._extents.release(held.offset)
 
@@ -221,8 +233,14 @@ class CpuBackend(Backend, HostMemory):
         target = slab.view(offset, write.nbytes)
         try:
             await self._copies.run(_copy_in, write.regions, target)
-            held.is_ready = True
-            self._policy.admit((write.key,))
+            held.row = self._order.add(
+                hash(write.key),
+                write.nbytes,
+                first_token=write.first_token,
+                tokens=write.tokens,
+                retention=write.retention,
+            )
+            self._keys[held.row] = write.key
         finally:
             target.release()
             held.written.set()
@@ -235,19 +253,27 @@ class CpuBackend(Backend, HostMemory):
             return None
         gone: list[tuple[ObjectKey, int]] = []
         offset = self._extents.allocate(nbytes)
-        while offset is None and (victim := self._policy.victim()) is not None:
-            held = self._held[victim]
-            self._drop(victim, held)
-            gone.append((victim, held.nbytes))
+        while offset is None and (row := self._order.victim(time())) is not None:
+            key = self._keys[row]
+            held = self._held[key]
+            self._drop(key, held, evicted=True)
+            gone.append((key, held.nbytes))
             offset = self._extents.allocate(nbytes)
         if gone and self.on_evicted is not None:
-            self.on_evicted(gone, self._policy.name)
+            self.on_evicted(gone, self._order.name)
         return offset
 
-    def _drop(self, key: ObjectKey, held: _Held) -> None:
-        del self._held[key]
-        self._policy.remove(key)
+    def _drop(self, key: ObjectKey, held: _Held, *, evicted: bool = False) -> None:
+        self._hide(key, held, evicted=evicted)
         self._extents.release(held.offset)
+
+    def _hide(self, key: ObjectKey, held: _Held, *, evicted: bool = False) -> None:
+        """Nobody finds it any more; its bytes are still taken."""
+        del self._held[key]
+        if held.row >= 0:
+            del self._keys[held.row]
+            self._order.remove(held.row, evicted=evicted)
+            held.row = -1
 
     async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
         for key in keys:
@@ -255,8 +281,7 @@ class CpuBackend(Backend, HostMemory):
             if held is None or not held.is_ready:
                 continue
             if held.readers:  # its bytes go when the last reader leaves
-                del self._held[key]
-                self._policy.remove(key)
+                self._hide(key, held)
             else:
                 self._drop(key, held)
         return [None] * len(keys)
@@ -269,7 +294,8 @@ class CpuBackend(Backend, HostMemory):
         return [None] * len(items)
 
     async def touch(self, keys: Sequence[ObjectKey], /) -> None:
-        self._policy.touch(list(reversed(keys)))
+        found = [self._held.get(key) for key in reversed(keys)]
+        self._order.touch([held.row for held in found if held is not None and held.is_ready])
 
     async def list(self, prefix: str = "", /) -> AsyncIterator[Listed]:
         for key, held in list(self._held.items()):

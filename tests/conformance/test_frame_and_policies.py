@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from kvlayer.abc.policy import EvictionPolicy
+from kvlayer.abc.rows import Rows
 from kvlayer.codec.frame import HEADER_NBYTES, FrameError, check_frame, write_header
-from kvlayer.keys import ObjectKey
+from kvlayer.eviction.arc import ARC
+from kvlayer.eviction.lfu import LFU
+from kvlayer.eviction.lru import LRU, PrefixLRU
 from kvlayer.results import Cause
 from kvlayer.testing import FrameSuite, PolicySuite, Suite
-from kvlayer.tier.arc import ARC
-from kvlayer.tier.evict import LRU, PrefixLRU
 
 
 class TestFrame(FrameSuite):
@@ -34,6 +35,10 @@ class TestARC(PolicySuite):
     policy = ARC
 
 
+class TestLFU(PolicySuite):
+    policy = LFU
+
+
 def broken_in(suite: Suite) -> list[str]:
     return [v.promise.name for v in suite.run() if not v.is_good]
 
@@ -41,79 +46,110 @@ def broken_in(suite: Suite) -> list[str]:
 # -- policies ------------------------------------------------------------------------------------
 
 
+class Counted(LRU):
+    """Knows by itself what it orders, so that a liar can go by it."""
+
+    def __init__(self, rows: Rows, /) -> None:
+        super().__init__(rows)
+        self.ordered: dict[int, None] = {}
+        self.pinned: set[int] = set()
+
+    def admit(self, path: Sequence[int], /) -> None:
+        super().admit(path)
+        self.ordered |= dict.fromkeys(path)
+
+    def pin(self, path: Sequence[int], /) -> None:
+        super().pin(path)
+        for row in path:
+            self.ordered.pop(row, None)
+        self.pinned.update(path)
+
+    def unpin(self, path: Sequence[int], /, *, used: bool) -> None:
+        super().unpin(path, used=used)
+        self.pinned.difference_update(path)
+        self.ordered |= dict.fromkeys(path)
+
+    def remove(self, row: int, /, *, evicted: bool) -> None:
+        super().remove(row, evicted=evicted)
+        self.pinned.discard(row)
+
+
 class Nameless(LRU):
     name = ""
 
 
-class ForgetsTheOldest(LRU):
+class ForgetsTheOldest(Counted):
     """Of a crowd it drops the first, as a bounded queue would."""
 
-    def admit(self, path: Sequence[ObjectKey], /) -> None:
+    def victim(self) -> int | None:
+        return None if len(self.ordered) > 15 else super().victim()
+
+
+class ForgetsItsVictim(Counted):
+    """Right as long as its caller gives it up at once, too."""
+
+    def __init__(self, rows: Rows, /) -> None:
+        super().__init__(rows)
+        self.asked = 0
+
+    def admit(self, path: Sequence[int], /) -> None:
         super().admit(path)
-        if len(self._order) > 15:
-            self._order.popitem(last=False)
-
-
-class RemovesItsVictim(LRU):
-    """Right as long as its caller removes it at once, too."""
-
-    def __init__(self) -> None:
-        super().__init__()
         self.asked = 0
 
-    def admit(self, path: Sequence[ObjectKey], /) -> None:
-        self.asked = 0
-        super().admit(path)
-
-    def touch(self, path: Sequence[ObjectKey], /) -> None:
-        self.asked = 0
-        super().touch(path)
-
-    def victim(self) -> ObjectKey | None:
+    def victim(self) -> int | None:
         self.asked += 1
-        if self.asked < 4 or len(self._order) != 5 or self._first or self._pinned:
+        if self.asked < 3 or len(self.ordered) != 5 or self.pinned:
             return super().victim()
-        return list(self._order)[1]
+        return next(row for row in self.ordered if row != super(Counted, self).victim())
 
 
-class WalksOverPins(LRU):
-    def victim(self) -> ObjectKey | None:
-        for _ in self._pinned:
+class WalksOverPins(Counted):
+    def victim(self) -> int | None:
+        for _ in self.pinned:
             pass
         return super().victim()
 
 
+class LooksForItsRow(Counted):
+    """A list that is searched: no instruction of Python says so."""
+
+    def refresh(self, path: Sequence[int], /) -> None:
+        super().refresh(path)
+        for row in path:
+            [*self.ordered][::-1].index(row)
+
+
 class LooksAtTheClock(LRU):
-    def touch(self, path: Sequence[ObjectKey], /) -> None:
+    def touch(self, path: Sequence[int], /) -> None:
         monotonic()
         super().touch(path)
 
 
 class WritesAJournal(LRU):
-    def demote(self, key: ObjectKey, /) -> None:
+    def unpin(self, path: Sequence[int], /, *, used: bool) -> None:
         with Path("/dev/null").open("w") as journal:
-            journal.write(key)
-        super().demote(key)
+            journal.write(str(path))
+        super().unpin(path, used=used)
 
 
-class UnpinsWhatIsStoredAgain(LRU):
-    """No single promise stores a prompt again while a move holds it; the random calls do."""
+class UnpinsWhatIsStoredBesideIt(Counted):
+    """No single promise stores something while a move holds another; the random calls do."""
 
-    def admit(self, path: Sequence[ObjectKey], /) -> None:
-        for key in path:
-            if self._pinned.get(key) is False:
-                del self._pinned[key]
-        super().admit(path)
+    def refresh(self, path: Sequence[int], /) -> None:
+        super().refresh(path)
+        if len(self.pinned) == 1 and len(self.ordered) > 2:
+            super().unpin(list(self.pinned), used=False)
 
 
 POLICY_LIARS: dict[type[EvictionPolicy], str] = {
     Nameless: "it has a name",
     ForgetsTheOldest: "it names what is there as long as something is",
-    RemovesItsVictim: "naming a victim changes nothing",
+    ForgetsItsVictim: "naming a victim changes nothing",
     WalksOverPins: "a call costs the same among few and many",
+    LooksForItsRow: "a call costs the same among few and many",
     LooksAtTheClock: "it looks at no clock and opens nothing",
     WritesAJournal: "it looks at no clock and opens nothing",
-    UnpinsWhatIsStoredAgain: "any calls in any order leave it knowing what is there",
+    UnpinsWhatIsStoredBesideIt: "any calls in any order leave it knowing what is there",
 }
 
 
@@ -125,61 +161,40 @@ def test_a_lying_policy_fails_exactly_the_promise_it_breaks(liar: type[EvictionP
     assert broken_in(Asked()) == [POLICY_LIARS[liar]]
 
 
-class CountsPins(LRU):
-    """Keeps what was pinned twice when it was unpinned once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: dict[ObjectKey, int] = {}
-
-    def pin(self, key: ObjectKey, /) -> None:
-        self.count[key] = self.count.get(key, 0) + 1
-        super().pin(key)
-
-    def unpin(self, path: Sequence[ObjectKey], /) -> None:
-        for key in path:
-            self.count[key] = self.count.get(key, 1) - 1
-            if self.count[key] <= 0:
-                super().unpin([key])
-
-
 class NamesPinned(LRU):
-    def pin(self, key: ObjectKey, /) -> None: ...
+    def pin(self, path: Sequence[int], /) -> None: ...
+
+    def unpin(self, path: Sequence[int], /, *, used: bool) -> None: ...
 
 
-class DemotesNothing(LRU):
-    def demote(self, key: ObjectKey, /) -> None: ...
+class KeepsOneThatNobodyUsed(Counted):
+    """What is unpinned stays pinned when nobody has used it."""
+
+    def unpin(self, path: Sequence[int], /, *, used: bool) -> None:
+        if used:
+            super().unpin(path, used=used)
 
 
-class RemembersTheRemoved(LRU):
-    def remove(self, key: ObjectKey, /) -> None:
-        if key in self._pinned:
-            return
-        super().remove(key)
+class RemembersTheRemoved(Counted):
+    """A number that is another's is still taken for the one before."""
 
+    def __init__(self, rows: Rows, /) -> None:
+        super().__init__(rows)
+        self.deleted: set[int] = set()
 
-class ForgetsEarlyPins(LRU):
-    """What was pinned before it arrived is free as soon as it does."""
+    def remove(self, row: int, /, *, evicted: bool) -> None:
+        super().remove(row, evicted=evicted)
+        if not evicted:
+            self.deleted.add(row)
 
-    def pin(self, key: ObjectKey, /) -> None:
-        if key in self._order or key in self._first:
-            super().pin(key)
-
-
-class TakesInWhatIsTouched(LRU):
-    def touch(self, path: Sequence[ObjectKey], /) -> None:
-        super().touch(path)
-        for key in path:
-            if key not in self._order and key not in self._pinned:
-                self._order[key] = None
+    def victim(self) -> int | None:
+        row = super().victim()
+        return None if row in self.deleted else row
 
 
 ALSO_RANDOM: dict[type[EvictionPolicy], str] = {
-    CountsPins: "an unpinned object may go again",
     NamesPinned: "a pinned object is never named",
-    ForgetsEarlyPins: "what is pinned before it arrives may go once it did and is let go",
-    TakesInWhatIsTouched: "touching what is unknown or pinned is ignored",
-    DemotesNothing: "what was demoted goes first in its order",
+    KeepsOneThatNobodyUsed: "an unpinned object may go again",
     RemembersTheRemoved: "a removed object does not come back",
 }
 """Random calls find whatever a single promise finds; it says which."""

@@ -23,6 +23,7 @@ from kvlayer.abc.stager import HostCopy, Stager
 from kvlayer.codec.frame import HEADER_NBYTES
 from kvlayer.errors import BackendError
 from kvlayer.events import Emitter, Event
+from kvlayer.eviction.lru import PrefixLRU
 from kvlayer.keys import ChunkChain, ObjectKey, Part, Scope
 from kvlayer.layout import (
     NHD,
@@ -38,7 +39,6 @@ from kvlayer.memory.slab import Slab
 from kvlayer.testing import invariants
 from kvlayer.testing.memory import MemoryBackend as Honest
 from kvlayer.tier.device import LocalDevice
-from kvlayer.tier.evict import PrefixLRU
 from kvlayer.tier.guard import Guard
 from kvlayer.tier.objects import Objects
 from kvlayer.tier.planner import Planner, Reservation, StorePlan
@@ -115,7 +115,7 @@ def make_planner(
     tiers: int = 2,
     head_shards: int = 0,
     clock: Callable[[], float] | None = None,
-    policy: EvictionPolicy | None = None,
+    policy: type[EvictionPolicy] = PrefixLRU,
 ) -> Planner:
     """A planner over ``pages`` 4 KiB pages of host memory."""
     return Planner(
@@ -123,7 +123,7 @@ def make_planner(
         layout or plain_layout(),
         tiers=[f"tier-{i}" for i in range(tiers)],
         capacity=pages * 4096,
-        policy=policy or PrefixLRU(),
+        policy=policy,
         tokens_per_chunk=CHUNK,
         tokens_per_tail=TAIL,
         head_shards=head_shards,
@@ -348,7 +348,7 @@ def make_rig(
     head_shards: int = 0,
     shared: bool = False,
     watermarks: tuple[float, float] = (1.0, 1.0),
-    policy: EvictionPolicy | None = None,
+    policy: type[EvictionPolicy] = PrefixLRU,
 ) -> Rig:
     """A whole stack without files, devices or a moving clock. Needs a running loop."""
     clock = Clock()

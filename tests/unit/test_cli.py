@@ -110,6 +110,7 @@ def test_info_names_every_plugin_and_who_ships_it(kvlayer):
         ("kvlayer.backends", "cpu"),
         ("kvlayer.backends", "file"),
         ("kvlayer.policies", "arc"),
+        ("kvlayer.policies", "lfu"),
         ("kvlayer.policies", "lru"),
         ("kvlayer.policies", "prefix-lru"),
         ("kvlayer.commands", "bench"),

@@ -3,68 +3,71 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar, TypeAlias
 
-from kvlayer.keys import ObjectKey
+from kvlayer.abc.rows import Rows
 
-__all__ = ["EvictionPolicy"]
+__all__ = ["EvictionPolicy", "PolicyMaker"]
 
 
 class EvictionPolicy(ABC):
-    """Orders the objects of one tier by how cheap they are to lose. Built without arguments.
+    """Orders objects of one tier by how cheap they are to lose. Built with the tier's ``rows``.
 
-    A policy knows every object of its tier; pinned ones it never names. Every call costs O(1) per
-    key, whatever the number of objects or pins. Paths run from the start of the prompt.
+    Objects are row numbers. A policy knows an object from ``admit`` to ``remove``. A policy names
+    those that are not pinned. Paths run from the start of a prompt and name no row twice.
+    Every call costs O(1) per row, whatever the number of objects or pins.
+
+    The tier keeps the rules, so a policy checks nothing: each method says which rows it is given.
+    What was demoted, what is to be kept and priorities are the tier's affair, too: it builds a
+    policy for each set of objects that stand equal in these.
+
+    A policy that raises, or names a row it must not name, is replaced by ``prefix-lru``.
     """
 
     name: ClassVar[str]
 
-    @abstractmethod
-    def admit(self, path: Sequence[ObjectKey], /) -> None:
-        """Add objects that became resident; they are the most recent now.
+    def __init__(self, rows: Rows, /) -> None:
+        self.rows = rows
 
-        A known key becomes recent again, but is not *used*: storing a prompt in steps names its
-        beginning many times and serves no one. A pinned key becomes evictable when it is unpinned,
-        and when it was not known before, that unpinning belongs to its arrival and is no use.
+    @abstractmethod
+    def admit(self, path: Sequence[int], /) -> None:
+        """Add objects that became resident, none of them known; they are the most recent now."""
+
+    @abstractmethod
+    def refresh(self, path: Sequence[int], /) -> None:
+        """Known objects, none of them pinned, were stored again: they are the most recent now.
+
+        That is no *use*: storing a prompt in steps names its beginning many times and serves no
+        one.
         """
 
     @abstractmethod
-    def touch(self, path: Sequence[ObjectKey], /) -> None:
-        """Record that a request used consecutive objects of a prompt, once.
+    def touch(self, path: Sequence[int], /) -> None:
+        """A request used consecutive objects of a prompt, once. None of them is pinned."""
 
-        Unknown or pinned keys are ignored.
+    @abstractmethod
+    def pin(self, path: Sequence[int], /) -> None:
+        """Take known objects, none of them pinned, out of the order: name none of them."""
+
+    @abstractmethod
+    def unpin(self, path: Sequence[int], /, *, used: bool) -> None:
+        """Put pinned objects back into the order; they are the most recent now.
+
+        ``used``: a request used them, once.
         """
 
     @abstractmethod
-    def pin(self, key: ObjectKey, /) -> None:
-        """Never name this object until it is unpinned. Pinning twice is the caller's to count.
+    def remove(self, row: int, /, *, evicted: bool) -> None:
+        """Forget a pinned object; its number will be another's.
 
-        A key that is not known yet may be pinned: it is about to be admitted.
+        ``evicted``: it made room for others. Otherwise it was deleted, or stands with others now.
         """
 
     @abstractmethod
-    def unpin(self, path: Sequence[ObjectKey], /) -> None:
-        """Make pinned objects evictable again; counts as one use of the path.
+    def victim(self) -> int | None:
+        """The object to give up next, or None when nothing is evictable. Changes nothing."""
 
-        A pinned key that was never admitted is forgotten.
-        """
 
-    @abstractmethod
-    def demote(self, key: ObjectKey, /) -> None:
-        """Prefer this object over all others for eviction, in the order of these calls.
-
-        A later use takes that back. A pinned object comes first once it is unpinned.
-        """
-
-    @abstractmethod
-    def remove(self, key: ObjectKey, /) -> None:
-        """Forget an object. Unknown keys are ignored.
-
-        One that ``victim`` named last, or that was demoted, made room for others; any other was
-        deleted. A policy that learns from what it evicted may tell the two apart.
-        """
-
-    @abstractmethod
-    def victim(self) -> ObjectKey | None:
-        """The object to give up next, or None when nothing is evictable. Does not remove it."""
+PolicyMaker: TypeAlias = Callable[[Rows], EvictionPolicy]
+"""A policy's class, or whatever else builds a policy for a tier's rows."""

@@ -46,7 +46,7 @@ class _Full:
             KVLayout.single(_GROUP, NHD, tokens_per_block=_CHUNK),
             tiers=["cpu"],
             capacity=(oldest + newest) * _PROMPT_CHUNKS * ALIGNMENT,
-            policy=POLICIES.load("prefix-lru")(),
+            policy=POLICIES.load("prefix-lru"),
             tokens_per_chunk=_CHUNK,
             tokens_per_tail=_CHUNK // 8,
             clock=time.monotonic,

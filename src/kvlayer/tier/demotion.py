@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from kvlayer.tier.directory import Host, ObjectRecord
 from kvlayer.tier.guard import Refused
-from kvlayer.tier.leaving import Outlets, Way, end_leaving, plan_leaving
+from kvlayer.tier.leaving import Outlets, Way, end_leaving
 from kvlayer.tier.planner import Planner
 from kvlayer.tier.spills import Spills, Write
 from kvlayer.tier.tier import LowerTier, Tier
@@ -97,8 +97,7 @@ class Demotion:
     async def _run(self) -> None:
         is_going = True
         while is_going:  # every step but the last drops something, so a round ends
-            with self._planner.lock:
-                step = plan_leaving(self._planner.host, self._low, self._outlets, _AT_ONCE)
+            step = self._planner.plan_leaving(self._low, self._outlets, _AT_ONCE)
             self._host.demotes(step.dropped)
             try:
                 failed, _ = await self._send(step.writes)

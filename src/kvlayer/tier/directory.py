@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from enum import Enum
 
 from kvlayer.keys import ObjectKey, Part, Span
+from kvlayer.retention import ORDINARY
 from kvlayer.tier import plan
 
 __all__ = ["ChunkRecord", "Directory", "Host", "ObjectRecord"]
@@ -29,7 +30,7 @@ class ObjectRecord:
     """One object: where it lies and who holds it. ``pins`` > 0 keeps it in host memory."""
 
     __slots__ = ("chunk", "held", "host", "is_whole", "key", "nbytes", "offset", "part", "pins",
-                 "tiers", "writing")  # fmt: skip
+                 "retention", "row", "tiers", "writing")  # fmt: skip
 
     def __init__(
         self, key: ObjectKey, part: Part, chunk: ChunkRecord, *, is_whole: bool = False
@@ -42,6 +43,10 @@ class ObjectRecord:
         self.host = Host.ABSENT
         self.offset = -1
         self.nbytes = 0
+        self.retention = ORDINARY
+        """The highest wish of the requests that stored it."""
+        self.row = -1
+        """In the order of eviction, once it is ready in host memory."""
         self.pins = 0
         self.held = 0
         """How many of the pins are a move's, which is no use of the object."""

@@ -11,37 +11,47 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvlayer.abc.policy import EvictionPolicy
-from kvlayer.keys import ObjectKey
+from kvlayer.abc.policy import PolicyMaker
+from kvlayer.eviction.order import EvictionOrder
 from kvlayer.memory.extents import Extents
 from kvlayer.payload import align
-from kvlayer.tier.directory import Directory, Host, ObjectRecord
+from kvlayer.retention import ORDINARY, Retention
+from kvlayer.tier.directory import Directory, ObjectRecord
 
 __all__ = ["HostTier"]
 
 
 class HostTier:
-    """Slab offsets and eviction of one directory's objects. Pins are counted on the records."""
+    """Slab offsets and eviction of one directory's objects. Pins are counted on the records.
 
-    def __init__(self, capacity: int, policy: EvictionPolicy, directory: Directory) -> None:
+    ``now`` is in Unix seconds: some objects are to be kept until a time.
+    """
+
+    def __init__(self, capacity: int, policy: PolicyMaker, directory: Directory) -> None:
         self.extents = Extents(capacity)
-        self.policy = policy
+        self.order = EvictionOrder(policy)
         self.directory = directory
         self.pinned_nbytes = 0
         self.aside_nbytes = 0
         """Slab bytes of what the policy gives up but a move still holds: they are on their way."""
-        self._records: dict[ObjectKey, ObjectRecord] = {}
-        self._aside: dict[ObjectKey, int] = {}
-        """Held, leased by no one, pinned in the policy because it had named them; their turn."""
+        self._records: list[ObjectRecord | None] = []
+        """By row: what is ready in host memory."""
+        self._filling = 0
+        self._arriving: set[int] = set()
+        """Rows that somebody waited for: the end of that lease belongs to their arrival."""
+        self._aside: dict[int, int] = {}
+        """Held, leased by no one, pinned in the order because it had named them; their turn."""
         self._turn = 0
 
     def __len__(self) -> int:
         """Objects in host memory, those being filled included."""
-        return len(self._records)
+        return len(self.order) + self._filling
 
     # -- room ------------------------------------------------------------------------------------
 
-    def reserve(self, found: ObjectRecord, nbytes: int, evicted: list[ObjectRecord]) -> bool:
+    def reserve(
+        self, found: ObjectRecord, nbytes: int, evicted: list[ObjectRecord], now: float
+    ) -> bool:
         """Make room and start filling ``found``, with one more hold. False when nothing can go.
 
         What had to be given up is appended to ``evicted``; it is not enough only where pinned
@@ -51,14 +61,14 @@ class HostTier:
             return False
         offset = self.extents.allocate(nbytes)
         while offset is None:
-            victim = self.victim()
+            victim = self.victim(now)
             if victim is None:
                 return False
-            self.drop(victim)
+            self.drop(victim, evicted=True)
             evicted.append(victim)
             offset = self.extents.allocate(nbytes)
         self.directory.fill(found, offset, nbytes)
-        self._records[found.key] = found
+        self._filling += 1
         found.pins += 1
         found.held += 1
         self.pinned_nbytes += nbytes
@@ -68,26 +78,48 @@ class HostTier:
         """The bytes of these reserved objects are there: serve them. Keeps their pins."""
         for found in path:
             self.directory.ready(found)
-            if found.pins > found.held:
-                self.policy.pin(found.key)  # who waits for it counts as its arrival, not as a use
-            self.policy.admit((found.key,))
+            self._filling -= 1
+            span = found.chunk.span
+            first_token, tokens = (span.start, span.tokens) if span is not None else (0, 0)
+            row = found.row = self.order.add(
+                hash(found.key),
+                align(found.nbytes),
+                first_token=first_token,
+                tokens=tokens,
+                retention=found.retention,
+            )
+            if row == len(self._records):
+                self._records.append(found)
+            else:
+                self._records[row] = found
+            if found.pins > found.held:  # who waits for it counts as its arrival, not as a use
+                self._arriving.add(row)
+                self.order.pin((row,))
 
-    def drop(self, found: ObjectRecord) -> None:
+    def drop(self, found: ObjectRecord, *, evicted: bool = False) -> None:
         """Give up an object's bytes, whatever its state; pins stay and hold only the record.
 
-        The caller makes sure that no one uses the bytes any more.
+        ``evicted``: to make room for others. The caller makes sure that no one uses the bytes any
+        more.
         """
         if found.pins:
             self.pinned_nbytes -= found.nbytes
-        self._leave_aside(found)
-        self.policy.remove(found.key)
-        del self._records[found.key]
+        row = found.row
+        if row < 0:
+            self._filling -= 1
+        else:
+            self._leave_aside(found)
+            self._arriving.discard(row)
+            self.order.remove(row, evicted=evicted)
+            self._records[row] = None
+            found.row = -1
         self.extents.release(self.directory.drop_host(found))
 
-    def victim(self) -> ObjectRecord | None:
+    def victim(self, now: float) -> ObjectRecord | None:
         """What the policy gives up next and nobody holds; None when there is no such object."""
-        while (key := self.policy.victim()) is not None:
-            found = self._records[key]
+        while (row := self.order.victim(now)) is not None:
+            found = self._records[row]
+            assert found is not None
             if not found.pins:
                 return found
             self._set_aside(found)
@@ -97,19 +129,29 @@ class HostTier:
 
     def pin(self, path: Sequence[ObjectRecord]) -> None:
         """Lease these objects, host-resident or not; a pin on an absent one holds its record."""
+        rows: list[int] = []
         for found in path:
             found.pins += 1
             if found.offset < 0:
                 continue
             if found.pins == 1:
                 self.pinned_nbytes += found.nbytes
-            if found.pins - found.held == 1 and not self._leave_aside(found):
-                self.policy.pin(found.key)
+            if found.pins - found.held == 1 and found.row >= 0 and not self._leave_aside(found):
+                rows.append(found.row)
+        self.order.pin(rows)
 
     def unpin(self, path: Sequence[ObjectRecord]) -> None:
         """Let go of one lease on each, root first; counts as one use of the path."""
         free = [found for found in path if self._let_go(found) == found.held]
-        self.policy.unpin([found.key for found in free if found.offset >= 0])
+        rows = [found.row for found in free if found.row >= 0]
+        if self._arriving.isdisjoint(rows):
+            self.order.unpin(rows, used=True)
+            return
+        used = [row for row in rows if row not in self._arriving]
+        self._arriving.difference_update(rows)
+        self.order.unpin(rows, used=False)
+        self.order.touch(used)
+        self.order.refresh(rows)
 
     def hold(self, path: Sequence[ObjectRecord]) -> None:
         """Keep these objects for a move, host-resident or not."""
@@ -121,15 +163,15 @@ class HostTier:
 
     def let_go(self, path: Sequence[ObjectRecord]) -> None:
         """Let go of one hold on each: they are as they would be without it."""
-        back: list[tuple[int, ObjectKey]] = []
+        back: list[tuple[int, int]] = []
         for found in path:
             found.held -= 1
             self._let_go(found)
             if not found.held and (turn := self._leave_aside(found)):
-                back.append((turn, found.key))
-        for _, key in sorted(back):  # as the policy had named them
-            self.policy.demote(key)
-            self.policy.unpin((key,))
+                back.append((turn, found.row))
+        for _, row in sorted(back):  # as the policy had named them
+            self.order.demote(row)
+            self.order.unpin((row,), used=False)
 
     def _let_go(self, found: ObjectRecord) -> int:
         """Take one pin back; how many are left."""
@@ -141,9 +183,17 @@ class HostTier:
                 self.directory.forget(found)
         return found.pins
 
-    def refresh(self, path: Sequence[ObjectRecord]) -> None:
+    def refresh(self, path: Sequence[ObjectRecord], retention: Retention = ORDINARY) -> None:
         """A prompt (root first) was stored, or stored again: its objects are recent now."""
-        self.policy.admit([found.key for found in path if found.host is Host.READY])
+        if retention is not ORDINARY:
+            for found in path:
+                found.retention = found.retention.joined(retention)
+        self.order.refresh([found.row for found in path if found.row >= 0], retention)
+
+    def demote(self, found: ObjectRecord) -> None:
+        """Give this one up before all others, if it is in host memory."""
+        if found.row >= 0:
+            self.order.demote(found.row)
 
     # -- set aside -------------------------------------------------------------------------------
 
@@ -154,17 +204,17 @@ class HostTier:
 
     def is_leaving(self, found: ObjectRecord) -> bool:
         """Whether it was given up and no request has used it since."""
-        return found.key in self._aside
+        return found.row in self._aside
 
     def _set_aside(self, found: ObjectRecord) -> None:
-        self.policy.pin(found.key)
+        self.order.pin((found.row,))
         self._turn += 1
-        self._aside[found.key] = self._turn
+        self._aside[found.row] = self._turn
         self.aside_nbytes += align(found.nbytes)
 
     def _leave_aside(self, found: ObjectRecord) -> int:
-        """It is wanted, free or gone: its turn, or 0. The policy still has it pinned."""
-        turn = self._aside.pop(found.key, 0) if found.offset >= 0 else 0
+        """It is wanted, free or gone: its turn, or 0. The order still has it pinned."""
+        turn = self._aside.pop(found.row, 0)
         if turn:
             self.aside_nbytes -= align(found.nbytes)
         return turn

@@ -56,25 +56,29 @@ class Leaving:
     """Held until they are written or could not be: give them to :func:`end_leaving`."""
 
 
-def plan_leaving(host: HostTier, keep_nbytes: int, outlets: Outlets, at_once: int) -> Leaving:
+def plan_leaving(
+    host: HostTier, keep_nbytes: int, outlets: Outlets, at_once: int, now: float
+) -> Leaving:
     """Look at the policy's next victims, as many as hold what is used beyond ``keep_nbytes``.
 
     What lower tiers have is dropped, what they lack is held and to be written, at most ``at_once``
     objects. What no tier takes stays: a store that needs the room gives it up first, and loses
     nothing that a tier would have taken. It counts as if it were gone, or everything used more
     lately would have to go in its place. So does what other moves still hold.
+
+    ``now``: Unix seconds.
     """
     step = Leaving()
     kept: list[ObjectRecord] = []
     for _ in range(_WALK):
         if host.extents.used - host.aside_nbytes <= keep_nbytes or len(step.writes) >= at_once:
             break
-        victim = host.victim()
+        victim = host.victim(now)
         if victim is None:
             break
         wanted = outlets.wanted(victim)
         if victim.tiers and not wanted:
-            host.drop(victim)
+            host.drop(victim, evicted=True)
             step.dropped.append(victim)
             continue
         host.take(victim)
@@ -96,6 +100,6 @@ def end_leaving(host: HostTier, ways: Sequence[Way]) -> list[ObjectRecord]:
         may_go = record.tiers and record.pins == 1 and host.is_leaving(record)
         host.let_go((record,))
         if may_go:
-            host.drop(record)
+            host.drop(record, evicted=True)
             gone.append(record)
     return gone

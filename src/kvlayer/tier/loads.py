@@ -185,7 +185,7 @@ class Loads:
         evicted: list[ObjectRecord] = []
         slot = self._planner.plan_fetch(span, record, evicted)
         self._host.lost(
-            self._planner.host.policy.name,
+            self._planner.host.order.name,
             [gone.key for gone in evicted],
             sum(gone.nbytes for gone in evicted),
         )

@@ -18,6 +18,7 @@ from kvlayer.errors import MessageError
 from kvlayer.keys import ObjectKey
 from kvlayer.memory.handle import SlabHandle
 from kvlayer.results import Cause
+from kvlayer.retention import ORDINARY, Retention
 
 __all__ = ["MAX_PIECES", "VERSION", "Completion", "Greeting", "Order", "Outcome", "Piece", "Verb"]
 
@@ -34,7 +35,8 @@ class Piece(NamedTuple):
     """One object and its place in the slab: what to gather, scatter, spill or fetch.
 
     ``first_token`` is the position of the object's first token in the prompt, ``num_tokens`` how
-    many it holds, ``offset`` and ``nbytes`` its slot.
+    many it holds, ``offset`` and ``nbytes`` its slot. ``retention`` is for a tier that it is
+    written to, and does not travel to ranks.
     """
 
     key: ObjectKey
@@ -42,9 +44,10 @@ class Piece(NamedTuple):
     num_tokens: int
     offset: int
     nbytes: int
+    retention: Retention = ORDINARY
 
     def to_wire(self) -> list[str | int]:
-        return [str(self.key), *self[1:]]
+        return [str(self.key), self.first_token, self.num_tokens, self.offset, self.nbytes]
 
     @classmethod
     def from_wire(cls, wire: object) -> Self:

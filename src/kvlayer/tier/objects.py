@@ -101,7 +101,9 @@ class Objects:
                 created=self._wall_clock(),
                 build=self._build,
             )
-            write = Write(piece.key, (header, view), piece.first_token, piece.num_tokens)
+            write = Write(
+                piece.key, (header, view), piece.first_token, piece.num_tokens, piece.retention
+            )
             call = self._backend(tier).put
             (error,) = await self._retries[tier].batch(call, [write])
         except BackendError as exc:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from sys import maxsize
 from threading import RLock
 
-from kvlayer.abc.policy import EvictionPolicy
+from kvlayer.abc.policy import PolicyMaker
 from kvlayer.errors import CapacityError
 from kvlayer.keys import ChunkChain, ObjectKey, Part, Span
 from kvlayer.layout import HitRule, KVLayout
@@ -25,6 +25,7 @@ from kvlayer.tier.directory import Directory, Host, ObjectRecord
 from kvlayer.tier.host import HostTier
 from kvlayer.tier.journal import Journal, Loss
 from kvlayer.tier.lease import Lease, LeaseTable
+from kvlayer.tier.leaving import Leaving, Outlets, plan_leaving
 from kvlayer.tier.matcher import Match, Matcher
 from kvlayer.tier.messages import Outcome, Piece
 from kvlayer.tier.store_plan import Reservation, StorePlan
@@ -47,7 +48,7 @@ class Planner:
         *,
         tiers: Sequence[str],
         capacity: int,
-        policy: EvictionPolicy,
+        policy: PolicyMaker,
         tokens_per_chunk: int,
         tokens_per_tail: int,
         head_shards: int = 0,
@@ -282,6 +283,7 @@ class Planner:
                     self.stored(todo.gathers[before:], ok=False)
                     del todo.gathers[before:]
                     return False
+                record.retention = record.retention.joined(chain.scope.retention)
                 todo.gathers.append(slot)
         if len(todo.gathers) > before:
             todo.spans.append(span)
@@ -295,7 +297,7 @@ class Planner:
             record = self.directory.chunk(shorter.hash, shorter.tokens, chain.zone(shorter))
             if record is not None and shorter.stop < span.stop:
                 for found in record.objects.values():
-                    self.host.policy.demote(found.key)
+                    self.host.demote(found)
 
     def _reserve(
         self, span: Span, record: ObjectRecord, evicted: list[ObjectRecord]
@@ -305,7 +307,7 @@ class Planner:
         nbytes = self.payload(record.part, span.tokens).nbytes
         record.chunk.span = span
         before = len(evicted)
-        made = self.host.reserve(record, nbytes, evicted)
+        made = self.host.reserve(record, nbytes, evicted, self._wall_clock())
         for gone in evicted[before:]:
             self._note_eviction(gone)
         if not made:
@@ -321,7 +323,7 @@ class Planner:
     def _note_eviction(self, gone: ObjectRecord) -> None:
         if gone.tiers:
             return  # still served from below
-        detail = f"evicted from {self.tiers[0]} by {self.host.policy.name}"
+        detail = f"evicted from {self.tiers[0]} by {self.host.order.name}"
         self.lost(gone.key, Cause.EVICTED, 0, detail)
 
     def lost(self, key: ObjectKey, cause: Cause, tier: int, detail: str) -> None:
@@ -374,7 +376,7 @@ class Planner:
             )
             found = dict.fromkeys([*self._matcher.leading(chain), *last])
             path = [o for record in found if record for o in record.objects.values()]
-            self.host.refresh(path)
+            self.host.refresh(path, chain.scope.retention)
             return path
 
     def pin(self, records: Sequence[ObjectRecord]) -> None:
@@ -414,7 +416,14 @@ class Planner:
                 return None
             record.writing |= bit
             self.host.hold((record,))
-            return Piece(record.key, span.start, span.tokens, record.offset, record.nbytes)
+            return Piece(
+                record.key,
+                span.start,
+                span.tokens,
+                record.offset,
+                record.nbytes,
+                record.retention,
+            )
 
     def spilled(self, record: ObjectRecord, tier: int, *, ok: bool) -> None:
         """A spill ended; lets go of its pin."""
@@ -458,6 +467,11 @@ class Planner:
                     self.directory.drop_tier(record, tier)
                 if record is None or not record.is_ready:
                     self.lost(key, cause, tier, detail)
+
+    def plan_leaving(self, keep_nbytes: int, outlets: Outlets, at_once: int) -> Leaving:
+        """The next step of making room; see :func:`kvlayer.tier.leaving.plan_leaving`."""
+        with self.lock:
+            return plan_leaving(self.host, keep_nbytes, outlets, at_once, self._wall_clock())
 
     # -- control ---------------------------------------------------------------------------------
 

@@ -137,7 +137,7 @@ class Stack:
         """Tell what had to go, before anything else can happen to the same objects."""
         gone, todo.evicted = todo.evicted, []
         self.host.lost(
-            self.planner.host.policy.name,
+            self.planner.host.order.name,
             [record.key for record in gone],
             sum(record.nbytes for record in gone),
         )

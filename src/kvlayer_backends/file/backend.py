@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeVar
 
 from kvlayer.abc.backend import (
@@ -20,7 +20,7 @@ from kvlayer.abc.backend import (
     Write,
     WriteResult,
 )
-from kvlayer.abc.policy import EvictionPolicy
+from kvlayer.abc.policy import PolicyMaker
 from kvlayer.errors import BackendError, ClosedError
 from kvlayer.keys import ObjectKey
 from kvlayer.registry import POLICIES
@@ -62,7 +62,7 @@ class FileBackend(Backend):
         root: str,
         options: FileOptions | None = None,
         *,
-        policy: Callable[[], EvictionPolicy] | None = None,
+        policy: PolicyMaker | None = None,
     ) -> None:
         self.root = root
         self.options = options or FileOptions()
@@ -185,7 +185,7 @@ class FileBackend(Backend):
             await site.bulk.run(site.files.write, write, used_ns, outcome, replace=is_damaged)
         finally:
             if granted is not None:
-                janitor.settle(granted, write.key, write.nbytes, used_ns, outcome)
+                janitor.settle(granted, write, used_ns, outcome)
         if outcome.created:
             site.quarantine.hidden.discard(write.key)
         return outcome.error
@@ -262,6 +262,11 @@ class FileBackend(Backend):
     @property
     def _ledger(self) -> Ledger | None:
         return None if self.janitor is None else self.janitor.ledger
+
+    @property
+    def policies_replaced(self) -> int:
+        """How often the eviction policy broke its contract and was replaced, in this office."""
+        return 0 if self._ledger is None else self._ledger.order.replaced
 
     @property
     def used_nbytes(self) -> int:

@@ -7,10 +7,12 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from time import time
 from typing import ParamSpec, TypeAlias, TypeVar
 
 from kvlayer._offload import Offload
-from kvlayer.abc.policy import EvictionPolicy
+from kvlayer.abc.backend import Write
+from kvlayer.abc.policy import PolicyMaker
 from kvlayer.errors import BackendError
 from kvlayer.keys import ObjectKey
 from kvlayer_backends.file.ledger import Eviction, Ledger, Victim
@@ -58,7 +60,7 @@ class Janitor:
         self,
         paths: Paths,
         options: FileOptions,
-        policy: Callable[[], EvictionPolicy],
+        policy: PolicyMaker,
         *,
         files: ObjectFiles,
         pulse: Pulse,
@@ -189,7 +191,7 @@ class Janitor:
         return self._ledger
 
     def _take_office(self, expected_nbytes: int) -> None:
-        self._ledger = Ledger(self._policy(), self._options.capacity)
+        self._ledger = Ledger(self._policy, self._options.capacity)
         self._ledger.unlisted_nbytes = expected_nbytes
         self._visits, self._scan = {}, None
         self._recovered.clear()
@@ -221,7 +223,7 @@ class Janitor:
             ledger = self._ledger
             if ledger is None or self._counts != before:
                 return
-            scan = self._scan = Scan(self._paths, ledger.objects, self._visits)
+            scan = self._scan = Scan(self._paths, ledger, self._visits)
             ledger.begin_scan()
             try:
                 await self._take_in(ledger, scan)
@@ -310,15 +312,13 @@ class Janitor:
             ledger.granted_nbytes += nbytes
         return ledger
 
-    def settle(
-        self, ledger: Ledger, key: ObjectKey, nbytes: int, used_ns: int, outcome: Outcome
-    ) -> None:
+    def settle(self, ledger: Ledger, write: Write, used_ns: int, outcome: Outcome) -> None:
         """End a grant: the object counts if it was created, or the room is free again."""
-        ledger.granted_nbytes -= nbytes
+        ledger.granted_nbytes -= write.nbytes
         if outcome.created:
-            ledger.create(key, nbytes, used_ns)
+            ledger.create(write.key, write.nbytes, used_ns, write.retention)
         elif outcome.found is not None:
-            ledger.add(key, *outcome.found)
+            ledger.add(write.key, *outcome.found, write.retention)
         self._given_back.set()
 
     async def _make_room(
@@ -333,13 +333,13 @@ class Janitor:
                     if slices == 0:
                         break
                     slices -= 1
-                victims = ledger.take(excess, candidates)
+                victims = ledger.take(excess, candidates, time())
                 if victims:
                     eviction = await self._evict(ledger, victims, excess, spared)
                     if eviction.error is not None and not eviction.freed_nbytes:
                         return eviction.error
                     candidates = 2 * candidates if eviction.spared else 1
-                elif any(key in ledger.objects for key in spared):
+                elif any(key in ledger for key in spared):
                     ledger.spare(spared)  # all are in use: the least recently used goes after all
                 elif ledger.quarantined_nbytes:  # evidence never stands in the way of service
                     ledger.quarantined_nbytes = await self._change(keep, self._paths, 0)
@@ -349,7 +349,7 @@ class Janitor:
                 else:
                     return BackendError(
                         f"file://: no room in {self._paths.root}: the policy "
-                        f"{ledger.policy.name!r} gives up none of {len(ledger)} objects"
+                        f"{ledger.order.name!r} gives up none of {len(ledger)} objects"
                     )
             return None
         finally:
@@ -368,7 +368,7 @@ class Janitor:
             spared.update((victim.key, used_ns) for victim, used_ns in eviction.spared)
             if eviction.gone:
                 named = [(victim.key, victim.nbytes) for victim in eviction.gone]
-                self._on_evicted(named, ledger.policy.name)
+                self._on_evicted(named, ledger.order.name)
         return eviction
 
     # -- what the backend saw --------------------------------------------------------------------

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import merge
-from itertools import islice
 from typing import NamedTuple
 
 from kvlayer.abc.backend import Listed
-from kvlayer.abc.policy import EvictionPolicy
+from kvlayer.abc.policy import PolicyMaker
 from kvlayer.errors import BackendError
+from kvlayer.eviction.order import EvictionOrder
 from kvlayer.keys import ObjectKey
+from kvlayer.memory.key_table import KeyTable
+from kvlayer.retention import ORDINARY, Retention
 from kvlayer_backends.file.paths import Shard
 
 __all__ = ["Eviction", "Ledger", "Victim"]
 
+_NOBODY = -1
 _AT_ONCE = 256
 """Victims taken in one go: they are removed within milliseconds, and others get a turn."""
-
-
-@dataclass(slots=True)
-class _Entry:
-    nbytes: int
-    used_ns: int
 
 
 class Victim(NamedTuple):
@@ -33,8 +30,8 @@ class Victim(NamedTuple):
     key: ObjectKey
     nbytes: int
     used_ns: int
-    entry: object
-    """The ledger's entry when it was chosen: a file written since has another."""
+    entry: int
+    """The ledger's number of it when it was chosen: a file written since has another."""
 
 
 @dataclass(slots=True)
@@ -49,6 +46,7 @@ class Eviction:
     failed: list[Victim] = field(default_factory=list[Victim])
     error: BackendError | None = None
     freed_nbytes: int = 0
+    """Bytes of those that are gone or lost."""
 
     def go(self, victim: Victim) -> None:
         """It was removed."""
@@ -65,23 +63,26 @@ class Ledger:
     """The objects of one directory as its janitor counts them.
 
     Bytes are counted from the moment room is granted for them until their file is gone, so what
-    lies on disk is never more than what is counted.
+    lies on disk is never more than what is counted. Some 300 bytes an object, in flat arrays.
     """
 
-    def __init__(self, policy: EvictionPolicy, capacity: int) -> None:
-        self.policy = policy
+    def __init__(self, policy: PolicyMaker, capacity: int) -> None:
+        self.order = EvictionOrder(policy)
         self.capacity = capacity
-        self.objects: dict[ObjectKey, _Entry] = {}
         self.quarantined_nbytes = 0
         self.granted_nbytes = 0
         """Room given to writes that have not ended yet."""
         self.unlisted_nbytes = 0
         """What should lie there and was not found yet, while the directory is first listed."""
+        self._keys = KeyTable()
+        self._used_ns = array("q")
+        self._entries = array("Q")
+        """By row, which of all objects ever counted it is; 0 where there is none."""
+        self._entry = 0
         self._stored_nbytes = 0
-        self._shards: defaultdict[Shard, set[ObjectKey]] = defaultdict(set)
-        self._changed: dict[ObjectKey, None] | None = None
-        self._runs: list[list[tuple[int, ObjectKey]]] = []
-        self._taken: set[ObjectKey] = set()
+        self._shards = _Shards()
+        self._changed: dict[str, None] | None = None
+        self._runs: list[_Run] = []
 
     @property
     def used_nbytes(self) -> int:
@@ -96,56 +97,70 @@ class Ledger:
         """How many bytes must go before ``nbytes`` more fit; not positive when they fit now."""
         return self.used_nbytes + nbytes - self.capacity if self.capacity else 0
 
-    def add(self, key: ObjectKey, nbytes: int, used_ns: int) -> None:
+    def add(
+        self, key: ObjectKey, nbytes: int, used_ns: int, retention: Retention = ORDINARY
+    ) -> None:
         """Count an object. A known one stays as it is."""
-        if key not in self.objects:
-            self._add(key, nbytes, used_ns)
+        if key not in self._keys:
+            self._add(key, nbytes, used_ns, retention)
             self._note(key)
 
-    def _add(self, key: ObjectKey, nbytes: int, used_ns: int) -> None:
-        self.objects[key] = _Entry(nbytes, used_ns)
+    def _add(
+        self, key: ObjectKey, nbytes: int, used_ns: int, retention: Retention = ORDINARY
+    ) -> int:
+        row = self.order.add(hash(key), nbytes, retention=retention)
+        if row == len(self._used_ns):
+            self._used_ns.append(0)
+            self._entries.append(0)
+        self._entry += 1
+        self._used_ns[row], self._entries[row] = used_ns, self._entry
+        self._keys.add(key, row)
+        self._shards.add(Shard.of(key), row)
         self._stored_nbytes += nbytes
-        self._shards[Shard.of(key)].add(key)
-        self.policy.admit((key,))
+        return row
 
-    def create(self, key: ObjectKey, nbytes: int, used_ns: int) -> None:
+    def create(
+        self, key: ObjectKey, nbytes: int, used_ns: int, retention: Retention = ORDINARY
+    ) -> None:
         """Count a file that was just made, so none had been there: whatever is known is stale."""
         self.forget(key)
-        self.add(key, nbytes, used_ns)
+        self.add(key, nbytes, used_ns, retention)
 
-    def forget(self, key: ObjectKey) -> None:
-        """The file is gone. Unknown keys are ignored."""
-        entry = self.objects.pop(key, None)
-        if entry is not None:
-            self._stored_nbytes -= entry.nbytes
-            self._shards[Shard.of(key)].discard(key)
-            self.policy.remove(key)
+    def forget(self, key: ObjectKey, *, evicted: bool = False) -> None:
+        """The file is gone; ``evicted``: to make room. Unknown keys are ignored."""
+        row = self._keys.pop(key)
+        if row is not None:
+            self._stored_nbytes -= self.order.rows.nbytes[row]
+            self._shards.discard(Shard.of(key), row)
+            self._entries[row] = 0
+            self.order.remove(row, evicted=evicted)
         self._note(key)  # also an unknown one: a scan under way may have seen it
 
     def use(self, path: Sequence[ObjectKey], stamps: Iterable[int]) -> None:
         """Record one use of a path, root first; ``stamps`` are its files' new times."""
+        used: list[int] = []
         for key, used_ns in zip(path, stamps, strict=True):
-            entry = self.objects.get(key)
-            if entry is not None:
-                entry.used_ns = max(entry.used_ns, used_ns)
-        self.policy.touch(path)
+            row = self._keys.row(key)
+            if row is not None:
+                self._used_ns[row] = max(self._used_ns[row], used_ns)
+                used.append(row)
+        self.order.touch(used)
 
-    def take(self, nbytes: int, at_least: int) -> list[Victim]:
+    def take(self, nbytes: int, at_least: int, now: float) -> list[Victim]:
         """The next victims, enough for ``nbytes`` and ``at_least`` so many if there are.
 
         Never more than can be removed and accounted for without holding others up: ask again. They
-        stay counted and are not named again until ``settle``.
+        stay counted and are not named again until ``settle``. ``now``: Unix seconds.
         """
         victims: list[Victim] = []
         while (nbytes > 0 or len(victims) < at_least) and len(victims) < _AT_ONCE:
-            key = self.policy.victim()
-            if key is None:
+            row = self.order.victim(now)
+            if row is None:
                 break
-            self.policy.remove(key)
-            self._taken.add(key)
-            entry = self.objects[key]
-            victims.append(Victim(key, entry.nbytes, entry.used_ns, entry))
-            nbytes -= entry.nbytes
+            self.order.pin((row,))
+            size, used_ns = self.order.rows.nbytes[row], self._used_ns[row]
+            victims.append(Victim(self._keys.key(row), size, used_ns, self._entries[row]))
+            nbytes -= size
         return victims
 
     def settle(self, victims: Sequence[Victim], eviction: Eviction) -> None:
@@ -154,29 +169,35 @@ class Ledger:
         Spared ones stay taken until ``spare``. A victim whose file was made anew meanwhile is left
         alone: what happened, happened to the file before it.
         """
-        for victim in (*eviction.gone, *eviction.lost):
-            if self.objects.get(victim.key) is victim.entry:
+        for victim in eviction.gone:
+            if self._row(victim) is not None:
+                self.forget(victim.key, evicted=True)
+        for victim in eviction.lost:
+            if self._row(victim) is not None:
                 self.forget(victim.key)
-        self._taken.difference_update(victim.key for victim in victims)
-        self._taken.update(victim.key for victim, _ in eviction.spared)
-        left = {v.key for v in victims if self.objects.get(v.key) is v.entry}
         for victim in eviction.failed:  # most recent now, so that others are tried before it
-            if victim.key in left:
-                left.remove(victim.key)
-                self.policy.admit((victim.key,))
-        left.difference_update(victim.key for victim, _ in eviction.spared)
-        for victim in victims:  # demoted keys go in the order in which they were
-            if victim.key in left:
-                self.policy.admit((victim.key,))
-                self.policy.demote(victim.key)
+            if (row := self._row(victim)) is not None:
+                self.order.unpin((row,), used=False)
+        others = {victim.key for victim, _ in eviction.spared}
+        others.update(victim.key for victim in eviction.failed)
+        for victim in victims:  # demoted ones go in the order in which they were
+            if victim.key not in others and (row := self._row(victim)) is not None:
+                self.order.demote(row)
+                self.order.unpin((row,), used=False)
+
+    def _row(self, victim: Victim) -> int | None:
+        """The row of a victim whose file is still the one that was chosen."""
+        row = self._keys.row(victim.key)
+        return row if row is not None and self._entries[row] == victim.entry else None
 
     def spare(self, spared: Mapping[ObjectKey, int]) -> None:
         """Let victims be named again, in the order of the times (ns) at which they were used."""
-        self._taken.difference_update(spared)
         for key, used_ns in sorted(spared.items(), key=lambda item: item[1]):
-            if key in self.objects:
-                self.objects[key].used_ns = used_ns
-                self.policy.admit((key,))
+            row = self._keys.row(key)
+            if row is not None:
+                self._used_ns[row] = used_ns
+                self.order.unpin((row,), used=False)
+                self.order.touch((row,))
 
     def begin_scan(self) -> None:
         """From here on what changes is newer than what a scan sees."""
@@ -185,7 +206,8 @@ class Ledger:
 
     def reconcile(self, shard: Shard, present: set[str]) -> None:
         """Forget what a scan did not find in a shard."""
-        for key in tuple(self._shards[shard]):
+        for row in self._shards.rows(shard):
+            key = self._keys.key(row)
             if key not in present and not self._is_newer(key):
                 self.forget(key)
 
@@ -194,46 +216,42 @@ class Ledger:
 
         Where it stands among the others is settled by ``sort``.
         """
-        run: list[tuple[int, ObjectKey]] = []
+        run = _Run()
         for key, nbytes, used_ns in found:
-            if key not in self.objects and not self._is_newer(key):
-                self._add(key, nbytes, used_ns)
+            if key not in self._keys and not self._is_newer(key):
+                row = self._add(key, nbytes, used_ns)
                 self.unlisted_nbytes = max(self.unlisted_nbytes - nbytes, 0)
-                run.append((used_ns, key))
+                run.append(used_ns, row, self._entries[row])
         self._runs.append(run)
 
-    def by_use(self) -> Iterator[tuple[int, ObjectKey]]:
+    def by_use(self) -> Iterator[tuple[int, int, int]]:
         """What was found, and what changed meanwhile, by time of use: for ``sort``.
 
         Nothing in it changes the ledger, so a thread may draw from it.
         """
-        mine = [
-            (entry.used_ns, key)
-            for key in self._changed or ()
-            if (entry := self.objects.get(key)) is not None
-        ]
-        mine.sort()
+        rows = [row for key in self._changed or () if (row := self._keys.row(key)) is not None]
+        mine = _Run()
+        for row in sorted(rows, key=self._used_ns.__getitem__):
+            mine.append(self._used_ns[row], row, self._entries[row])
         return merge(*self._runs, mine)
 
-    def sort(self, used: Iterable[tuple[int, ObjectKey]]) -> None:
+    def sort(self, used: Iterable[tuple[int, int, int]]) -> None:
         """Put the next of ``by_use`` in order. What was used since stays as it is."""
-        for used_ns, key in used:
-            entry = self.objects.get(key)
-            if entry is not None and entry.used_ns == used_ns and key not in self._taken:
-                self.policy.admit((key,))
+        for used_ns, row, entry in used:
+            if self._entries[row] == entry and self._used_ns[row] == used_ns:
+                self.order.refresh((row,))
 
     def shards(self) -> list[Shard]:
         """Those that anything is known of."""
-        return list(self._shards)
+        return self._shards.known()
 
     def empty_shards(self) -> list[Shard]:
         """Those that were read, or written to, and hold nothing that is counted."""
-        return [shard for shard, keys in self._shards.items() if not keys]
+        return [shard for shard in self._shards.known() if self._shards.is_empty(shard)]
 
     def drop_shard(self, shard: Shard) -> None:
         """A shard's folder is gone."""
-        if not self._shards[shard]:
-            del self._shards[shard]
+        self._shards.drop(shard)
 
     def end_scan(self) -> None:
         """Everything is listed, or the scan was given up."""
@@ -245,24 +263,96 @@ class Ledger:
 
         What changes meanwhile may or may not be seen.
         """
-        keys = iter(tuple(self.objects))
-        while some := tuple(islice(keys, count)):
+        rows = self._keys.rows()
+        for first in range(0, len(rows), count):
             batch: list[Listed] = []
-            for key in some:
-                entry = self.objects.get(key) if key.startswith(prefix) else None
-                if entry is not None:
-                    batch.append(Listed(key, entry.nbytes, entry.used_ns / 1e9))
+            for row in rows[first : first + count]:
+                if self._entries[row] and (key := self._keys.key(row)).startswith(prefix):
+                    nbytes = self.order.rows.nbytes[row]
+                    batch.append(Listed(key, nbytes, self._used_ns[row] / 1e9))
             yield batch
 
     def __iter__(self) -> Iterator[ObjectKey]:
-        return iter(self.objects)
+        return iter(self._keys)
+
+    def __contains__(self, key: object) -> bool:
+        """Whether an object is counted. Any thread may ask."""
+        return key in self._keys
 
     def __len__(self) -> int:
-        return len(self.objects)
+        return len(self._keys)
 
     def _note(self, key: ObjectKey) -> None:
         if self._changed is not None:
-            self._changed[key] = None
+            self._changed[str(key)] = None
 
     def _is_newer(self, key: ObjectKey) -> bool:
         return self._changed is not None and key in self._changed
+
+
+class _Run:
+    """Objects by time of use, the earliest first, in flat arrays: (ns, row, entry) each."""
+
+    def __init__(self) -> None:
+        self._used_ns = array("q")
+        self._rows = array("I")
+        self._entries = array("Q")
+
+    def append(self, used_ns: int, row: int, entry: int) -> None:
+        self._used_ns.append(used_ns)
+        self._rows.append(row)
+        self._entries.append(entry)
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        return zip(self._used_ns, self._rows, self._entries, strict=True)
+
+
+class _Shards:
+    """Which rows lie in which shard: a list for each, linked through flat arrays.
+
+    A shard that has become empty stays known until it is dropped.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[Shard, int] = {}
+        self._next = array("i")
+        self._previous = array("i")
+
+    def add(self, shard: Shard, row: int) -> None:
+        more = row + 1 - len(self._next)
+        if more > 0:
+            self._next.frombytes(bytes(more * self._next.itemsize))
+            self._previous.frombytes(bytes(more * self._previous.itemsize))
+        after = self._first.get(shard, _NOBODY)
+        self._first[shard] = row
+        self._previous[row], self._next[row] = _NOBODY, after
+        if after != _NOBODY:
+            self._previous[after] = row
+
+    def discard(self, shard: Shard, row: int) -> None:
+        before, after = self._previous[row], self._next[row]
+        if after != _NOBODY:
+            self._previous[after] = before
+        if before != _NOBODY:
+            self._next[before] = after
+        else:
+            self._first[shard] = after
+
+    def rows(self, shard: Shard) -> list[int]:
+        """Those of one shard, which is known from now on."""
+        rows: list[int] = []
+        row = self._first.setdefault(shard, _NOBODY)
+        while row != _NOBODY:
+            rows.append(row)
+            row = self._next[row]
+        return rows
+
+    def known(self) -> list[Shard]:
+        return list(self._first)
+
+    def is_empty(self, shard: Shard) -> bool:
+        return self._first.get(shard, _NOBODY) == _NOBODY
+
+    def drop(self, shard: Shard) -> None:
+        if self.is_empty(shard):
+            self._first.pop(shard, None)

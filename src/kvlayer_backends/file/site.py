@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from contextlib import suppress
 from threading import Lock
 
 from kvlayer._offload import Offload
-from kvlayer.abc.policy import EvictionPolicy
+from kvlayer.abc.policy import PolicyMaker
 from kvlayer.errors import BackendError
 from kvlayer_backends.file import disk
 from kvlayer_backends.file.directio import probe
@@ -36,7 +35,7 @@ class Site:
         self,
         root: str,
         options: FileOptions,
-        policy: Callable[[], EvictionPolicy],
+        policy: PolicyMaker,
         on_evicted: Evicted,
     ) -> None:
         self._options = options

@@ -9,7 +9,7 @@ import os
 import random
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from mmap import mmap
@@ -21,8 +21,8 @@ import pytest
 from kvlayer.abc.backend import Damaged, Hit, Read, Write, WriteResult
 from kvlayer.abc.policy import EvictionPolicy
 from kvlayer.errors import BackendError
+from kvlayer.eviction.lru import LRU, PrefixLRU
 from kvlayer.keys import ObjectKey, Part
-from kvlayer.tier.evict import LRU, PrefixLRU
 from kvlayer_backends.file import FileBackend, FileOptions
 from kvlayer_backends.file.ledger import Eviction, Ledger
 from kvlayer_backends.file.locks import FileLock
@@ -45,7 +45,11 @@ NUMBERS = {k: n for n, k in enumerate(KEYS)}
 
 @asynccontextmanager
 async def opened(
-    root: Path, *, policy: Callable[[], EvictionPolicy] = PrefixLRU, wait: bool = True, **more: Any
+    root: Path,
+    *,
+    policy: type[EvictionPolicy] = PrefixLRU,
+    wait: bool = True,
+    **more: Any,
 ) -> AsyncIterator[FileBackend]:
     values: dict[str, Any] = {"interval": 3600.0, **more}
     async with FileBackend(str(root), FileOptions(**values), policy=policy) as backend:
@@ -601,7 +605,7 @@ async def test_only_the_private_directories_of_the_dead_are_cleared(tmp_path: Pa
 
 def test_a_ledger_adds_up() -> None:
     chance = random.Random(1)
-    ledger = Ledger(PrefixLRU(), 100)
+    ledger = Ledger(PrefixLRU, 100)
     model: dict[ObjectKey, int] = {}
     for step in range(3000):
         k = KEYS[chance.randrange(20)]
@@ -615,28 +619,28 @@ def test_a_ledger_adds_up() -> None:
             case 2:
                 ledger.use([k], [step])
             case _:
-                victims = ledger.take(chance.randrange(60), chance.randrange(3))
+                victims = ledger.take(chance.randrange(60), chance.randrange(3), 0.0)
                 fate = Eviction()
                 for victim in victims:
-                    where = chance.choice([fate.gone, fate.lost, fate.failed, None])
+                    where = chance.choice([fate.go, fate.lose, fate.failed.append, None])
                     if where is None and chance.random() < 0.5:
                         fate.spared.append((victim, step))
                     elif where is not None:
-                        where.append(victim)
+                        where(victim)
                 ledger.settle(victims, fate)
                 ledger.spare({victim.key: used_ns for victim, used_ns in fate.spared})
                 for victim in (*fate.gone, *fate.lost):
                     model.pop(victim.key, None)
         assert ledger.used_nbytes == sum(model.values()) == ledger.excess() + 100
         assert set(ledger) == set(model)
-    named = {victim.key for victim in ledger.take(10**9, 0)}
+    named = {victim.key for victim in ledger.take(10**9, 0, 0.0)}
     assert named == set(model), "every object can be evicted, each once"
 
 
 def test_victims_that_nothing_happened_to_keep_their_order() -> None:
-    ledger = Ledger(LRU(), 0)
+    ledger = Ledger(LRU, 0)
     for k in KEYS[:6]:
         ledger.add(k, 1, 0)
-    victims = ledger.take(4, 0)
+    victims = ledger.take(4, 0, 0.0)
     ledger.settle(victims, Eviction(gone=[victims[1]]))
-    assert [v.key for v in ledger.take(9, 0)] == [KEYS[n] for n in (0, 2, 3, 4, 5)]
+    assert [v.key for v in ledger.take(9, 0, 0.0)] == [KEYS[n] for n in (0, 2, 3, 4, 5)]

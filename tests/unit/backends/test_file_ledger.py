@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from kvlayer.eviction.lru import PrefixLRU
 from kvlayer.keys import ObjectKey, Part
-from kvlayer.tier.evict import PrefixLRU
 from kvlayer_backends.file.ledger import Eviction, Ledger
 
 KEY = ObjectKey.of("ab" * 32, "0", bytes(32), 16, Part(0, (0, 1), (0, 1)))
 
 
 def test_a_file_made_anew_while_its_old_self_was_evicted_stays_counted() -> None:
-    ledger = Ledger(PrefixLRU(), 100)
+    ledger = Ledger(PrefixLRU, 100)
     ledger.create(KEY, 40, 1)
-    (victim,) = ledger.take(40, 1)
+    (victim,) = ledger.take(40, 1, 0.0)
     ledger.granted_nbytes += 40
     # The thread has unlinked the file; another writer of the same key links its own right after,
     # and its end is booked before the eviction's.
@@ -20,12 +20,12 @@ def test_a_file_made_anew_while_its_old_self_was_evicted_stays_counted() -> None
     ledger.create(KEY, 40, 2)
     ledger.settle([victim], Eviction(gone=[victim]))
     assert (ledger.used_nbytes, len(ledger)) == (40, 1)
-    assert ledger.policy.victim() == KEY
+    assert [victim.key for victim in ledger.take(1, 1, 0.0)] == [KEY]
 
 
 def test_an_evicted_file_is_forgotten() -> None:
-    ledger = Ledger(PrefixLRU(), 100)
+    ledger = Ledger(PrefixLRU, 100)
     ledger.create(KEY, 40, 1)
-    (victim,) = ledger.take(40, 1)
+    (victim,) = ledger.take(40, 1, 0.0)
     ledger.settle([victim], Eviction(gone=[victim]))
-    assert (ledger.used_nbytes, len(ledger), ledger.policy.victim()) == (0, 0, None)
+    assert (ledger.used_nbytes, len(ledger), ledger.take(1, 1, 0.0)) == (0, 0, [])

@@ -18,8 +18,8 @@ import pytest
 
 import kvlayer
 from kvlayer.abc.backend import Hit, Read, Write
+from kvlayer.eviction.lru import PrefixLRU
 from kvlayer.keys import ObjectKey, Part
-from kvlayer.tier.evict import PrefixLRU
 from kvlayer_backends.file import FileBackend, FileOptions
 
 PAGE = 4096
@@ -34,7 +34,7 @@ from mmap import mmap
 from kvlayer.abc.backend import *
 from kvlayer.errors import BackendError
 from kvlayer.keys import ObjectKey, Part
-from kvlayer.tier.evict import PrefixLRU
+from kvlayer.eviction.lru import PrefixLRU
 from kvlayer_backends.file import FileBackend, FileOptions
 
 root, capacity, OBJECT = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

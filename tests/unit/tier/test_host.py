@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvlayer.abc.policy import EvictionPolicy
+from kvlayer.eviction.arc import ARC
+from kvlayer.eviction.lru import LRU, PrefixLRU
 from kvlayer.keys import ObjectKey, Part, Span
 from kvlayer.payload import align
-from kvlayer.tier.arc import ARC
 from kvlayer.tier.directory import Directory, Host, ObjectRecord
-from kvlayer.tier.evict import LRU, PrefixLRU
 from kvlayer.tier.host import HostTier
 
 PAGE = 4096
@@ -29,14 +29,14 @@ def span(number: int) -> Span:
 class Small:
     """A host tier of a few pages."""
 
-    def __init__(self, pages: int = 4, policy: EvictionPolicy | None = None) -> None:
+    def __init__(self, pages: int = 4, policy: type[EvictionPolicy] = PrefixLRU) -> None:
         self.directory = Directory("ab" * 32, [PART])
-        self.host = HostTier(pages * PAGE, policy or PrefixLRU(), self.directory)
+        self.host = HostTier(pages * PAGE, policy, self.directory)
         self.evicted: list[ObjectRecord] = []
 
     def reserve(self, number: int, nbytes: int = PAGE) -> ObjectRecord | None:
         found = self.directory.ensure(span(number), "0", PART)
-        if self.host.reserve(found, nbytes, self.evicted):
+        if self.host.reserve(found, nbytes, self.evicted, 0.0):
             return found
         self.directory.forget(found)
         return None
@@ -49,10 +49,15 @@ class Small:
         self.host.let_go([found])
         return found
 
+    def named(self) -> ObjectRecord | None:
+        """Whom the order names, held or not."""
+        row = self.host.order.victim(0.0)
+        return None if row is None else self.host._records[row]
+
     def order(self) -> list[ObjectRecord]:
         """What goes, in this order, until nothing may go any more; it is gone then."""
         gone: list[ObjectRecord] = []
-        while (victim := self.host.victim()) is not None:
+        while (victim := self.host.victim(0.0)) is not None:
             self.host.drop(victim)
             gone.append(victim)
         return gone
@@ -116,7 +121,7 @@ def test_bytes_that_arrive_for_a_pinned_absent_object_count_as_pinned() -> None:
     small = Small()
     found = small.directory.ensure(span(1), "0", PART)
     small.host.pin([found])
-    assert small.host.reserve(found, PAGE, [])
+    assert small.host.reserve(found, PAGE, [], 0.0)
     assert small.host.pinned_nbytes == PAGE
     small.host.commit([found])
     small.host.let_go([found])
@@ -156,14 +161,14 @@ def test_pins_on_an_old_record_leave_the_new_one_alone() -> None:
     small.host.unpin([old])
     assert small.directory.find(span_key(1)) is new
     assert new.host is Host.READY
-    assert small.host.policy.victim() is None  # still leased
+    assert small.named() is None  # still leased
     small.host.unpin([new])
     small.host.take(new)
     small.host.let_go([old])
     assert small.host.is_leaving(new)
     assert small.host.pinned_nbytes == PAGE
     small.host.let_go([new])
-    assert small.host.policy.victim() == new.key
+    assert small.named() is new
 
 
 # -- holds: a move says nothing about an object's worth ------------------------------------------
@@ -192,16 +197,16 @@ def test_write_back_does_not_turn_a_prompt_round() -> None:
 def test_what_was_passed_over_while_it_was_held_goes_first_and_in_the_same_order(
     policy: type[EvictionPolicy],
 ) -> None:
-    expected = Small(policy=policy())
+    expected = Small(policy=policy)
     for n in range(4):
         expected.add(n)
     names = [found.key for found in expected.order()]
 
-    small = Small(policy=policy())
+    small = Small(policy=policy)
     records = [small.add(n) for n in range(4)]
     held = [found for found in records if found.key in names[:3]]
     small.host.hold(held)
-    assert small.host.victim() is next(f for f in records if f.key == names[3])
+    assert small.host.victim(0.0) is next(f for f in records if f.key == names[3])
     assert small.host.aside_nbytes == 3 * PAGE
     late = small.reserve(9)
     assert late is not None
@@ -252,13 +257,13 @@ def test_a_lease_outlives_the_hold_beside_it() -> None:
 
 def test_who_waits_for_an_object_is_not_counted_as_its_second_user() -> None:
     """Under ARC an object that one request loaded and used was used once."""
-    small = Small(pages=3, policy=ARC())
+    small = Small(pages=3, policy=ARC)
     waited = small.directory.ensure(span(0), "0", PART)
     small.host.pin([waited])
-    assert small.host.reserve(waited, PAGE, [])
+    assert small.host.reserve(waited, PAGE, [], 0.0)
     small.host.commit([waited])
     small.host.let_go([waited])
-    assert small.host.policy.victim() is None
+    assert small.named() is None
     small.host.unpin([waited])
     asked = small.add(1)
     small.host.pin([asked])
@@ -276,7 +281,7 @@ def test_what_is_dropped_while_it_is_held_is_not_on_its_way_any_more() -> None:
     assert (small.host.aside_nbytes, small.host.pinned_nbytes, len(small.host)) == (0, 0, 0)
     small.host.let_go([found])
     assert small.directory.find(span_key(1)) is None
-    assert small.host.policy.victim() is None
+    assert small.named() is None
 
 
 def test_a_store_of_a_prompt_refreshes_only_what_is_there() -> None:
@@ -286,7 +291,7 @@ def test_a_store_of_a_prompt_refreshes_only_what_is_there() -> None:
     absent = small.directory.ensure(span(3), "0", PART)
     assert filling is not None
     small.host.refresh([ready[0], filling, absent])
-    assert small.host.policy.victim() == ready[1].key
+    assert small.named() is ready[1]
     assert small.order() == [ready[1], ready[0]]
 
 
@@ -302,7 +307,7 @@ class HostMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.small = Small(self.pages, self.policy())
+        self.small = Small(self.pages, self.policy)
         self.host = self.small.host
         self.leased: list[ObjectRecord] = []
         """One entry per pin that a test took."""
@@ -321,7 +326,7 @@ class HostMachine(RuleBasedStateMachine):
             r.key: r for r in self.small.directory.objects() if r.host is Host.READY and not r.pins
         }
         evicted: list[ObjectRecord] = []
-        made = self.host.reserve(found, pages * PAGE - (5 if odd else 0), evicted)
+        made = self.host.reserve(found, pages * PAGE - (5 if odd else 0), evicted, 0.0)
         assert {r.key for r in evicted} <= set(before)
         assert all(r.host is Host.ABSENT for r in evicted)
         if made:
@@ -361,7 +366,7 @@ class HostMachine(RuleBasedStateMachine):
 
     @rule()
     def take(self) -> None:
-        victim = self.host.victim()
+        victim = self.host.victim(0.0)
         if victim is not None:
             self.host.take(victim)
             self.held.append(victim)
@@ -422,18 +427,18 @@ class HostMachine(RuleBasedStateMachine):
     @invariant()
     def the_policy_names_what_is_ready_and_not_leased(self) -> None:
         """What a move holds it may name: the host passes over it then."""
-        free = {
-            r.key
+        free = [
+            r
             for r in self.resident()
             if r.host is Host.READY and r.pins == r.held and not self.host.is_leaving(r)
-        }
-        victim = self.host.policy.victim()
+        ]
+        victim = self.small.named()
         assert (victim in free) if free else (victim is None)
 
     @rule()
     def the_victim_is_ready_and_nobody_has_it(self) -> None:
         idle = [r for r in self.resident() if r.host is Host.READY and not r.pins]
-        victim = self.host.victim()
+        victim = self.host.victim(0.0)
         assert (victim in idle) if idle else (victim is None)
 
     def teardown(self) -> None:

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlayer.errors import ConfigError
+from kvlayer.eviction.lru import PrefixLRU
 from kvlayer.keys import Part, Span
 from kvlayer.results import OwnerStats
 from kvlayer.tier.directory import Directory, ObjectRecord
-from kvlayer.tier.evict import PrefixLRU
 from kvlayer.tier.host import HostTier
 from kvlayer.tier.lease import LeaseTable
 
@@ -24,12 +24,12 @@ class Small:
 
     def __init__(self) -> None:
         self.directory = Directory("ab" * 32, [PART])
-        self.host = HostTier(3 * 4096, PrefixLRU(), self.directory)
+        self.host = HostTier(3 * 4096, PrefixLRU, self.directory)
         self.leases = LeaseTable(self.host)
         self.records: list[ObjectRecord] = []
         for n in range(3):
             found = self.directory.ensure(Span(0, 16, sha256(b"%d" % n).digest()), "0", PART)
-            assert self.host.reserve(found, 4096, [])
+            assert self.host.reserve(found, 4096, [], 0.0)
             self.host.commit([found])
             self.host.let_go([found])
             self.records.append(found)

@@ -33,7 +33,7 @@ def lower(planner: Planner, records: Sequence[ObjectRecord], tier: int = 1) -> N
 
 
 def leave(planner: Planner, pages: float, outlets: Outlets, at_once: int = 100) -> Leaving:
-    return plan_leaving(planner.host, int(pages * PAGE), outlets, at_once)
+    return plan_leaving(planner.host, int(pages * PAGE), outlets, at_once, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_what_they_lack_is_held_and_dropped_once_it_is_there() -> None:
     assert end_leaving(planner.host, step.writes) == records[:2]
     assert planner.host.extents.used == 6 * PAGE
     check_accounts(planner, idle=True)
-    assert planner.host.victim() is records[2]  # what could not be written is where it was
+    assert planner.host.victim(0.0) is records[2]  # what could not be written is where it was
 
 
 def test_only_so_much_is_written_at_once() -> None:
@@ -138,7 +138,7 @@ def test_what_a_request_used_while_it_was_written_stays(is_over: bool) -> None:
     assert end_leaving(planner.host, step.writes) == []
     planner.release(lease.number)
     check_accounts(planner, idle=True)
-    assert planner.host.victim() is records[1]  # it is the most recent now
+    assert planner.host.victim(0.0) is records[1]  # it is the most recent now
 
 
 def test_what_another_move_still_holds_stays_until_that_has_ended() -> None:
@@ -160,7 +160,7 @@ def test_one_step_looks_at_a_bounded_number_of_objects() -> None:
     assert [len(dropped) for dropped in steps] == [256, 256, 88, 0]
     planner, records = full(pages=600, tiers=2)
     assert leave(planner, 0, Outlets()) == Leaving()
-    assert planner.host.victim() is records[0]
+    assert planner.host.victim(0.0) is records[0]
     check_accounts(planner, idle=True)
 
 

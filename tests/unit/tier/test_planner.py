@@ -24,13 +24,14 @@ from stacks import (
 
 from kvlayer.abc.policy import EvictionPolicy
 from kvlayer.errors import CapacityError
+from kvlayer.eviction.arc import ARC
+from kvlayer.eviction.lfu import LFU
+from kvlayer.eviction.lru import LRU, PrefixLRU
 from kvlayer.keys import ChunkChain, ObjectKey, Part, Span
 from kvlayer.results import Cause, OwnerStats
-from kvlayer.tier.arc import ARC
 from kvlayer.tier.directory import Host, ObjectRecord
-from kvlayer.tier.evict import LRU, PrefixLRU
 from kvlayer.tier.lease import Lease
-from kvlayer.tier.leaving import Outlets, Way, end_leaving, plan_leaving
+from kvlayer.tier.leaving import Outlets, Way, end_leaving
 from kvlayer.tier.matcher import Match
 from kvlayer.tier.planner import Planner, Reservation
 
@@ -414,12 +415,12 @@ def test_a_load_finds_the_room_of_a_lease_that_ran_out() -> None:
     check_accounts(planner, idle=True)
 
 
-@pytest.mark.parametrize("policy", [PrefixLRU, LRU, ARC])
+@pytest.mark.parametrize("policy", [PrefixLRU, LRU, ARC, LFU])
 def test_a_tail_that_was_superseded_goes_first_under_every_policy(
     policy: type[EvictionPolicy],
 ) -> None:
     for is_leased in (False, True):
-        planner = make_planner(pages=6, policy=policy())
+        planner = make_planner(pages=6, policy=policy)
         short = chain_of(20)
         store(planner, short, tail=True)
         for _ in range(3):  # used often: it would be the last to go
@@ -691,7 +692,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self, pages: int, demote: int, others: int, whole_only: int, at_once: int
     ) -> None:
         outlets = Outlets(demote, others, whole_only, 16)
-        step = plan_leaving(self.planner.host, pages * 4096, outlets, at_once)
+        step = self.planner.plan_leaving(pages * 4096, outlets, at_once)
         assert all(found.tiers and found.host is Host.ABSENT for found in step.dropped)
         assert all(found.pins == found.held == 1 for found, _ in step.writes)
         assert all(wanted and not found.tiers & wanted for found, wanted in step.writes)
@@ -831,25 +832,21 @@ def test_what_is_withdrawn_while_a_tier_is_listed_does_not_come_back_with_the_li
 class Moody(PrefixLRU):
     """Somebody's policy with a bug in it."""
 
-    broken = False
-
-    def victim(self) -> ObjectKey | None:
-        if self.broken:
-            raise ZeroDivisionError
-        return super().victim()
+    def victim(self) -> int | None:
+        raise ZeroDivisionError
 
 
-def test_a_policy_that_raises_leaves_nothing_reserved() -> None:
-    planner = make_planner(pages=4)
-    policy = Moody()
-    planner.host.policy = policy
+def test_a_policy_that_raises_is_replaced_and_room_is_made() -> None:
+    planner = make_planner(pages=4, policy=Moody)
     store(planner, chain_of(32))
-    policy.broken = True
-    with pytest.raises(ZeroDivisionError):  # two chunks fit, the third needs a victim
-        store(planner, chain_of(64, seed=1))
+    store(planner, chain_of(64, seed=1))  # two chunks fit, the third needs a victim
     check_accounts(planner, idle=True)
-    assert planner.match(chain_of(32)).tokens == 32
-    assert planner.match(chain_of(64, seed=1)).tokens == 0
+    assert planner.host.order.replaced == 1
+    assert planner.match(chain_of(32)).tokens == 0
+    assert planner.match(chain_of(64, seed=1)).tokens == 64
+    loss = planner.journal.loss(chain_of(32).span(0))
+    assert loss is not None
+    assert loss.detail == "evicted from tier-0 by prefix-lru"
 
 
 def test_an_engine_that_cannot_say_what_it_holds_leaves_nothing_reserved() -> None:

@@ -3,75 +3,91 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from hashlib import sha256
+from collections.abc import Callable, Sequence
 from random import Random
 from types import FrameType, ModuleType
 from typing import Any, ClassVar
 
 from kvlayer.abc.policy import EvictionPolicy
-from kvlayer.keys import PUBLIC_ZONE, ObjectKey
+from kvlayer.abc.rows import Rows
 from kvlayer.testing.promise import Promise, broken, expect, promise
 from kvlayer.testing.suite import Suite
-from kvlayer.testing.trial import PART
 
-__all__ = ["KnownObjects", "PolicySuite", "policy_key"]
+__all__ = ["PlayedPolicy", "PolicySuite"]
 
 _SEEDS = 150
 _STEPS = 40
+_NAMES = 8
 
 
-def policy_key(number: int) -> ObjectKey:
-    """One of any number of keys."""
-    return ObjectKey.of("ab" * 32, PUBLIC_ZONE, sha256(b"%d" % number).digest(), 16, PART)
+class PlayedPolicy:
+    """A policy and all that it must know: what is there, and what of it is pinned.
 
-
-class KnownObjects:
-    """What any policy has to know: what is there, what is pinned, what goes first.
-
-    Called like a policy; :meth:`may_go` says whom it may name as its next victim.
+    Objects are named by numbers of the caller's; each gets a row when it is admitted. What a policy
+    must not be given is left out of the call, as a tier does.
     """
 
-    def __init__(self) -> None:
-        self.resident: set[ObjectKey] = set()
-        self.pinned: dict[ObjectKey, bool] = {}
-        """Pinned key -> whether it was demoted meanwhile."""
-        self.demoted: list[ObjectKey] = []
+    def __init__(self, policy: type[EvictionPolicy]) -> None:
+        self.rows = Rows()
+        self.policy = policy(self.rows)
+        self.resident: dict[int, int] = {}
+        """Row by name."""
+        self.pinned: set[int] = set()
 
-    def admit(self, path: Sequence[ObjectKey]) -> None:
-        self.resident |= set(path)
-        self.touch(path)
+    def store(self, path: Sequence[int]) -> None:
+        """Some of these are new, others are stored again."""
+        new = [name for name in path if name not in self.resident]
+        for depth, name in enumerate(path):
+            if name in new:
+                self.resident[name] = self.rows.take(name, 4096, 16 * depth, 16)
+        if new:
+            self.policy.admit([self.resident[name] for name in new])
+        if known := self._free(path):
+            self.policy.refresh(known)
 
-    def touch(self, path: Sequence[ObjectKey]) -> None:
-        self.demoted = [key for key in self.demoted if key not in path]
+    def use(self, path: Sequence[int]) -> None:
+        if free := self._free(path):
+            self.policy.touch(free)
 
-    def pin(self, key: ObjectKey) -> None:
-        self.pinned.setdefault(key, False)
-        self.touch([key])
+    def pin(self, path: Sequence[int]) -> None:
+        if free := self._free(path):
+            self.policy.pin(free)
+        self.pinned.update(name for name in path if name in self.resident)
 
-    def unpin(self, path: Sequence[ObjectKey]) -> None:
-        for key in path:
-            if self.pinned.pop(key, False):
-                self.demoted.append(key)
-            else:
-                self.touch([key])
+    def unpin(self, path: Sequence[int], *, used: bool) -> None:
+        pinned = [name for name in path if name in self.pinned]
+        self.pinned.difference_update(pinned)
+        if pinned:
+            self.policy.unpin([self.resident[name] for name in pinned], used=used)
 
-    def demote(self, key: ObjectKey) -> None:
-        if key not in self.resident:
-            return
-        if key in self.pinned:
-            self.pinned[key] = True
-        elif key not in self.demoted:
-            self.demoted.append(key)
+    def lose(self, name: int, *, evicted: bool) -> None:
+        """The object goes, to make room or because it was deleted."""
+        if name in self.resident:
+            self.pin([name])
+            self.pinned.remove(name)
+            row = self.resident.pop(name)
+            self.policy.remove(row, evicted=evicted)
+            self.rows.give_back(row)
 
-    def remove(self, key: ObjectKey) -> None:
-        self.resident.discard(key)
-        self.pinned.pop(key, None)
-        self.touch([key])
+    def _free(self, path: Sequence[int]) -> list[int]:
+        free = [name for name in path if name in self.resident and name not in self.pinned]
+        return [self.resident[name] for name in free]
 
-    def may_go(self) -> set[ObjectKey]:
-        """One of these, or nobody when there is none."""
-        return set(self.demoted) or self.resident - self.pinned.keys()
+    def may_go(self) -> set[int]:
+        """One of these is the next victim, or nobody when there is none."""
+        return set(self.resident) - self.pinned
+
+    def victim(self) -> int | None:
+        """The name of the next victim. Raises ``BrokenPromise`` for one that must not go."""
+        row = self.policy.victim()
+        if row is None:
+            if self.may_go():
+                broken(f"one of {len(self.may_go())} objects as the next victim", None)
+            return None
+        name = next((name for name in self.may_go() if self.resident[name] == row), None)
+        if name is None:
+            broken(f"one of the rows {sorted(self._free([*self.resident]))} or None", row)
+        return name
 
 
 class PolicySuite(Suite):
@@ -84,143 +100,80 @@ class PolicySuite(Suite):
     policy: ClassVar[type[EvictionPolicy]]
 
     async def keep(self, promise: Promise, /) -> None:
-        await promise.check(self, self.policy())
+        await promise.check(self, PlayedPolicy(self.policy))
 
-    @promise("Built without arguments; name is the configuration's policy.")
-    async def test_it_has_a_name(self, policy: EvictionPolicy) -> None:
-        if not getattr(policy, "name", None):
-            broken("a name, as the configuration spells it", getattr(policy, "name", None))
+    @promise("Built with the tier's rows; name is the configuration's policy.")
+    async def test_it_has_a_name(self, played: PlayedPolicy) -> None:
+        if not getattr(played.policy, "name", None):
+            broken("a name, as the configuration spells it", getattr(played.policy, "name", None))
 
     @promise("The object to give up next, or None when nothing is evictable.")
     async def test_it_names_what_is_there_as_long_as_something_is(
-        self, policy: EvictionPolicy
+        self, played: PlayedPolicy
     ) -> None:
-        expect(policy.victim(), None, "victim() of nothing")
-        keys = [policy_key(n) for n in range(20)]
+        expect(played.victim(), None, "victim() of nothing")
         for first in range(0, 20, 5):
-            policy.admit(keys[first : first + 5])
-        left = set(keys)
-        while left:
-            victim = policy.victim()
-            if victim is None or victim not in left:
-                broken(f"one of {len(left)} objects that are left", victim)
-            left.remove(victim)
-            policy.remove(victim)
-        expect(policy.victim(), None, "victim() when all are gone")
+            played.store(range(first, first + 5))
+        while played.resident:
+            victim = played.victim()
+            assert victim is not None
+            played.lose(victim, evicted=True)
+        expect(played.victim(), None, "victim() when all are gone")
 
-    @promise("Does not remove it.")
-    async def test_naming_a_victim_changes_nothing(self, policy: EvictionPolicy) -> None:
-        policy.admit([policy_key(n) for n in range(5)])
-        first = policy.victim()
+    @promise("Changes nothing.")
+    async def test_naming_a_victim_changes_nothing(self, played: PlayedPolicy) -> None:
+        played.store(range(5))
+        first = played.victim()
         for _ in range(5):
-            expect(policy.victim(), first, "victim(), asked again")
+            expect(played.victim(), first, "victim(), asked again")
 
-    @promise("Never name this object until it is unpinned.")
-    async def test_a_pinned_object_is_never_named(self, policy: EvictionPolicy) -> None:
-        keys = [policy_key(n) for n in range(6)]
-        policy.admit(keys)
-        for key in keys[::2]:
-            policy.pin(key)
-        for key in keys[1::2]:
-            victim = policy.victim()
-            if victim in keys[::2]:
-                broken("an object that is not pinned", victim)
-            policy.remove(victim or key)
-        expect(policy.victim(), None, "victim() when all that is left is pinned")
+    @promise("A policy names those that are not pinned.")
+    async def test_a_pinned_object_is_never_named(self, played: PlayedPolicy) -> None:
+        played.store(range(6))
+        played.pin([0, 2, 4])
+        while (victim := played.victim()) is not None:
+            played.lose(victim, evicted=True)
+        expect(set(played.resident), {0, 2, 4}, "what is left when all but pinned ones are gone")
 
-    @promise("Make pinned objects evictable again.")
-    async def test_an_unpinned_object_may_go_again(self, policy: EvictionPolicy) -> None:
-        keys = [policy_key(n) for n in range(3)]
-        policy.admit(keys)
-        for key in (*keys, keys[0]):  # pinning twice is the caller's to count
-            policy.pin(key)
-        expect(policy.victim(), None, "victim() when all are pinned")
-        policy.unpin([keys[0]])
-        expect(policy.victim(), keys[0], "victim() when one was unpinned")
+    @promise("Put pinned objects back into the order.")
+    async def test_an_unpinned_object_may_go_again(self, played: PlayedPolicy) -> None:
+        played.store(range(3))
+        played.pin(range(3))
+        expect(played.victim(), None, "victim() when all are pinned")
+        for name, used in ((1, False), (2, True)):
+            played.unpin([name], used=used)
+            expect(played.victim(), name, f"victim() when one was unpinned, used={used}")
+            played.pin([name])
 
-    @promise("A key that is not known yet may be pinned: it is about to be admitted.")
-    async def test_what_is_pinned_before_it_arrives_may_go_once_it_did_and_is_let_go(
-        self, policy: EvictionPolicy
-    ) -> None:
-        keys = [policy_key(n) for n in range(2)]
-        for key in keys:
-            policy.pin(key)
-        policy.admit(keys[:1])
-        expect(policy.victim(), None, "victim() of a pinned object that arrived")
-        policy.unpin(keys)
-        expect(policy.victim(), keys[0], "victim() once it was unpinned")
-        policy.remove(keys[0])
-        expect(policy.victim(), None, "victim() when what is left never arrived")
+    @promise("Forget a pinned object; its number will be another's.")
+    async def test_a_removed_object_does_not_come_back(self, played: PlayedPolicy) -> None:
+        played.store(range(3))
+        for name, evicted in ((0, True), (1, False), (2, True)):
+            played.lose(name, evicted=evicted)
+        expect(played.victim(), None, "victim() when all are removed")
+        played.store([0, 7])  # in rows that others had
+        left = set[int]()
+        while (victim := played.victim()) is not None:
+            left.add(victim)
+            played.lose(victim, evicted=False)
+        expect(left, {0, 7}, "what is named when one came back and another came")
 
     @promise(
-        "Prefer this object over all others for eviction, in the order of these calls. "
-        "A later use takes that back. A pinned object comes first once it is unpinned."
+        "A policy knows an object from admit to remove. A policy names those that are not pinned."
     )
-    async def test_what_was_demoted_goes_first_in_its_order(self, policy: EvictionPolicy) -> None:
-        keys = [policy_key(n) for n in range(6)]
-        policy.admit(keys)
-        policy.pin(keys[4])
-        for number in (2, 4, 5):
-            policy.demote(keys[number])
-        expect(policy.victim(), keys[2], "victim(), the first that was demoted")
-        policy.touch([keys[2]])
-        expect(policy.victim(), keys[5], "victim() when the first that was demoted was used")
-        policy.unpin([keys[4]])
-        expect(policy.victim(), keys[5], "victim() when another was unpinned")
-        policy.remove(keys[5])
-        expect(policy.victim(), keys[4], "victim() when that one had been demoted")
-
-    @promise("Unknown or pinned keys are ignored.")
-    async def test_touching_what_is_unknown_or_pinned_is_ignored(
-        self, policy: EvictionPolicy
-    ) -> None:
-        keys = [policy_key(n) for n in range(3)]
-        policy.admit(keys[:2])
-        policy.pin(keys[0])
-        policy.touch([keys[2], keys[0]])
-        policy.demote(keys[2])
-        expect(policy.victim(), keys[1], "victim()")
-        policy.remove(keys[1])
-        expect(policy.victim(), None, "victim() of a pinned and an unknown key")
-
-    @promise("Forget an object. Unknown keys are ignored.")
-    async def test_a_removed_object_does_not_come_back(self, policy: EvictionPolicy) -> None:
-        keys = [policy_key(n) for n in range(4)]
-        policy.admit(keys[:3])
-        policy.pin(keys[0])
-        policy.demote(keys[1])
-        for key in (*keys, keys[0]):
-            policy.remove(key)
-        policy.unpin([keys[0]])
-        policy.touch(keys)
-        expect(policy.victim(), None, "victim() when all are removed")
-        policy.admit(keys[:1])
-        expect(policy.victim(), keys[0], "victim() when one came back")
-
-    @promise("A policy knows every object of its tier; pinned ones it never names.")
     async def test_any_calls_in_any_order_leave_it_knowing_what_is_there(
-        self, policy: EvictionPolicy
+        self, played: PlayedPolicy
     ) -> None:
-        keys = [policy_key(n) for n in range(5)]
         for seed in range(_SEEDS):
-            real, model = type(policy)(), KnownObjects()
-            done: list[str] = []
-            for call, argument in _steps(Random(seed), keys):  # noqa: S311  # reproducible
-                done.append(f"{call}({_numbers(argument, keys)})")
-                for each in (real, model):
-                    getattr(each, call)(argument)
-                victim, may_go = real.victim(), model.may_go()
-                first = {model.demoted[0]} if model.demoted else may_go
-                if victim not in first and (first or victim is not None):
-                    broken(
-                        f"one of {_numbers(sorted(first), keys) or 'nobody'} after "
-                        f"{', '.join(done)}",
-                        _numbers([victim] if victim else [], keys) or "nobody",
-                    )
+            other = PlayedPolicy(type(played.policy))
+            rng = Random(seed)  # noqa: S311  # reproducible
+            for _ in range(_STEPS):
+                _step(rng, other)
+                other.victim()
 
-    @promise("Every call costs O(1) per key, whatever the number of objects or pins.")
-    async def test_a_call_costs_the_same_among_few_and_many(self, policy: EvictionPolicy) -> None:
-        few, many = _costs(type(policy), 10), _costs(type(policy), 3000)
+    @promise("Every call costs O(1) per row, whatever the number of objects or pins.")
+    async def test_a_call_costs_the_same_among_few_and_many(self, played: PlayedPolicy) -> None:
+        few, many = _costs(type(played.policy), 10), _costs(type(played.policy), 3000)
         for call, cost in many.items():
             if cost > few[call] + 80:  # a branch more is a few; a walk would be thousands
                 broken(
@@ -228,71 +181,73 @@ class PolicySuite(Suite):
                 )
 
     @promise("Pure: no clock, no I/O.")
-    async def test_it_looks_at_no_clock_and_opens_nothing(self, policy: EvictionPolicy) -> None:
-        steps = list(_steps(Random(1), [policy_key(n) for n in range(5)]))  # noqa: S311  # reproducible
-
+    async def test_it_looks_at_no_clock_and_opens_nothing(self, played: PlayedPolicy) -> None:
         def play() -> None:
-            real = type(policy)()
-            for call, argument in steps:
-                getattr(real, call)(argument)
-                real.victim()
+            rng = Random(1)  # noqa: S311  # reproducible
+            other = PlayedPolicy(type(played.policy))
+            for _ in range(_STEPS):
+                _step(rng, other)
+                other.policy.victim()
 
         expect(_outside(play), set[str](), "the clocks, files and loops it touched")
 
 
-def _steps(rng: Random, keys: Sequence[ObjectKey]) -> Iterator[tuple[str, Any]]:
-    for _ in range(_STEPS):
-        call = rng.choice(("admit", "admit", "touch", "unpin", "pin", "demote", "remove"))
-        if call in ("pin", "demote", "remove"):
-            yield call, rng.choice(keys)
-        elif call == "unpin":  # in what order a path is let go is each policy's own affair
-            yield call, [rng.choice(keys)]
-        else:
-            yield call, rng.sample(list(keys), rng.randrange(1, 5))
-
-
-def _numbers(argument: ObjectKey | Sequence[ObjectKey], keys: Sequence[ObjectKey]) -> str:
-    known = [argument] if isinstance(argument, str) else argument
-    return " ".join(str(list(keys).index(ObjectKey(key))) for key in known)
+def _step(rng: Random, played: PlayedPolicy) -> None:
+    """One call that a tier could make, of any kind."""
+    path = rng.sample(range(_NAMES), rng.randrange(1, 5))
+    match rng.randrange(6):
+        case 0 | 1:
+            played.store(path)
+        case 2:
+            played.use(path)
+        case 3:
+            played.pin(path)
+        case 4:
+            played.unpin(path, used=rng.random() < 0.5)
+        case _:
+            played.lose(path[0], evicted=rng.random() < 0.5)
 
 
 def _costs(policy: type[EvictionPolicy], count: int) -> dict[str, int]:
-    """Python instructions and key look-ups of each call, among ``count`` objects of every kind."""
-    tested = policy()
-    keys = [_CountedKey(policy_key(n)) for n in range(3 * count)]
-    tested.admit(keys[: 2 * count])
-    for key in keys[:count]:
-        tested.pin(key)
-    for key in keys[count : 2 * count]:
-        tested.demote(key)
-        tested.remove(key)
-    tested.admit(keys[2 * count :])
-    free = keys[2 * count :]
+    """Python instructions and comparisons of each call, among ``count`` objects of every kind."""
+    rows = Rows()
+    tested = policy(rows)
+    numbers = [_CountedRow(rows.take(n, 4096)) for n in range(3 * count)]
+    tested.admit(numbers)
+    tested.pin(numbers[: 2 * count])
+    for row in numbers[count : 2 * count]:
+        tested.remove(row, evicted=True)
+        rows.give_back(row)
+    free = numbers[2 * count :]
+    new = [_CountedRow(rows.take(10**6, 4096))]
     return {
+        "admit": _cost(lambda: tested.admit(new)),
         "touch": _cost(lambda: tested.touch(free[:1])),
-        "admit": _cost(lambda: tested.admit(free[:1])),
-        "pin": _cost(lambda: tested.pin(free[0])),
-        "unpin": _cost(lambda: tested.unpin(free[:1])),
-        "demote": _cost(lambda: tested.demote(free[1])),
+        "refresh": _cost(lambda: tested.refresh(free[:1])),
+        "pin": _cost(lambda: tested.pin(free[:1])),
+        "unpin, used": _cost(lambda: tested.unpin(free[:1], used=True)),
+        "pin, again": _cost(lambda: tested.pin(free[1:2])),
+        "unpin": _cost(lambda: tested.unpin(free[1:2], used=False)),
         "victim": _cost(tested.victim),
-        "remove": _cost(lambda: tested.remove(free[1])),
+        "pin, last": _cost(lambda: tested.pin(free[2:4])),
+        "remove, evicted": _cost(lambda: tested.remove(free[2], evicted=True)),
+        "remove": _cost(lambda: tested.remove(free[3], evicted=False)),
         "victim, again": _cost(tested.victim),
     }
 
 
-class _CountedKey(ObjectKey):
-    """A key that counts how often it is looked up or compared."""
+class _CountedRow(int):
+    """A row number that counts how often it is hashed or compared."""
 
-    __slots__ = ()
-    lookups: ClassVar[int] = 0
+    looks: ClassVar[int] = 0
 
     def __hash__(self) -> int:
-        _CountedKey.lookups += 1
-        return str.__hash__(self)
+        _CountedRow.looks += 1
+        return int.__hash__(self)
 
     def __eq__(self, other: object) -> bool:
-        _CountedKey.lookups += 1
-        return str.__eq__(self, other)
+        _CountedRow.looks += 1
+        return int.__eq__(self, other)
 
 
 def _cost(work: Callable[[], object]) -> int:
@@ -305,14 +260,14 @@ def _cost(work: Callable[[], object]) -> int:
         instructions += event == "opcode"
         return trace
 
-    _CountedKey.lookups = 0
+    _CountedRow.looks = 0
     before = sys.gettrace()
     sys.settrace(trace)
     try:
         work()
     finally:
         sys.settrace(before)
-    return instructions + _CountedKey.lookups
+    return instructions + _CountedRow.looks
 
 
 _OUTSIDE = frozenset(

@@ -1,0 +1,1 @@
+"""Eviction: the policies that come with kvlayer, and the order a tier keeps by one of them."""
