@@ -212,6 +212,8 @@ class Listing:
 
     def _of(self, shard: Shard) -> Iterator[Listed]:
         folder = self._paths.shard(shard)
+        if disk.look_at_folder(folder) is None:
+            return
         for name in disk.list_folder(folder) or ():
             key = self._paths.key(shard, name)
             if key is not None and key.startswith(self._prefix):

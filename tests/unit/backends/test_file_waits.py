@@ -1,0 +1,318 @@
+"""Every wait ends: locks after a fork, disks that freeze, threads that hang."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from mmap import mmap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvlayer.abc.backend import Read, Write
+from kvlayer.errors import BackendError, ClosedError
+from kvlayer.keys import ObjectKey, Part
+from kvlayer.tier.evict import PrefixLRU
+from kvlayer_backends.file import FileBackend, FileOptions, disk
+from kvlayer_backends.file.locks import FileLock
+from kvlayer_backends.file.paths import Paths
+from kvlayer_backends.file.pulse import Pulse
+
+PAGE = 4096
+KEY = ObjectKey.of("ab" * 32, "0", bytes(range(32)), 16, Part(0, (0, 4), (0, 8)))
+
+
+def backend(root: Path, **more: Any) -> FileBackend:
+    options = FileOptions(**{"interval": 3600.0, **more})
+    return FileBackend(str(root), options, policy=PrefixLRU)
+
+
+def page() -> memoryview:
+    return memoryview(mmap(-1, PAGE))
+
+
+# -- locks ----------------------------------------------------------------------------------------
+
+
+def test_a_lock_on_a_file_that_others_no_longer_see_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last owner removes the file between our open and our flock."""
+    flock = fcntl.flock
+
+    def late(fd: int, how: int) -> None:
+        if how & fcntl.LOCK_EX:
+            (tmp_path / "lock").unlink(missing_ok=True)
+        flock(fd, how)
+
+    lock = FileLock(str(tmp_path / "lock"))
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", late)
+        assert not lock.acquire()
+        assert not lock.held()
+    assert lock.acquire() and lock.held()
+    (tmp_path / "lock").unlink()
+    (tmp_path / "lock").touch()
+    assert not lock.held()
+    lock.release()
+
+
+_OWNER = """
+import os, signal, sys
+from kvlayer_backends.file.locks import FileLock
+lock = FileLock(sys.argv[1])
+assert lock.acquire()
+r, w = os.pipe()
+child = os.fork()
+if child == 0:
+    os.write(w, b"x")
+    os.close(1), os.close(2)
+    signal.pause()
+os.read(r, 1)
+print(child, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_forked_child_does_not_keep_the_lock_of_a_killed_process(tmp_path: Path) -> None:
+    path = str(tmp_path / "lock")
+    owner = subprocess.run(
+        [sys.executable, "-c", _OWNER, path],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    child = int(owner.stdout)
+    try:
+        assert owner.returncode == -signal.SIGKILL
+        lock = FileLock(path)
+        assert lock.acquire()
+        os.kill(child, 0)  # it is alive all the same
+        lock.release()
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_lock_taken_while_the_process_forks_is_given_up_and_not_kept_by_the_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread has opened the file, and the child got a copy that no lock knew of yet."""
+    children: list[int] = []
+    opener = disk.open_lock
+
+    def forks(path: str) -> int:
+        fd = opener(path)
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+            os._exit(0)
+        children.append(child)
+        return fd
+
+    lock, other = FileLock(str(tmp_path / "lock")), FileLock(str(tmp_path / "lock"))
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(disk, "open_lock", forks)
+            assert not lock.acquire()
+        assert other.acquire()
+        other.release()
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def test_releasing_unlocks_whoever_else_has_the_file_open(tmp_path: Path) -> None:
+    lock, other = FileLock(str(tmp_path / "lock")), FileLock(str(tmp_path / "lock"))
+    assert lock.acquire()
+    assert lock._fd is not None
+    copy = os.dup(lock._fd)  # as a child has that was forked by other means than ``os.fork``
+    lock.release()
+    assert other.acquire()
+    other.release()
+    os.close(copy)
+
+
+@pytest.mark.asyncio
+async def test_a_forked_child_that_ends_leaves_its_parent_in_office(tmp_path: Path) -> None:
+    async with backend(tmp_path) as files:
+        assert files.is_janitor
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        await asyncio.to_thread(os.waitpid, child, 0)
+        assert files.janitor is not None
+        await files.janitor.pass_()
+        assert files.is_janitor
+        async with backend(tmp_path) as other:
+            assert not other.is_janitor
+            await files.janitor.pass_()
+            assert len(list(Path(Paths(str(tmp_path)).tmp).iterdir())) == 2
+
+
+# -- a frozen disk --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def frozen(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From its call on the disk answers no change: a read moves no time of access."""
+
+    def freeze() -> None:
+        monkeypatch.setattr("kvlayer_backends.file.pulse._PATIENCE_SECONDS", 0.05)
+        monkeypatch.setattr("kvlayer_backends.file.pulse._POLL_SECONDS", 0.001)
+        monkeypatch.setattr("kvlayer_backends.file.pulse._FRESH_SECONDS", 0.0)
+        monkeypatch.setattr(Pulse, "_beats", lambda _: False)
+        for name in ("mkdir", "link", "rename", "unlink", "rmdir", "pwritev", "utime"):
+            monkeypatch.setattr(os, name, lambda *_, **__: pytest.fail("hangs in the kernel"))
+
+    return freeze
+
+
+@pytest.mark.asyncio
+async def test_a_frozen_disk_is_noticed_before_anything_is_changed(
+    tmp_path: Path, frozen: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = backend(tmp_path)
+    async with first as files:
+        assert await files.put([Write(KEY, (page(),))]) == [None]
+        await files.recovered()
+        frozen()
+        other = ObjectKey(str(KEY).replace("g0", "g1"))
+        for answers in (
+            await files.put([Write(other, (page(),))]),
+            await files.delete([KEY]),
+        ):
+            (error,) = answers
+            assert isinstance(error, BackendError) and error.transient, error
+            assert "ETIMEDOUT" in str(error) and "fsfreeze" in (error.hint or "")
+        (read,) = await files.get([Read(KEY, (page(),))])
+        assert not isinstance(read, BackendError)  # reading goes on
+        assert await files.contains([KEY]) == [PAGE]
+        await files.touch([KEY])
+        await files.describe("cd" * 32, b"x")
+        assert files.janitor is not None
+        with pytest.raises(OSError, match="frozen"):
+            await files.janitor.pass_()
+        assert files.objects == 1
+        with pytest.raises(BackendError, match="ETIMEDOUT"):
+            await backend(tmp_path).open()
+    monkeypatch.undo()
+    async with backend(tmp_path) as files:  # nothing of the first one is left but its folder
+        assert files.is_janitor
+        assert files.janitor is not None
+        await files.janitor.pass_()
+        assert len(list(Path(Paths(str(tmp_path)).tmp).iterdir())) == 1
+
+
+def test_a_pulse_beats_where_reads_move_the_time_of_access(tmp_path: Path) -> None:
+    (tmp_path / "file").touch(0o600)
+    pulse = Pulse(str(tmp_path / "file"))
+    pulse.begin()
+    if not os.fstatvfs(pulse._fd).f_flag & os.ST_NOATIME:
+        os.pread(pulse._fd, 1, 0)
+        assert os.fstat(pulse._fd).st_atime_ns > 0
+    for _ in range(3):
+        pulse._beat_at = 0.0
+        pulse.check()
+    pulse.close()
+    Pulse(str(tmp_path / "nothing")).check()  # nothing is known yet
+
+
+# -- threads that hang ----------------------------------------------------------------------------
+
+
+class Hanging:
+    """A system call that does not return until it is let go."""
+
+    def __init__(self, name: str, patch: pytest.MonkeyPatch) -> None:
+        self.inside = threading.Event()
+        self.let_go = threading.Event()
+        self.real = getattr(os, name)
+        patch.setattr(os, name, self)
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        self.inside.set()
+        assert self.let_go.wait(60)
+        return self.real(*args, **more)
+
+    async def entered(self) -> None:
+        assert await asyncio.to_thread(self.inside.wait, 30)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("call", ["pwritev", "preadv", "lstat", "unlink", "listdir"])
+async def test_closing_that_is_cancelled_leaves_a_thread_that_hangs_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
+) -> None:
+    files = backend(tmp_path)
+    await files.open()
+    await files.put([Write(KEY, (page(),))])
+    await files.recovered()
+    assert files.janitor is not None
+    await files.janitor.pass_()
+    hanging = Hanging(call, monkeypatch)
+    other = ObjectKey(str(KEY).replace("g0", "g1"))
+    work: dict[str, Callable[[], Any]] = {
+        "pwritev": lambda: files.put([Write(other, (page(),))]),
+        "preadv": lambda: files.get([Read(KEY, (page(),))]),
+        "lstat": lambda: files.contains([KEY]),
+        "unlink": lambda: files.delete([KEY]),
+        "listdir": files.janitor.pass_,
+    }
+    running = asyncio.ensure_future(work[call]())
+    await hanging.entered()
+    running.cancel()
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(files.aclose())
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not closing.done()
+    closing.cancel()
+    with suppress(asyncio.CancelledError):
+        await asyncio.wait_for(closing, 30)
+    with pytest.raises((asyncio.CancelledError, ClosedError)):
+        await asyncio.wait_for(running, 30)  # who waited for the thread is free, too
+    assert "1 threads are left behind" in caplog.text
+    await files.aclose()
+    monkeypatch.undo()
+    hanging.let_go.set()
+    async with backend(tmp_path) as second:
+        assert second.is_janitor  # the lock was given back
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("call", ["lstat", "mkdir", "pwritev"])
+async def test_an_open_that_hangs_is_cancelled_at_once_and_gives_back_what_it_gets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    hanging = Hanging(call, monkeypatch)
+    opening = asyncio.create_task(backend(tmp_path).open())
+    await hanging.entered()
+    (thread,) = (t for t in threading.enumerate() if t.name.startswith("kvlayer-file-meta"))
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert thread.is_alive()
+    hanging.let_go.set()
+    await asyncio.to_thread(thread.join, 30)
+    monkeypatch.undo()
+    assert list(Path(Paths(str(tmp_path)).tmp).iterdir()) == []
+    async with backend(tmp_path) as files:
+        assert files.is_janitor
+
+
+def test_every_error_of_the_system_that_may_pass_is_transient() -> None:
+    from kvlayer_backends.file.faults import explain
+
+    assert explain(OSError(errno.ETIMEDOUT, "x"), "write", "y").transient
+    assert not explain(OSError(errno.EACCES, "x"), "write", "y").transient
