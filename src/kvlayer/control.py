@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from kvlayer._foreign import words
@@ -15,8 +14,8 @@ from kvlayer.explain import explain
 from kvlayer.keys import ObjectKey, Scope, Tokens
 from kvlayer.results import Cause, Explanation, Health, Stats
 from kvlayer.tier.directory import ObjectRecord
-from kvlayer.tier.guard import Refused
 from kvlayer.tier.listing import listed
+from kvlayer.tier.removal import Removal
 from kvlayer.tier.tier import LowerTier
 from kvlayer.urls import nearest
 
@@ -69,42 +68,51 @@ class Control:
     ) -> int:
         """Remove a prompt's objects from one tier, or from all; returns how many went.
 
-        What is pinned stays in host memory.
+        What is pinned stays in host memory. Raises ``BackendError``, once all that can be removed
+        is, when a tier did not answer or kept some of them: it says how many.
         """
         stack = self._cache.stack
         lower = self._lower(tier)
         chain = self._cache.chain(tokens, scope)
         await stack.finder.find(chain)  # what other processes stored goes, too
+        removal = Removal(stack.planner, stack.objects)
         spans = [*chain.spans(len(chain)), *chain.tails(len(chain))]
         with stack.planner.lock:
             known = stack.planner.directory.chunk
             chunks = [known(span.hash, span.tokens, chain.zone(span)) for span in spans]
             records = [found for chunk in chunks if chunk for found in chunk.objects.values()]
             keys = [[r.key for r in records if r.tiers >> each.index & 1] for each in lower]
-        gone = 0
         for each, there in zip(lower, keys, strict=True):
-            gone += await self._delete(each, there)
+            if each.is_shared and not each.health().ok:  # others may have stored there
+                removal.unseen(each, each.health().detail)
+            await removal.delete(each, there)
+        gone = 0
         if tier in (None, stack.host.name):
-            gone += await self._drop(records, "evicted by request")
-        return gone
+            gone = await self._drop(records, "evicted by request")
+        removal.check()
+        return removal.gone + gone
 
     async def clear(self, tier: str | None = None) -> int:
         """Remove everything of this namespace from one tier, or from all; returns how many went.
 
-        What is pinned stays in host memory. Other namespaces are not touched.
+        What is pinned stays in host memory. Other namespaces are not touched. Raises
+        ``BackendError``, once all that can be removed is, when a tier did not answer or kept some
+        of it: it says how many objects.
         """
         stack = self._cache.stack
-        gone = 0
+        removal = Removal(stack.planner, stack.objects)
         for lower in self._lower(tier):
-            keys = (
-                await self._listed(lower) if Capability.LIST in lower.backend.capabilities else []
-            )
+            keys: list[ObjectKey] = []
+            if Capability.LIST in lower.backend.capabilities:
+                await self._list(lower, keys, removal)
             known = await self._records()
             keys += [found.key for found in known if found.tiers >> lower.index & 1]
-            gone += await self._delete(lower, list(dict.fromkeys(keys)))
+            await removal.delete(lower, list(dict.fromkeys(keys)))
+        gone = 0
         if tier in (None, stack.host.name):
-            gone += await self._drop(await self._records(), "cleared by request")
-        return gone
+            gone = await self._drop(await self._records(), "cleared by request")
+        removal.check()
+        return removal.gone + gone
 
     async def _records(self) -> list[ObjectRecord]:
         """Everything the directory knows, read in slices: nobody waits for the whole of it."""
@@ -188,38 +196,15 @@ class Control:
             )
         return [tier for tier in stack.lower if tier.name == name]
 
-    async def _listed(self, lower: LowerTier) -> list[ObjectKey]:
-        """What a tier lists, as far as it does: the deadline is that of each step."""
-        keys: list[ObjectKey] = []
+    async def _list(self, lower: LowerTier, keys: list[ObjectKey], removal: Removal) -> None:
+        """Add what a tier lists to ``keys``, as far as it does: the deadline is of each step."""
         try:
             async for batch in listed(lower, self._cache.namespace.digest):
                 keys += batch
         except TimeoutError:
-            lower.complains(Cause.DEADLINE, f"not listed within {lower.guard.deadline} s")
+            why = f"not listed within {lower.guard.deadline} s"
+            lower.complains(Cause.DEADLINE, why)
+            removal.unseen(lower, why)
         except Exception as exc:  # noqa: BLE001  # foreign code: what is known still goes
             lower.complains(Cause.TIER_DOWN, words(exc))
-        return keys
-
-    async def _delete(self, lower: LowerTier, keys: list[ObjectKey]) -> int:
-        stack = self._cache.stack
-        if not keys:
-            return 0
-        try:
-            call = lower.guard.start(partial(stack.objects.delete, lower.index, keys))
-        except Refused as no:
-            lower.refused(no.cause)
-            return 0
-        if not await lower.guard.wait_alone(call):
-            lower.fails(Cause.DEADLINE, f"not deleted within {lower.guard.deadline} s")
-            return 0
-        if call.error is not None:
-            lower.fails(Cause.TIER_DOWN, words(call.error))
-            return 0
-        errors = [error for error in call.result() if error is not None]
-        if errors:
-            detail = f"{len(errors)} objects were not deleted: {words(errors[0])}"
-            lower.complains(Cause.TIER_DOWN, detail)
-        gone = [key for key, e in zip(keys, call.result(), strict=True) if e is None]
-        stack.planner.vanished(gone, lower.index, "removed by request", Cause.CLEARED)
-        lower.removed(gone)
-        return len(gone)
+            removal.unseen(lower, words(exc))
