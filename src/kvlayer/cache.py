@@ -20,6 +20,7 @@ from kvlayer.keys import ChunkChain, Scope, Tokens, token_bytes
 from kvlayer.layout import KVLayout, KVView
 from kvlayer.lookup import Lookup, Lookups
 from kvlayer.namespace import Namespace
+from kvlayer.patience import Patience
 from kvlayer.prefetch import Prefetch
 from kvlayer.registry import BACKENDS, Registry
 from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
@@ -108,6 +109,7 @@ class Cache:
         first_token: int = 0,
         tail: bool = True,
         on_gathered: Callable[[], None] | None = None,
+        patience: Patience | float | None = None,
     ) -> StoreReport:
         """Store the KV of a prompt as far as ``kv`` covers it; what is there already is skipped.
         What only a tier has that is down for now counts as missing.
@@ -121,6 +123,13 @@ class Cache:
         Returns when the bytes have left the engine's memory and, for tiers with ``write =
         "through"``, have been committed there or failed to. ``on_gathered`` is called on the loop
         once the view is not needed any more, which is earlier there; not when this raises.
+
+        Where host memory is full of what lower tiers have still to get, this waits while they make
+        progress, so a prompt longer than host memory is stored whole. ``patience`` bounds that: in
+        seconds, or a :class:`Patience` that an engine ends when it wants its blocks back. With 0
+        nothing waits: what is not written makes room, counted as ``dropped_writes``. What another
+        store is gathering is waited for, and stored by this one where the other fails.
+
         Cancelling it releases the view and leaves every object whole or absent. Raises
         ``LayoutError``, and ``TokensError`` also for ids of 2^30 and above, which have no name.
         """
@@ -128,11 +137,17 @@ class Cache:
         self._stack.device.check(kv)
         window = self._window(kv, first_token)
         chain = self._chain_to_store(tokens, scope, window)
-        report, todo = await self._stack.store(
-            chain, kv, window, tail=tail, on_gathered=on_gathered
+        stored = await self._stack.store(
+            chain,
+            kv,
+            window,
+            tail=tail,
+            on_gathered=on_gathered,
+            patience=Patience.of(patience),
         )
-        if todo.spans:
-            self._planner.remember(chain, todo.spans)
+        report = stored.report()
+        if stored.spans:
+            self._planner.remember(chain, stored.spans)
         if self._emit:
             self._emit(
                 StoreDone(
@@ -141,7 +156,7 @@ class Cache:
                     skipped=report.skipped,
                     dropped=report.dropped,
                     failed=report.failed,
-                    nbytes=sum(slot.piece.nbytes for slot in todo.gathers),
+                    nbytes=stored.nbytes,
                     seconds=self._clock() - started,
                 )
             )

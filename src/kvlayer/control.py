@@ -163,6 +163,7 @@ class Control:
                     getattr(tier.backend, "capacity_nbytes", None),
                 ),
                 policies_replaced=getattr(tier.backend, "policies_replaced", 0),
+                queued=stack.spills.queued(tier.index),
             )
             for tier in stack.lower
         ]

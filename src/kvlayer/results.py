@@ -163,6 +163,10 @@ class TierStats:
     """Dropped from host memory before its room was needed; a lower tier has them."""
     policies_replaced: int = 0
     """How often the eviction policy broke its contract and ``prefix-lru`` took its place."""
+    queued: int = 0
+    """Objects that wait in host memory for their turn to be written."""
+    dropped_writes: int = 0
+    """Writes given up because host memory itself was needed; stored anew when next computed."""
     set_aside: int = 0
     """Objects that failed three times in a row: not offered until they are written anew."""
 

@@ -19,6 +19,7 @@ __all__ = ["Demotion"]
 
 _log = logging.getLogger(__name__)
 _AT_ONCE = 8  # objects written together: loads wait their turn behind them
+_SHARE = 8  # of host memory that a store which waits for room has emptied at a time
 
 
 class Demotion:
@@ -48,12 +49,13 @@ class Demotion:
         self._host = host
         self._lower = {tier.index: tier for tier in lower}
         self._high, self._low = int(capacity * high), int(capacity * low)
-        self._outlets = Outlets(
+        self.outlets = Outlets(
             demote=_bits(tier for tier in lower if tier.write == "demote"),
             others=_bits(tier for tier in lower if tier.write in ("through", "back")),
             whole_only=_bits(tier for tier in lower if not tier.tails),
             tokens_per_chunk=planner.tokens_per_chunk,
         )
+        """Which tiers have to get an object before it may go."""
         self._round: asyncio.Task[None] | None = None
         self._is_closed = False
 
@@ -62,8 +64,25 @@ class Demotion:
         if self._round is not None or self._is_closed or not self._lower:
             return
         if self._planner.host.extents.used > self._high:
-            self._round = asyncio.get_running_loop().create_task(self._run())
-            self._round.add_done_callback(self._ended)
+            self._begin(self._low)
+
+    def _begin(self, keep_nbytes: int) -> None:
+        self._round = asyncio.get_running_loop().create_task(self._run(keep_nbytes))
+        self._round.add_done_callback(self._ended)
+
+    async def make_room(self) -> bool:
+        """Where tiers are written only when objects leave: write some now; whether room came.
+
+        For a store that waits for room. A round that runs already is waited for.
+        """
+        extents = self._planner.host.extents
+        if not self.outlets.demote or self._is_closed:
+            return False
+        used = extents.used
+        if self._round is None:
+            self._begin(used - extents.capacity // _SHARE)
+        await self.settled()
+        return extents.used < used
 
     async def settled(self) -> None:
         """Wait until the round that runs now, if any, has ended."""
@@ -77,7 +96,7 @@ class Demotion:
         fails gets no more.
         """
         await self.settled()  # or a tier could seem full because of it
-        outlets, given_up = replace(self._outlets, others=0), 0
+        outlets, given_up = replace(self.outlets, others=0), 0
         with self._planner.lock:
             ready = [r for r in self._planner.directory.objects() if r.host is Host.READY]
         waiting = deque((record, wanted) for record in ready if (wanted := outlets.wanted(record)))
@@ -94,10 +113,10 @@ class Demotion:
             self._round.cancel()
             await self.settled()
 
-    async def _run(self) -> None:
+    async def _run(self, keep_nbytes: int) -> None:
         is_going = True
         while is_going:  # every step but the last drops something, so a round ends
-            step = self._planner.plan_leaving(self._low, self._outlets, _AT_ONCE)
+            step = self._planner.plan_leaving(keep_nbytes, self.outlets, _AT_ONCE)
             self._host.demotes(step.dropped)
             try:
                 failed, _ = await self._send(step.writes)

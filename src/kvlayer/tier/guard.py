@@ -71,6 +71,8 @@ class Guard:
         """Told when a breaker has opened, and why."""
         self.on_probed: Callable[[], None] | None = None
         """Told when a probe found the tier serving again."""
+        self.on_freed: Callable[[], None] | None = None
+        """Told when a call has ended: another may have room now."""
 
     @property
     def orphans(self) -> int:
@@ -103,6 +105,29 @@ class Guard:
     def serves(self) -> bool:
         """Whether a read would be admitted, as far as the breaker goes."""
         return self._lanes[Lane.READS].breaker.is_closed
+
+    def has_room(self, lane: Lane, nbytes: int) -> bool:
+        """Whether a call would be admitted now and run soon: for whoever keeps a queue of his own.
+
+        As many may wait here as may run, so that a turn that ends finds the next call ready.
+        """
+        turns, now = self._lanes[lane], asyncio.get_running_loop().time()
+        if self._is_closing or not (turns.breaker.is_closed or turns.breaker.is_due(now)):
+            return False
+        if turns.late >= turns.limit or len(self._orphans) >= self._max_inflight:
+            return False
+        if lane is Lane.WRITES and 0 < turns.nbytes > self.max_write_nbytes - nbytes:
+            return False
+        return turns.calls < turns.limit + min(turns.limit, self._max_queued)
+
+    def is_down(self, lane: Lane) -> bool:
+        """Whether calls are refused for now: the breaker is open, or what is stuck holds all turns.
+
+        A call that is waited for is not worth waiting for then.
+        """
+        turns = self._lanes[lane]
+        is_stuck = turns.late >= turns.limit or len(self._orphans) >= self._max_inflight
+        return self._is_closing or is_stuck or not turns.breaker.is_closed
 
     # -- calls -----------------------------------------------------------------------------------
 
@@ -146,6 +171,8 @@ class Guard:
             finally:
                 if turns.trial is ended:
                     self._conclude(ended, turns)
+                if self.on_freed is not None:
+                    self.on_freed()
 
         started = Call(
             loop.create_task(run()),
@@ -279,6 +306,12 @@ class Guard:
                         self._orphan(each)
                     return late
         return []
+
+    def give_up(self, calls: Iterable[Call[Any]]) -> None:
+        """Wait for these no more: they go on, counted as orphans."""
+        for call in calls:
+            if not call.has_ended:
+                self._orphan(call)
 
     def _orphan(self, call: Call[Any]) -> None:
         call.was_late = True

@@ -9,7 +9,7 @@ for, at most once per hold; let go, it is the first that the policy names.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvlayer.abc.policy import PolicyMaker
 from kvlayer.eviction.order import EvictionOrder
@@ -50,19 +50,24 @@ class HostTier:
     # -- room ------------------------------------------------------------------------------------
 
     def reserve(
-        self, found: ObjectRecord, nbytes: int, evicted: list[ObjectRecord], now: float
+        self,
+        found: ObjectRecord,
+        nbytes: int,
+        evicted: list[ObjectRecord],
+        now: float,
+        keeps: Callable[[ObjectRecord], bool] | None = None,
     ) -> bool:
         """Make room and start filling ``found``, with one more hold. False when nothing can go.
 
         What had to be given up is appended to ``evicted``; it is not enough only where pinned
-        objects leave no gap of that size.
+        objects leave no gap of that size, or where the next to go is one that ``keeps`` names.
         """
         if nbytes > self.extents.capacity - self.pinned_nbytes:
             return False
         offset = self.extents.allocate(nbytes)
         while offset is None:
             victim = self.victim(now)
-            if victim is None:
+            if victim is None or (keeps is not None and keeps(victim)):
                 return False
             self.drop(victim, evicted=True)
             evicted.append(victim)

@@ -101,8 +101,12 @@ class Loads:
         objects: Objects,
         host: Tier,
         lower: Sequence[LowerTier],
+        *,
         clock: Callable[[], float],
+        evicted: Callable[[Sequence[ObjectRecord]], None],
     ) -> None:
+        """``evicted`` is told what had to make room."""
+        self._evicted = evicted
         self._planner = planner
         self._objects = objects
         self._host = host
@@ -184,11 +188,7 @@ class Loads:
             return tier
         evicted: list[ObjectRecord] = []
         slot = self._planner.plan_fetch(span, record, evicted)
-        self._host.lost(
-            self._planner.host.order.name,
-            [gone.key for gone in evicted],
-            sum(gone.nbytes for gone in evicted),
-        )
+        self._evicted(evicted)
         if slot is None:
             self._host.refused(Cause.NO_ROOM)
             return Failure(span, Cause.NO_ROOM, self._host.name, "host memory is all in use")

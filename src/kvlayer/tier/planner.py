@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from sys import maxsize
 from threading import RLock
+from typing import TypeAlias
 
 from kvlayer.abc.policy import PolicyMaker
 from kvlayer.errors import CapacityError
@@ -28,11 +29,16 @@ from kvlayer.tier.lease import Lease, LeaseTable
 from kvlayer.tier.leaving import Leaving, Outlets, plan_leaving
 from kvlayer.tier.matcher import Match, Matcher
 from kvlayer.tier.messages import Outcome, Piece
+from kvlayer.tier.promises import Promise, Promises
 from kvlayer.tier.store_plan import Reservation, StorePlan
 
 __all__ = ["Planner", "Reservation", "StorePlan"]
 
 _MAX_ASIDE = 4096  # objects set aside that are remembered
+_BELIEVED_SECONDS = 60.0  # a promise whose holder has not been heard of
+
+Keeps: TypeAlias = Callable[[ObjectRecord], bool]
+"""Whether an object must not make room, because a tier is still to get it."""
 
 
 class Planner:
@@ -76,6 +82,7 @@ class Planner:
         self.host = HostTier(capacity, policy, self.directory)
         self.leases = LeaseTable(self.host)
         self.journal = Journal()
+        self.promises = Promises(namespace)
         self._is_retired = False
         chunk = sum(
             self.payload(part, tokens_per_chunk).nbytes for cut in self._cuts for part in cut
@@ -197,12 +204,16 @@ class Planner:
         holds: Callable[[int, Span], bool],
         at_once: int = maxsize,
         dead: int = 0,
+        keeps: Keeps | None = None,
     ) -> StorePlan:
         """Reserve a slot for every object that is missing, in prompt order.
 
         ``holds(g, span)`` says whether the engine still has the span for trailing group g. When
         host memory runs out the rest of the prompt is dropped: later chunks are useless alone.
         ``dead``: bit t where tier t is not asked for now; what only such tiers have is missing.
+
+        Where room would cost an object that ``keeps`` names, or that a move holds, planning stops
+        there (``is_blocked``) and nothing is dropped: :meth:`plan_rest` goes on.
 
         Plans the first ``at_once`` spans; :meth:`plan_more` goes on while some are
         ``unplanned``. However that ends, :meth:`gathered` must be called.
@@ -213,18 +224,55 @@ class Planner:
         if tail and len(chain) * step >= first_token:
             todo.unplanned.extend(chain.tails(len(chain))[:1])
         with self.lock:
-            self.leases.expire(self._clock())
             # Room must not come from the prefix that leads to what is stored.
-            todo.held = self._resident(chain)
-            self.host.hold(todo.held)
-            planned = False
-            try:
-                self.plan_more(chain, todo, holds, at_once)
-                planned = True
-            finally:  # a policy of somebody else's may raise
-                if not planned:
-                    self.gathered(todo, None)
+            held = self._resident(chain)
+            self._begin_plan(chain, todo, holds, at_once=at_once, keeps=keeps, held=held)
         return todo
+
+    def plan_rest(
+        self,
+        chain: ChunkChain,
+        spans: Iterable[Span],
+        *,
+        holds: Callable[[int, Span], bool],
+        at_once: int = maxsize,
+        dead: int = 0,
+        keeps: Keeps | None = None,
+    ) -> StorePlan:
+        """Plan ``spans``, which an earlier plan of this store has left.
+
+        Of the prefix only what no serving tier has is held: a prompt may be longer than host
+        memory. As for :meth:`plan_store`, :meth:`gathered` must be called.
+        """
+        todo = StorePlan(dead)
+        todo.unplanned.extend(spans)
+        with self.lock:
+            held = [found for found in self._resident(chain) if not found.tiers & ~dead]
+            self._begin_plan(chain, todo, holds, at_once=at_once, keeps=keeps, held=held)
+        return todo
+
+    def _begin_plan(
+        self,
+        chain: ChunkChain,
+        todo: StorePlan,
+        holds: Callable[[int, Span], bool],
+        *,
+        at_once: int,
+        keeps: Keeps | None,
+        held: list[ObjectRecord],
+    ) -> None:
+        now = self._clock()
+        self.leases.expire(now)
+        todo.promise = self.promises.make("", holder="store", until=now + _BELIEVED_SECONDS)
+        todo.held = held
+        self.host.hold(held)
+        planned = False
+        try:
+            self.plan_more(chain, todo, holds, at_once, keeps)
+            planned = True
+        finally:  # a policy of somebody else's may raise
+            if not planned:
+                self.gathered(todo, None)
 
     def plan_more(
         self,
@@ -232,16 +280,20 @@ class Planner:
         todo: StorePlan,
         holds: Callable[[int, Span], bool],
         at_once: int,
+        keeps: Keeps | None = None,
     ) -> None:
         """Plan the next ``at_once`` spans of a store. Others may have stored some meanwhile."""
         with self.lock:
             for _ in range(min(at_once, len(todo.unplanned))):
-                if not self._plan_span(chain, todo.unplanned[0], holds, todo):
+                if not self._plan_span(chain, todo.unplanned[0], holds, todo, keeps):
+                    if keeps is not None:
+                        todo.is_blocked = True
+                        break
                     todo.dropped += todo.unplanned
                     todo.unplanned.clear()
                     break
                 todo.unplanned.popleft()
-            if not todo.unplanned:
+            if not todo.unplanned or todo.is_blocked:
                 self._let_go_prefix(todo)
                 if todo.spans:
                     self._supersede(chain, todo.spans[0])
@@ -262,8 +314,10 @@ class Planner:
         span: Span,
         holds: Callable[[int, Span], bool],
         todo: StorePlan,
+        keeps: Keeps | None,
     ) -> bool:
         known: list[ObjectRecord] = []
+        other: Promise | None = None
         before = len(todo.gathers)
         for g, cut in enumerate(self._cuts):
             if self._groups[g].hit_rule is HitRule.TRAILING and not holds(g, span):
@@ -272,10 +326,12 @@ class Planner:
                 record = self.directory.ensure(span, chain.zone(span), part)
                 if record.host is not Host.ABSENT or record.tiers & ~todo.dead:
                     known.append(record)
+                    if record.host is Host.FILLING and not record.tiers & ~todo.dead:
+                        other = self.promises.find(span.hash, self._clock())
                     continue
                 slot: Reservation | None = None
                 try:
-                    slot = self._reserve(span, record, todo.evicted)
+                    slot = self._reserve(span, record, todo.evicted, keeps)
                 finally:
                     if slot is None:
                         self.directory.forget(record)
@@ -285,9 +341,14 @@ class Planner:
                     return False
                 record.retention = record.retention.joined(chain.scope.retention)
                 todo.gathers.append(slot)
+        if other is not None and other is not todo.promise:
+            todo.joined.append((span, other))
         if len(todo.gathers) > before:
             todo.spans.append(span)
-        elif known:
+            assert todo.promise is not None
+            todo.promise.zone = chain.zone(span)
+            self.promises.add(todo.promise, span.hash)
+        elif known and other is None:
             todo.skipped.append((span, tuple(known)))
         return True
 
@@ -300,14 +361,18 @@ class Planner:
                     self.host.demote(found)
 
     def _reserve(
-        self, span: Span, record: ObjectRecord, evicted: list[ObjectRecord]
+        self,
+        span: Span,
+        record: ObjectRecord,
+        evicted: list[ObjectRecord],
+        keeps: Keeps | None = None,
     ) -> Reservation | None:
         if self._is_retired:
             return None
         nbytes = self.payload(record.part, span.tokens).nbytes
         record.chunk.span = span
         before = len(evicted)
-        made = self.host.reserve(record, nbytes, evicted, self._wall_clock())
+        made = self.host.reserve(record, nbytes, evicted, self._wall_clock(), keeps)
         for gone in evicted[before:]:
             self._note_eviction(gone)
         if not made:
@@ -354,6 +419,10 @@ class Planner:
             self._let_go_prefix(todo)
             self.stored(before[len(todo.gathers) :], ok=False)
             self.stored(todo.gathers, ok=True)
+            if todo.promise is not None:
+                stored = [slot.span.hash for slot in todo.gathers]
+                self.promises.end(todo.promise, stored, kept=True)
+                self.promises.end(todo.promise, todo.promise.hashes, kept=False)
         return failed
 
     def _abandon(self, slot: Reservation) -> None:

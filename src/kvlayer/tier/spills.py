@@ -1,81 +1,109 @@
-"""Sending objects down from host memory to the tiers that are written to."""
+"""Sending objects down from host memory to the tiers that are written to.
+
+A tier takes what it can; the rest stays queued in the order it came, root before leaf. What is
+queued is held by nobody: it is dropped, and counted, when host memory itself must be given up.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
-from typing import NamedTuple
 
-from kvlayer.keys import ObjectKey, Span
+from kvlayer.keys import Span
 from kvlayer.results import Cause, Failure
-from kvlayer.tier.directory import ObjectRecord
+from kvlayer.tier.directory import Host, ObjectRecord
 from kvlayer.tier.flight import outcome_of
 from kvlayer.tier.guard import Call, Lane, Refused
 from kvlayer.tier.messages import Outcome
 from kvlayer.tier.objects import Objects
 from kvlayer.tier.planner import Planner
 from kvlayer.tier.tier import LowerTier
+from kvlayer.tier.writes import Unwritten, Write, WriteQueue
 
-__all__ = ["Spills", "Write"]
+__all__ = ["Spills", "Unwritten", "Write"]
 
 _AT_ONCE = 2  # writes begun per turn of the loop: with its first steps each takes some 0.5 ms
-
-
-class Write(NamedTuple):
-    """One object on its way down to one tier."""
-
-    span: Span
-    key: ObjectKey
-    tier: LowerTier
-    call: Call[Outcome]
+_SLACK = 64  # writes of what has gone already that are not worth clearing up
 
 
 class Spills:
-    """Runs writes to the lower tiers; each holds its object in host memory until it ends."""
+    """Runs writes to the lower tiers; each holds its object in host memory while it runs."""
 
     def __init__(self, planner: Planner, objects: Objects, lower: Sequence[LowerTier]) -> None:
         self._planner = planner
         self._objects = objects
         self._lower = [tier for tier in lower if tier.write != "never"]
-        self._running: dict[tuple[int, ObjectKey], Call[Outcome]] = {}
-        """By tier and object: an object is on its way to a tier at most once."""
+        self._queues = {tier.index: WriteQueue(tier) for tier in self._lower}
+        self._is_closed = False
+        self.on_written: Callable[[LowerTier], None] | None = None
+        """Told when a tier has got all it was to get."""
+        for queue in self._queues.values():
+            queue.tier.guard.on_freed = partial(self._pump, queue)
+            queue.tier.on_opened = queue.changed
+
+    # -- queueing --------------------------------------------------------------------------------
 
     async def start(
         self, moves: Sequence[tuple[Span, ObjectRecord]], refused: list[Failure]
     ) -> list[Write]:
-        """Start writing objects wherever they are missing; returns the writes of "through" tiers.
+        """Queue objects for the tiers that lack them; returns the writes of "through" tiers.
 
-        Tiers that are written only by :meth:`demote` are passed over.
-
-        What another store is writing there already is among them.
-
-        What a tier refuses, because too much is in flight or it is down, is dropped there and
-        listed in ``refused``. A few are started per turn of the loop; cancelled in between, it
-        leaves those it has started to run.
+        Tiers that are written only by :meth:`demote` are passed over. What another store is
+        writing there already is among them. What a tier that is down will not take for now stays
+        queued; where nobody would wait for it, it is listed in ``refused``. Cancelled, it leaves
+        what it has queued to be written.
         """
         through: list[Write] = []
-        started = 0
         for tier in self._lower:
             if tier.write == "demote":
                 continue
+            queue, is_down = self._queues[tier.index], tier.guard.is_down(Lane.WRITES)
             for span, record in moves:
-                if not tier.tails and span.tokens < self._planner.tokens_per_chunk:
+                write = self._enqueue(queue, span, record)
+                if write is None:
                     continue
-                try:
-                    call = self._spill(tier, span, record)
-                except Refused as no:
-                    tier.refused(no.cause)
-                    refused.append(Failure(span, no.cause, tier.name, no.detail))
-                    continue
-                started += call is not None
-                if started == _AT_ONCE:
-                    started = 0
-                    await asyncio.sleep(0)
-                if call is not None and tier.write == "through":
-                    through.append(Write(span, record.key, tier, call))
+                if tier.write == "through":
+                    through.append(write)
+                elif is_down and not write.is_running:
+                    tier.refused(Cause.TIER_DOWN)
+                    refused.append(Failure(span, Cause.TIER_DOWN, tier.name, _down(tier)))
+            self._pump(queue)
+            await asyncio.sleep(0)
         return through
+
+    def offer(self, path: Iterable[ObjectRecord]) -> None:
+        """A prompt is used: what a tier failed to write of it, or no tier has, is tried again."""
+        for tier in self._lower:
+            if tier.write == "demote":
+                continue
+            queue, bit = self._queues[tier.index], 1 << tier.index
+            for record in path:
+                if record.host is not Host.READY or (record.tiers | record.writing) & bit:
+                    continue
+                has_failed = tier.has_failed(Lane.WRITES, record.key)
+                if has_failed is None:
+                    continue  # several times in a row: whoever stores it again may try
+                if (has_failed or not record.tiers) and record.chunk.span is not None:
+                    self._enqueue(queue, record.chunk.span, record)
+            self._pump(queue)
+
+    def _enqueue(self, queue: WriteQueue, span: Span, record: ObjectRecord) -> Write | None:
+        """The write that brings the object there; None when the tier has it, or takes no tails."""
+        tier = queue.tier
+        if not tier.tails and span.tokens < self._planner.tokens_per_chunk:
+            return None
+        write = queue.find(record.key)
+        if write is not None and write.record is not record and not write.is_running:
+            self.gave_up((write.record,))  # its bytes have gone, and these have come since
+            write = None
+        if write is None and not record.tiers >> tier.index & 1:
+            if len(queue.waiting) > 2 * len(self._planner.host) + _SLACK:
+                self.gave_up([w.record for w in queue.waiting.values() if w.is_lost])
+            queue.count += 1
+            write = queue.waiting[record.key] = Write(span, record, tier, queue.count)
+        return write
 
     def demote(self, tier: LowerTier, record: ObjectRecord) -> Write | None:
         """Start writing one object of host memory to a tier, or join the write that runs already.
@@ -84,34 +112,143 @@ class Spills:
         """
         span = record.chunk.span
         assert span is not None, record.key  # its bytes are in host memory
-        call = self._spill(tier, span, record)
-        return None if call is None else Write(span, record.key, tier, call)
+        queue = self._queues[tier.index]
+        write = queue.running.get(record.key)
+        if write is None and not record.tiers >> tier.index & 1:
+            write = queue.waiting.get(record.key) or Write(span, record, tier)
+            self._begin(queue, write)
+        return write
 
-    def _spill(self, tier: LowerTier, span: Span, record: ObjectRecord) -> Call[Outcome] | None:
-        piece = self._planner.plan_spill(span, record, tier.index)
-        if piece is None:
-            return self._running.get((tier.index, record.key))
+    def gave_up(self, records: Iterable[ObjectRecord]) -> None:
+        """Host memory needed the room of these objects: what is not written of them is dropped."""
+        for record in records:
+            for queue in self._queues.values():
+                write = queue.waiting.pop(record.key, None)
+                if write is not None:
+                    self._drop(queue, write)
+
+    def _drop(self, queue: WriteQueue, write: Write) -> None:
+        queue.tier.drops(write.key)
+        detail = "host memory needed its room before it was written"
+        write.end(Outcome(write.key, Cause.NO_ROOM, detail))
+        queue.changed()
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def _pump(self, queue: WriteQueue) -> None:
+        """Begin what the tier has room for; a few now, the rest in the loop's next turns."""
+        if queue.is_pumping or self._is_closed:
+            return
+        for _ in range(_AT_ONCE):
+            if not self._begin_next(queue):
+                return
+        queue.is_pumping = True
+        asyncio.get_running_loop().call_soon(self._pump_on, queue)
+
+    def _pump_on(self, queue: WriteQueue) -> None:
+        queue.is_pumping = False
+        self._pump(queue)
+
+    def _begin_next(self, queue: WriteQueue) -> bool:
+        """Begin the write that has waited longest; False when none can begin now."""
+        write = next(iter(queue.waiting.values()), None)
+        if write is None:
+            return False
+        guard = queue.tier.guard
+        if not guard.has_room(Lane.WRITES, write.record.nbytes):
+            self._try_later(queue)
+            return False
         try:
-            call = tier.guard.start(
+            self._begin(queue, write)
+        except Refused:
+            self._try_later(queue)
+            return False
+        return True
+
+    def _try_later(self, queue: WriteQueue) -> None:
+        """An open breaker closes only when somebody tries: nobody tells when that may be."""
+        breaker = queue.tier.guard.breaker(Lane.WRITES)
+        if breaker.is_closed or breaker.is_half_open or queue.timer is not None:
+            return
+        loop = asyncio.get_running_loop()
+        if breaker.trial_at > loop.time():  # else what is stuck holds the turns: its end is told
+            queue.timer = loop.call_at(breaker.trial_at, self._ring, queue)
+
+    def _ring(self, queue: WriteQueue) -> None:
+        queue.timer = None
+        self._pump(queue)
+
+    def _begin(self, queue: WriteQueue, write: Write) -> None:
+        """Its turn has come. Raises :class:`Refused`; then it waits on, if it was waiting."""
+        tier, record = queue.tier, write.record
+        piece = self._planner.plan_spill(write.span, record, tier.index)
+        if piece is None:
+            queue.waiting.pop(write.key, None)
+            if record.tiers >> tier.index & 1:
+                write.end(Outcome(write.key, None, "", record.nbytes))
+            else:
+                self._drop(queue, write)
+            return
+        try:
+            write.call = tier.guard.start(
                 partial(self._objects.put, tier.index, piece),
-                partial(self._ended, tier, record),
+                partial(self._ended, queue, write),
                 lane=Lane.WRITES,
                 nbytes=piece.nbytes,
             )
         except Refused:
             self._planner.spilled(record, tier.index, ok=False)
             raise
-        self._running[tier.index, record.key] = call
-        return call
+        queue.waiting.pop(write.key, None)
+        queue.running[write.key] = write
 
-    def _ended(self, tier: LowerTier, record: ObjectRecord, call: Call[Outcome]) -> None:
-        self._running.pop((tier.index, record.key), None)
-        outcome = outcome_of(call, record.key)
-        self._planner.spilled(record, tier.index, ok=outcome.ok)
-        tier.transferred("store", outcome, call)
+    def _ended(self, queue: WriteQueue, write: Write, call: Call[Outcome]) -> None:
+        tier = queue.tier
+        queue.running.pop(write.key, None)
+        outcome = outcome_of(call, write.key)
+        self._planner.spilled(write.record, tier.index, ok=outcome.ok)
+        if isinstance(call.error, Refused) and not self._is_closed:
+            # The breaker opened before its turn came: it keeps its place, and was never tried.
+            queue.wait_again(write)
+        else:
+            tier.transferred("store", outcome, call)
+            write.end(outcome)
+        queue.changed()
+        if self.on_written is not None and not self.is_writing(tier.index):
+            self.on_written(tier)
+
+    # -- waiting ---------------------------------------------------------------------------------
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a tier that takes writes has some to do."""
+        return any(True for _ in self._busy())
+
+    def _busy(self) -> Iterator[WriteQueue]:
+        for queue in self._queues.values():
+            if (queue.running or queue.waiting) and not queue.tier.guard.is_down(Lane.WRITES):
+                yield queue
+
+    async def change(self) -> bool:
+        """Wait until a write ends on any tier; False when none did for as long as a deadline."""
+        busy = [*self._busy()]
+        waits = [asyncio.ensure_future(queue.change(queue.tier.guard.deadline)) for queue in busy]
+        try:
+            while waits and not any(wait.done() and wait.result() for wait in waits):
+                left = [wait for wait in waits if not wait.done()]
+                if not left:
+                    return False
+                await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return bool(waits)
 
     async def committed(self, through: Sequence[Write]) -> list[Failure]:
-        """Wait for "through" writes; a deadline is paid once, not per object or tier."""
+        """Wait for "through" writes while their tier makes progress.
+
+        A tier that ends no write for as long as its deadline has failed; that is paid once.
+        """
         writes = [[w for w in through if w.tier is tier] for tier in self._lower]
         failed = await asyncio.gather(*(self._committed(some) for some in writes if some))
         return list(chain.from_iterable(failed))
@@ -119,29 +256,86 @@ class Spills:
     async def _committed(self, writes: Sequence[Write]) -> list[Failure]:
         """Wait for writes to one tier."""
         failed: list[Failure] = []
-        is_late = False
-        for span, key, tier, call in writes:
-            if call.has_ended or (not is_late and await tier.guard.wait(call)):
-                outcome = outcome_of(call, key)
-                if outcome.cause is not None:
-                    failed.append(Failure(span, outcome.cause, tier.name, outcome.detail))
-                continue
-            if not is_late:
-                tier.fails(Cause.DEADLINE, "not written in time", Lane.WRITES)
-            is_late = True
-            failed.append(Failure(span, Cause.DEADLINE, tier.name, "not written yet"))
+        trouble: tuple[Cause, str] | None = None
+        for write in writes:
+            if trouble is None:
+                trouble = await self._wait(write)
+            outcome = write.outcome
+            if outcome is None:
+                assert trouble is not None
+                cause, detail = trouble
+                failed.append(Failure(write.span, cause, write.tier.name, detail))
+            elif outcome.cause is not None:
+                failed.append(Failure(write.span, outcome.cause, write.tier.name, outcome.detail))
+        if trouble is not None and trouble[0] is Cause.DEADLINE:
+            writes[0].tier.fails(Cause.DEADLINE, "not written in time", Lane.WRITES)
         return failed
 
+    async def _wait(self, write: Write) -> tuple[Cause, str] | None:
+        """Wait for one write; why it is not worth waiting for any longer, if so."""
+        tier = write.tier
+        queue, guard = self._queues[tier.index], tier.guard
+        while not write.ended.done():
+            if write.call is not None and write.call.was_late:
+                return Cause.DEADLINE, "not written yet"
+            if not write.is_running and guard.is_down(Lane.WRITES):
+                tier.refused(Cause.TIER_DOWN)
+                return Cause.TIER_DOWN, _down(tier)
+            if not await queue.change(guard.deadline) and not write.ended.done():
+                guard.give_up([w.call for w in queue.running.values() if w.call is not None])
+                return Cause.DEADLINE, "not written yet"
+        return None
+
     async def flush(self) -> None:
-        """Wait until everything started so far has been written or has failed.
+        """Wait until everything queued so far has been written, has failed, or cannot be written.
 
-        A tier that ends no write for as long as its deadline has failed; its writes go on.
+        A tier that ends no write for as long as its deadline has failed; its writes go on. What a
+        tier that is down has not got stays queued.
         """
-        running = list(self._running.items())
-        mine = [[call for (at, _), call in running if at == tier.index] for tier in self._lower]
-        await asyncio.gather(*map(_settle, self._lower, mine))
+        await asyncio.gather(*map(self._flush, self._queues.values()))
+
+    async def _flush(self, queue: WriteQueue) -> None:
+        for write in [*queue.running.values(), *queue.waiting.values()]:
+            trouble = await self._wait(write)
+            if trouble is not None:
+                if trouble[0] is Cause.DEADLINE:
+                    detail = f"not written within {queue.tier.guard.deadline} s"
+                    queue.tier.fails(Cause.DEADLINE, detail, Lane.WRITES)
+                if not queue.running or trouble[0] is Cause.DEADLINE:
+                    return
+
+    def unwritten(self) -> list[Unwritten]:
+        """What the tiers have not got yet: what is lost if the process ends now."""
+        found: list[Unwritten] = []
+        for queue in self._queues.values():
+            left = [*queue.running.values(), *queue.waiting.values()]
+            if left:
+                nbytes = sum(write.record.nbytes for write in left)
+                found.append(Unwritten(queue.tier.name, len(left), nbytes))
+        return found
+
+    def is_writing(self, tier: int) -> bool:
+        """Whether a tier has something left to get."""
+        queue = self._queues.get(tier)
+        return queue is not None and bool(queue.running or queue.waiting)
+
+    def queued(self, tier: int) -> int:
+        """Objects that wait for their turn to be written to a tier."""
+        queue = self._queues.get(tier)
+        return 0 if queue is None else len(queue.waiting)
+
+    def close(self) -> None:
+        """Begin nothing more; what waits is not written."""
+        self._is_closed = True
+        for queue in self._queues.values():
+            if queue.timer is not None:
+                queue.timer.cancel()
+            for write in queue.waiting.values():
+                write.end(Outcome(write.key, Cause.BUSY, "the cache is being closed"))
+            queue.waiting.clear()
+            queue.changed()
 
 
-async def _settle(tier: LowerTier, writes: Sequence[Call[Outcome]]) -> None:
-    if await tier.guard.settle(writes):
-        tier.fails(Cause.DEADLINE, f"not written within {tier.guard.deadline} s", Lane.WRITES)
+def _down(tier: LowerTier) -> str:
+    reason = tier.guard.breaker(Lane.WRITES).reason
+    return f"not asked for now: {reason}" if reason else "what it was given before is stuck"

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 
-from kvlayer._foreign import Foreign, awaited, words
+from kvlayer._foreign import Foreign, words
 from kvlayer.abc.stager import Landed
-from kvlayer.errors import ClosedError
 from kvlayer.keys import ChunkChain, Span
 from kvlayer.layout import HitRule, KVView
-from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
+from kvlayer.patience import Patience
+from kvlayer.results import Cause, Failure, RetrieveReport
 from kvlayer.tier import plan
 from kvlayer.tier.demotion import Demotion
 from kvlayer.tier.device import Device
@@ -23,17 +24,18 @@ from kvlayer.tier.estimate import Rate
 from kvlayer.tier.finder import Finder
 from kvlayer.tier.lease import Lease
 from kvlayer.tier.listing import listed
-from kvlayer.tier.loads import Loads, Wanted, down, wanted_of
+from kvlayer.tier.loads import Loads, Wanted, wanted_of
 from kvlayer.tier.matcher import Match
 from kvlayer.tier.messages import Outcome, Piece
 from kvlayer.tier.objects import Objects
-from kvlayer.tier.planner import Planner, StorePlan
+from kvlayer.tier.planner import Planner
 from kvlayer.tier.spills import Spills
+from kvlayer.tier.storing import Stored, Storing, moved
 from kvlayer.tier.tier import LowerTier, Tier
 
 __all__ = ["Stack", "Window"]
 
-_SLICE = 16  # spans planned per turn of the loop: some 20 us each
+_UNTOLD = 64  # paths whose use a tier is told of when it has been written; the latest
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,8 @@ class Stack:
         """How fast the engine recomputes what is not loaded."""
         self.foreign = foreign or Foreign()
         """What calling other people's code has cost."""
-        self._clock = clock
-        self.loads = Loads(planner, objects, host, lower, clock)
+        self.clock = clock
+        self.loads = Loads(planner, objects, host, lower, clock=clock, evicted=self.evicted)
         self.finder = Finder(planner, objects, self.loads, lower, prefill=self.prefill, clock=clock)
         self.spills = Spills(planner, objects, lower)
         self.demotion = Demotion(
@@ -81,6 +83,9 @@ class Stack:
         self._native_step = math.lcm(*native)
         """Native payloads move in whole blocks; 1 where there are none."""
         self._recoveries: list[asyncio.Task[None]] = []
+        self._untold = {tier.index: deque[Sequence[ObjectRecord]](maxlen=_UNTOLD) for tier in lower}
+        """Paths that were used while a tier was being written to."""
+        self.spills.on_written = self._all_written
 
     @property
     def inflight(self) -> int:
@@ -97,63 +102,13 @@ class Stack:
         *,
         tail: bool,
         on_gathered: Callable[[], None] | None = None,
-    ) -> tuple[StoreReport, StorePlan]:
+        patience: Patience | None = None,
+    ) -> Stored:
         """Gather what is missing, serve it, and send it down. See ``Cache.store``."""
-        holds = partial(_holds, view, window.start)
-        todo = self.planner.plan_store(
-            chain, window.start, tail=tail, holds=holds, at_once=_SLICE, dead=down(self.lower)
+        storing = Storing(
+            self, chain, view, window.start, patience=patience or Patience(0.0), tail=tail
         )
-        missed: Sequence[Outcome] | None = None
-        try:
-            self._evicted(todo)
-            while todo.unplanned:
-                await asyncio.sleep(0)
-                self.planner.plan_more(chain, todo, holds, _SLICE)
-                self._evicted(todo)
-            pieces = [slot.piece for slot in todo.gathers]
-            if len(pieces) > _SLICE:
-                await asyncio.sleep(0)
-            missed = (  # stays None when cancelled: then nothing was gathered
-                await _moved(self.device.gather(view, pieces, window.start), pieces)
-                if pieces
-                else ()
-            )
-        finally:
-            failed = self.planner.gathered(todo, missed)
-            self._evicted(todo)  # what a planning that raised had given up
-        if on_gathered is not None:
-            self.foreign.call("on_gathered", on_gathered)
-        self.host.gathers(
-            [slot.record.key for slot in todo.gathers],
-            sum(slot.piece.nbytes for slot in todo.gathers),
-        )
-        if todo.dropped:
-            self.host.misses[Cause.NO_ROOM] += len(todo.dropped)
-        failed += await self._send_down(chain, todo)
-        report = StoreReport(len(todo.spans), len(todo.skipped), len(todo.dropped), tuple(failed))
-        return report, todo
-
-    def _evicted(self, todo: StorePlan) -> None:
-        """Tell what had to go, before anything else can happen to the same objects."""
-        gone, todo.evicted = todo.evicted, []
-        self.host.lost(
-            self.planner.host.order.name,
-            [record.key for record in gone],
-            sum(record.nbytes for record in gone),
-        )
-
-    async def _send_down(self, chain: ChunkChain, todo: StorePlan) -> list[Failure]:
-        moves = [(slot.span, slot.record) for slot in todo.gathers]
-        moves += [(span, record) for span, records in todo.skipped for record in records]
-        failed: list[Failure] = []
-        try:
-            through = await self.spills.start(moves, failed)
-        finally:
-            path = self.planner.settle(chain, todo.gathers)
-            self.demotion.grown()
-        failed += await self.spills.committed(through)
-        self._touch(path)
-        return failed
+        return await storing.run(on_gathered)
 
     # -- retrieve --------------------------------------------------------------------------------
 
@@ -190,7 +145,7 @@ class Stack:
                     scatter = self.device.scatter(
                         view, pieces, bound.start, bound.stop, landed if is_last else None
                     )
-                    missed = await _moved(scatter, pieces)
+                    missed = await moved(scatter, pieces)
                     whole = _before(batch, missed, self.host.name, trouble)
                     done += whole
                     self.host.hits += len(pieces)
@@ -200,7 +155,7 @@ class Stack:
         finally:
             self.planner.unpin(path)
             self.demotion.grown()
-        self._touch(match.path())
+        self.touch(match.path())
         if done == len(wanted):
             return RetrieveReport(max(bound.stop, bound.start))
         return RetrieveReport(self._usable(match, wanted[0][0], done, bound), tuple(trouble))
@@ -239,7 +194,7 @@ class Stack:
         trouble: list[Failure] = []
         done = 0
         path = match.path()
-        until = None if deadline is None else self._clock() + deadline
+        until = None if deadline is None else self.clock() + deadline
         self.planner.pin(path)  # the lease may run out before everything is there
         try:
             async with aclosing(self.loads.arrive(wanted_of(match), trouble, until)) as arrivals:
@@ -255,12 +210,34 @@ class Stack:
 
     # -- background ------------------------------------------------------------------------------
 
-    def _touch(self, path: Sequence[ObjectRecord]) -> None:
-        """Keep lower tiers' order of use alive, deepest first, without waiting for it."""
+    def evicted(self, gone: Sequence[ObjectRecord]) -> None:
+        """Tell what had to go, before anything else can happen to the same objects."""
+        self.spills.gave_up(gone)
+        nbytes = sum(record.nbytes for record in gone)
+        self.host.lost(self.planner.host.order.name, [record.key for record in gone], nbytes)
+
+    def touch(self, path: Sequence[ObjectRecord]) -> None:
+        """A prompt was used: offer what was not written, keep lower tiers' order of use alive.
+
+        Deepest first, without waiting for it.
+        """
+        self.spills.offer(path)
         for tier in self.lower:
-            keys = [record.key for record in reversed(path) if record.tiers >> tier.index & 1]
-            if keys:
-                tier.guard.hint(partial(self.objects.touch, tier.index, keys))
+            if self.spills.is_writing(tier.index):
+                self._untold[tier.index].append(path)
+            else:
+                self._tell_use(tier, path)
+
+    def _tell_use(self, tier: LowerTier, path: Sequence[ObjectRecord]) -> None:
+        keys = [record.key for record in reversed(path) if record.tiers >> tier.index & 1]
+        if keys:
+            tier.guard.hint(partial(self.objects.touch, tier.index, keys))
+
+    def _all_written(self, tier: LowerTier) -> None:
+        """A tier has got all it was to get: the paths that lead there are recent, root first."""
+        paths = self._untold[tier.index]
+        while paths:
+            self._tell_use(tier, paths.popleft())
 
     def recover(self, tier: LowerTier) -> None:
         """Start learning what a tier already holds."""
@@ -297,20 +274,13 @@ class Stack:
 
     async def aclose(self) -> None:
         """Cancel what runs and wait until all lent memory is back."""
+        self.spills.close()
         await self.demotion.aclose()
         for task in self._recoveries:
             task.cancel()
         await self.recovered()
         for tier in self.lower:
             await tier.guard.aclose()
-
-
-async def _moved(move: Awaitable[Sequence[Outcome]], pieces: Sequence[Piece]) -> Sequence[Outcome]:
-    """What a move missed, which is everything when the cache is closed meanwhile."""
-    try:
-        return await awaited(lambda: move)
-    except ClosedError as exc:
-        return [Outcome(piece.key, Cause.BUSY, str(exc)) for piece in pieces]
 
 
 class _Told:
@@ -347,9 +317,3 @@ def _recovery_ended(tier: LowerTier, task: asyncio.Task[None]) -> None:
     """A listing that failed costs nothing but questions: lookups go on asking the tier."""
     if not task.cancelled() and (error := task.exception()) is not None:
         tier.complains(Cause.TIER_DOWN, words(error))
-
-
-def _holds(view: KVView, view_start: int, group: int, span: Span) -> bool:
-    """Whether the engine still has every token of the span for this group (no slot is -1)."""
-    slots = view.slots[group][span.start - view_start : span.stop - view_start]
-    return int(slots.min() if hasattr(slots, "min") else min(slots)) >= 0

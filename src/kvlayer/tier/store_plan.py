@@ -10,6 +10,7 @@ from kvlayer.keys import Span
 from kvlayer.results import Failure
 from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.messages import Outcome, Piece
+from kvlayer.tier.promises import Promise
 
 __all__ = ["Reservation", "StorePlan"]
 
@@ -29,13 +30,19 @@ class StorePlan:
 
     dead: int = 0
     """Bit t: tier t is not asked for now. What only such tiers have is stored anew."""
+    promise: Promise | None = None
+    """Says to others what it is about to store."""
     unplanned: deque[Span] = field(default_factory=deque[Span])
     held: list[ObjectRecord] = field(default_factory=list[ObjectRecord])
     """What host memory has of the prompt: it stays while slots are reserved."""
     gathers: list[Reservation] = field(default_factory=list[Reservation])
     spans: list[Span] = field(default_factory=list[Span])
     skipped: list[tuple[Span, tuple[ObjectRecord, ...]]] = field(default_factory=list)
+    joined: list[tuple[Span, Promise]] = field(default_factory=list)
+    """What others are storing right now: theirs may fail yet."""
     dropped: list[Span] = field(default_factory=list[Span])
+    is_blocked: bool = False
+    """Room for the first unplanned span would cost what is not written yet."""
     evicted: list[ObjectRecord] = field(default_factory=list[ObjectRecord])
 
     def cut(self, missed: Sequence[Outcome] | None, tier: str) -> list[Failure]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from kvlayer.abc.backend import Backend
@@ -110,8 +110,12 @@ class LowerTier(Tier):
     """Whether the directory knows all that the tier held when it was opened."""
     estimate: Estimate = field(default_factory=Estimate)
     """How long loads take."""
+    dropped: int = 0
+    """Writes that were given up because host memory itself was needed."""
     set_aside: int = 0
     """Objects that failed several times in a row and are not offered until they are rewritten."""
+    on_opened: Callable[[], None] | None = None
+    """Told when a breaker has opened."""
     _troubles: dict[Lane, str] = field(default_factory=dict[Lane, str])
     _failing: dict[tuple[Lane, ObjectKey], int] = field(
         default_factory=dict[tuple[Lane, ObjectKey], int]
@@ -135,6 +139,7 @@ class LowerTier(Tier):
         return replace(
             Tier.stats(self, objects, used, capacity, pinned),
             set_aside=self.set_aside,
+            dropped_writes=self.dropped,
             inflight=self.guard.inflight,
             inflight_nbytes=self.guard.inflight_nbytes,
             orphans=self.guard.orphans,
@@ -179,6 +184,16 @@ class LowerTier(Tier):
     def is_hopeless(self, lane: Lane, key: ObjectKey) -> bool:
         """Whether an object has failed so often in a row that trying again is not worth it."""
         return self._failing.get((lane, key), 0) >= _TRIES
+
+    def has_failed(self, lane: Lane, key: ObjectKey) -> bool | None:
+        """Whether an object failed when last tried; None: too often to be tried again."""
+        failures = self._failing.get((lane, key), 0)
+        return None if failures >= _TRIES else failures > 0
+
+    def drops(self, key: ObjectKey) -> None:
+        """A write was given up because host memory itself was needed."""
+        self.dropped += 1
+        self._failing.pop((Lane.WRITES, key), None)
 
     def sets_aside(self, key: ObjectKey) -> None:
         """An object is not offered any more until it is rewritten."""
@@ -227,6 +242,8 @@ class LowerTier(Tier):
 
     def _opened(self, lane: Lane, detail: str) -> None:
         self._troubled(lane, detail)
+        if self.on_opened is not None:
+            self.on_opened()
 
     def _serves_again(self) -> None:
         self._cleared(Lane.READS, "it answers again")

@@ -12,7 +12,6 @@ from descriptors import descriptors
 from engine import Engine
 
 from kvlayer import Cache, Scope
-from kvlayer.keys import ObjectKey
 
 
 @pytest.mark.asyncio
@@ -47,13 +46,15 @@ async def test_a_close_that_is_cancelled_at_any_await_still_closes_everything(
 
 
 @pytest.mark.asyncio
-async def test_a_cancelled_close_does_not_wait_for_what_is_being_written(tmp_path: Path) -> None:
+async def test_a_cancelled_close_does_not_wait_for_what_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     leaving = asyncio.Event()
 
     async def use() -> None:
         async with Cache.open(config(tmp_path, close_seconds=600.0), layout()) as cache:
-            never = cache.stack.lower[0].guard.start(asyncio.Event().wait)
-            cache.stack.spills._running[1, ObjectKey("never")] = never
+            cache.stack.lower[0].guard.start(asyncio.Event().wait)
+            monkeypatch.setattr(cache.stack.spills, "flush", asyncio.Event().wait)
             leaving.set()
 
     task = asyncio.ensure_future(use())

@@ -347,7 +347,7 @@ async def test_random_requests_leave_nothing_behind(tmp_path: Path, seed: int) -
         check_accounts(cache.stack.planner, idle=True)
         assert host.used_nbytes == host.objects * PAGE <= 40 * PAGE
         assert not cache.parts._jobs
-        assert len(cache.stack.loads._flights) == 0 == len(cache.stack.spills._running)
+        assert len(cache.stack.loads._flights) == 0 == len(cache.stack.spills.unwritten())
         assert after - before < RSS_BOUND
         for worker in workers:
             worker.check_that_it_is_ours()

@@ -84,6 +84,7 @@ class Save:
                 first_token=first_token,
                 tail=tail,
                 on_gathered=self._gathered.set,
+                patience=0.0,  # a save holds blocks that the scheduler counts on
             )
         finally:
             self._gathered.set()

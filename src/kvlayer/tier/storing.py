@@ -1,0 +1,230 @@
+"""One store, run: plan what fits, gather it, send it down, wait for room, go on with the rest.
+
+It waits only while it holds nothing: what it gathered is served and queued for the tiers by then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from kvlayer._foreign import awaited
+from kvlayer.errors import ClosedError
+from kvlayer.keys import ChunkChain, Span
+from kvlayer.layout import KVView
+from kvlayer.patience import Patience
+from kvlayer.results import Cause, Failure, StoreReport
+from kvlayer.tier.directory import ObjectRecord
+from kvlayer.tier.guard import Lane
+from kvlayer.tier.loads import down
+from kvlayer.tier.messages import Outcome, Piece
+from kvlayer.tier.planner import Keeps, StorePlan
+from kvlayer.tier.promises import Promise
+from kvlayer.tier.spills import Write
+
+if TYPE_CHECKING:
+    from kvlayer.tier.stack import Stack
+
+__all__ = ["Stored", "Storing", "moved"]
+
+_SLICE = 16  # spans planned per turn of the loop: some 20 us each
+
+
+@dataclass(slots=True)
+class Stored:
+    """What came of a store. ``spans`` were gathered, in prompt order; ``nbytes`` of payload."""
+
+    spans: list[Span] = field(default_factory=list[Span])
+    skipped: dict[Span, None] = field(default_factory=dict[Span, None])
+    dropped: list[Span] = field(default_factory=list[Span])
+    failed: list[Failure] = field(default_factory=list[Failure])
+    nbytes: int = 0
+
+    def report(self) -> StoreReport:
+        """As its caller sees it."""
+        counts = len(self.spans), len(self.skipped), len(self.dropped)
+        return StoreReport(*counts, tuple(self.failed))
+
+
+class Storing:
+    """The store of one prompt, as far as ``view`` covers it from token ``start`` on."""
+
+    def __init__(
+        self,
+        stack: Stack,
+        chain: ChunkChain,
+        view: KVView,
+        start: int,
+        *,
+        patience: Patience,
+        tail: bool,
+    ) -> None:
+        self._stack = stack
+        self._planner = stack.planner
+        self._chain = chain
+        self._view = view
+        self._start = start
+        self._patience = patience
+        self._tail = tail
+        self._holds = partial(_holds, view, start)
+        self._writes: list[Write] = []
+        """Those a tier with ``write = "through"`` is to commit."""
+        self._stored = Stored()
+
+    async def run(self, on_gathered: Callable[[], None] | None) -> Stored:
+        """Store it all, or as much as there is room for. ``on_gathered``: the view is free."""
+        keeps = self._keeps()
+        todo = self._planner.plan_store(
+            self._chain,
+            self._start,
+            tail=self._tail,
+            holds=self._holds,
+            at_once=_SLICE,
+            dead=down(self._stack.lower),
+            keeps=keeps,
+        )
+        path = await self._gather(todo, keeps, on_gathered)
+        while rest := self._rest(todo):
+            await self._settled(todo.joined)
+            if todo.is_blocked:
+                keeps = self._keeps() if await self._room() else None
+            todo = self._planner.plan_rest(
+                self._chain,
+                rest,
+                holds=self._holds,
+                at_once=_SLICE,
+                dead=down(self._stack.lower),
+                keeps=keeps,
+            )
+            path = await self._gather(todo, keeps, on_gathered)
+        self._stored.failed += await self._stack.spills.committed(self._writes)
+        self._stack.touch(path)
+        return self._stored
+
+    # -- steps -----------------------------------------------------------------------------------
+
+    async def _gather(
+        self, todo: StorePlan, keeps: Keeps | None, on_gathered: Callable[[], None] | None
+    ) -> list[ObjectRecord]:
+        """Plan what fits, gather it, and queue it for the tiers; the prompt's objects so far."""
+        stack, planner = self._stack, self._planner
+        missed: Sequence[Outcome] | None = None
+        try:
+            stack.evicted(_taken(todo))
+            while todo.unplanned and not todo.is_blocked:
+                await asyncio.sleep(0)
+                planner.plan_more(self._chain, todo, self._holds, _SLICE, keeps)
+                stack.evicted(_taken(todo))
+            pieces = [slot.piece for slot in todo.gathers]
+            if len(pieces) > _SLICE:
+                await asyncio.sleep(0)
+            missed = (  # stays None when cancelled: then nothing was gathered
+                await moved(stack.device.gather(self._view, pieces, self._start), pieces)
+                if pieces
+                else ()
+            )
+        finally:
+            failed = planner.gathered(todo, missed)
+            stack.evicted(_taken(todo))  # what a planning that raised had given up
+        self._count(todo, failed)
+        path: list[ObjectRecord] = []
+        try:
+            if on_gathered is not None and not self._rest(todo):
+                stack.foreign.call("on_gathered", on_gathered)
+            moves = [(slot.span, slot.record) for slot in todo.gathers]
+            moves += [(span, record) for span, records in todo.skipped for record in records]
+            self._writes += await stack.spills.start(moves, self._stored.failed)
+        finally:
+            path = planner.settle(self._chain, todo.gathers)
+            stack.demotion.grown()
+        return path
+
+    def _count(self, todo: StorePlan, failed: Sequence[Failure]) -> None:
+        stored, host = self._stored, self._stack.host
+        if failed:  # what comes after it is useless alone
+            todo.dropped += todo.unplanned
+            todo.unplanned.clear()
+            todo.joined.clear()
+        stored.failed += failed
+        stored.spans += [span for span in todo.spans if span not in stored.spans]
+        stored.skipped |= dict.fromkeys(span for span, _ in todo.skipped)
+        stored.dropped += todo.dropped
+        nbytes = sum(slot.piece.nbytes for slot in todo.gathers)
+        stored.nbytes += nbytes
+        host.gathers([slot.record.key for slot in todo.gathers], nbytes)
+        if todo.dropped:
+            host.misses[Cause.NO_ROOM] += len(todo.dropped)
+
+    @staticmethod
+    def _rest(todo: StorePlan) -> list[Span]:
+        """What is to be planned again: what had no room, and what others were storing."""
+        joined = (span for span, _ in todo.joined)
+        return sorted({*joined, *todo.unplanned}, key=lambda span: span.start)
+
+    async def _settled(self, joined: Iterable[tuple[Span, Promise]]) -> None:
+        """Wait until others have stored what they were storing, or have failed to."""
+        loop = asyncio.get_running_loop()
+        for span, promise in joined:
+            while span.hash in promise.hashes and (left := promise.until - self._now()) > 0:
+                changed: asyncio.Future[None] = loop.create_future()
+                promise.watch(partial(_wake, changed))
+                await asyncio.wait({changed}, timeout=left)
+
+    # -- room ------------------------------------------------------------------------------------
+
+    def _keeps(self) -> Keeps | None:
+        """What must not make room: what tiers that take writes have still to get."""
+        outlets = self._stack.demotion.outlets
+        taking = sum(
+            1 << tier.index
+            for tier in self._stack.lower
+            if tier.write != "never" and not tier.guard.is_down(Lane.WRITES)
+        )
+        if not taking or not self._patience.left(self._now()):
+            return None
+        return lambda record: bool(outlets.wanted(record) & taking)
+
+    async def _room(self) -> bool:
+        """Wait until tiers have written something; False where nothing would make room."""
+        return await self._patience.wait(asyncio.ensure_future(self._news()), self._now())
+
+    async def _news(self) -> bool:
+        """Whether some writes have ended: several where they come fast, or planning would cost."""
+        spills, demotion = self._stack.spills, self._stack.demotion
+        has_news = await demotion.make_room()
+        for _ in range(_SLICE):
+            if not spills.is_busy or not await spills.change():
+                break
+            has_news = True
+        return has_news
+
+    def _now(self) -> float:
+        return self._stack.clock()
+
+
+def _taken(todo: StorePlan) -> list[ObjectRecord]:
+    """What a plan had to evict, once."""
+    gone, todo.evicted = todo.evicted, []
+    return gone
+
+
+def _wake(changed: asyncio.Future[None]) -> None:
+    if not changed.done():
+        changed.set_result(None)
+
+
+async def moved(move: Awaitable[Sequence[Outcome]], pieces: Sequence[Piece]) -> Sequence[Outcome]:
+    """What a move missed, which is everything when the cache is closed meanwhile."""
+    try:
+        return await awaited(lambda: move)
+    except ClosedError as exc:
+        return [Outcome(piece.key, Cause.BUSY, str(exc)) for piece in pieces]
+
+
+def _holds(view: KVView, view_start: int, group: int, span: Span) -> bool:
+    """Whether the engine still has every token of the span for this group (no slot is -1)."""
+    slots = view.slots[group][span.start - view_start : span.stop - view_start]
+    return int(slots.min() if hasattr(slots, "min") else min(slots)) >= 0

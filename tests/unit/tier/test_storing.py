@@ -1,0 +1,320 @@
+"""Stores under pressure: bounds pause the writer, and what another store promised may fail."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+from stacks import Rig, chain_of, check_accounts, make_rig
+
+from kvlayer.errors import BackendError
+from kvlayer.keys import ChunkChain, ObjectKey
+from kvlayer.layout import KVView
+from kvlayer.patience import Patience
+from kvlayer.results import Cause
+from kvlayer.testing.sim import in_virtual_time
+from kvlayer.tier.guard import Lane
+from kvlayer.tier.stack import Window
+from kvlayer.tier.storing import Stored
+
+
+async def store(rig: Rig, chain: ChunkChain, patience: Patience | None = None) -> Stored:
+    count = chain.num_tokens
+    view = KVView([], [range(count)])
+    return await rig.stack.store(chain, view, Window(0, count), tail=False, patience=patience)
+
+
+# -- room -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", ["through", "back", "demote"])
+@in_virtual_time
+async def test_a_prompt_longer_than_host_memory_is_written_whole(write: str) -> None:
+    rig, chain = make_rig(write=write, pages=5), chain_of(16 * 40)
+    stored = await store(rig, chain, Patience())
+    await rig.stack.flush(drain=True)
+    assert (len(stored.spans), stored.dropped, stored.failed) == (40, [], [])
+    assert len(rig.backend.objects) == 40
+    assert rig.tier.dropped == 0
+    check_accounts(rig.planner, idle=True)
+    await rig.aclose()
+
+
+@pytest.mark.parametrize("write", ["through", "back"])
+@in_virtual_time
+async def test_a_prompt_is_written_root_first(write: str) -> None:
+    rig, chain = make_rig(write=write, pages=5), chain_of(16 * 20)
+    await store(rig, chain, Patience())
+    await rig.stack.flush()
+    hashes = [key.chunk for name, key in rig.backend.calls if name == "put"]
+    assert hashes == [*chain.hashes]
+    await rig.aclose()
+
+
+@in_virtual_time
+async def test_a_store_without_patience_waits_for_nothing_and_what_it_costs_is_counted() -> None:
+    rig = make_rig(write="back", pages=5)
+    rig.backend.gate = asyncio.Event()
+    first, second = chain_of(16 * 5), chain_of(16 * 5, seed=3)
+    await store(rig, first, Patience(0.0))
+    began = asyncio.get_running_loop().time()
+    stored = await store(rig, second, Patience(0.0))
+    assert asyncio.get_running_loop().time() == began
+    assert len(stored.spans) == 5 - rig.planner.host.pinned_nbytes // 4096  # what runs stays
+    assert rig.tier.dropped == len(stored.spans)
+    assert rig.tier.stats(0, 0, None).dropped_writes == rig.tier.dropped
+    rig.backend.gate.set()
+    await rig.stack.flush()
+    assert len(rig.backend.objects) == 5
+    check_accounts(rig.planner, idle=True)
+    await rig.aclose()
+
+
+@in_virtual_time
+async def test_patience_is_bounded_in_seconds_and_can_be_ended() -> None:
+    rig = make_rig(write="back", pages=4, deadline=1000.0)
+    rig.backend.gate = asyncio.Event()
+    await store(rig, chain_of(16 * 4), Patience())
+    began = asyncio.get_running_loop().time()
+    rig.stack.clock = asyncio.get_running_loop().time
+    await store(rig, chain_of(16 * 4, seed=3), Patience(7.0))
+    assert asyncio.get_running_loop().time() - began == 7.0
+    patience = Patience()
+    storing = asyncio.create_task(store(rig, chain_of(16 * 4, seed=5), patience))
+    await asyncio.sleep(100)
+    assert not storing.done()
+    patience.end()
+    await storing
+    assert asyncio.get_running_loop().time() - began == 107.0
+    assert patience.left(0.0) == 0.0
+    rig.backend.gate.set()
+    await rig.stack.flush()
+    check_accounts(rig.planner, idle=True)
+    await rig.aclose()
+
+
+@in_virtual_time
+async def test_a_waiting_store_holds_nothing() -> None:
+    """Else two of them would wait for each other."""
+    rig = make_rig(write="back", pages=6)
+    rig.backend.gate = asyncio.Event()
+    chains = [chain_of(16 * 12, seed=seed) for seed in (1, 2, 3)]
+    storing = [asyncio.create_task(store(rig, chain, Patience())) for chain in chains]
+    await rig.backend.arrived.wait()
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert not any(task.done() for task in storing)
+    running = rig.tier.guard.running + rig.tier.guard.inflight
+    assert rig.planner.host.pinned_nbytes <= 4096 * running  # writes that run, and no more
+    rig.backend.gate.set()
+    for task in storing:
+        assert len((await task).spans) == 12
+    await rig.stack.flush()
+    assert len(rig.backend.objects) == 36
+    check_accounts(rig.planner, idle=True)
+    await rig.aclose()
+
+
+@pytest.mark.parametrize("write", ["through", "back", "demote"])
+@in_virtual_time
+async def test_a_tier_that_hangs_or_fails_is_not_waited_for_without_end(write: str) -> None:
+    for fails in (None, BackendError("dead")):
+        rig = make_rig(write=write, pages=4, deadline=5.0)
+        rig.backend.fails = fails
+        if fails is None:
+            rig.backend.gate = asyncio.Event()
+        for seed in range(3):
+            await store(rig, chain_of(16 * 10, seed=seed), Patience())
+        assert asyncio.get_running_loop().time() < 500
+        await rig.aclose()
+
+
+@in_virtual_time
+async def test_what_is_queued_for_a_tier_that_is_down_is_written_when_it_is_back() -> None:
+    rig, chain = make_rig(write="back"), chain_of(16 * 4)
+    rig.tier.guard.missed(Lane.WRITES, "late")
+    stored = await store(rig, chain)
+    assert [f.cause for f in stored.failed] == [Cause.TIER_DOWN] * 4
+    assert rig.stack.spills.queued(1) == 4
+    assert [left.objects for left in rig.stack.spills.unwritten()] == [4]
+    await asyncio.sleep(60)
+    assert len(rig.backend.objects) == 4
+    assert rig.stack.spills.unwritten() == []
+    check_accounts(rig.planner, idle=True)
+    await rig.aclose()
+
+
+@in_virtual_time
+async def test_what_failed_is_offered_again_when_its_prefix_is_used() -> None:
+    rig, chain = make_rig(write="back", tiers=2), chain_of(32)
+    rig.backend.fails = BackendError("full")
+    await store(rig, chain)
+    await rig.stack.flush()
+    assert rig.backend.objects == {}
+    assert len(rig.backends[1].objects) == 2
+    rig.backend.fails = None
+    match = rig.planner.match(chain)
+    report = await rig.stack.retrieve(match, KVView([], [range(32)]), Window(0, 32))
+    assert report.tokens == 32
+    await rig.stack.flush()
+    assert len(rig.backend.objects) == 2
+    puts = rig.backend.count("put"), rig.backends[1].count("put")
+    await rig.stack.retrieve(match, KVView([], [range(32)]), Window(0, 32))
+    await rig.stack.flush()
+    assert (rig.backend.count("put"), rig.backends[1].count("put")) == puts
+    await rig.aclose()
+
+
+@in_virtual_time
+async def test_an_object_that_cannot_be_written_is_not_offered_for_ever() -> None:
+    rig, chain = make_rig(write="back"), chain_of(16)
+    rig.backend.fails = BackendError("name too long")
+    await store(rig, chain)
+    for _ in range(20):
+        await rig.stack.flush()
+        rig.stack.touch(rig.planner.match(chain).path())
+    assert rig.backend.count("put") == 3
+    assert rig.tier.health().ok
+    await rig.aclose()
+
+
+@pytest.mark.parametrize("write", ["through", "back"])
+@in_virtual_time
+async def test_a_tier_is_told_of_a_path_when_it_has_all_of_it_the_root_last(write: str) -> None:
+    """Or the order in which it evicts would be the order in which writes happened to end."""
+    rig, chain = make_rig(write=write), chain_of(16 * 6)
+    told: list[list[bytes]] = []
+
+    async def touch(keys: Sequence[ObjectKey]) -> None:
+        told.append([key.chunk for key in keys])
+
+    rig.backend.touch = touch  # type: ignore[method-assign]
+    await store(rig, chain)
+    await rig.stack.flush()
+    await rig.settled()
+    assert told == [[*reversed(chain.hashes)]]
+    await rig.aclose()
+
+
+# -- promises -------------------------------------------------------------------------------------
+
+
+async def two_stores(rig: Rig, chain: ChunkChain) -> Sequence[asyncio.Task[Stored]]:
+    """Two stores of one prompt; the first is gathering."""
+    rig.stager.gate = asyncio.Event()
+    first = asyncio.create_task(store(rig, chain))
+    await rig.stager.arrived.wait()
+    second = asyncio.create_task(store(rig, chain))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not second.done()
+    return first, second
+
+
+@in_virtual_time
+async def test_a_second_store_joins_the_first() -> None:
+    rig, chain = make_rig(), chain_of(48)
+    first, second = await two_stores(rig, chain)
+    assert len(rig.planner.promises) == 3
+    rig.stager.gate.set()  # type: ignore[union-attr]
+    assert len((await first).spans) == 3
+    assert (len((await second).spans), len((await second).skipped)) == (0, 3)
+    assert rig.backend.count("put") == 3  # "through": they were there when it returned
+    assert len(rig.planner.promises) == 0
+    check_accounts(rig.planner, idle=True)
+    await rig.aclose()
+
+
+@pytest.mark.parametrize("cancels", [True, False])
+@in_virtual_time
+async def test_a_second_store_stores_what_the_first_failed_to(cancels: bool) -> None:
+    rig, chain = make_rig(), chain_of(48)
+    first, second = await two_stores(rig, chain)
+    if cancels:
+        first.cancel()
+    else:
+        rig.stager.raises = RuntimeError("device lost")
+        first.get_loop().call_soon(rig.stager.gate.set)  # type: ignore[union-attr]
+        rig.planner.promises.find(chain.hashes[0], 0.0).watch(  # type: ignore[union-attr]
+            lambda: setattr(rig.stager, "raises", None)
+        )
+    await asyncio.wait({first})
+    rig.stager.gate.set()  # type: ignore[union-attr]
+    assert len((await second).spans) == 3
+    assert rig.planner.match(chain).tokens == 48
+    assert rig.backend.count("put") == 3
+    assert len(rig.planner.promises) == 0
+    check_accounts(rig.planner, idle=True)
+    await rig.aclose()
+
+
+@in_virtual_time
+async def test_the_view_is_free_once_what_was_joined_is_there() -> None:
+    rig, chain = make_rig(), chain_of(48)
+    rig.stager.gate = asyncio.Event()
+    freed: list[str] = []
+
+    async def one(name: str) -> None:
+        view = KVView([], [range(48)])
+        await rig.stack.store(
+            chain, view, Window(0, 48), tail=False, on_gathered=lambda: freed.append(name)
+        )
+
+    first = asyncio.create_task(one("first"))
+    await rig.stager.arrived.wait()
+    second = asyncio.create_task(one("second"))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert freed == []
+    rig.stager.gate.set()
+    await asyncio.gather(first, second)
+    assert freed == ["first", "second"]
+    await rig.aclose()
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), SystemExit(1), GeneratorExit()])
+@in_virtual_time
+async def test_a_callback_that_raises_costs_nobody_a_hold(error: BaseException) -> None:
+    rig, chain = make_rig(), chain_of(48)
+
+    def fails() -> None:
+        raise error
+
+    view = KVView([], [range(48)])
+    stored = await rig.stack.store(chain, view, Window(0, 48), tail=False, on_gathered=fails)
+    assert (len(stored.spans), rig.backend.count("put")) == (3, 3)
+    assert rig.stack.foreign.costs()["on_gathered"].errors == 1
+    check_accounts(rig.planner, idle=True)
+    await rig.aclose()
+
+
+@in_virtual_time
+async def test_an_interrupt_of_a_callback_passes_and_leaves_no_hold() -> None:
+    rig, chain = make_rig(), chain_of(48)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    view = KVView([], [range(48)])
+    with pytest.raises(KeyboardInterrupt):
+        await rig.stack.store(chain, view, Window(0, 48), tail=False, on_gathered=interrupt)
+    await rig.stack.flush()
+    check_accounts(rig.planner, idle=True)
+    assert len(rig.planner.promises) == 0
+    await rig.aclose()
+
+
+@in_virtual_time
+async def test_a_store_cancelled_at_any_await_leaves_no_hold_and_no_promise() -> None:
+    for turns in range(1, 40):
+        rig, chain = make_rig(write="back", pages=5), chain_of(16 * 12)
+        task = asyncio.create_task(store(rig, chain, Patience()))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task})
+        await rig.stack.flush()
+        check_accounts(rig.planner, idle=True)
+        assert len(rig.planner.promises) == 0
+        await rig.aclose()
