@@ -117,7 +117,8 @@ async def test_a_request_pays_one_deadline_at_most_and_nothing_while_the_tier_is
         for _ in range(REQUESTS):
             before = getattr(figures(cache), lane)
             seconds, _ = await timed(request())
-            assert seconds <= DEADLINE + SLACK
+            # A store waits while its tier makes progress, and a deadline once it makes none.
+            assert seconds <= DEADLINE * (2 if kind == "store" else 1) + SLACK
             if before == "open" and lane == "reads":
                 assert seconds == 0.0
             paid += seconds > 0
@@ -331,9 +332,9 @@ async def test_write_back_to_a_hung_tier_holds_no_more_than_its_bound_and_lets_a
             stats = cache.control.stats()
             most = max(most, stats.tiers[0].pinned_nbytes)
             assert stats.tiers[1].inflight_nbytes <= bound
-        assert most == bound
-        assert sum(requests.got) == 10
-        assert figures(cache).misses == {Cause.BUSY: 22}
+        assert 4096 * 4 <= most <= bound
+        assert figures(cache).misses == {}
+        assert figures(cache).queued == 32 - most // 4096  # in host memory, and held by nobody
         await asyncio.sleep(DEADLINE + 0.001)
         assert figures(cache).writes == "open"
         assert patient.running == 4  # a quarter of the turns; what waited was let go of
@@ -347,14 +348,13 @@ async def test_write_back_to_a_hung_tier_holds_no_more_than_its_bound_and_lets_a
         assert patient.running == 4
         assert patient.objects == {}
         patient.falls(Sickness.HEALTHY)
-        await let_go(cache)
-        assert patient.objects == {}  # called off a deadline after they were given up
-        await asyncio.sleep(61)
-        await requests.store()  # one object tries
-        await let_go(cache)
-        await requests.store()
+        await asyncio.sleep(61)  # one of those that wait tries, and the others follow
         await let_go(cache)
         assert figures(cache).writes == "closed"
+        assert figures(cache).queued == 0
+        assert len(patient.objects) > 32  # what was stored meanwhile, too
+        await requests.store()
+        await let_go(cache)
         assert requests.got[-1] == 4
         assert cache.control.health().ok
 
@@ -394,8 +394,8 @@ async def test_a_full_tier_still_serves_what_it_holds() -> None:
             assert (seconds, requests.got.pop()) == (0.0, 64)
         stats = figures(cache)
         assert (stats.writes, stats.reads) == ("open", "closed")
-        # Stores of four objects: the second one's fail while the breaker is being opened.
-        assert sum(name == "put" for name, _ in patient.calls) == 4 + 8
+        # Errors on five objects open the breaker; what was begun by then fails, too.
+        assert 4 + 5 <= sum(name == "put" for name, _ in patient.calls) <= 4 + 16
         patient.is_full = False
         await asyncio.sleep(2 * PAUSE)
         await requests.store()  # the first object tries, and the rest of this store is refused

@@ -47,7 +47,7 @@ async def test_a_prompt_is_written_root_first(write: str) -> None:
     rig, chain = make_rig(write=write, pages=5), chain_of(16 * 20)
     await store(rig, chain, Patience())
     await rig.stack.flush()
-    hashes = [key.chunk for name, key in rig.backend.calls if name == "put"]
+    hashes = [key.end_hash for name, key in rig.backend.calls if name == "put"]
     assert hashes == [*chain.hashes]
     await rig.aclose()
 
@@ -187,7 +187,7 @@ async def test_a_tier_is_told_of_a_path_when_it_has_all_of_it_the_root_last(writ
     told: list[list[bytes]] = []
 
     async def touch(keys: Sequence[ObjectKey]) -> None:
-        told.append([key.chunk for key in keys])
+        told.append([key.end_hash for key in keys])
 
     rig.backend.touch = touch  # type: ignore[method-assign]
     await store(rig, chain)
