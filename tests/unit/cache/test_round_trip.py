@@ -35,6 +35,7 @@ from kvlayer.layout import (
     Axes,
     GroupLayout,
 )
+from kvlayer.links import link_size
 
 DTYPES = ["float32", "bfloat16", "float16", "fp8_e4m3", "fp8_e5m2", "int8"]
 PAGED: list[Axes] = [NHD, NHD_BLOCK_FIRST, NHD_PAIR, HND, FUSED_HND]
@@ -68,7 +69,7 @@ def _layouts(draw: st.DrawFn, group: KVGroup, chunk: int) -> KVLayout:
     if axes == DENSE:
         block = 1
     form = "canonical"
-    if axes != DENSE and (chunk // 8 or 1) % block == 0 and draw(st.booleans()):
+    if axes != DENSE and link_size(chunk) % block == 0 and draw(st.booleans()):
         form = f"native:{'-'.join(axes)}-b{block}"
     return KVLayout.single(group, axes, tokens_per_block=block, form=form)
 
@@ -108,7 +109,7 @@ async def test_store_evict_from_host_and_retrieve_from_disk_is_bit_identical(
             assert await cache.control.evict(prompt, tier="cpu") == report.stored
         async with Cache.open(settings_, reader_layout) as cache:
             async with cache.lookup(prompt) as hit:
-                step = chunk // 8
+                step = link_size(chunk)
                 assert hit.tokens == length // step * step
                 assert hit.by_tier["cpu"] == 0
                 loaded = await cache.retrieve(hit, reader.view(other))
