@@ -19,6 +19,7 @@ from pathlib import Path
 from kvlayer.doctor.configured import Place
 from kvlayer.doctor.finding import Check, Finding
 from kvlayer.doctor.machine import Machine
+from kvlayer.doctor.releases import Held, examine_releases, held
 from kvlayer.payload import ALIGNMENT
 from kvlayer.urls import format_bytes
 
@@ -41,7 +42,6 @@ _REMOTE_KINDS = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "lustre"
 _LAYER_KINDS = frozenset({"overlay", "aufs"})
 
 _SKEW_SECONDS = 2.0  # some file systems keep times to two seconds
-_COUNT_SECONDS = 1.0
 
 
 def examine(machine: Machine, place: Place, object_nbytes: int) -> Iterator[Finding]:
@@ -78,7 +78,9 @@ def _examine(machine: Machine, place: Place, object_nbytes: int) -> Iterator[Fin
         return
     yield _DIRECTORY.ok(f"{where} can be written", tried=at)
     yield from tried
-    yield _space(machine, place, at)
+    found = held(place.path)
+    yield _space(machine, place, at, found)
+    yield examine_releases(place.path, found)
     yield _inodes(machine, place, at, object_nbytes)
 
 
@@ -214,15 +216,15 @@ def _times(scratch: str) -> Finding:
     return _TIMES.ok("a new file's time is that of this machine's clock", skew_seconds=skew)
 
 
-def _space(machine: Machine, place: Place, at: str) -> Finding:
+def _space(machine: Machine, place: Place, at: str, found: Held) -> Finding:
     space = machine.space(at)
     if space is None:
         return _SPACE.unknown(f"{at} does not say how much room it has")
-    held, is_all = _held_nbytes(place.path)
+    mine, is_all = found.own, found.is_all
     detail: dict[str, object] = {
         "free_nbytes": space.free_nbytes,
         "total_nbytes": space.total_nbytes,
-        "held_nbytes": held,
+        "held_nbytes": mine,
         "held_is_all": is_all,
         "capacity_nbytes": place.capacity,
     }
@@ -236,28 +238,13 @@ def _space(machine: Machine, place: Place, at: str) -> Finding:
             f"add the option capacity to its URL, at most {most}",
             **detail,
         )
-    found = f"in {place.path} {free}; the tier may hold {format_bytes(place.capacity)}" + (
-        f", of which {'' if is_all else 'at least '}{format_bytes(held)} are there" if held else ""
+    said = f"in {place.path} {free}; the tier may hold {format_bytes(place.capacity)}" + (
+        f", of which {'' if is_all else 'at least '}{format_bytes(mine)} are there" if mine else ""
     )
-    if place.capacity > space.free_nbytes + held and is_all:
+    if place.capacity > space.free_nbytes + mine and is_all:
         advice = "lower the capacity, or give the directory a larger disk"
-        return _SPACE.warn(found, advice, **detail)
-    return _SPACE.ok(found, **detail)
-
-
-def _held_nbytes(path: str) -> tuple[int, bool]:
-    """Bytes of the files below a directory, and whether all were seen in the time there is."""
-    end = time.monotonic() + _COUNT_SECONDS
-    held = 0
-    for folder, _, names in os.walk(path):
-        for name in names:
-            try:
-                held += Path(folder, name).lstat().st_size
-            except OSError:  # another process's: evicted since
-                continue
-        if time.monotonic() > end:
-            return held, False
-    return held, True
+        return _SPACE.warn(said, advice, **detail)
+    return _SPACE.ok(said, **detail)
 
 
 def _inodes(machine: Machine, place: Place, at: str, object_nbytes: int) -> Finding:

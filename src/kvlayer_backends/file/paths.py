@@ -6,11 +6,12 @@ import re
 from typing import NamedTuple
 
 from kvlayer.keys import PUBLIC_ZONE, ObjectKey
+from kvlayer.namespace import KEY_SCHEMA
 from kvlayer_backends.file import disk
 
 __all__ = ["VERSION", "Paths", "Shard"]
 
-VERSION = "v2"
+VERSION = f"v{KEY_SCHEMA}"
 """The folder of this release's objects. Releases that name objects otherwise keep their own."""
 
 _NAMESPACE = re.compile(r"[0-9a-f]{64}")

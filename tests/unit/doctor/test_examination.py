@@ -20,7 +20,7 @@ CHECKS = {
     *("python", "cpus", "configuration", "memory", "cgroup-memory", "overcommit", "slab"),
     *("dev-shm", "memlock", "descriptors", "plugins", "torch", "gpu", "engines"),
     *("file-system", "directory", "o-direct", "hard-links", "flock", "file-times"),
-    *("space", "inodes", "disk", "clock"),
+    *("space", "releases", "inodes", "disk", "clock"),
 }
 
 

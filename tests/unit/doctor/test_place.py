@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shlex
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from kvlayer.doctor import place as module
+from kvlayer.doctor import releases
 from kvlayer.doctor.configured import Place
 from kvlayer.doctor.finding import Finding, Status
 from kvlayer.doctor.machine import Machine, Space
@@ -55,9 +59,9 @@ def test_this_disk_is_fine(disk: Path) -> None:
     found = looked(Machine(), Place(str(disk)))
     assert set(found) == {
         *("file-system", "directory", "o-direct", "hard-links", "flock", "file-times"),
-        *("space", "inodes"),
+        *("space", "releases", "inodes"),
     }
-    for check in ("directory", "hard-links", "flock", "file-times", "space", "inodes"):
+    for check in ("directory", "hard-links", "flock", "file-times", "space", "releases", "inodes"):
         assert found[check].status is Status.OK, found[check]
 
 
@@ -274,11 +278,38 @@ def test_what_the_tier_holds_already_counts_as_room(fake: Fake, disk: Path) -> N
     assert found.status is Status.WARN
 
 
+def test_what_other_releases_hold_is_no_room_for_this_one(fake: Fake, disk: Path) -> None:
+    (disk / "v1").mkdir()
+    (disk / "v1" / "object").write_bytes(bytes(4096))
+    found = looked(fake, Place(str(disk), capacity=10 * GIB + 1))["space"]
+    assert (found.status, found.detail["held_nbytes"]) == (Status.WARN, 0)
+
+
+def test_all_releases_are_added_up_and_the_old_one_can_be_removed(fake: Fake, disk: Path) -> None:
+    place = Place(str(disk))
+    assert looked(fake, place)["releases"].status is Status.OK
+    for version, pages in {"v1": 3, "v2": 2, "v3": 1, "vendor": 9, "v0": 9}.items():
+        (disk / version / "ab").mkdir(parents=True)
+        (disk / version / "ab" / "object").write_bytes(bytes(4096 * pages))
+    found = looked(fake, place)["releases"]
+    assert found.status is Status.WARN
+    assert found.detail["held_nbytes"] == {"v1": 12288, "v2": 8192, "v3": 4096}
+    assert "together 24 KiB" in found.found
+    assert found.advice.endswith(f"rm -r {shlex.quote(str(disk / 'v1'))}")
+    assert (disk / "v1" / "ab" / "object").exists()  # it only says so
+    shutil.rmtree(disk / "v1")
+    found = looked(fake, place)["releases"]
+    assert found.status is Status.OK
+    assert "later releases" in found.found
+
+
 def test_a_directory_too_large_to_count_in_time_is_not_blamed(
     fake: Fake, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (disk / "object").write_bytes(bytes(4096))
-    monkeypatch.setattr(module, "_COUNT_SECONDS", -1.0)
+    (disk / "v2").mkdir()
+    (disk / "v2" / "object").write_bytes(bytes(4096))
+    clock = iter([0.0, 0.0, 9.0])  # it is late after the second folder
+    monkeypatch.setattr(releases, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     found = looked(fake, Place(str(disk), capacity=19 * GIB))["space"]
     assert (found.status, found.detail["held_is_all"]) == (Status.OK, False)
     assert "at least 4 KiB" in found.found
