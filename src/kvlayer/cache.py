@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from kvlayer import opening
+from kvlayer._values import flag, function, instance, number, patience, whole
 from kvlayer.abc.backend import Backend
 from kvlayer.abc.stager import Landed, MakeStager
 from kvlayer.config import CacheConfig
@@ -24,6 +25,7 @@ from kvlayer.patience import Patience
 from kvlayer.prefetch import Prefetch
 from kvlayer.registry import BACKENDS, Registry
 from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
+from kvlayer.tier.lease import lease_seconds
 from kvlayer.tier.matcher import Match
 from kvlayer.tier.ranks import Ranks
 from kvlayer.tier.sources import Sources
@@ -32,6 +34,9 @@ from kvlayer.tier.stack import Window
 __all__ = ["Cache"]
 
 PUBLIC = Scope()
+
+_LONGEST_PREFILL = 1e9  # seconds
+_LARGEST_PREFILL = 10**12  # tokens
 
 
 class Cache:
@@ -134,8 +139,9 @@ class Cache:
         ``LayoutError``, and ``TokensError`` also for ids of 2^30 and above, which have no name.
         """
         started = self._begin()
-        self._stack.device.check(kv)
         window = self._window(kv, first_token)
+        flag("tail", tail)
+        function("on_gathered", on_gathered)
         chain = self._chain_to_store(tokens, scope, window)
         stored = await self._stack.store(
             chain,
@@ -217,8 +223,9 @@ class Cache:
         returns once the view is untouched. Raises ``LayoutError``.
         """
         started = self._begin()
-        self._stack.device.check(kv)
         window = self._window(kv, first_token)
+        deadline = patience("deadline", deadline)
+        function("on_layer", on_layer)
         match = self._claim(hit)
         sources = Sources(match, self._planner.tiers) if self._emit else None
         try:
@@ -258,7 +265,7 @@ class Cache:
         """
         started = self._begin()
         chain = self.chain(tokens, scope)
-        seconds = self.config.lease_seconds if deadline is None else deadline
+        seconds = self.config.lease_seconds if deadline is None else lease_seconds(deadline)
         return Prefetch(
             self._parts.spawn(self._promote(chain, chain.scope.owner, seconds, started))
         )
@@ -290,6 +297,7 @@ class Cache:
         tier missed its own. Raises ``LayoutError`` for a hit of another cache.
         """
         started = self._begin()
+        deadline = patience("deadline", deadline)
         match = self._claim(hit)
         try:
             report = await self._stack.promote(match, deadline=deadline)
@@ -305,7 +313,9 @@ class Cache:
         is assumed before the first report, unless ``prefill_tokens_per_second`` is configured.
         """
         self._begin()
-        self._stack.prefill.observe(tokens, seconds)
+        computed = whole("tokens", tokens, most=_LARGEST_PREFILL)
+        took = number("seconds", seconds, most=_LONGEST_PREFILL)
+        self._stack.prefill.observe(computed, took)
 
     async def flush(self) -> None:
         """Wait until everything stored so far has reached the lower tiers, or failed to.
@@ -374,7 +384,9 @@ class Cache:
         given is returned if it is of this cache's sizes and of ``scope``, which may be left out;
         another owner is taken over.
         Raises ``TokensError``, and ``IdentityError`` for a chain that is of neither.
+        ``ArgumentError`` for a scope that is none.
         """
+        instance("scope", scope, Scope, hint='a tenant\'s is Scope.private("...")')
         if isinstance(tokens, ChunkChain):
             return self._own(tokens, scope)
         return ChunkChain(
@@ -417,6 +429,7 @@ class Cache:
 
     def _claim(self, hit: PrefixHit) -> Match:
         """A hit's match, or what is left of it, pinned: the caller unpins its path."""
+        instance("hit", hit, PrefixHit, hint="what `async with cache.lookup(...)` yields")
         if hit.match is None or hit.lease is None or not self._planner.granted(hit.lease):
             raise LayoutError(
                 "this hit did not come from a lookup of this cache",
@@ -424,11 +437,12 @@ class Cache:
             )
         return self._planner.claim(hit.match, hit.lease)
 
-    @staticmethod
-    def _window(kv: KVView, first_token: int) -> Window:
-        if first_token < 0:
-            raise LayoutError(f"first_token must be at least 0, found {first_token}")
-        return Window(first_token, first_token + kv.num_tokens)
+    def _window(self, kv: KVView, first_token: int) -> Window:
+        """The tokens that a view covers, once it is known to be one."""
+        instance("kv", kv, KVView, hint="KVView.single(caches, slots)", error=LayoutError)
+        self._stack.device.check(kv)
+        start = whole("first_token", first_token, error=LayoutError)
+        return Window(start, start + kv.num_tokens)
 
 
 def _call(entry: Callable[[], None]) -> None:

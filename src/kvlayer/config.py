@@ -12,9 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args, get_origin, get_type_hints
 
+from kvlayer._values import shown_value
 from kvlayer.errors import ConfigError
 from kvlayer.links import link_size
-from kvlayer.urls import BackendURL, shown_text, shown_url
+from kvlayer.urls import BackendURL, shown_url
 
 __all__ = [
     "CacheConfig",
@@ -23,7 +24,6 @@ __all__ = [
     "Scalar",
     "TierConfig",
     "expectation",
-    "shown_value",
 ]
 
 Scalar: TypeAlias = str | int | float | bool
@@ -195,8 +195,8 @@ class CacheConfig:
         _check_number(
             self,
             "prefill_tokens_per_second",
-            "at least 0 and finite (tokens per second)",
-            lambda value: value >= 0 and math.isfinite(value),
+            "0, or from 1e-6 to 1e12 (tokens per second)",
+            lambda value: value == 0 or 1e-6 <= value <= 1e12,
         )
         self._check_watermarks()
         if not self.policy:
@@ -292,25 +292,13 @@ def expectation(hint: Any) -> str:
     return words.get(hint, f"a table ({hint.__name__})")
 
 
-def shown_value(value: object) -> str:
-    """``value`` as a message shows it: plain values alone, and of URLs only what is no secret."""
-    if isinstance(value, str):
-        return shown_text(value)
-    if value is not None and not isinstance(value, Scalar):
-        return f"a {type(value).__name__}"  # a secret may be anywhere in it
-    try:
-        return repr(value)
-    except ValueError:  # Python prints no integer of more than 4,300 digits
-        return "what is too long to print"
-
-
 _MOST = (1 << 63) - 1  # what TOML promises to carry; a hexadecimal number may be longer
 
 
 def _conforms(value: object, hint: Any) -> bool:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return value in args
+        return isinstance(value, str) and value in args
     if origin is tuple:
         items = cast("tuple[object, ...]", value)
         return isinstance(value, tuple) and all(_conforms(item, args[0]) for item in items)
@@ -345,7 +333,7 @@ def _check_types(config: ModelConfig | TierConfig | CacheConfig) -> None:
 def _check_number(config: object, name: str, wanted: str, accept: Callable[[float], bool]) -> None:
     value = getattr(config, name)
     if not accept(value):
-        raise FieldError(f"{name} must be {wanted}, found {value!r}", fields=(name,))
+        raise FieldError(f"{name} must be {wanted}, found {shown_value(value)}", fields=(name,))
 
 
 def _check_at_least(config: object, name: str, least: int, unit: str) -> None:

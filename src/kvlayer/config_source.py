@@ -15,7 +15,8 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast, get_args, get_origin, get_type_hints
 
-from kvlayer.config import CacheConfig, FieldError, expectation, shown_value
+from kvlayer._values import shown_value
+from kvlayer.config import CacheConfig, FieldError, expectation
 from kvlayer.errors import ConfigError
 from kvlayer.urls import nearest, parse_bool, shown_url
 

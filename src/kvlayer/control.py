@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from kvlayer._foreign import words
+from kvlayer._values import instance
 from kvlayer.abc.backend import Capability
-from kvlayer.errors import ConfigError
+from kvlayer.errors import ArgumentError, ConfigError
 from kvlayer.explain import explain
 from kvlayer.keys import ObjectKey, Scope, Tokens
 from kvlayer.results import Cause, Explanation, Health, Stats
 from kvlayer.tier.directory import ObjectRecord
+from kvlayer.tier.lease import Lease, lease_seconds
 from kvlayer.tier.listing import listed
 from kvlayer.tier.removal import Removal
 from kvlayer.tier.tier import LowerTier
@@ -34,6 +36,8 @@ class Pin:
 
     number: int
     tokens: int
+    lease: Lease | None = field(default=None, repr=False, compare=False)
+    """The pin itself; for the cache that granted it."""
 
 
 class Control:
@@ -47,17 +51,29 @@ class Control:
     ) -> Pin:
         """Bring a prompt's usable prefix into host memory and hold it there for ``seconds``.
 
-        Pins bind this process; other processes sharing a tier may still evict their copies.
+        Pins bind this process; other processes sharing a tier may still evict their copies. Raises
+        ``TokensError`` and ``ArgumentError``.
         """
         chain = self._cache.chain(tokens, scope)
+        owner = instance("owner", owner, str, hint="a name as text, or leave it out")
         lease, report = await self._cache.stack.hold(
-            chain, owner=owner or chain.scope.owner, seconds=seconds
+            chain, owner=owner or chain.scope.owner, seconds=lease_seconds(seconds)
         )
-        return Pin(lease.number, report.tokens)
+        return Pin(lease.number, report.tokens, lease)
 
     def unpin(self, pin: Pin) -> bool:
-        """Let go of a pin. False when it had expired or was let go of before."""
-        return self._cache.stack.planner.release(pin.number)
+        """Let go of a pin. False when it had expired or was let go of before.
+
+        Raises ``ArgumentError`` for what is no pin of this cache.
+        """
+        planner = self._cache.stack.planner
+        lease = instance("pin", pin, Pin, hint="what `await control.pin(...)` returned").lease
+        if lease is None or lease.number != pin.number or not planner.granted(lease):
+            raise ArgumentError(
+                "this pin was not made by this cache",
+                hint="use a pin with the cache whose control.pin returned it, as it is",
+            )
+        return planner.release(lease.number)
 
     async def explain(self, tokens: Tokens, *, scope: Scope = _PUBLIC) -> Explanation:
         """What of a prompt is usable, from where, and the cause of every miss."""
@@ -188,6 +204,7 @@ class Control:
         stack = self._cache.stack
         if name is None:
             return list(stack.lower)
+        instance("tier", name, str, hint="a tier's name as in stats(), or None for all")
         known = [stack.host.name, *(tier.name for tier in stack.lower)]
         if name not in known:
             near = nearest(name, known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "ArgumentError",
     "BackendError",
     "BackendTimeoutError",
     "BackendUnavailableError",
@@ -34,6 +35,10 @@ class KVLayerError(Exception):
         self.hint = hint
         if hint is not None:
             self.add_note(f"hint: {hint}")
+
+
+class ArgumentError(KVLayerError, TypeError, ValueError):
+    """A call got a value of the wrong type, or one that is out of range. Nothing was done."""
 
 
 class ConfigError(KVLayerError, ValueError):

@@ -11,8 +11,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
+from kvlayer._values import choice, instance, items, listed, shown_value, whole
 from kvlayer.errors import LayoutError
 
 __all__ = [
@@ -71,6 +72,9 @@ class HitRule(StrEnum):
     TRAILING = "trailing"
 
 
+_OPTIONAL = frozenset({"v_head_size", "window_tokens"})
+
+
 @dataclass(frozen=True, slots=True)
 class KVGroup:
     """Layers of the model that share a block table and a hit rule. Part of the namespace.
@@ -79,7 +83,11 @@ class KVGroup:
     latent, RoPE part included); ``v_head_size`` defaults to it. ``rope`` is a flat description of
     everything that shaped the rotation of K. ``window_tokens`` belongs to ``HitRule.TRAILING``:
     how many tokens before the end of a hit must be present; for ``STATE`` only the last chunk's
-    state matters and it is 1. ``state_nbytes`` is the size of one layer's state.
+    state matters, so that the rule is always ``TRAILING`` and the window 1 unless it is given.
+    ``state_nbytes`` is the size of one layer's state.
+
+    A list is taken for a tuple, and an enum's text for its member. Raises ``LayoutError`` for
+    what names no group.
     """
 
     kind: AttentionKind
@@ -96,14 +104,18 @@ class KVGroup:
     state_nbytes: int = 0
 
     def __post_init__(self) -> None:
+        self._coerce()
         if self.dtype not in DTYPE_NBYTES:
             known = ", ".join(DTYPE_NBYTES)
             raise LayoutError(
                 f"unknown KV dtype {self.dtype!r}",
                 hint=f"use a logical dtype, one of: {known}",
             )
-        if not self.layers:
-            raise LayoutError("a KV group needs at least one layer, found none")
+        if not self.layers or len(set(self.layers)) != len(self.layers):
+            raise LayoutError(
+                f"a KV group needs at least one layer, and each once, found {self.layers}",
+                hint="layers are the model's layer numbers, for example tuple(range(32))",
+            )
         if self.kind is AttentionKind.STATE:
             if self.state_nbytes <= 0:
                 raise LayoutError("a state group needs state_nbytes > 0", hint="size of one layer")
@@ -117,6 +129,35 @@ class KVGroup:
                 "a trailing group needs window_tokens",
                 hint="the sliding window in tokens; 1 for a state group",
             )
+
+    def _coerce(self) -> None:
+        """Every field in its own type. Texts are taken for the enums they name."""
+        layers = listed(self.layers)
+        if layers is None:
+            raise LayoutError(
+                f"layers must be a tuple of layer numbers, found {shown_value(self.layers)}",
+                hint="for example tuple(range(32))",
+            )
+        dtype: object = self.dtype
+        instance("dtype", dtype, str, hint="a logical dtype such as 'bfloat16'", error=LayoutError)
+        rope: object = self.rope
+        if not isinstance(rope, Mapping):
+            raise LayoutError(f"rope must be a flat table, found {shown_value(rope)}")
+        fields: dict[str, object] = {
+            "kind": choice("kind", self.kind, AttentionKind, error=LayoutError),
+            "hit_rule": choice("hit_rule", self.hit_rule, HitRule, error=LayoutError),
+            "layers": tuple(
+                whole("a layer's number", layer, error=LayoutError) for layer in layers
+            ),
+        }
+        for name in ("num_kv_heads", "head_size", "v_head_size", "window_tokens", "state_nbytes"):
+            value: object = getattr(self, name)
+            if value is not None or name not in _OPTIONAL:
+                fields[name] = whole(name, value, error=LayoutError)
+        if fields["kind"] is AttentionKind.STATE:  # of all states only the last one is of use
+            fields |= {"hit_rule": HitRule.TRAILING, "window_tokens": self.window_tokens or 1}
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
 
     @property
     def itemsize(self) -> int:
@@ -170,18 +211,26 @@ class GroupLayout:
     form: str = "canonical"
 
     def __post_init__(self) -> None:
-        unknown = [a for a in self.axes if a not in _AXES]
-        if unknown or len(set(self.axes)) != len(self.axes):
+        instance("group", self.group, KVGroup, hint="build a KVGroup first", error=LayoutError)
+        axes: object = self.axes
+        if not isinstance(axes, (tuple, list)) or not _are_axes(cast("Sequence[object]", axes)):
             raise LayoutError(
-                f"bad axes {self.axes}: each must be one of {', '.join(sorted(_AXES))}, once"
+                f"bad axes {shown_value(axes)}: each must be one of {', '.join(sorted(_AXES))}, "
+                "once",
+                hint="kvlayer.layout has the usual ones: NHD, HND, FUSED_HND, MLA_BLOCKS, ...",
             )
-        if self.tokens_per_block < 1:
-            raise LayoutError(f"tokens_per_block must be positive, found {self.tokens_per_block}")
-        if not _FORM.fullmatch(self.form):
+        size = whole("tokens_per_block", self.tokens_per_block, least=1, error=LayoutError)
+        object.__setattr__(self, "axes", tuple(axes))
+        object.__setattr__(self, "tokens_per_block", size)
+        for name in ("layers", "heads"):
+            object.__setattr__(self, name, _range(name, getattr(self, name)))
+        form: object = self.form
+        if not isinstance(form, str) or not _FORM.fullmatch(form):
             raise LayoutError(
-                f"unknown payload form {self.form!r}",
+                f"unknown payload form {shown_value(form)}",
                 hint="use 'canonical', or 'native:<name>' with a name of [a-z0-9_:-]",
             )
+        self._check_kind()
         if self.form != "canonical" and "block" not in self.axes:
             raise LayoutError("a native form keeps whole blocks, but the axes have no block axis")
         for name, (lo, hi), limit in (
@@ -190,6 +239,20 @@ class GroupLayout:
         ):
             if not 0 <= lo < hi <= limit:
                 raise LayoutError(f"{name} range {lo}..{hi} is not within 0..{limit}")
+
+    def _check_kind(self) -> None:
+        """Axes that this kind of group cannot have are refused before a cache is built on them."""
+        kind, found = self.group.kind, {*self.axes}
+        if kind is AttentionKind.MLA and found & {"kv", "kvdim"}:
+            raise LayoutError(
+                f"a {kind} group has no V, but the axes are {', '.join(self.axes)}",
+                hint="MLA_BLOCKS are the usual axes",
+            )
+        if (kind is AttentionKind.STATE) is not ("state" in found):
+            raise LayoutError(
+                f"the axes of a {kind} group cannot be {', '.join(self.axes)}",
+                hint="a state group's are STATE_BLOCKS; no other group has a state axis",
+            )
 
     @property
     def layer_range(self) -> tuple[int, int]:
@@ -215,6 +278,25 @@ class GroupLayout:
         return self.tokens_per_block * heads * sum(self.group.planes()) * self.group.itemsize
 
 
+def _are_axes(axes: Sequence[object]) -> bool:
+    known = [axis for axis in axes if isinstance(axis, str) and axis in _AXES]
+    return len(known) == len(axes) == len(set(known))
+
+
+def _range(name: str, found: object) -> tuple[int, int] | None:
+    """A half-open range of two whole numbers, or None for all there is."""
+    if found is None:
+        return None
+    if not isinstance(found, (tuple, list)) or len(cast("Sequence[object]", found)) != 2:
+        raise LayoutError(
+            f"{name} must be a half-open range (first, last + 1), found {shown_value(found)}",
+            hint="leave it out for all of the group's",
+        )
+    low, high = cast("Sequence[object]", found)
+    what = f"an end of {name}"
+    return whole(what, low, error=LayoutError), whole(what, high, error=LayoutError)
+
+
 @dataclass(frozen=True, slots=True)
 class KVLayout:
     """All KV groups of one rank, in the order the namespace lists them."""
@@ -222,6 +304,9 @@ class KVLayout:
     groups: tuple[GroupLayout, ...]
 
     def __post_init__(self) -> None:
+        hint = "KVLayout.single(group, axes, tokens_per_block=...) makes that of one group"
+        groups = items("groups", self.groups, GroupLayout, hint=hint, error=LayoutError)
+        object.__setattr__(self, "groups", groups)
         if not self.groups:
             raise LayoutError("a KV layout needs at least one group, found none")
 

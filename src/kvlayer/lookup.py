@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 from kvlayer._foreign import awaited
+from kvlayer._values import instance, patience
 from kvlayer.errors import PendingError, UnsupportedError
 from kvlayer.events import LookupDone
 from kvlayer.hit import PrefixHit
@@ -83,6 +84,7 @@ class Lookup:
         Raises ``PendingError`` when the time is up (the search goes on), and ``UnsupportedError``
         on the loop that searches: ``await`` the lookup there.
         """
+        seconds = patience("seconds", seconds)
         if isinstance(self._search, Job):
             try:
                 self._search.wait(seconds)
@@ -190,7 +192,7 @@ class Lookups:
 
     def renew(self, lookup: Lookup) -> Lookup:
         """What the directory still has of an answer, leased anew. In any thread."""
-        hit = lookup.hit
+        hit = instance("lookup", lookup, Lookup, hint="what portal.lookup(...) returned").hit
         if hit.match is not None:
             with self._planner.lock:
                 hit = self._leased(self._stack.finder.known(hit.match.chain))

@@ -18,6 +18,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
+from kvlayer._values import callee
 from kvlayer.errors import ClosedError, ForkedError, UnsupportedError
 from kvlayer.job import Job
 
@@ -200,7 +201,7 @@ class LoopThread(Generic[S]):
         Raises ``ClosedError`` and ``ForkedError``.
         """
         job: Job[T] = Job(self._ident, self._stop)
-        bound = partial(work, self.subject, *args, **kwargs)
+        bound = partial(callee("work", work), self.subject, *args, **kwargs)
         self.post([partial(self._begin, job, bound, copy_context())])
         return job
 
@@ -211,8 +212,9 @@ class LoopThread(Generic[S]):
         context = copy_context()
         for work in works:
             job: Job[T] = Job(self._ident, self._stop)
+            bound = partial(callee("work", work), self.subject)
             jobs.append(job)
-            entries.append(partial(self._begin, job, partial(work, self.subject), context))
+            entries.append(partial(self._begin, job, bound, context))
         self.post(entries)
         return jobs
 

@@ -13,6 +13,7 @@ from hashlib import sha256
 from typing import Any, TypeAlias, cast
 
 from kvlayer._pack import pack, unpack
+from kvlayer._values import items, shown_value
 from kvlayer.errors import ConfigError, IdentityError
 from kvlayer.layout import AttentionKind, HitRule, KVGroup
 from kvlayer.links import link_size
@@ -32,6 +33,7 @@ _WEIGHTS = re.compile(r"sha256:[0-9a-f]{64}|process:[0-9a-f]{32}")
 _ADAPTER = re.compile(r"sha256:[0-9a-f]{64}")
 _QUALITY = re.compile(r"[a-z0-9][a-z0-9_.:=,+-]{0,127}")
 _NUMERICS = re.compile(r"portable|engine:[a-z0-9_]+-[A-Za-z0-9_.!+-]+")
+_ADAPTERS = "('sha256:<64 hex digits>',), made by kvlayer.weights.weights_digest"
 _SCALES = re.compile(r"[!-~]{0,128}")
 
 
@@ -93,7 +95,6 @@ class Namespace:
         # The caller keeps its own mappings; what was digested must not change under us.
         groups = tuple(replace(group, rope=dict(group.rope)) for group in self.groups)
         object.__setattr__(self, "groups", groups)
-        object.__setattr__(self, "adapters", tuple(self.adapters))
         object.__setattr__(self, "overrides", dict(self.overrides))
         canonical = _packed(self._description())
         object.__setattr__(self, "_canonical", canonical)
@@ -104,7 +105,7 @@ class Namespace:
             size: object = getattr(self, name)
             if type(size) is not int or size < least:
                 raise ConfigError(
-                    f"{name} must be a whole number of at least {least}, found {size!r}",
+                    f"{name} must be a whole number of at least {least}, found {shown_value(size)}",
                     hint="256 tokens a chunk is the default; 0 for the tail chooses one",
                 )
 
@@ -119,18 +120,30 @@ class Namespace:
     def _check_names(self) -> None:
         _check_name("weights", self.weights, _WEIGHTS, "sha256: and 64 lowercase hex digits, made "
                     "by kvlayer.weights.weights_digest")  # fmt: skip
-        for adapter in self.adapters:
+        adapters = items("adapters", self.adapters, str, hint=_ADAPTERS, error=IdentityError)
+        object.__setattr__(self, "adapters", adapters)
+        for adapter in adapters:
             _check_name("adapters", adapter, _ADAPTER, "sha256: and 64 lowercase hex digits each")
         _check_name("quality", self.quality, _QUALITY, "exact, or the name of what it is")
         _check_name("hash_scheme", self.hash_scheme, _QUALITY, "links, or the scheme's name")
         _check_name("kv_scales", self.kv_scales, _SCALES, "a digest or a version, or empty")
         _check_name("numerics", self.numerics, _NUMERICS, "portable or engine:<name>-<version>")
-        if self.compute_dtype not in COMPUTE_DTYPES:
+        dtype: object = self.compute_dtype
+        if not isinstance(dtype, str) or dtype not in COMPUTE_DTYPES:
             raise IdentityError(
-                f"unknown compute_dtype {self.compute_dtype!r}",
+                f"unknown compute_dtype {shown_value(dtype)}",
                 hint=f"what attention was computed in, one of: {', '.join(COMPUTE_DTYPES)}",
             )
-        if not self.groups:
+        overrides: object = self.overrides
+        if not isinstance(overrides, Mapping):
+            raise IdentityError(
+                f"overrides must be a table, found {shown_value(overrides)}",
+                hint="leave them out where nothing was overridden",
+            )
+        hint = "pass the groups of the engine's KV layout"
+        groups = items("groups", self.groups, KVGroup, hint=hint, error=IdentityError)
+        object.__setattr__(self, "groups", groups)
+        if not groups:
             raise IdentityError(
                 "a namespace needs at least one KV group, found none",
                 hint="pass the groups of the engine's KV layout",
@@ -210,7 +223,7 @@ class Namespace:
 
 def _check_name(what: str, text: object, pattern: re.Pattern[str], expected: str) -> None:
     if not isinstance(text, str) or pattern.fullmatch(text) is None:
-        raise IdentityError(f"{what} cannot be {text!r}", hint=f"expected {expected}")
+        raise IdentityError(f"{what} cannot be {shown_value(text)}", hint=f"expected {expected}")
 
 
 def _garbage(detail: str) -> IdentityError:
@@ -228,8 +241,8 @@ def _flat(what: str, mapping: Mapping[str, Scalar]) -> dict[str, Scalar]:
     for key, value in entries.items():
         if type(key) is not str or type(value) not in _SCALARS or value != value:  # noqa: PLR0124
             raise IdentityError(
-                f"{what} maps text to plain str, int, float, bool or None, found {key!r}: "
-                f"{value!r} ({type(value).__name__})",
+                f"{what} maps text to plain str, int, float, bool or None, found "
+                f"{shown_value(key)}: {shown_value(value)} ({type(value).__name__})",
                 hint="write other values as text",
             )
     return dict(sorted(mapping.items()))
@@ -243,17 +256,10 @@ def _described(group: KVGroup) -> dict[str, object]:
         "window_tokens": group.window_tokens,
         "state_nbytes": group.state_nbytes,
     }
-    for name, number in (*numbers.items(), *(("layers", layer) for layer in group.layers)):
-        if type(number) is not int and not (name == "window_tokens" and number is None):
-            raise IdentityError(
-                f"a KV group's {name} must be a plain int, found {number!r} "
-                f"({type(number).__name__})",
-                hint="convert it with int()",
-            )
     described: dict[str, object] = {
         **numbers,
-        "kind": AttentionKind(group.kind).value,
-        "hit_rule": HitRule(group.hit_rule).value,
+        "kind": group.kind.value,
+        "hit_rule": group.hit_rule.value,
         "dtype": group.dtype,
         "layers": list(group.layers),
         "rope": _flat("rope", group.rope),

@@ -10,6 +10,7 @@ from functools import partial
 
 from kvlayer._foreign import awaited, words
 from kvlayer._offload import Offload
+from kvlayer._values import callee, functions, instance
 from kvlayer._version import version
 from kvlayer.abc.backend import Backend, Capability
 from kvlayer.abc.host import HostMemory
@@ -49,6 +50,15 @@ async def build(
     make_stager: MakeStager,
 ) -> Parts:
     """Open everything, or nothing: a failure closes what was opened before it."""
+    instance("config", config, CacheConfig, hint="CacheConfig(...) or CacheConfig.load(path)")
+    instance("layout", layout, KVLayout, hint="KVLayout.single(group, axes, tokens_per_block=...)")
+    if namespace is not None:
+        instance("namespace", namespace, Namespace, hint="leave it out to make one of both")
+    instance("backends", registry, Registry, hint='BACKENDS.extended({"mine": MyBackend})')
+    if ranks is not None:
+        instance("ranks", ranks, Ranks, hint="Ranks([layout of rank 0, ...])")
+    callee("make_stager", make_stager)
+    sinks = functions("sinks", sinks)
     async with AsyncExitStack() as resources:
         if namespace is None:
             namespace = await _identify(config, layout, resources)

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any, Self
 
+from kvlayer._values import callee
 from kvlayer.abc.backend import Backend
 from kvlayer.abc.stager import MakeStager
 from kvlayer.cache import Cache
@@ -99,6 +100,7 @@ class Portal(LoopThread[Cache]):
         ``ClosedError`` and ``ForkedError``.
         """
         self.check_open()
+        callee("tokens", tokens)
         return self.subject.lookups.begin_on_loop(tokens, scope, self._spawn)
 
     def renew(self, lookup: Lookup) -> Lookup:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvlayer._values import number, whole
 from kvlayer.errors import ConfigError
 
 __all__ = ["ORDINARY", "RANKS", "Retention"]
 
 _HIGHEST = 3
-_LATEST = 1e11  # seconds; a time in milliseconds lies beyond it
+_LATEST = 1e11 - 1  # seconds; a time in milliseconds lies beyond it
 _PRIORITIES = 2 * _HIGHEST + 1
 
 RANKS = 2 * _PRIORITIES
@@ -36,8 +37,11 @@ class Retention:
     keep_until: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_priority(self.priority)
-        _check_time(self.keep_until)
+        limits = {"least": -_HIGHEST, "most": _HIGHEST}
+        priority = whole("a priority", self.priority, **limits, error=ConfigError)
+        until = number("keep_until", self.keep_until, most=_LATEST, error=ConfigError)
+        object.__setattr__(self, "priority", priority)
+        object.__setattr__(self, "keep_until", until)
 
     def joined(self, other: Retention) -> Retention:
         """What is wished of an object that two requests stored: the higher of each."""
@@ -52,22 +56,6 @@ class Retention:
 
 
 # Callers pass what a request said, types unchecked; hence ``object``.
-
-
-def _check_priority(found: object) -> None:
-    if not isinstance(found, int) or isinstance(found, bool) or not -_HIGHEST <= found <= _HIGHEST:
-        raise ConfigError(
-            f"a priority is a whole number from {-_HIGHEST} to {_HIGHEST}, found {found!r}",
-            hint="0 is every request's that says nothing; higher ones go later",
-        )
-
-
-def _check_time(found: object) -> None:
-    if not isinstance(found, int | float) or isinstance(found, bool) or not 0 <= found < _LATEST:
-        raise ConfigError(
-            f"keep_until is a time in Unix seconds, found {found!r}",
-            hint="pass time.time() plus the seconds to keep it, or 0 for no such time",
-        )
 
 
 ORDINARY = Retention()

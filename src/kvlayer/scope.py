@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from hashlib import sha256
 
+from kvlayer._values import instance, items, whole
 from kvlayer.errors import ConfigError, IdentityError
 from kvlayer.retention import ORDINARY, Retention
 
 __all__ = ["PUBLIC_ZONE", "Content", "Extra", "Salt", "Scope", "zone_at"]
+
+_PRIVATE = 'pass (Salt("..."),), or use Scope.private("...")'
+_CONTENT = "pass (Content(digest, first_token),) for each image"
 
 PUBLIC_ZONE = "0"
 """The zone of KV no salt owns."""
@@ -26,11 +30,17 @@ class Salt:
     Raises ``IdentityError`` for an empty value, one that is no valid text, or a negative start.
     """
 
-    value: str
+    value: str = field(repr=False)
     first_token: int = 0
 
     def __post_init__(self) -> None:
-        if not self.value:
+        value: object = self.value
+        if not isinstance(value, str):
+            raise IdentityError(
+                f"a salt must be text, found a {type(value).__name__}",
+                hint="a tenant's name or a secret as str; bytes as their hex digits",
+            )
+        if not value:
             raise IdentityError("a salt cannot be empty", hint="leave it out to share KV")
         try:
             self.value.encode()
@@ -39,7 +49,7 @@ class Salt:
                 "a salt must be valid Unicode text, found a lone surrogate",
                 hint="decode it strictly, or pass its hex digest",
             ) from None
-        _check_start("a salt", self.first_token)
+        object.__setattr__(self, "first_token", _start("a salt", self.first_token))
 
     @property
     def zone(self) -> str:
@@ -58,7 +68,7 @@ class Content:
         _check_digest("a content", self.digest)
         if not self.digest:
             raise IdentityError("a content's digest is empty", hint="leave the content out")
-        _check_start("a content", self.first_token)
+        object.__setattr__(self, "first_token", _start("a content", self.first_token))
 
 
 # Callers pass what an engine gave them, types unchecked; hence ``object``.
@@ -67,26 +77,14 @@ class Content:
 def _check_digest(what: str, digest: object) -> None:
     if not isinstance(digest, bytes):
         raise IdentityError(
-            f"{what} is named by a digest in bytes, found {digest!r}",
+            f"{what} is named by a digest in bytes, found a {type(digest).__name__}",
             hint="a served name is not identity; pass hashlib.sha256(content).digest()",
         )
 
 
-def _check_start(what: str, first_token: object) -> None:
+def _start(what: str, first_token: object) -> int:
     """A start that matches no chunk would leave the extra out of every name: wrong bytes."""
-    if isinstance(first_token, bool) or not isinstance(first_token, int) or first_token < 0:
-        raise IdentityError(
-            f"{what} starts at a token >= 0, found {first_token!r}",
-            hint="count from the prompt's first token, as a plain int",
-        )
-
-
-def _check_retention(found: object) -> None:
-    if not isinstance(found, Retention):
-        raise ConfigError(
-            f"a scope's retention is a Retention, found {found!r}",
-            hint="pass kvlayer.Retention(priority=1), or leave it out",
-        )
+    return whole(f"the first token of {what}", first_token, error=IdentityError)
 
 
 class Extra(Enum):
@@ -115,7 +113,15 @@ class Scope:
 
     def __post_init__(self) -> None:
         _check_digest("an adapter", self.adapter)
-        _check_retention(self.retention)
+        salts = items("salts", self.salts, Salt, hint=_PRIVATE, error=IdentityError)
+        contents = items("contents", self.contents, Content, hint=_CONTENT, error=IdentityError)
+        owner: object = self.owner
+        hint = "pass a name as text, or leave it out"
+        owner = instance("owner", "" if owner is None else owner, str, hint=hint)
+        hint = "pass kvlayer.Retention(priority=1), or leave it out"
+        instance("a scope's retention", self.retention, Retention, hint=hint, error=ConfigError)
+        for name, value in (("salts", salts), ("contents", contents), ("owner", owner)):
+            object.__setattr__(self, name, value)
 
     @classmethod
     def private(

@@ -329,7 +329,10 @@ def test_a_zone_does_not_show_the_salt() -> None:
         lambda: Content(b"", 0),
         lambda: Content("abc", 0),  # type: ignore[arg-type]
         lambda: Content(b"x", -1),
-        lambda: Content(b"x", np.int64(3)),  # type: ignore[arg-type]
+        lambda: Content(b"x", np.float64(3)),  # type: ignore[arg-type]
+        lambda: Scope(salts="alice"),  # type: ignore[arg-type]
+        lambda: Scope(contents=[b"x" * 32]),  # type: ignore[arg-type]
+        lambda: Salt(b"secret"),  # type: ignore[arg-type]
         lambda: Scope(adapter="my-lora"),  # type: ignore[arg-type]
         lambda: Scope.private(""),
     ],

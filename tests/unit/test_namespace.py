@@ -51,7 +51,7 @@ def groups(draw: st.DrawFn) -> KVGroup:
     is_trailing = draw(st.booleans())
     return KVGroup(
         kind,
-        tuple(draw(st.lists(st.integers(0, 200), min_size=1, max_size=4))),
+        tuple(draw(st.lists(st.integers(0, 200), min_size=1, max_size=4, unique=True))),
         draw(st.sampled_from(sorted(DTYPE_NBYTES))),
         num_kv_heads=draw(st.integers(1, 3)),
         head_size=draw(st.sampled_from([64, 128])),
@@ -281,8 +281,7 @@ def test_weights_nobody_can_name_stay_in_the_process() -> None:
         ("overrides", {"x": float("nan")}), ("overrides", {"x": np.float64(1)}),
         ("overrides", {"x": b"bytes"}), ("overrides", {"x": 2**64}), ("overrides", {"x": "\ud800"}),
         ("overrides", {f"x{i}": i for i in range(1025)}), ("overrides", {"x": "y" * 70_000}),
-        ("groups", (replace(MHA, rope={"x": (1,)}),)), ("groups", (replace(MHA, layers=(True,)),)),
-        ("groups", (replace(MHA, head_size=np.int64(64)),)),
+        ("groups", (replace(MHA, rope={"x": (1,)}),)),
         ("groups", (replace(MHA, layers=tuple(range(1025))),)),
     ],
 )  # fmt: skip

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import pytest
-from caches import config, layout
+from caches import config, layout, tokens
 from click.testing import CliRunner
+from engine import Engine
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kvlayer import Cache, CacheConfig, KVLayerError, TierConfig
+from kvlayer import Cache, CacheConfig, KVLayerError, Salt, Scope, TierConfig
 from kvlayer.cli.main import program
 from kvlayer.config_source import load_config
 from kvlayer.registry import BACKENDS, open_backend
+from kvlayer.telemetry.log import LogSink
 from kvlayer.urls import BackendURL, shown_text, shown_url
 from kvlayer_backends.cpu import CpuBackend
 
@@ -233,3 +237,64 @@ def test_options_that_are_refused_as_a_whole_are_masked() -> None:
     with pytest.raises(KVLayerError) as caught:
         open_backend(f"regional://?region={CANARY}", backends=registry)
     assert CANARY not in said(caught.value)
+
+
+def test_no_repr_shows_a_salt() -> None:
+    async def main() -> list[object]:
+        engine = Engine(layout(), 32)
+        scope = Scope.private(CANARY, first_token=20, owner="alice")
+        prompt, view = tokens(64), engine.view(engine.slots(64))
+        seen: list[object] = [scope, scope.salts[0], scope.zones()]
+        log = logging.getLogger("kvlayer.test")
+        async with Cache.open(config(), layout(), sinks=[seen.append, LogSink(log)]) as cache:
+            await cache.store(prompt, view, scope=scope)
+            seen += [cache.chain(prompt, scope), await cache.control.explain(prompt, scope=scope)]
+            async with cache.lookup(prompt, scope=scope) as hit:
+                seen += [hit, hit.match, hit.lease, await cache.retrieve(hit, view)]
+            pin = await cache.control.pin(prompt, scope=scope, seconds=5)
+            seen += [pin, cache.begin_lookup(prompt, scope=scope), cache.control.stats(), cache]
+            seen += asyncio.all_tasks()
+        return seen
+
+    with catching_logs(logging.getLogger("kvlayer.test")) as lines:
+        for value in asyncio.run(main()):
+            assert CANARY not in f"{value!r} {value}"
+    assert lines
+    assert CANARY not in "".join(lines)
+
+
+@contextmanager
+def catching_logs(logger: logging.Logger) -> Generator[list[str]]:
+    """What is logged, with the fields that ride along."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(f"{record.getMessage()} {record.__dict__}")  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    before = logger.level
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Salt(CANARY.encode()),  # type: ignore[arg-type]
+        lambda: Salt(CANARY, -1),
+        lambda: Salt(CANARY + "\ud800"),
+        lambda: Scope(salts=CANARY),  # type: ignore[arg-type]
+        lambda: Scope(salts=(CANARY,)),  # type: ignore[arg-type]
+        lambda: Scope(adapter=CANARY),  # type: ignore[arg-type]
+        lambda: Scope(contents=(CANARY,)),  # type: ignore[arg-type]
+        lambda: Scope.private(CANARY, first_token=-1),
+        lambda: Scope.private([CANARY]),  # type: ignore[arg-type]
+    ],
+)
+def test_no_error_about_a_salt_shows_it(make: Callable[[], object]) -> None:
+    with pytest.raises(KVLayerError) as caught:
+        make()
+    # Formatted without its frames' source lines, which are this test's own.
+    assert CANARY not in f"{caught.value!r} {caught.value} {caught.value.hint}"

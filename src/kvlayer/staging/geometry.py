@@ -145,8 +145,6 @@ def _extents(
     _require(axes, width | place, f"a {group.kind} group")
     if not {"block", "token"} & set(axes):
         raise LayoutError(f"axes {_names(axes)} have neither a block nor a token axis")
-    if group.kind is AttentionKind.MLA and {"kv", "kvdim"} & set(axes):
-        raise LayoutError(f"a {group.kind} group has no V, but the axes are {_names(axes)}")
     if "kv" in axes and k != v:
         raise LayoutError(
             f"a kv axis needs equal K and V head sizes, found {k} and {v}",

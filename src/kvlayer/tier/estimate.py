@@ -11,6 +11,7 @@ __all__ = ["Estimate", "Rate"]
 
 _KEEP = 0.9  # of the weight of all before, when a new load is seen: about the last ten count
 _MEMORY_SECONDS = 60.0
+_TICK = 1e-9  # no clock that measured less can be believed
 
 
 class Estimate:
@@ -67,7 +68,7 @@ class Rate:
         """A prefill of ``tokens`` took ``seconds``."""
         if tokens > 0 and seconds > 0:
             self._tokens = _KEEP * self._tokens + tokens
-            self._seconds = _KEEP * self._seconds + seconds
+            self._seconds = _KEEP * self._seconds + max(seconds, _TICK)
 
     @property
     def tokens_per_second(self) -> float | None:

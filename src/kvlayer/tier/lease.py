@@ -12,14 +12,23 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from math import isfinite
 
+from kvlayer._values import number
 from kvlayer.errors import ConfigError
 from kvlayer.results import OwnerStats
 from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.host import HostTier
 
-__all__ = ["Lease", "LeaseTable"]
+__all__ = ["Lease", "LeaseTable", "lease_seconds"]
+
+_LONGEST = 1e9  # some thirty years
 
 _SLACK = 64  # deadlines of released leases that are not worth clearing up
+
+
+def lease_seconds(seconds: object) -> float:
+    """For how long objects may be held. Raises ``ArgumentError``: what is held for ever, or for
+    an unknown time, stops the cache."""
+    return number("the seconds of a lease", seconds, most=_LONGEST)
 
 
 @dataclass(slots=True, eq=False)
@@ -109,6 +118,6 @@ class LeaseTable:
 
     def clear(self) -> None:
         """Release every lease."""
-        for number in list(self._leases):
-            self.release(number)
+        for held in list(self._leases):
+            self.release(held)
         self._deadlines.clear()

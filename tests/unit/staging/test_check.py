@@ -128,16 +128,16 @@ def test_a_cache_that_does_not_fit_is_refused_and_the_message_says_why(
         (GROUP, ("kv", "head", "dim"), (2, 4, 8), "neither a block nor a token axis"),
         (GROUP, ("kv", "block", "token", "dim"), (2, 6, 4, 8), "expected head extent 4, found 1"),
         (replace(GROUP, v_head_size=2), NHD, (2, 6, 4, 4, 8), "equal K and V head sizes"),
-        (STATE, ("block", "dim"), (6, 32), r"needs axes \(block, state\)"),
+        (STATE, ("block", "dim"), (6, 32), "a state group cannot be block, dim"),
+        (STATE, ("state",), (32,), r"needs axes \(block, state\)"),
         (STATE, STATE_BLOCKS, (6, 31), "expected state extent 32, found 31"),
     ],
 )
 def test_axes_that_cannot_describe_the_group_are_refused(
     group: KVGroup, axes: tuple[str, ...], shape: tuple[int, ...], message: str
 ) -> None:
-    stager = TorchStager(layout(axes, group))
     with pytest.raises(LayoutError, match=message):
-        stager.check(KVView.single([zeros(*shape)] * 2, SLOTS))
+        TorchStager(layout(axes, group)).check(KVView.single([zeros(*shape)] * 2, SLOTS))
 
 
 def test_a_native_block_must_be_one_run_of_bytes() -> None:
