@@ -27,8 +27,8 @@ __all__ = [
     "items",
     "listed",
     "number",
-    "patience",
     "shown_value",
+    "waiting",
     "whole",
 ]
 
@@ -95,7 +95,7 @@ def number(
     return found
 
 
-def patience(what: str, value: object) -> float | None:
+def waiting(what: str, value: object) -> float | None:
     """For how many seconds to wait: none when the time has passed, None for no limit."""
     if value is None:
         return None

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from kvlayer import opening
-from kvlayer._values import flag, function, instance, number, patience, whole
+from kvlayer._values import flag, function, instance, number, waiting, whole
 from kvlayer.abc.backend import Backend
 from kvlayer.abc.stager import Landed, MakeStager
 from kvlayer.config import CacheConfig
@@ -224,7 +224,7 @@ class Cache:
         """
         started = self._begin()
         window = self._window(kv, first_token)
-        deadline = patience("deadline", deadline)
+        deadline = waiting("deadline", deadline)
         function("on_layer", on_layer)
         match = self._claim(hit)
         sources = Sources(match, self._planner.tiers) if self._emit else None
@@ -297,7 +297,7 @@ class Cache:
         tier missed its own. Raises ``LayoutError`` for a hit of another cache.
         """
         started = self._begin()
-        deadline = patience("deadline", deadline)
+        deadline = waiting("deadline", deadline)
         match = self._claim(hit)
         try:
             report = await self._stack.promote(match, deadline=deadline)

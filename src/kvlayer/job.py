@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from threading import get_ident
 from typing import TypeVar
 
-from kvlayer._values import patience
+from kvlayer._values import waiting
 from kvlayer.errors import PendingError, UnsupportedError
 
 __all__ = ["Job"]
@@ -38,7 +38,7 @@ class Job(Future[T]):
         or cancelled. Raises ``concurrent.futures.CancelledError`` for a cancelled job, and
         ``UnsupportedError`` on the loop's own thread, which waiting would block.
         """
-        seconds = patience("seconds", seconds)
+        seconds = waiting("seconds", seconds)
         if get_ident() == self._loop_thread and not self.done():
             raise UnsupportedError(
                 "waiting for a job would block the loop that runs it",

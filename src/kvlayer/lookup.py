@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 from kvlayer._foreign import awaited
-from kvlayer._values import instance, patience
+from kvlayer._values import instance, waiting
 from kvlayer.errors import PendingError, UnsupportedError
 from kvlayer.events import LookupDone
 from kvlayer.hit import PrefixHit
@@ -84,7 +84,7 @@ class Lookup:
         Raises ``PendingError`` when the time is up (the search goes on), and ``UnsupportedError``
         on the loop that searches: ``await`` the lookup there.
         """
-        seconds = patience("seconds", seconds)
+        seconds = waiting("seconds", seconds)
         if isinstance(self._search, Job):
             try:
                 self._search.wait(seconds)

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable
 from math import inf
 
+from kvlayer._values import waiting
+
 __all__ = ["Patience"]
 
 
@@ -18,7 +20,8 @@ class Patience:
     """
 
     def __init__(self, seconds: float | None = None) -> None:
-        self._seconds = inf if seconds is None else seconds
+        limit = waiting("patience", seconds)
+        self._seconds = inf if limit is None else limit
         self._has_ended = False
         self._until: float | None = None
         self._wake: Callable[[], None] | None = None

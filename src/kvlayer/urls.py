@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from fractions import Fraction
-from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
@@ -18,7 +16,6 @@ from kvlayer.errors import ConfigError
 __all__ = [
     "BackendURL",
     "format_bytes",
-    "local_directory",
     "nearest",
     "parse_bool",
     "parse_bytes",
@@ -86,7 +83,6 @@ _MASK = "***"
 _TELLING = 4
 _LONG = 1000
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_SHELL = re.compile(r"^/~|\$")
 _HARMLESS = re.compile(r"[\w./~-]*")  # no place for user:password
 _TRY = "try file:///mnt/nvme/kv?capacity=1TiB"
 
@@ -277,40 +273,3 @@ _PARSERS: Mapping[object, Callable[[str], object]] = {bool: parse_bool, float: _
 
 def _required(spec: Field[Any]) -> bool:
     return spec.default is MISSING and spec.default_factory is MISSING
-
-
-def local_directory(url: BackendURL) -> str:
-    """The absolute directory that a URL such as ``file:///mnt/nvme/kv`` names.
-
-    ``file://~/kv`` is in the user's home. Raises ``ConfigError`` for a host, for a relative path,
-    and for what only a shell would expand.
-    """
-    head, rest = f"{url.scheme}://", urlsplit(url.text).path  # as written: %7E is a plain '~'
-    if url.port is not None or url.host not in ("", "~", "localhost"):
-        here = str(
-            Path.cwd() / rest.strip("/") if url.host in (".", "..") else Path("/", url.host + rest)
-        )
-        raise ConfigError(
-            f"{head} URL names a host: {url}",
-            hint=f"a local path is absolute and needs three slashes: {head}{here}",
-        )
-    if _SHELL.search(rest):
-        raise ConfigError(
-            f"{head} URL has what only a shell expands: {url}",
-            hint=f"write the path itself, {head}~/kv for the user's home, and '~' and '$' in "
-            "names as %7E and %24",
-        )
-    if not url.path.startswith("/") or not url.path.strip("/"):
-        raise ConfigError(
-            f"{head} URL names no directory: {url}",
-            hint=f"give an absolute path with three slashes: {head}/mnt/nvme/kv",
-        )
-    home = _home(url) if url.host == "~" else ""
-    return home + url.path.rstrip("/")
-
-
-def _home(url: BackendURL) -> str:
-    home = os.path.expanduser("~")  # noqa: PTH111  # raises nothing
-    if not os.path.isabs(home):  # noqa: PTH117
-        raise ConfigError(f"this user has no home for {url}", hint="write the absolute path")
-    return home.rstrip("/")

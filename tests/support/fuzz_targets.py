@@ -40,11 +40,12 @@ from kvlayer.doctor.system import cpus
 from kvlayer.errors import ConfigError, IdentityError, MessageError
 from kvlayer.keys import ObjectKey, Part
 from kvlayer.layout import AttentionKind, KVGroup
+from kvlayer.local_directory import local_directory
 from kvlayer.namespace import Namespace
 from kvlayer.payload import Payload
 from kvlayer.results import Cause
 from kvlayer.tier.messages import Completion, Greeting, Order
-from kvlayer.urls import BackendURL, format_bytes, local_directory, parse_bytes
+from kvlayer.urls import BackendURL, format_bytes, parse_bytes
 from kvlayer.weights_cache import DigestCache, _line
 from kvlayer_backends.cpu import CpuOptions
 from kvlayer_backends.file.options import FileOptions

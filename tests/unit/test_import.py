@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -104,3 +106,22 @@ def test_the_version_is_that_of_the_distribution():
     from importlib.metadata import version
 
     assert kvlayer.__version__ == version("kvlayer-core")
+
+
+PURE = re.compile(r"\bPure\b(?! but)|No I/O\.")
+
+
+def test_every_file_that_calls_itself_pure_is_under_the_contract():
+    root = Path(__file__).parents[2]
+    settings = tomllib.loads((root / "pyproject.toml").read_text())
+    (contract,) = (
+        each
+        for each in settings["tool"]["importlinter"]["contracts"]
+        if each["name"].startswith("Decisions are sans-IO")
+    )
+    held = contract["source_modules"]
+    for path in [*root.glob("src/**/*.py")]:
+        said = ast.get_docstring(ast.parse(path.read_text())) or ""
+        if PURE.search(said):
+            module = ".".join(path.relative_to(root / "src").with_suffix("").parts)
+            assert any(f"{module}.".startswith(f"{each}.") for each in held), module

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvlayer.errors import ConfigError
+from kvlayer.local_directory import local_directory
 from kvlayer.urls import (
     BackendURL,
     format_bytes,
-    local_directory,
     nearest,
     parse_bool,
     parse_bytes,

@@ -151,6 +151,7 @@ class Calls:
         "store": {
             "tokens": lambda c: c.prompt, "kv": lambda c: c.view, "scope": lambda _: Scope(),
             "first_token": lambda _: 0, "tail": lambda _: True, "on_gathered": lambda _: None,
+            "patience": lambda _: 1.0,
         },
         "retrieve": {
             "hit": lambda c: c.hit, "kv": lambda c: c.view, "first_token": lambda _: 0,

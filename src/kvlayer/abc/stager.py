@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from kvlayer.keys import Part
 from kvlayer.layout import KVLayout, KVView
-from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload
+
+if TYPE_CHECKING:
+    from kvlayer.memory.slab import Slab
 
 __all__ = ["HostCopy", "Landed", "MakeStager", "Stager"]
 
@@ -78,5 +80,5 @@ class Stager(ABC):
         """Release device resources. Idempotent."""
 
 
-MakeStager: TypeAlias = Callable[[KVLayout, Slab, int], Stager]
+MakeStager: TypeAlias = Callable[[KVLayout, "Slab", int], Stager]
 """Makes the stager of an engine's device: its layout, the slab, and how many threads may copy."""

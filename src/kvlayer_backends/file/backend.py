@@ -23,8 +23,9 @@ from kvlayer.abc.backend import (
 from kvlayer.abc.policy import PolicyMaker
 from kvlayer.errors import BackendError, ClosedError
 from kvlayer.keys import ObjectKey
+from kvlayer.local_directory import local_directory
 from kvlayer.registry import POLICIES
-from kvlayer.urls import BackendURL, local_directory
+from kvlayer.urls import BackendURL
 from kvlayer_backends.file import descriptions
 from kvlayer_backends.file.calls import Calls
 from kvlayer_backends.file.faults import explain, readonly
