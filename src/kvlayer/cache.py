@@ -152,8 +152,8 @@ class Cache:
             patience=Patience.of(patience),
         )
         report = stored.report()
-        if stored.spans:
-            self._planner.remember(chain, stored.spans)
+        if stored.spans or stored.skipped:
+            self._planner.remember(chain, stored.spans, stored.skipped)
         if self._emit:
             self._emit(
                 StoreDone(

@@ -20,11 +20,17 @@ if TYPE_CHECKING:
 
 __all__ = ["explain"]
 
+# What made trouble may name an object of somebody else's.
+_HEALTH = "control.health() says why"
+
 
 async def explain(cache: Cache, tokens: Tokens, scope: Scope) -> Explanation:
     """Look a prompt up without pinning it and name the cause of each miss.
 
     Causes come from what this process remembers (a bounded journal) and from what the tiers say.
+    Nothing is told of what another owner stored, or of what lies under a salt that ``scope`` has
+    not: such tokens were never stored, for all that whoever asks may know. What is usable is said,
+    whoever stored it: a lookup finds it, too.
     """
     chain = cache.chain(tokens, scope)
     match = await cache.stack.finder.find(chain)
@@ -74,10 +80,13 @@ def _missed(  # noqa: PLR0911  # one return per cause, most telling first
         if all(cover is not None for cover in covers):
             return _not_taken(cache, span, [found for cover in covers for found in cover or ()])
         record = planner.directory.chunk(span.hash, span.tokens, chain.zone(span))
-        filling = record is not None and any(
-            found.host is Host.FILLING for found in record.objects.values()
+        is_own = planner.journal.is_own(chain, span)
+        filling = (
+            is_own
+            and record is not None
+            and any(found.host is Host.FILLING for found in record.objects.values())
         )
-        loss = planner.journal.loss(span)
+        loss = planner.journal.loss(chain, span)
         elsewhere = planner.journal.elsewhere(chain, span.start // chain.chunk_step)
         divergent = planner.journal.divergence(chain, span.start)
     if filling:
@@ -86,13 +95,13 @@ def _missed(  # noqa: PLR0911  # one return per cause, most telling first
         ago = max(time.time() - loss.when, 0)
         return MissedChunk(*at, loss.cause, f"{loss.detail}, {ago:.0f} s ago")
     if elsewhere is not None:
-        detail = f"the same tokens are stored under: {elsewhere}"
+        detail = f"you stored the same tokens under: {elsewhere}"
         return MissedChunk(*at, Cause.OTHER_SALT, detail)
-    if span.hash in others:
+    if is_own and span.hash in others:
         return MissedChunk(*at, Cause.OTHER_NAMESPACE, others[span.hash])
     for tier in cache.stack.lower:
         if tier.trouble:
-            return MissedChunk(*at, Cause.TIER_DOWN, f"{tier.name}: {tier.trouble}")
+            return MissedChunk(*at, Cause.TIER_DOWN, f"{tier.name} has trouble: {_HEALTH}")
     detail = "no record of these tokens after what precedes them"
     if divergent is not None:
         detail = f"a stored prompt starts alike and differs from token {divergent} on"
@@ -112,7 +121,7 @@ def _not_taken(cache: Cache, span: Span, records: list[ObjectRecord]) -> MissedC
             and found.tiers >> tier.index & 1
             for found in records
         ):
-            detail = f"{tier.name} is not asked for now: {tier.trouble}"
+            detail = f"{tier.name} is not asked for now: {_HEALTH}"
             return MissedChunk(span.start, span.stop, Cause.TIER_DOWN, detail)
     if any(found.host is not Host.READY for found in records):
         rate = cache.stack.prefill.tokens_per_second

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
-from kvlayer.keys import ChunkChain, Span
+from kvlayer.keys import PUBLIC_ZONE, ChunkChain, Span
 from kvlayer.results import Cause
 
 __all__ = ["Journal", "Loss"]
@@ -48,49 +49,88 @@ class _Recent(Generic[K, V]):
 class Journal:
     """Losses by end hash and tokens, and for recent stores what else began the same way.
 
+    Nobody learns of another's data here, not even that there is some. What is remembered of a store
+    is told to the owner that stored, under the salts it was stored under; what nobody is known to
+    have stored (another process did) to who holds its salt, and without one to who names no owner.
+    One owner's stores change no answer to another.
+
     ``limit`` bounds each of its maps; tokens are kept for ``limit // 16`` chunks (1 KiB each for
-    256 tokens), so the default stays under some 10 MiB.
+    256 tokens), so the default stays under some 20 MiB.
     """
 
     def __init__(self, limit: int = 65536) -> None:
         self._losses: _Recent[tuple[bytes, int], Loss] = _Recent(limit)
-        self._children: _Recent[bytes, tuple[bytes, bytes]] = _Recent(max(limit // 16, 1))
-        self._unscoped: _Recent[bytes, tuple[bytes, str]] = _Recent(limit)
+        self._owners: _Recent[tuple[bytes, int], frozenset[str]] = _Recent(limit)
+        """Who has stored a span, lately."""
+        self._children: _Recent[tuple[bytes, _View], bytes] = _Recent(max(limit // 16, 1))
+        self._unscoped: _Recent[tuple[bytes, _View], tuple[bytes, str]] = _Recent(limit)
 
     def lost(self, end_hash: bytes, tokens: int, loss: Loss) -> None:
         """An object of this span is gone."""
         self._losses[end_hash, tokens] = loss
 
-    def stored(self, chain: ChunkChain, spans: list[Span]) -> None:
-        """These spans were stored."""
-        prints, scope = chain.fingerprints(), describe(chain)
-        for span in spans:
-            self._losses.pop((span.hash, span.tokens))
-            self._children[chain.parent(span.start)] = (span.hash, chain.token_bytes(span))
+    def stored(self, chain: ChunkChain, spans: Sequence[Span], known: Iterable[Span] = ()) -> None:
+        """These spans were stored; ``known`` ones were there already, and are the owner's too."""
+        prints, scope, owner = chain.fingerprints(), describe(chain), chain.scope.owner
+        for span in (*spans, *known):
+            name = span.hash, span.tokens
+            self._owners[name] = (self._owners.get(name) or frozenset()) | {owner}
+            view = owner, _zones(chain, span.stop)
+            self._children[chain.parent(span.start), view] = chain.token_bytes(span)
             index = span.start // chain.chunk_step
             if index < len(prints) and span.tokens == chain.chunk_step:
-                self._unscoped[prints[index]] = (span.hash, scope)
+                self._unscoped[prints[index], view] = (span.hash, scope)
+        for span in spans:
+            self._losses.pop((span.hash, span.tokens))
 
-    def loss(self, span: Span) -> Loss | None:
-        return self._losses.get((span.hash, span.tokens))
+    def is_own(self, chain: ChunkChain, span: Span) -> bool:
+        """Whether whoever asks about the prompt may be told of this span."""
+        owners = self._owners.get((span.hash, span.tokens))
+        if owners is None:
+            return not chain.scope.owner or chain.zone(span) != PUBLIC_ZONE
+        return chain.scope.owner in owners
+
+    def loss(self, chain: ChunkChain, span: Span) -> Loss | None:
+        """How the span was lost, as far as it is the asker's."""
+        return self._losses.get((span.hash, span.tokens)) if self.is_own(chain, span) else None
 
     def elsewhere(self, chain: ChunkChain, index: int) -> str | None:
-        """Under which other scope the tokens of chunk ``index`` were stored lately, in words."""
+        """Under which other scope its owner stored the tokens of chunk ``index``, in words."""
         prints = chain.fingerprints()
-        found = self._unscoped.get(prints[index]) if index < len(prints) else None
-        return None if found is None or found[0] == chain.hashes[index] else found[1]
+        if index >= len(prints):
+            return None
+        for view in _views(chain):
+            found = self._unscoped.get((prints[index], view))
+            if found is not None and found[0] != chain.hashes[index]:
+                return found[1]
+        return None
 
     def divergence(self, chain: ChunkChain, start: int) -> int | None:
-        """First token at which what was stored last from ``start`` on differs from this prompt."""
-        found = self._children.get(chain.parent(start))
-        if found is None:
-            return None
+        """First token at which what its owner stored last from ``start`` on differs from it."""
+        parent = chain.parent(start)
+        theirs = next(
+            (f for view in _views(chain) if (f := self._children.get((parent, view)))), b""
+        )
         mine = chain.token_bytes(Span(start, min(start + chain.chunk_step, chain.num_tokens), b""))
-        theirs = found[1]
         for at in range(0, min(len(mine), len(theirs)), 4):
             if mine[at : at + 4] != theirs[at : at + 4]:
                 return start + at // 4
         return None
+
+
+_View: TypeAlias = tuple[str, tuple[str, ...]]
+"""Who may be told: an owner, and zones whose salts whoever asks must present, in their order."""
+
+
+def _zones(chain: ChunkChain, stop: int) -> tuple[str, ...]:
+    """The zones whose salts a span that ends before token ``stop`` was stored under."""
+    return tuple(zone for first, zone in chain.scope.zones() if first < stop)
+
+
+def _views(chain: ChunkChain) -> list[_View]:
+    """What whoever asks about a prompt may see: with all of its salts first, without any last."""
+    zones = _zones(chain, chain.num_tokens)
+    return [(chain.scope.owner, zones[:count]) for count in range(len(zones), -1, -1)]
 
 
 def describe(chain: ChunkChain) -> str:

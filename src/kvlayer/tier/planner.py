@@ -429,11 +429,11 @@ class Planner:
         self.host.drop(slot.record)
         self.host.let_go((slot.record,))
 
-    def remember(self, chain: ChunkChain, spans: list[Span]) -> None:
-        """Keep for ``explain`` what was stored."""
+    def remember(self, chain: ChunkChain, spans: list[Span], known: Iterable[Span] = ()) -> None:
+        """Keep for ``explain`` what was stored, or was there already (``known``)."""
         chain.fingerprints()  # not while others wait for the lock
         with self.lock:
-            self.journal.stored(chain, spans)
+            self.journal.stored(chain, spans, known)
 
     def settle(self, chain: ChunkChain, slots: Sequence[Reservation]) -> list[ObjectRecord]:
         """Let go of what a store gathered; the whole prompt is recent now. Returns its objects."""

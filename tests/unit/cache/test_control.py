@@ -10,7 +10,7 @@ import pytest
 from caches import WEIGHTS, config, group, layout, tokens
 from engine import Engine
 
-from kvlayer import Cache, Cause, KVLayout, Scope
+from kvlayer import Cache, Cause, Explanation, KVLayout, Salt, Scope
 from kvlayer.errors import ConfigError
 from kvlayer.events import Event, LookupDone, ObjectsEvicted, RetrieveDone, StoreDone
 from kvlayer.keys import ObjectKey
@@ -187,16 +187,99 @@ async def test_explain_names_the_policy_that_evicted() -> None:
 
 
 @pytest.mark.asyncio
-async def test_explain_names_another_salt_without_telling_it() -> None:
+async def test_explain_names_the_scope_under_which_its_owner_stored_the_tokens() -> None:
     async with Cache.open(config(), layout()) as cache:
-        await _store(cache, 0, scope=Scope.private("secret-tenant"))
-        (miss,) = await _causes(cache, tokens(32))
+        outer = Salt("secret-tenant")
+        await _store(cache, 0, scope=Scope(salts=(outer,)))
+        inner = Scope(salts=(outer, Salt("session", 1)))
+        (miss,) = await _causes(cache, tokens(32), inner)
         assert miss.cause is Cause.OTHER_SALT
         assert "salt of zone" in miss.detail
         assert "secret-tenant" not in miss.detail
         await _store(cache, 1)
         (miss,) = await _causes(cache, tokens(32, 1), Scope.private("secret-tenant"))
         assert miss.cause is Cause.OTHER_SALT
+
+
+ASKERS = {
+    "nobody": Scope(),
+    "another owner": Scope(owner="bob"),
+    "another tenant": Scope.private("b"),
+    "another tenant and owner": Scope.private("b", owner="bob"),
+    "the same tenant's other user": Scope.private("a", owner="bob"),
+    "who shares a beginning": Scope.private("b", first_token=16, owner="bob"),
+}
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+@pytest.mark.parametrize("asker", ASKERS)
+@pytest.mark.asyncio
+async def test_explain_says_nothing_of_what_others_have_stored(
+    tmp_path: Path, asker: str, tier: str
+) -> None:
+    """As if it had never been there: stored, diverging, lost, evicted, on its way."""
+    scope, prompts = ASKERS[asker], [tokens(64), tokens(33, 1), tokens(16, 2)]
+    diverging = array("i", tokens(64))
+    diverging[21] += 1
+    asked = [*prompts, diverging, tokens(64, 3)]
+    folder = None if tier == "host" else tmp_path
+    answers: list[list[Explanation]] = []
+    for is_inhabited in (False, True):
+        async with Cache.open(config(folder, host=PAGE), layout()) as cache:
+            await _store(cache, 9, 32, scope=scope)  # the asker's own
+            for seed, length in ((0, 64), (1, 33), (2, 16)) if is_inhabited else ():
+                alice = Scope.private("a", owner="alice")
+                await _store(cache, seed, length, scope=alice)
+                assert await _causes(cache, array("i", tokens(length, seed))[:8], alice)
+            await cache.control.clear()  # a public hit is found by a lookup, too: none is left
+            await _store(cache, 9, 32, scope=scope)
+            answers.append([await cache.control.explain(p, scope=scope) for p in asked])
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.asyncio
+async def test_a_public_prompt_of_another_owner_is_no_oracle() -> None:
+    """Its first tokens could be guessed one by one, if explain said where a guess parts from it."""
+    async with Cache.open(config(), layout()) as cache:
+        await _store(cache, 0, 32, scope=Scope(owner="alice"))
+        guess = array("i", tokens(32))
+        guess[5] += 1
+        (theirs,) = await _causes(cache, guess, Scope(owner="bob"))
+        (unheard,) = await _causes(cache, tokens(32, 7), Scope(owner="bob"))
+        assert (theirs.cause, theirs.detail) == (unheard.cause, unheard.detail)
+        assert theirs.divergent_token is None
+        (own,) = await _causes(cache, guess, Scope(owner="alice"))
+        assert own.divergent_token == 5
+
+
+@pytest.mark.asyncio
+async def test_what_others_store_changes_no_answer_to_the_owner() -> None:
+    async with Cache.open(config(), layout()) as cache:
+        guess = array("i", tokens(32))
+        guess[5] += 1
+        alice = Scope(owner="alice")
+        await _store(cache, 0, 32, scope=alice)
+        before = await _causes(cache, guess, alice)
+        for scope in (Scope(owner="bob"), Scope(), Scope.private("s")):
+            await _store(cache, 7, 32, scope=scope)
+            await _store(cache, 0, 32, scope=scope)
+        assert await _causes(cache, guess, alice) == before
+
+
+@pytest.mark.asyncio
+async def test_who_stores_what_is_there_already_is_told_of_its_loss() -> None:
+    async with Cache.open(config(host=PAGE), layout()) as cache:
+        for owner in ("alice", "bob"):
+            await _store(cache, 0, 64, scope=Scope(owner=owner))
+        await cache.control.clear()
+        for owner, cause in (
+            ("alice", Cause.CLEARED),
+            ("bob", Cause.CLEARED),
+            ("carol", Cause.NEVER_STORED),
+            ("", Cause.NEVER_STORED),
+        ):
+            (miss,) = await _causes(cache, tokens(64), Scope(owner=owner))
+            assert miss.cause is cause
 
 
 @pytest.mark.asyncio

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +21,10 @@ def chain(tokens: list[int], scope: Scope | None = None) -> ChunkChain:
     )
 
 
+ANYBODY = chain(list(range(16)))
+"""Asks without an owner or a salt."""
+
+
 def spans(prompt: ChunkChain) -> list[Span]:
     return [prompt.span(i) for i in range(len(prompt))]
 
@@ -32,11 +37,11 @@ def test_the_last_loss_of_a_chunk_is_remembered_until_it_is_stored_again() -> No
     journal, prompt = Journal(), chain(list(range(8)))
     journal.lost(prompt.hashes[0], CHUNK, loss("first"))
     journal.lost(prompt.hashes[0], CHUNK, loss("second"))
-    found = journal.loss(prompt.span(0))
+    found = journal.loss(prompt, prompt.span(0))
     assert found is not None
     assert found.detail == "second"
     journal.stored(prompt, spans(prompt))
-    assert journal.loss(prompt.span(0)) is None
+    assert journal.loss(prompt, prompt.span(0)) is None
 
 
 @given(limit=st.integers(1, 40), count=st.integers(0, 120))
@@ -52,7 +57,7 @@ def test_no_map_grows_beyond_its_limit(limit: int, count: int) -> None:
     assert len(journal._children._entries) <= max(limit // 16, 1)
     if count:
         last = chain([count - 1] * 16)
-        assert journal.loss(last.span(1)) is not None  # the newest stays
+        assert journal.loss(last, last.span(1)) is not None  # the newest stays
 
 
 def test_the_oldest_entry_goes_first_and_a_renewed_one_stays() -> None:
@@ -60,15 +65,15 @@ def test_the_oldest_entry_goes_first_and_a_renewed_one_stays() -> None:
     a, b, c = (Span(0, 8, name) for name in (b"a", b"b", b"c"))
     for span in (a, b, a, c):
         journal.lost(span.hash, span.tokens, loss())
-    assert journal.loss(b) is None
-    assert journal.loss(a) is not None
+    assert journal.loss(ANYBODY, b) is None
+    assert journal.loss(ANYBODY, a) is not None
 
 
 def test_two_spans_that_end_alike_are_lost_one_by_one() -> None:
     journal = Journal()
     journal.lost(b"a", 8, loss())
-    assert journal.loss(Span(0, 8, b"a")) is not None
-    assert journal.loss(Span(4, 8, b"a")) is None
+    assert journal.loss(ANYBODY, Span(0, 8, b"a")) is not None
+    assert journal.loss(ANYBODY, Span(4, 8, b"a")) is None
 
 
 @given(common=st.integers(0, 7), index=st.integers(0, 2))
@@ -94,19 +99,33 @@ def test_nothing_is_known_of_what_follows_an_unknown_chunk() -> None:
     assert Journal().divergence(chain(list(range(16))), 8) is None
 
 
-def test_the_same_tokens_under_another_salt_are_found_and_the_secret_is_not_told() -> None:
+def test_the_same_tokens_under_fewer_salts_are_found_and_the_secret_is_not_told() -> None:
     name = "tenant name"
     plain = chain(list(range(8)))
-    salted = chain(list(range(8)), Scope(salts=(Salt(name),)))
+    outer = chain(list(range(8)), Scope(salts=(Salt(name),)))
+    inner = chain(list(range(8)), Scope(salts=(Salt(name), Salt("session"))))
     journal = Journal()
-    journal.stored(salted, spans(salted))
-    words = journal.elsewhere(plain, 0)
+    journal.stored(outer, spans(outer))
+    words = journal.elsewhere(inner, 0)
     assert words is not None
     assert "salt of zone" in words
     assert name not in words
-    assert journal.elsewhere(salted, 0) is None  # it is the same one
-    assert journal.elsewhere(chain(list(range(1, 9))), 0) is None
+    assert journal.elsewhere(outer, 0) is None  # it is the same one
+    assert journal.elsewhere(plain, 0) is None  # it has not the salt
+    assert journal.elsewhere(chain(list(range(1, 9)), inner.scope), 0) is None
     assert journal.elsewhere(chain([]), 0) is None
+    owned = chain(list(range(8)), Scope(salts=inner.scope.salts, owner="bob"))
+    assert journal.elsewhere(owned, 0) is None
+
+
+def test_what_nobody_is_known_to_have_stored_is_told_to_who_holds_its_salt() -> None:
+    journal, scope = Journal(), Scope(salts=(Salt("s"),))
+    for prompt in (chain(list(range(8))), chain(list(range(8)), scope)):
+        journal.lost(prompt.hashes[0], CHUNK, loss())
+        for owner in ("", "bob"):
+            asked = chain(list(range(8)), replace(prompt.scope, owner=owner))
+            is_told = not owner or bool(prompt.scope.salts)
+            assert (journal.loss(asked, asked.span(0)) is not None) is is_told
 
 
 def test_a_store_without_scope_is_found_from_a_salted_lookup() -> None:
