@@ -228,12 +228,9 @@ class Cache:
         function("on_layer", on_layer)
         match = self._claim(hit)
         sources = Sources(match, self._planner.tiers) if self._emit else None
-        try:
-            report = await self._stack.retrieve(
-                match, kv, window, deadline=deadline, landed=on_layer
-            )
-        finally:
-            self._planner.unpin(match.path())
+        report = await self._stack.retrieve(
+            match, kv, window, deadline=deadline, landed=on_layer, lease=hit.lease
+        )
         asked = min(hit.tokens, window.stop)
         if match.tokens < asked and not report.failed:
             lost = next(span for span in hit.spans if span.stop > match.tokens)
@@ -299,6 +296,8 @@ class Cache:
         started = self._begin()
         deadline = waiting("deadline", deadline)
         match = self._claim(hit)
+        assert hit.lease is not None
+        hit.lease.is_holding = True
         try:
             report = await self._stack.promote(match, deadline=deadline)
         finally:

@@ -43,6 +43,11 @@ class Lease:
     """What of it was in host memory when it was granted."""
     table: LeaseTable
     """Who granted it: another table's numbers, records and offsets mean nothing here."""
+    is_holding: bool = False
+    """Whether it keeps what it holds until it ends (prefetch, pin, promote). A lookup's only reads:
+    what was scattered is free for others, so that a load may be larger than host memory."""
+    left: dict[ObjectRecord, None] | None = None
+    """What it still holds, once something of it was scattered; None: all of its path."""
 
 
 class LeaseTable:
@@ -59,7 +64,9 @@ class LeaseTable:
     def __len__(self) -> int:
         return len(self._leases)
 
-    def grant(self, path: Sequence[ObjectRecord], *, owner: str, deadline: float) -> Lease:
+    def grant(
+        self, path: Sequence[ObjectRecord], *, owner: str, deadline: float, is_holding: bool = False
+    ) -> Lease:
         """Pin ``path`` (root first) until ``deadline`` or :meth:`release`.
 
         Raises ``ConfigError`` for a deadline that never comes.
@@ -70,7 +77,7 @@ class LeaseTable:
                 hint="hold objects for a finite number of seconds, and again when those are over",
             )
         nbytes = sum([found.nbytes for found in path if found.offset >= 0])
-        lease = Lease(self._next, owner, deadline, path, nbytes, self)
+        lease = Lease(self._next, owner, deadline, path, nbytes, self, is_holding)
         self._next += 1
         self._host.pin(path)
         leases, held = self._owners.get(owner, (0, 0))
@@ -78,6 +85,18 @@ class LeaseTable:
         self._leases[lease.number] = lease
         heappush(self._deadlines, (deadline, lease.number))
         return lease
+
+    def give_back(self, number: int, records: Sequence[ObjectRecord]) -> None:
+        """A load has scattered these: a lease that only reads holds them no longer."""
+        lease = self._leases.get(number)
+        if lease is None or lease.is_holding:
+            return
+        if lease.left is None:
+            lease.left = dict.fromkeys(lease.path)
+        free = [found for found in records if found in lease.left]
+        for found in free:
+            del lease.left[found]
+        self._host.unpin(free)
 
     def holds(self, number: int) -> bool:
         """Whether a lease is neither released nor expired."""
@@ -88,7 +107,7 @@ class LeaseTable:
         lease = self._leases.pop(number, None)
         if lease is None:
             return False
-        self._host.unpin(lease.path)
+        self._host.unpin(lease.path if lease.left is None else [*lease.left])
         leases, held = self._owners.pop(lease.owner)
         if leases > 1:
             self._owners[lease.owner] = (leases - 1, held - lease.nbytes)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
+from typing import Protocol
 
 from kvlayer._foreign import words
 from kvlayer.abc.backend import Damaged
@@ -88,8 +89,45 @@ class _Request:
 
     wanted: Wanted
     until: float | None = None
+    room: Room | None = None
+    last: int = 0
+    """The last span of which something may be held that was not given up."""
+    started: int = 0
+    """How many spans of it are there or on their way."""
     flights: dict[ObjectKey, Flight] = field(default_factory=dict[ObjectKey, Flight])
     trips: dict[int, _Trip] = field(default_factory=dict[int, _Trip])
+
+    def gives_up(self) -> bool:
+        """Give up what is held of the prompt's end, a span at a time; whether something was."""
+        while self.room is not None and self.last > self.started:
+            _, records = self.wanted[self.last]
+            self.last -= 1
+            if self.room.give_up(records):
+                return True
+        return False
+
+    def all_started(self, now: float) -> None:
+        """Nothing more will be started: what was is measured."""
+        for trip in self.trips.values():
+            if trip.is_growing:
+                trip.all_started(now)
+
+    def stopped(self, failure: Failure, now: float) -> None:
+        """No more can be started for now, or at all."""
+        if failure.cause is not Cause.NO_ROOM:
+            self.all_started(now)
+        for trip in self.trips.values():  # what waits for room says nothing of its tier
+            trip.is_whole = trip.is_whole and failure.cause is not Cause.NO_ROOM
+
+
+class Room(Protocol):
+    """What a load holds, for one that streams through host memory."""
+
+    def need(self, records: Sequence[ObjectRecord]) -> None:
+        """These are brought up now: hold them, also where they were given up before."""
+
+    def give_up(self, records: Sequence[ObjectRecord]) -> bool:
+        """Let go of these where a lower tier has them; whether any was held."""
 
 
 class Loads:
@@ -120,58 +158,87 @@ class Loads:
         return self._lower[flight.tier].name if flight is not None and flight.is_stuck else ""
 
     async def arrive(
-        self, wanted: Wanted, trouble: list[Failure], until: float | None = None
+        self,
+        wanted: Wanted,
+        trouble: list[Failure],
+        until: float | None = None,
+        *,
+        room: Room | None = None,
     ) -> AsyncGenerator[Wanted]:
         """Yield ``wanted`` in order, in batches, each as soon as all of it is in host memory.
 
-        Everything is started at once. The first span that cannot be brought up, or not before the
-        clock reads ``until``, ends the sequence and leaves its failure in ``trouble``. Close the
-        iterator: that lets go of what is still on its way.
+        Everything is started at once, or as much as there is room for. With ``room`` the caller
+        has let go of a batch when it asks for the next, so more is started then; and where what it
+        holds of the prompt's end leaves no room for what comes before, that goes first. The first
+        span that
+        cannot be brought up, or not before the clock reads ``until``, ends the sequence and leaves
+        its failure in ``trouble``. Close the iterator: that lets go of what is still on its way.
         """
-        request = _Request(wanted, until)
+        request = _Request(wanted, until, room, last=len(wanted) - 1)
         flights = request.flights
+        at, failure = 0, None
         try:
-            failure, started = await self._take_off(request)
-            batch: list[tuple[Span, Sequence[ObjectRecord]]] = []
-            for span, records in wanted[:started]:
-                absent = [r for r in records if r.host is not Host.READY]
-                if batch and not all(flights[r.key].has_ended for r in absent):
-                    yield batch
-                    batch = []
-                for record in absent:
-                    missed = await self._bring(span, record, request)
-                    if missed is not None:
-                        failure = missed
+            while at < len(wanted):
+                if failure is None or failure.cause is Cause.NO_ROOM:
+                    failure = await self._take_off(request)
+                batch: list[tuple[Span, Sequence[ObjectRecord]]] = []
+                missed: Failure | None = None
+                while at + len(batch) < request.started:
+                    span, records = wanted[at + len(batch)]
+                    absent = [r for r in records if r.host is not Host.READY]
+                    if batch and not all(flights[r.key].has_ended for r in absent):
                         break
-                else:
+                    missed = await self._bring_all(span, absent, request)
+                    if missed is not None:
+                        break
                     batch.append((span, records))
+                at += len(batch)
+                if batch:
+                    yield batch
+                may_start = failure is not None and failure.cause is Cause.NO_ROOM
+                may_start = may_start and room is not None and (bool(batch) or request.gives_up())
+                if missed is None and (at < request.started or may_start):
                     continue
-                break
-            if batch:
-                yield batch
-            if failure is not None:
-                trouble.append(failure)
+                if (ended := missed or failure) is not None:
+                    if ended.cause is Cause.NO_ROOM:
+                        self._host.refused(Cause.NO_ROOM)
+                    trouble.append(ended)
+                    break
         finally:
+            request.all_started(self._clock())
             for flight in flights.values():
                 flight.leave()
 
-    async def _take_off(self, request: _Request) -> tuple[Failure | None, int]:
-        """Start flights for all that is absent; on a refusal, how many spans are on their way."""
-        try:
-            for at, (span, records) in enumerate(request.wanted):
-                for record in records:
-                    if record.host is Host.READY:
-                        continue
-                    started = self._fly(span, record, trips=request.trips)
-                    if isinstance(started, Failure):
-                        return started, at
-                    request.flights[record.key] = started
-                    if not len(request.flights) % _AT_ONCE:
-                        await asyncio.sleep(0)
-        finally:
-            for trip in request.trips.values():
-                trip.all_started(self._clock())
-        return None, len(request.wanted)
+    async def _bring_all(
+        self, span: Span, absent: Sequence[ObjectRecord], request: _Request
+    ) -> Failure | None:
+        for record in absent:
+            missed = await self._bring(span, record, request)
+            if missed is not None:
+                return missed
+        return None
+
+    async def _take_off(self, request: _Request) -> Failure | None:
+        """Start flights for what is absent, as far as there is room; what stopped it, if anything.
+
+        ``request.started`` spans are on their way or there.
+        """
+        for span, records in request.wanted[request.started :]:
+            if request.room is not None:
+                request.room.need(records)
+            for record in records:
+                if record.host is Host.READY or record.key in request.flights:
+                    continue
+                started = self._fly(span, record, trips=request.trips)
+                if isinstance(started, Failure):
+                    request.stopped(started, self._clock())
+                    return started
+                request.flights[record.key] = started
+                if not len(request.flights) % _AT_ONCE:
+                    await asyncio.sleep(0)
+            request.started += 1
+        request.all_started(self._clock())
+        return None
 
     def _fly(
         self,
@@ -190,7 +257,6 @@ class Loads:
         slot = self._planner.plan_fetch(span, record, evicted)
         self._evicted(evicted)
         if slot is None:
-            self._host.refused(Cause.NO_ROOM)
             return Failure(span, Cause.NO_ROOM, self._host.name, "host memory is all in use")
         trip: _Trip | None = None
         if trips is not None:

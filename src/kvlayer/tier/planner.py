@@ -146,12 +146,14 @@ class Planner:
             else:
                 self._withdrawn.pop(tier, None)
 
-    def lease(self, match: Match, *, owner: str, seconds: float) -> Lease:
-        """Pin a match. Also drops leases whose deadline has passed."""
+    def lease(self, match: Match, *, owner: str, seconds: float, is_holding: bool = False) -> Lease:
+        """Pin a match. Also drops leases whose deadline has passed. See ``Lease.is_holding``."""
         with self.lock:
             now = self._clock()
             self.leases.expire(now)
-            return self.leases.grant(match.path(), owner=owner, deadline=now + seconds)
+            return self.leases.grant(
+                match.path(), owner=owner, deadline=now + seconds, is_holding=is_holding
+            )
 
     def granted(self, lease: Lease) -> bool:
         """Whether a lease is, or was, one of this planner's."""
@@ -452,6 +454,18 @@ class Planner:
         """Hold objects for a running move."""
         with self.lock:
             self.host.pin(records)
+
+    def scattered(self, records: Sequence[ObjectRecord], lease: Lease | None) -> None:
+        """A load has scattered these: it lets go of them, and so does a lease that only reads."""
+        with self.lock:
+            self.host.unpin(records)
+            if lease is not None:
+                self.leases.give_back(lease.number, records)
+
+    def in_order(self, path: Sequence[ObjectRecord]) -> None:
+        """A path was let go of piece by piece: its root is the most recent of it again."""
+        with self.lock:
+            self.host.refresh(path)
 
     def unpin(self, records: Sequence[ObjectRecord]) -> None:
         """Let go of objects after a move; counts as one use, root first."""

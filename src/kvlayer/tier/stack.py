@@ -29,6 +29,7 @@ from kvlayer.tier.matcher import Match
 from kvlayer.tier.messages import Outcome, Piece
 from kvlayer.tier.objects import Objects
 from kvlayer.tier.planner import Planner
+from kvlayer.tier.reading import Reading
 from kvlayer.tier.spills import Spills
 from kvlayer.tier.storing import Stored, Storing, moved
 from kvlayer.tier.tier import LowerTier, Tier
@@ -120,11 +121,16 @@ class Stack:
         *,
         deadline: float | None = None,
         landed: Landed | None = None,
+        lease: Lease | None = None,
     ) -> RetrieveReport:
-        """Bring a match up and scatter it, in prompt order. See ``Cache.retrieve``."""
+        """Bring a match up and scatter it, in prompt order. See ``Cache.retrieve``.
+
+        ``lease`` is what the match was claimed by: the claim's pins are this call's to let go of.
+        """
         if landed is not None:
             landed = _Told(self.foreign, landed)
-        match = self.planner.bounded(match, window.stop)
+        reading = self._reading(match, window, lease)
+        match = reading.match
         stop = min(match.tokens, window.stop)
         bound = Window(window.start, stop - stop % self._native_step)
         wanted = [
@@ -134,11 +140,10 @@ class Stack:
         ]
         trouble: list[Failure] = []
         done = 0
-        path = [record for _, records in wanted for record in records]
-        self.planner.pin(path)
         until = self.finder.budget(wanted, deadline)
         try:
-            async with aclosing(self.loads.arrive(wanted, trouble, until)) as arrivals:
+            arriving = self.loads.arrive(wanted, trouble, until, room=reading)
+            async with aclosing(arriving) as arrivals:
                 async for batch in arrivals:
                     pieces = [_piece(span, r) for span, records in batch for r in records]
                     is_last = done + len(batch) == len(wanted)  # layers are complete only then
@@ -152,13 +157,23 @@ class Stack:
                     self.host.loaded_nbytes += sum(piece.nbytes for piece in pieces)
                     if whole < len(batch):
                         break
+                    reading.scattered(batch, bound.stop)
         finally:
-            self.planner.unpin(path)
+            reading.close()
             self.demotion.grown()
         self.touch(match.path())
         if done == len(wanted):
             return RetrieveReport(max(bound.stop, bound.start))
         return RetrieveReport(self._usable(match, wanted[0][0], done, bound), tuple(trouble))
+
+    def _reading(self, match: Match, window: Window, lease: Lease | None) -> Reading:
+        """The match for a view that ends with ``window``, pinned."""
+        bounded = self.planner.bounded(match, window.stop)
+        if lease is None or bounded is not match:
+            self.planner.pin(bounded.path())
+        if lease is not None and bounded is not match:
+            self.planner.unpin(match.path())
+        return Reading(self.planner, bounded, lease)
 
     def _usable(self, match: Match, first: Span, done: int, bound: Window) -> int:
         """Tokens of the correct prefix after ``done`` spans from ``first`` on were scattered."""
@@ -179,7 +194,7 @@ class Stack:
         Nothing stays leased when this raises or is cancelled.
         """
         match = await self.finder.find(chain, at_any_price=True)
-        lease = self.planner.lease(match, owner=owner, seconds=seconds)
+        lease = self.planner.lease(match, owner=owner, seconds=seconds, is_holding=True)
         held = False
         try:
             report = await self.promote(match)

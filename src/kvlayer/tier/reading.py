@@ -1,0 +1,59 @@
+"""What one load holds of a match: an object's slot is free again once it has been scattered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvlayer.tier.directory import Host, ObjectRecord
+from kvlayer.tier.lease import Lease
+from kvlayer.tier.loads import Wanted
+from kvlayer.tier.matcher import Match
+from kvlayer.tier.planner import Planner
+
+__all__ = ["Reading"]
+
+
+class Reading:
+    """Pins of one load, taken before it is made; it lets go of them as objects are scattered.
+
+    A lease that only reads lets go with it (``Lease.is_holding``): what many requests lease may
+    together be larger than host memory, and so may what one of them loads.
+    """
+
+    def __init__(self, planner: Planner, match: Match, lease: Lease | None) -> None:
+        self.match = match
+        self._planner = planner
+        self._lease = lease
+        self._left: dict[ObjectRecord, None] = dict.fromkeys(match.path())
+        self._batches = 0
+
+    def scattered(self, batch: Wanted, stop: int) -> None:
+        """These spans are in the engine's memory, as far as ``stop``; one cut there is kept."""
+        records = [r for span, found in batch if span.stop <= stop for r in found]
+        for record in records:
+            del self._left[record]
+        self._batches += 1
+        self._planner.scattered(records, self._lease)
+
+    def need(self, records: Sequence[ObjectRecord]) -> None:
+        """See ``loads.Room``."""
+        missing = [record for record in records if record not in self._left]
+        if missing:
+            self._planner.pin(missing)
+            self._left |= dict.fromkeys(missing)
+
+    def give_up(self, records: Sequence[ObjectRecord]) -> bool:
+        """See ``loads.Room``."""
+        given = [r for r in records if r in self._left and r.host is Host.READY and r.tiers]
+        for record in given:
+            del self._left[record]
+        self._planner.scattered(given, self._lease)
+        self._batches += bool(given)
+        return bool(given)
+
+    def close(self) -> None:
+        """Let go of the rest."""
+        self._planner.unpin([*self._left])
+        self._left.clear()
+        if self._batches > 1:
+            self._planner.in_order(self.match.path())
