@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -59,6 +60,7 @@ class Cache:
         self.namespace = parts.namespace
         self.config = parts.config
         self.control = Control(self)
+        self._unclosed = weakref.finalize(self, _say_lost, parts, self._pid)
 
     @classmethod
     @asynccontextmanager
@@ -102,6 +104,7 @@ class Cache:
         finally:
             cache._closed = True
             await _to_the_end(parts, flush=clean)
+            cache._unclosed.detach()  # not before: the process may end meanwhile
 
     # -- the four verbs --------------------------------------------------------------------------
 
@@ -442,6 +445,12 @@ class Cache:
         self._stack.device.check(kv)
         start = whole("first_token", first_token, error=LayoutError)
         return Window(start, start + kv.num_tokens)
+
+
+def _say_lost(parts: opening.Parts, pid: int) -> None:
+    """A cache was left without being closed: the process ends, or nobody has it any more."""
+    if os.getpid() == pid:
+        parts.say_lost("the process ended, or forgot its cache,")
 
 
 def _call(entry: Callable[[], None]) -> None:

@@ -180,6 +180,7 @@ class Control:
                 ),
                 policies_replaced=getattr(tier.backend, "policies_replaced", 0),
                 queued=stack.spills.queued(tier.index),
+                left_unfinished=getattr(tier.backend, "left_unfinished", 0),
             )
             for tier in stack.lower
         ]

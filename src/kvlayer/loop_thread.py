@@ -161,7 +161,7 @@ class LoopThread(Generic[S]):
         """The interpreter exits and nobody closed this: its thread must not be caught at work."""
         if os.getpid() != self._pid:
             return  # a forked child inherits the registration, not the thread
-        self._leave(abandon=True)
+        self._leave(abandon=False)
         self._thread.join(_EXIT_SECONDS)
 
     async def _serve(self) -> None:

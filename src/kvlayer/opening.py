@@ -222,7 +222,7 @@ async def _enter_tier(
     """Open a tier. It closes with ``resources`` and tells the planner what comes and goes."""
     await _open_tier(tier)
     resources.push_async_callback(_close_tier, tier, close_seconds)
-    resources.push_async_callback(tier.guard.aclose)
+    resources.push_async_callback(tier.guard.aclose, close_seconds)
     tier.backend.on_evicted = partial(_evicted, planner, tier)
     tier.backend.on_stored = partial(_stored, planner, tier)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from kvlayer.tier.stack import Stack
 __all__ = ["Parts"]
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -67,10 +70,22 @@ class Parts:
             await asyncio.wait({self._flushing}, timeout=self.config.close_seconds)
             self._flushing.cancel()
             await asyncio.wait({self._flushing})
+        self.say_lost("the cache was closed")
         try:
-            await self.stack.aclose()
+            await self.stack.aclose(self.config.close_seconds)
         finally:
             await self.resources.aclose()
+
+    def say_lost(self, when: str) -> None:
+        """One line in the log for each tier that has not got what it should have. In any thread."""
+        for left in self.stack.spills.unwritten():
+            _log.warning(
+                "%s before %d objects (%d bytes) were written to %s: they are lost to it",
+                when,
+                left.objects,
+                left.nbytes,
+                left.tier,
+            )
 
     def part_from_ranks(self) -> None:
         """Wait for no rank any more: the cache closes."""

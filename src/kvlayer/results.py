@@ -163,6 +163,8 @@ class TierStats:
     """Dropped from host memory before its room was needed; a lower tier has them."""
     policies_replaced: int = 0
     """How often the eviction policy broke its contract and ``prefix-lru`` took its place."""
+    left_unfinished: int = 0
+    """Objects that a process which died had not written, as far as the tier found out."""
     queued: int = 0
     """Objects that wait in host memory for their turn to be written."""
     dropped_writes: int = 0

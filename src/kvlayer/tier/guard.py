@@ -426,9 +426,15 @@ class Guard:
             earlier.cancel()
         self._timers[lane] = asyncio.get_running_loop().call_at(at, ring)
 
-    async def aclose(self) -> None:
-        """Admit nothing more, cancel everything in flight, wait until all lent memory is back."""
+    async def aclose(self, seconds: float | None = None) -> int:
+        """Admit nothing more, cancel everything in flight, wait until all lent memory is back.
+
+        After ``seconds`` what will not end is left alone; how many calls. What they were lent must
+        not be used again.
+        """
         self._is_closing = True
+        loop = asyncio.get_running_loop()
+        until = inf if seconds is None else loop.time() + seconds
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
@@ -436,8 +442,10 @@ class Guard:
             call = next(iter(self._calls))
             for each in self._calls:
                 each.cancel()
-            await call.ended()
+            if not await call.ended(None if until == inf else max(until - loop.time(), 0)):
+                break
         while self._probing is not None:
             self._probing.cancel()
             await asyncio.wait({self._probing})
             await asyncio.sleep(0)  # what notes its end is called in the next turn
+        return len(self._calls)

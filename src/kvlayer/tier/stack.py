@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -35,6 +36,8 @@ from kvlayer.tier.storing import Stored, Storing, moved
 from kvlayer.tier.tier import LowerTier, Tier
 
 __all__ = ["Stack", "Window"]
+
+_log = logging.getLogger(__name__)
 
 _UNTOLD = 64  # paths whose use a tier is told of when it has been written; the latest
 
@@ -287,15 +290,27 @@ class Stack:
         await (self.demotion.drain() if drain else self.demotion.settled())
         await self.spills.flush()
 
-    async def aclose(self) -> None:
-        """Cancel what runs and wait until all lent memory is back."""
+    async def aclose(self, seconds: float | None = None) -> None:
+        """Cancel what runs and wait until all lent memory is back.
+
+        A tier that will not let go of it within ``seconds`` keeps it: no slot is handed out then,
+        and one line in the log says so.
+        """
         self.spills.close()
         await self.demotion.aclose()
         for task in self._recoveries:
             task.cancel()
         await self.recovered()
         for tier in self.lower:
-            await tier.guard.aclose()
+            if stuck := await tier.guard.aclose(seconds):
+                self.planner.retire()
+                _log.warning(
+                    "%d calls to %s did not end within %g s of being cancelled: what they were "
+                    "lent is not used again",
+                    stuck,
+                    tier.name,
+                    seconds,
+                )
 
 
 class _Told:

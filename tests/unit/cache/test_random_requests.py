@@ -15,6 +15,7 @@ import threading
 from array import array
 from collections import Counter
 from collections.abc import Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -240,7 +241,8 @@ class Worker:
     async def evict(self) -> None:
         tokens, scope, _ = self.prompt()
         tier = self.rng.choice(["cpu", "cpu", "cpu", "file", "flaky", None])
-        await self.cache.control.evict(tokens, scope=scope, tier=tier)
+        with suppress(BackendError):  # a tier that fails says that something is left
+            await self.cache.control.evict(tokens, scope=scope, tier=tier)
 
     async def explain(self) -> None:
         tokens, scope, _ = self.prompt()
