@@ -156,8 +156,13 @@ def end(
         check=False,
     )
     assert child.stdout == ""
-    # Development mode reports callbacks that take long, as imports do on a busy machine.
-    noise = [line for line in child.stderr.splitlines(True) if not line.startswith("Executing <")]
+    # Development mode reports callbacks that take long, as imports do on a busy machine; and a
+    # cache says what it left unwritten.
+    noise = [
+        line
+        for line in child.stderr.splitlines(True)
+        if not line.startswith("Executing <") and not line.endswith("they are lost to it\n")
+    ]
     return child.returncode, "".join(noise)
 
 
