@@ -401,7 +401,7 @@ async def test_an_object_removed_by_another_process_has_vanished() -> None:
     done, (failure,) = await load(rig, chain)
     assert (done, failure.cause) == (1, Cause.VANISHED)
     assert rig.planner.match(chain).tokens == CHUNK
-    loss = rig.planner.journal.loss(chain.span(1))
+    loss = rig.planner.journal.loss(chain, chain.span(1))
     assert loss is not None
     assert loss.cause is Cause.VANISHED
     idle(rig)
