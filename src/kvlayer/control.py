@@ -194,6 +194,7 @@ class Control:
             stack.prefill.tokens_per_second,
             owners,
             stack.foreign.costs(),
+            planner.directory.forgotten,
         )
 
     def health(self) -> Health:

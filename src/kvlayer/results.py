@@ -207,6 +207,8 @@ class Stats:
     """Who holds leases now, by the owner that a scope or a pin names; without one under ``""``."""
     foreign: Mapping[str, ForeignCost] = field(default_factory=dict[str, ForeignCost])
     """What other people's code (``sink``, ``on_gathered``, ``on_layer``) has cost, by kind."""
+    forgotten: int = 0
+    """Objects of lower tiers that the directory had to forget: lookups ask the tiers since."""
 
 
 @dataclass(frozen=True, slots=True)

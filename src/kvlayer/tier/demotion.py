@@ -98,7 +98,7 @@ class Demotion:
         await self.settled()  # or a tier could seem full because of it
         outlets, given_up = replace(self.outlets, others=0), 0
         with self._planner.lock:
-            ready = [r for r in self._planner.directory.objects() if r.host is Host.READY]
+            ready = [r for r in self._planner.directory.active() if r.host is Host.READY]
         waiting = deque((record, wanted) for record in ready if (wanted := outlets.wanted(record)))
         while waiting:
             batch = [waiting.popleft() for _ in range(min(_AT_ONCE, len(waiting)))]

@@ -50,7 +50,7 @@ class Finder:
         Tiers are asked side by side, so a lookup pays one deadline at most, the longest.
         ``at_any_price``: nobody waits for the loading, so that it is worth any time.
         """
-        asked = [tier for tier in self._lower if tier.must_ask]
+        asked = [tier for tier in self._lower if tier.must_ask or self._planner.has_forgotten]
         if asked and self._planner.match(chain).tokens == chain.named_tokens:
             asked = []  # there is no more of it
         until = self._clock() + max((tier.guard.deadline for tier in asked), default=0.0)
@@ -66,7 +66,10 @@ class Finder:
         In any thread, with the planner's lock held until the match is leased.
         """
         match = self._planner.match(chain)
-        must_ask = any(tier.must_ask and tier.guard.serves for tier in self._lower)
+        has_forgotten = self._planner.has_forgotten
+        must_ask = any(
+            (tier.must_ask or has_forgotten) and tier.guard.serves for tier in self._lower
+        )
         if must_ask and not self._planner.is_final(match):
             return None
         return self._worth_loading(match, self._prefill.tokens_per_second)

@@ -101,6 +101,11 @@ class Planner:
             self._payloads[part, tokens] = shape
         return shape
 
+    @property
+    def has_forgotten(self) -> bool:
+        """Whether tiers may hold more than the directory could remember of them."""
+        return self.directory.forgotten > 0
+
     # -- lookup ----------------------------------------------------------------------------------
 
     def match(self, chain: ChunkChain) -> Match:

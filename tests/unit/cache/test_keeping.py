@@ -79,3 +79,22 @@ async def test_a_write_says_what_was_wished_and_where_the_object_stands(write: s
         await cache.flush()
     told = {(write.first_token, write.tokens, write.retention) for write in seen}
     assert told == {(0, 16, KEPT), (16, 16, KEPT)}
+
+
+@pytest.mark.asyncio
+async def test_what_the_directory_had_to_forget_is_counted_and_asked_for() -> None:
+    class Private(CpuBackend):
+        """Nobody else writes here: what the directory knows is all there is, as long as it can."""
+
+    below = TierConfig(url="private://?capacity=1MiB", write="through")
+    settings = config()
+    settings = replace(settings, tiers=(*settings.tiers, below))
+    backends = BACKENDS.extended({"private": Private})
+    async with Cache.open(settings, layout(), backends=backends) as cache:
+        directory = cache.stack.planner.directory
+        directory._most_below = 2
+        for seed in range(3):
+            await store(cache, seed, Retention())
+            await cache.control.evict(tokens(32, seed), tier="cpu")
+        assert cache.control.stats().forgotten == 4
+        assert [await found(cache, seed) for seed in range(3)] == [32, 32, 32]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
 from hashlib import sha256
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvlayer.keys import ObjectKey, Part, Span
+from kvlayer.retention import Retention
 from kvlayer.tier import plan
 from kvlayer.tier.directory import Directory, Host, ObjectRecord
 
@@ -83,7 +85,9 @@ def test_forgetting_an_old_record_leaves_the_new_one_alone(directory: Directory)
 
 
 def test_the_nearest_tier_serves(directory: Directory) -> None:
-    found = directory.note(key(1), 3)
+    directory.note(key(1), 3)
+    found = directory.find(key(1))
+    assert found is not None
     assert found.tier == 3
     directory.note(key(1), 1)
     assert found.tier == 1
@@ -189,6 +193,10 @@ class DirectoryMachine(RuleBasedStateMachine):
             self.directory.drop_tier(found, tier)
             self.tiers.get((number, part), set()).discard(tier)
 
+    @rule()
+    def nobody_holds_a_record(self) -> None:
+        gc.collect(1)
+
     @invariant()
     def records_are_exactly_what_is_somewhere(self) -> None:
         expected = {*self.host, *(k for k, tiers in self.tiers.items() if tiers)}
@@ -223,15 +231,139 @@ DirectoryMachine.TestCase.settings = settings(max_examples=60, stateful_step_cou
 TestDirectoryMachine = DirectoryMachine.TestCase
 
 
-def test_a_known_object_costs_about_a_kibibyte_wherever_its_bytes_are() -> None:
+# -- what only lower tiers hold ------------------------------------------------------------------
+
+
+def known(directory: Directory, number: int) -> ObjectRecord:
+    found = directory.find(key(number))
+    assert found is not None
+    return found
+
+
+def test_what_is_below_costs_some_bytes_and_the_garbage_collector_nothing() -> None:
+    count = 5_000
     directory = Directory(NAMESPACE, [WHOLE])
+    gc.collect()
+    before = len(gc.get_objects())
     tracemalloc.start()
     try:
-        for number in range(5_000):
+        for number in range(count):
             directory.note(key(number), 1)
             directory.covers(span(number).hash, 16, "0")
+        gc.collect()
         used, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(directory) == 5_000
-    assert used / 5_000 < 1_600
+    assert len(directory) == directory.held(1) == count
+    assert used / count < 330
+    assert len(gc.get_objects()) - before < 100
+
+
+def test_whoever_asks_for_what_is_below_is_given_the_same_record(directory: Directory) -> None:
+    directory.note(key(1), 1)
+    found = known(directory, 1)
+    gc.collect()
+    assert known(directory, 1) is found
+    directory.note(key(1), 2)
+    assert found.tiers == 0b110
+    assert directory.covers(span(1).hash, 16, "0")[0] == (found,)
+
+
+def test_what_left_host_memory_is_known_as_before(directory: Directory) -> None:
+    found = directory.ensure(span(1), "0", WHOLE)
+    found.chunk.span = Span(32, 48, span(1).hash)
+    found.retention = Retention(2, 50.0)
+    directory.fill(found, 0, 4096)
+    directory.ready(found)
+    directory.add_tier(found, 2)
+    directory.drop_host(found)
+    del found
+    gc.collect()
+    again = known(directory, 1)
+    assert (again.tiers, again.retention) == (0b100, Retention(2, 50.0))
+    assert (again.chunk.span, again.is_whole) == (Span(32, 48, span(1).hash), True)
+    assert list(directory.active()) == []
+    directory.fill(again, 0, 4096)
+    assert list(directory.active()) == [again]
+
+
+def test_who_holds_a_record_holds_the_one_that_others_find(directory: Directory) -> None:
+    """A lease on what is below: its pins are seen by whoever brings the object up."""
+    directory.note(key(1), 1)
+    leased = known(directory, 1)
+    leased.pins += 1
+    gc.collect()
+    brought = known(directory, 1)
+    directory.fill(brought, 0, 4096)
+    directory.ready(brought)
+    assert brought is leased
+    directory.drop_tier(brought, 1)
+    directory.drop_host(brought)
+    assert known(directory, 1) is leased  # pinned, and nowhere
+    leased.pins -= 1
+    directory.forget(leased)
+    assert len(directory) == 0
+
+
+def test_what_is_below_is_bounded_and_the_least_recent_goes_first() -> None:
+    directory = Directory(NAMESPACE, NEEDS, most_below=4)
+    for number in range(4):
+        directory.note(key(number), 1)
+    del_later = [known(directory, 0)]
+    del_later.clear()
+    gc.collect()
+    directory.note(key(4), 1)
+    assert (len(directory), directory.held(1), directory.forgotten) == (4, 4, 1)
+    assert [directory.find(key(n)) is None for n in range(5)] == [False, True, False, False, False]
+
+
+def test_what_is_held_is_not_forgotten_and_what_was_forgotten_is_nowhere() -> None:
+    directory = Directory(NAMESPACE, NEEDS, most_below=2)
+    directory.note(key(0), 1)
+    directory.note(key(1), 1)
+    pinned, seen = known(directory, 0), known(directory, 1)
+    pinned.pins += 1
+    directory.note(key(2), 1)
+    assert (known(directory, 0) is pinned, directory.find(key(1))) == (True, None)
+    assert not seen.is_ready
+    directory.drop_tier(seen, 1)
+    directory.forget(seen)
+    directory.note(key(1), 1)
+    assert known(directory, 1) is not seen
+    assert (len(directory), directory.held(1), directory.forgotten) == (2, 2, 2)
+
+
+def test_a_span_of_which_a_part_is_in_host_memory_is_active(directory: Directory) -> None:
+    directory.note(key(1, LOW), 1)
+    high = host(directory, 1, HIGH)
+    assert {found.part for found in directory.active()} == {LOW, HIGH}
+    directory.add_tier(high, 1)
+    directory.drop_host(high)
+    assert list(directory.active()) == []
+    assert {found.part for found in directory.objects()} == {LOW, HIGH}
+    assert len(directory) == 1
+
+
+def test_spans_of_one_end_rest_one_by_one(directory: Directory) -> None:
+    short = ObjectKey.of(NAMESPACE, "0", span(1).hash, 4, WHOLE)
+    other = ObjectKey.of(NAMESPACE, "1" * 32, span(1).hash, 16, WHOLE)
+    for one in (key(1), short, other):
+        directory.note(one, 1)
+    assert len(directory) == 3
+    assert {(r.tokens, r.zone) for r in directory.ending(span(1).hash)} == {
+        (16, "0"),
+        (4, "0"),
+        (16, "1" * 32),
+    }
+    found = directory.find(short)
+    assert found is not None
+    directory.drop_tier(found, 1)
+    assert [directory.find(one) is None for one in (key(1), short, other)] == [False, True, False]
+    assert len(directory) == 2
+    for one in (key(1), other):
+        record = directory.find(one)
+        assert record is not None
+        directory.drop_tier(record, 1)
+    assert (len(directory), directory.held(1)) == (0, 0)
+    below = directory._below
+    assert not (below._first or below._kinds or below._kind_of or below._kind_uses)

@@ -88,8 +88,8 @@ def test_the_same_end_with_other_tokens_is_another_object() -> None:
     assert found(planner, chain) == [(0, 16)]
     planner.vanished([key(chain, 0, 16)], 1, "gone")
     assert [r.tokens for r in planner.directory.ending(chain.hashes[0])] == [4]
-    assert planner.journal.loss(chain.ends(12)[0]) is None
-    assert planner.journal.loss(chain.span(0)) is not None
+    assert planner.journal.loss(chain, chain.ends(12)[0]) is None
+    assert planner.journal.loss(chain, chain.span(0)) is not None
 
 
 def test_a_listing_that_makes_up_a_zone_is_not_believed() -> None:

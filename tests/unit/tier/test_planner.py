@@ -445,7 +445,7 @@ def test_eviction_is_remembered_with_its_policy() -> None:
     planner, chain = make_planner(pages=1), chain_of(16)
     store(planner, chain)
     store(planner, chain_of(16, seed=1))
-    loss = planner.journal.loss(chain.span(0))
+    loss = planner.journal.loss(chain, chain.span(0))
     assert loss is not None
     assert (loss.cause, loss.tier) == (Cause.EVICTED, "tier-0")
     assert "prefix-lru" in loss.detail
@@ -492,7 +492,7 @@ def test_what_is_below_stays_known_when_the_host_gives_it_up() -> None:
     assert [r.tier for r in found] == [1, 1]
     assert planner.match(chain).tokens == 32
     assert planner.plan_spill(chain.span(0), found[0], 1) is None
-    assert planner.journal.loss(chain.span(0)) is None
+    assert planner.journal.loss(chain, chain.span(0)) is None
     check_accounts(planner, idle=True)
 
 
@@ -545,7 +545,7 @@ def test_a_copy_that_is_missing_below_is_no_longer_offered_and_explained() -> No
     assert planner.match(chain).tokens == 0
     planner.unpin([found])
     assert len(planner.directory) == 0
-    loss = planner.journal.loss(chain.span(0))
+    loss = planner.journal.loss(chain, chain.span(0))
     assert loss is not None
     assert (loss.cause, loss.tier, loss.detail) == (Cause.CORRUPT, "tier-1", "flipped")
 
@@ -557,10 +557,10 @@ def test_an_object_that_vanished_from_one_tier_is_served_from_another() -> None:
     planner.vanished([found.key, key(chain_of(16, seed=9), 0)], 1, "evicted from below")
     assert found.tier == 2
     assert planner.match(chain).tokens == 16
-    assert planner.journal.loss(chain.span(0)) is None
+    assert planner.journal.loss(chain, chain.span(0)) is None
     planner.vanished([found.key], 2, "evicted from below")
     assert len(planner.directory) == 0
-    assert planner.journal.loss(chain.span(0)) is not None
+    assert planner.journal.loss(chain, chain.span(0)) is not None
 
 
 def test_a_record_made_anew_is_not_touched_by_the_pins_on_the_old_one() -> None:
@@ -846,7 +846,7 @@ def test_a_policy_that_raises_is_replaced_and_room_is_made() -> None:
     assert planner.host.order.replaced == 1
     assert planner.match(chain_of(32)).tokens == 0
     assert planner.match(chain_of(64, seed=1)).tokens == 64
-    loss = planner.journal.loss(chain_of(32).span(0))
+    loss = planner.journal.loss(chain_of(32), chain_of(32).span(0))
     assert loss is not None
     assert loss.detail == "evicted from tier-0 by prefix-lru"
 
