@@ -246,3 +246,12 @@ class SaysSoTwice(HonestBackend):
         if read.landed is not None:
             read.landed(nbytes)
         return nbytes
+
+
+@breaks("what landed is all there")
+class FillsAgainAfterwards(HonestBackend):
+    """The bytes are right, and no longer its own to write."""
+
+    def fill_and_say(self, stored: bytes, read: Read) -> int:
+        nbytes = super().fill_and_say(stored, read)
+        return self.fill(stored, read) if read.landed is not None else nbytes

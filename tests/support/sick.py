@@ -44,7 +44,7 @@ class Patient(SickTier):
     """What a healthy ``get`` takes: seconds, and bytes per second (0: no time)."""
     running: ClassVar[int] = 0
     calls: ClassVar[list[tuple[str, float]]] = []
-    """What was asked, and when."""
+    """What was asked of each object, and when."""
     cured: ClassVar[asyncio.Event]
 
     @classmethod
@@ -64,17 +64,17 @@ class Patient(SickTier):
             cls.cured.set()
 
     @contextmanager
-    def _call(self, name: str) -> Iterator[bool]:
+    def _call(self, name: str, objects: int) -> Iterator[bool]:
         kind = type(self)
-        kind.calls.append((name, asyncio.get_running_loop().time()))
-        kind.running += 1
+        kind.calls += [(name, asyncio.get_running_loop().time())] * objects
+        kind.running += objects
         try:
             yield not self.only or name in self.only
         finally:
-            kind.running -= 1
+            kind.running -= objects
 
     async def answer(self) -> None:
-        is_mute = self.sickness is Sickness.FLAPPING and next(self.turns) % 3 == 2
+        is_mute = self.sickness is Sickness.FLAPPING and next(self.turns) % 3 == 1
         if self.sickness is Sickness.DEAD or is_mute:
             await self._through(self.cured.wait())
         elif self.sickness is Sickness.SLOW:
@@ -94,13 +94,13 @@ class Patient(SickTier):
             raise asyncio.CancelledError
 
     async def contains(self, keys: Sequence[ObjectKey], /) -> list[SizeResult]:
-        with self._call("contains") as is_concerned:
+        with self._call("contains", len(keys)) as is_concerned:
             if is_concerned:
                 await self.answer()
             return [len(self.objects[key]) if key in self.objects else None for key in keys]
 
     async def get(self, reads: Sequence[Read], /) -> list[ReadResult]:
-        with self._call("get") as is_concerned:
+        with self._call("get", len(reads)) as is_concerned:
             if is_concerned:
                 await self.answer()
             nbytes = sum(read.nbytes for read in reads)
@@ -108,7 +108,7 @@ class Patient(SickTier):
             return [self._fill(read) for read in reads]
 
     async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
-        with self._call("delete") as is_concerned:
+        with self._call("delete", len(keys)) as is_concerned:
             if is_concerned:
                 await self.answer()
             for key in keys:
@@ -116,7 +116,7 @@ class Patient(SickTier):
             return [None] * len(keys)
 
     async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
-        with self._call("put") as is_concerned:
+        with self._call("put", len(writes)) as is_concerned:
             if is_concerned:
                 await self.answer()
             if self.is_full:

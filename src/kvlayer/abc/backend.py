@@ -87,8 +87,9 @@ class Read:
 
     ``landed``, where it is given, may be called once this item's bytes are all there, with their
     number, on the thread that moved them and before ``get`` returns: the caller looks at them
-    while they are in that processor's cache, and need not wait for the rest of the batch. It takes
-    the time of a checksum and never raises. A backend whose bytes arrive on the loop leaves it.
+    while they are in that processor's cache, and need not wait for the rest of the batch. From
+    then on this item's memory is the caller's again. It takes the time of a checksum and never
+    raises. A backend whose bytes arrive on the loop leaves it.
     """
 
     key: ObjectKey

@@ -92,7 +92,7 @@ class SickTier(Backend):
 
     async def answer(self) -> None:
         """What every call waits for."""
-        is_mute = self.sickness is Sickness.FLAPPING and next(self.turns) % 3 == 2
+        is_mute = self.sickness is Sickness.FLAPPING and next(self.turns) % 3 == 1
         if self.sickness is Sickness.DEAD or is_mute:
             await asyncio.Event().wait()
         if self.sickness is Sickness.SLOW:

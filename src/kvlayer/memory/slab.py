@@ -9,40 +9,60 @@ from __future__ import annotations
 
 import mmap
 import os
+import struct
 from pathlib import Path
 from typing import Self
 
 from kvlayer.errors import CapacityError, ClosedError, UnsupportedError
 from kvlayer.memory.handle import SlabHandle
-from kvlayer.payload import ALIGNMENT
+from kvlayer.payload import ALIGNMENT, align
 
-__all__ = ["Slab"]
+__all__ = ["SCRATCH_NBYTES", "Slab"]
+
+
+SCRATCH_NBYTES = 16 << 20
+"""Committed as it is used: a few headers, where payloads are stored as they are."""
+
+_REGIONS = struct.Struct("<8sQQ")
+_MAGIC = b"KVLSLAB1"
 
 
 class Slab:
-    """``nbytes`` bytes of zeroed, page-aligned memory. Owns the mapping and the descriptor."""
+    """Zeroed, page-aligned memory in regions. Owns the mapping and the descriptor.
 
-    def __init__(self, nbytes: int, *, name: str = "kvlayer") -> None:
+    ``nbytes`` bytes of slots come first, then scratch, which :mod:`~kvlayer.memory.arena` hands
+    out, then a page that says so, for other processes.
+    """
+
+    def __init__(
+        self, nbytes: int, *, name: str = "kvlayer", scratch_nbytes: int = SCRATCH_NBYTES
+    ) -> None:
         if nbytes < ALIGNMENT:
             raise CapacityError(
                 f"host memory of {nbytes} bytes is smaller than one page",
                 hint="give the cpu:// tier a capacity, for example cpu://?capacity=8GiB",
             )
         self.nbytes = nbytes // ALIGNMENT * ALIGNMENT
+        """Of the slots."""
+        self.scratch_nbytes = align(scratch_nbytes)
+        mapped_nbytes = self.nbytes + self.scratch_nbytes + ALIGNMENT
         self.fd = -1
         """The memfd; -1 where there is none, in an attached slab and once closed."""
         try:
             if hasattr(os, "memfd_create"):
                 self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-                os.ftruncate(self.fd, self.nbytes)
+                os.ftruncate(self.fd, mapped_nbytes)
                 _seal(self.fd)
-            self._map = mmap.mmap(self.fd, self.nbytes)  # fd -1: anonymous, shared with no one
+            self._map = mmap.mmap(self.fd, mapped_nbytes)  # fd -1: anonymous, shared with no one
         except (OSError, OverflowError, ValueError) as exc:
             self._close_fd()
             raise CapacityError(
                 f"cannot map {self.nbytes} bytes of host memory: {exc}",
                 hint="lower the capacity of the cpu:// tier",
             ) from exc
+        _REGIONS.pack_into(
+            self._map, mapped_nbytes - ALIGNMENT, _MAGIC, self.nbytes, self.scratch_nbytes
+        )
         self._whole: memoryview | None = memoryview(self._map)
 
     @classmethod
@@ -59,8 +79,12 @@ class Slab:
                 raise ValueError("its size is not fixed")
             attached = cls.__new__(cls)
             attached.fd = -1
-            attached.nbytes = found.st_size
             attached._map = mmap.mmap(fd, found.st_size)
+            magic, nbytes, scratch = _REGIONS.unpack_from(attached._map, found.st_size - ALIGNMENT)
+            if magic != _MAGIC or nbytes + scratch + ALIGNMENT != found.st_size:
+                attached._map.close()
+                raise ValueError("it does not say what lies where")
+            attached.nbytes, attached.scratch_nbytes = nbytes, scratch
         except (OSError, ValueError) as exc:
             raise UnsupportedError(
                 f"descriptor {fd} is no slab: {exc}",
@@ -109,11 +133,22 @@ class Slab:
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Borrow ``nbytes`` bytes at ``offset``, writable. Valid until the slab is closed."""
-        if self._whole is None:
-            raise ClosedError("the host slab is closed")
         if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
             raise ValueError(f"{offset}+{nbytes} is outside a slab of {self.nbytes} bytes")
-        return self._whole[offset : offset + nbytes]
+        return self.whole()[offset : offset + nbytes]
+
+    def scratch(self, offset: int, nbytes: int) -> memoryview:
+        """Borrow bytes of the scratch, as :meth:`view` does of the slots."""
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.scratch_nbytes:
+            raise ValueError(f"{offset}+{nbytes} is outside {self.scratch_nbytes} bytes of scratch")
+        start = self.nbytes + offset
+        return self.whole()[start : start + nbytes]
+
+    def whole(self) -> memoryview:
+        """Slots and scratch, for who registers memory. Valid until the slab is closed."""
+        if self._whole is None:
+            raise ClosedError("the host slab is closed")
+        return self._whole[: self.nbytes + self.scratch_nbytes]
 
     def close(self) -> None:
         """Unmap. Idempotent. While views are still out the memory lives until the last one dies."""

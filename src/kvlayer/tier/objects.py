@@ -7,39 +7,64 @@ Nothing above knows how an object is coded.
 
 from __future__ import annotations
 
-import mmap
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
-from kvlayer._offload import Offload
-from kvlayer.abc.backend import (
-    Backend,
-    Damaged,
-    DeleteResult,
-    Hit,
-    Miss,
-    Read,
-    SizeResult,
-    Version,
-    Write,
-)
-from kvlayer.codec.frame import HEADER_NBYTES, FrameError, check_frame, write_header
-from kvlayer.errors import BackendError, BackendTimeoutError, UnsupportedError
+from kvlayer.abc.backend import Backend, Capability, Damaged, DeleteResult, Read, SizeResult
+from kvlayer.codec.frame import HEADER_NBYTES
+from kvlayer.errors import BackendError, UnsupportedError
 from kvlayer.keys import ObjectKey, Part
+from kvlayer.memory.arena import Arena
 from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload
-from kvlayer.results import Cause
+from kvlayer.retention import ORDINARY, Retention
+from kvlayer.tier.batch import Batcher, Job, Lending
+from kvlayer.tier.checks import Checks
 from kvlayer.tier.messages import Outcome, Piece
 from kvlayer.tier.retry import Retry
+from kvlayer.tier.transfer import Arenas, Transfers
 
-__all__ = ["Objects"]
+__all__ = ["Item", "Lending", "Objects"]
+
+_CHECK_THREADS = 1  # several times faster than a disk, and two would leave the loop no core
+_CHECK_NBYTES = 64 << 20
+
+
+class Item(NamedTuple):
+    """One object and the memory it is in, or goes to: any number of regions, of any alignment.
+
+    They are ``payload.body_nbytes`` bytes in all: what a tier pads an object with never lies there.
+    ``lending`` says until when they may be used.
+    """
+
+    key: ObjectKey
+    payload: Payload
+    first_token: int
+    regions: tuple[memoryview, ...]
+    lending: Lending = Lending.HELD
+    retention: Retention = ORDINARY
+
+
+@dataclass(slots=True, eq=False)
+class _Tier:
+    """What belongs to one backend."""
+
+    backend: Backend
+    retry: Retry
+    is_revocable: bool
+    reads: Batcher
+    writes: Batcher
 
 
 class Objects:
-    """Moves pieces for one slab. ``backends[0]`` is None: tier 0 is the slab itself.
+    """Moves objects for one slab, in batches. ``backends[0]`` is None: tier 0 is the slab itself.
 
     ``retries[t]`` says how often tier t is tried again after a transient error; not at all by
-    default.
+    default. Memory that is lent for the call is lent on to revocable backends only: others get a
+    copy, so that the caller may leave at any time. Everything on one loop.
     """
 
     def __init__(
@@ -54,16 +79,30 @@ class Objects:
         retries: Sequence[int] = (),
     ) -> None:
         self._slab = slab
-        self._backends = tuple(backends)
         self._shape = shape
         self._clock = clock
-        self._wall_clock = wall_clock
-        self._build = build
-        self._retries = [Retry(n) for n in retries or [0] * len(self._backends)]
-        # One thread: it is several times faster than a disk, and two would leave the loop of a
-        # small machine no core.
-        self._checks = Offload(1, "kvlayer-check")
-        self._headers = _HeaderPages()
+        half = slab.scratch_nbytes // 2
+        self._arenas = Arenas(Arena(slab.scratch(0, half)), Arena(slab.scratch(half, half)))
+        self._checks = Checks(_CHECK_THREADS, _CHECK_NBYTES)
+
+        def tier(backend: Backend, retry: Retry) -> _Tier:
+            transfers = Transfers(
+                backend,
+                retry,
+                self._arenas,
+                self._checks,
+                clock=clock,
+                wall_clock=wall_clock,
+                build=build,
+            )
+            revocable = Capability.REVOCABLE in backend.capabilities
+            reads, writes = Batcher(transfers.read), Batcher(transfers.write)
+            return _Tier(backend, retry, revocable, reads, writes)
+
+        self._tiers = [
+            None if backend is None else tier(backend, Retry(count))
+            for backend, count in zip(backends, retries or [0] * len(backends), strict=True)
+        ]
 
     @property
     def slab(self) -> Slab:
@@ -75,148 +114,104 @@ class Objects:
         self._checks.begin()
 
     def close(self) -> None:
-        """Wait for running checks and end their threads. Backends are the caller's."""
+        """Wait for running checks and end their threads. Backends are the caller's. Idempotent."""
         self._checks.close()
+        for arena in self._arenas:
+            arena.close()
+
+    # -- slab or anybody's memory <-> lower tiers ------------------------------------------------
 
     async def contains(self, tier: int, keys: Sequence[ObjectKey]) -> list[SizeResult]:
         """What a tier says of each of ``keys``. Raises ``BackendError``."""
-        return await self._retries[tier].batch(self._backend(tier).contains, keys)
+        its = self._of(tier)
+        return await its.retry.batch(its.backend.contains, keys)
 
-    async def put(self, tier: int, piece: Piece) -> Outcome:
-        """Frame one object and put it on a tier. Failures are outcomes."""
-        started = self._clock()
-        payload = self._shape(piece.key.part, piece.num_tokens)
-        view = self._slab.view(piece.offset, payload.nbytes)
-        header = self._headers.take()
-        padding = payload.nbytes - payload.body_nbytes
-        view[payload.body_nbytes :] = bytes(padding)  # a slot's former content stays here
-        try:
-            await self._checks.run(
-                write_header,
-                header,
-                view,
-                key=piece.key,
-                payload=payload,
-                first_token=piece.first_token,
-                created=self._wall_clock(),
-                build=self._build,
-            )
-            write = Write(
-                piece.key, (header, view), piece.first_token, piece.num_tokens, piece.retention
-            )
-            call = self._backend(tier).put
-            (error,) = await self._retries[tier].batch(call, [write])
-        except BackendError as exc:
-            error = exc
-        finally:
-            self._headers.give(header)
-            view.release()
-        seconds = self._clock() - started
-        if error is not None:
-            return Outcome(piece.key, _cause(error), str(error), 0, seconds)
-        return Outcome(piece.key, None, "", payload.nbytes, seconds)
+    async def put(self, tier: int, piece: Piece | Item) -> Outcome:
+        """Put one object on a tier, framed. Failures are outcomes."""
+        its = self._of(tier)
+        job = self._job(its, piece)
+        its.writes.add(job)
+        return await job.outcome()
 
-    async def get(self, tier: int, piece: Piece) -> Outcome:
-        """Read one object into its slot and verify it. Failures are outcomes, never wrong bytes."""
-        started = self._clock()
-        payload = self._shape(piece.key.part, piece.num_tokens)
-        view = self._slab.view(piece.offset, payload.nbytes)
-        header = self._headers.take()
-        cause: Cause | None = None
-        detail = ""
-        version: Version = None
-        try:
-            call = self._backend(tier).get
-            (result,) = await self._retries[tier].batch(call, [Read(piece.key, (header, view))])
-            if isinstance(result, Hit):
-                version = result.version
-                await self._checks.run(
-                    check_frame,
-                    header,
-                    view,
-                    result.nbytes,
-                    key=piece.key,
-                    payload=payload,
-                    first_token=piece.first_token,
-                )
-            elif isinstance(result, Miss):
-                cause, detail = Cause.VANISHED, "the tier no longer has it"
-            else:
-                cause, detail = _cause(result), str(result)
-        except BackendError as exc:
-            cause, detail = _cause(exc), str(exc)
-        except FrameError as exc:
-            cause, detail = exc.cause, exc.detail
-        finally:
-            self._headers.give(header)
-            view.release()
-        seconds = self._clock() - started
-        nbytes = 0 if cause is not None else payload.nbytes
-        return Outcome(piece.key, cause, detail, nbytes, seconds, version)
+    async def get(self, tier: int, piece: Piece | Item) -> Outcome:
+        """Bring one object from a tier and verify it. Failures are outcomes, never wrong bytes.
+
+        After a failure the memory may hold anything.
+        """
+        its = self._of(tier)
+        job = self._job(its, piece)
+        its.reads.add(job)
+        return await job.outcome()
+
+    def _job(self, its: _Tier, piece: Piece | Item) -> Job:
+        done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        slot: memoryview | None = None
+        if isinstance(piece, Piece):
+            payload = self._shape(piece.key.part, piece.num_tokens)
+            slot = self._slab.view(piece.offset, payload.nbytes)
+            regions: tuple[memoryview, ...] = (slot,)
+            lending = Lending.HELD
+        else:
+            payload, regions, lending = piece.payload, piece.regions, piece.lending
+            nbytes = sum(region.nbytes for region in regions)
+            if nbytes != payload.body_nbytes:
+                raise ValueError(f"{piece.key}: {nbytes} bytes, expected {payload.body_nbytes}")
+        copies = lending is Lending.CALL and not its.is_revocable
+        return Job(
+            piece.key,
+            payload,
+            piece.first_token,
+            regions,
+            lending,
+            self._clock(),
+            done,
+            piece.retention,
+            copies,
+            slot,
+        )
 
     async def quarantine(self, tier: int, item: Damaged) -> None:
         """Take a damaged object out of sight. Raises ``BackendError``."""
-        (error,) = await self._retries[tier].batch(self._backend(tier).quarantine, [item])
+        (error,) = await self._of(tier).retry.batch(self._of(tier).backend.quarantine, [item])
         if error is not None:
             raise error
 
     async def probe(self, tier: int, key: ObjectKey) -> None:
         """Ask a tier for one object's header, there or not. Raises ``BackendError``."""
-        header = self._headers.take()
-        try:
-            (size,) = await self._backend(tier).contains([key])
-            (answer,) = await self._backend(tier).get([Read(key, (header,))])
-        finally:
-            self._headers.give(header)
+        backend = self._of(tier).backend
+        header = memoryview(bytearray(HEADER_NBYTES))  # the arena may be all in use
+        (size,) = await backend.contains([key])
+        (answer,) = await backend.get([Read(key, (header,))])
         for result in (size, answer):
             if isinstance(result, BackendError):
                 raise result
 
     async def delete(self, tier: int, keys: Sequence[ObjectKey]) -> list[DeleteResult]:
         """Remove objects from a tier; of each, what prevented it. Raises ``BackendError``."""
-        return await self._retries[tier].batch(self._backend(tier).delete, keys)
+        its = self._of(tier)
+        return await its.retry.batch(its.backend.delete, keys)
 
     async def touch(self, tier: int, keys: Sequence[ObjectKey]) -> None:
         """Tell a tier that objects were used, the most valuable last. Raises ``BackendError``."""
-        await self._retries[tier].call(partial(self._backend(tier).touch, keys))
+        its = self._of(tier)
+        await its.retry.call(partial(its.backend.touch, keys))
 
     async def introduce(self, tier: int) -> None:
         """Tell a tier of host memory, which it forgets when it closes. Raises ``BackendError``."""
-        await self._backend(tier).introduce(self._slab.view(0, self._slab.nbytes))
+        await self._of(tier).backend.introduce(self._slab.whole())
 
     async def describe(self, tier: int, namespace: str, canonical: bytes) -> None:
         """Tell a tier what a namespace's digest stands for. Raises ``BackendError``."""
-        await self._retries[tier].call(partial(self._backend(tier).describe, namespace, canonical))
+        its = self._of(tier)
+        await its.retry.call(partial(its.backend.describe, namespace, canonical))
 
     async def namespaces(self, tier: int) -> Mapping[str, bytes]:
         """What namespaces a tier knows of. Raises ``BackendError``."""
-        return await self._retries[tier].call(self._backend(tier).namespaces)
+        its = self._of(tier)
+        return await its.retry.call(its.backend.namespaces)
 
-    def _backend(self, tier: int) -> Backend:
-        backend = self._backends[tier]
-        if backend is None:
+    def _of(self, tier: int) -> _Tier:
+        its = self._tiers[tier]
+        if its is None:
             raise UnsupportedError(f"tier {tier} is host memory, not a backend")
-        return backend
-
-
-def _cause(error: BackendError) -> Cause:
-    return Cause.DEADLINE if isinstance(error, BackendTimeoutError) else Cause.TIER_DOWN
-
-
-class _HeaderPages:
-    """Page-aligned 4 KiB buffers for frame headers, reused."""
-
-    _BATCH = 16
-
-    def __init__(self) -> None:
-        self._free: list[memoryview] = []
-
-    def take(self) -> memoryview:
-        if not self._free:
-            pages = memoryview(mmap.mmap(-1, HEADER_NBYTES * self._BATCH))
-            step = HEADER_NBYTES
-            self._free += [pages[at : at + step] for at in range(0, len(pages), step)]
-        return self._free.pop()
-
-    def give(self, page: memoryview) -> None:
-        self._free.append(page)
+        return its

@@ -10,7 +10,6 @@ from hashlib import sha256
 
 import pytest
 import pytest_asyncio
-from hang import HANG
 
 from kvlayer.abc.backend import Capability, Hit, Read, Write
 from kvlayer.errors import BackendError, ClosedError, ConfigError
@@ -47,7 +46,7 @@ class Stop:
     def around(self, copy: Callable[..., None]) -> Callable[..., None]:
         def held(*args: object) -> None:
             self.began.set()
-            assert self.gate.wait(HANG)
+            assert self.gate.wait(30)
             copy(*args)
 
         return held

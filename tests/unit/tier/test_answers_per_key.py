@@ -90,7 +90,7 @@ async def test_a_tier_that_can_look_at_no_key_has_failed() -> None:
 @pytest.mark.asyncio
 async def test_transient_errors_are_tried_again_on_every_route() -> None:
     rig, keys = await _shared(2)
-    rig.stack.objects._retries[1] = Retry(1)
+    rig.stack.objects._of(1).retry = Retry(1)
     calls: dict[str, int] = {}
     _flaky(rig, calls)
     objects = rig.stack.objects

@@ -194,6 +194,7 @@ class ObjectPromises(BackendPlace):
 
         def land(number: int, nbytes: int) -> None:
             heard.append((number, nbytes, loans[number].content(nbytes)))
+            loans[number].poison()  # it is somebody else's by now
 
         reads = [
             Read(trial.key(n), loan.regions(), landed=partial(land, n))
@@ -209,6 +210,8 @@ class ObjectPromises(BackendPlace):
         for _ in range(10):
             await asyncio.sleep(0)
         expect(len(heard), told, "the number of calls once get() had returned")
+        for number, *_ in heard:
+            loans[number].is_poisoned_still()
 
     @promise("They belong to the caller")
     async def test_a_read_writes_inside_its_regions_only(self, trial: Trial) -> None:
