@@ -16,6 +16,7 @@ __all__ = [
     "KVLayerError",
     "LayoutError",
     "MessageError",
+    "NoRoomError",
     "PendingError",
     "PluginError",
     "TokensError",
@@ -103,6 +104,10 @@ class BackendUnavailableError(BackendError, ConnectionError):
     """The backend cannot be reached now."""
 
     transient = True
+
+
+class NoRoomError(BackendError):
+    """The backend is full of what is worth more than this object. It is well, and takes others."""
 
 
 class BackendTimeoutError(BackendError, TimeoutError):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from kvlayer._foreign import awaited, words
 from kvlayer.abc.backend import Backend, Hit, Miss, Read, ReadResult, Write, WriteResult
 from kvlayer.codec.frame import HEADER_NBYTES, FrameError
-from kvlayer.errors import BackendError, BackendTimeoutError
+from kvlayer.errors import BackendError, BackendTimeoutError, NoRoomError
 from kvlayer.memory.arena import Arena
 from kvlayer.results import Cause
 from kvlayer.tier import coding
@@ -236,5 +236,7 @@ def _deliver(job: Job, nbytes: int) -> None:
 
 
 def _fault(error: BackendError) -> tuple[Cause, str]:
+    if isinstance(error, NoRoomError):
+        return Cause.NO_ROOM
     is_late = isinstance(error, BackendTimeoutError)
     return Cause.DEADLINE if is_late else Cause.TIER_DOWN, str(error)

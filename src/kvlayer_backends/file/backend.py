@@ -144,7 +144,7 @@ class FileBackend(Backend):
             janitor = site.janitor
             if janitor is None:
                 return [readonly("put", self.root) for _ in writes]
-            stamps = self._uses.stamps(len(writes))
+            stamps = self._uses.written([write.first_token for write in writes])
             keys = [write.key for write in writes]
             present: list[tuple[int, int] | None] = [None] * len(writes)
             if not janitor.has_room(sum(write.nbytes for write in writes)):
@@ -177,7 +177,7 @@ class FileBackend(Backend):
     ) -> WriteResult:
         if is_present:
             return None
-        granted = await janitor.grant(write.nbytes)
+        granted = await janitor.grant(write)
         if isinstance(granted, BackendError):
             return granted
         outcome = Outcome()

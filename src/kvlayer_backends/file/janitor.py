@@ -7,13 +7,13 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from time import time
+from time import monotonic, time
 from typing import ParamSpec, TypeAlias, TypeVar
 
 from kvlayer._offload import Offload
 from kvlayer.abc.backend import Write
 from kvlayer.abc.policy import PolicyMaker
-from kvlayer.errors import BackendError
+from kvlayer.errors import BackendError, NoRoomError
 from kvlayer.keys import ObjectKey
 from kvlayer_backends.file.ledger import Eviction, Ledger, Victim
 from kvlayer_backends.file.objects import ObjectFiles, Outcome
@@ -191,7 +191,7 @@ class Janitor:
         return self._ledger
 
     def _take_office(self, expected_nbytes: int) -> None:
-        self._ledger = Ledger(self._policy, self._options.capacity)
+        self._ledger = Ledger(self._policy, self._options.capacity, monotonic)
         self._ledger.unlisted_nbytes = expected_nbytes
         self._visits, self._scan = {}, None
         self._recovered.clear()
@@ -284,13 +284,13 @@ class Janitor:
         """What the capacity may be exceeded by: something only while the directory is listed."""
         return 0 if self._recovered.is_set() else self._options.capacity // _SLACK
 
-    async def grant(self, nbytes: int) -> Ledger | BackendError | None:
-        """Make room for a write of ``nbytes`` and count them; give the answer to ``settle``.
+    async def grant(self, write: Write) -> Ledger | BackendError | None:
+        """Make room for a write and count its bytes; give the answer to ``settle``.
 
         None when nobody counts here. Waits for writes that hold all the room, and, while the
         directory is being listed, once that has used up what it may be exceeded by.
         """
-        capacity = self._options.capacity
+        capacity, nbytes = self._options.capacity, write.nbytes
         if capacity and nbytes > capacity:
             return BackendError(
                 f"file://: an object of {nbytes} bytes is larger than the capacity of "
@@ -304,7 +304,7 @@ class Janitor:
             return None
         if capacity and ledger.excess(nbytes) > self._slack:
             async with self._making_room:
-                error = await self._make_room(ledger, nbytes)
+                error = await self._make_room(ledger, nbytes, write)
                 if error is not None:
                     return error
                 ledger.granted_nbytes += nbytes
@@ -316,13 +316,18 @@ class Janitor:
         """End a grant: the object counts if it was created, or the room is free again."""
         ledger.granted_nbytes -= write.nbytes
         if outcome.created:
-            ledger.create(write.key, write.nbytes, used_ns, write.retention)
+            ledger.create(write.key, write.nbytes, used_ns, write)
         elif outcome.found is not None:
-            ledger.add(write.key, *outcome.found, write.retention)
+            ledger.add(write.key, *outcome.found, write)
         self._given_back.set()
 
     async def _make_room(
-        self, ledger: Ledger, nbytes: int, *, slices: int | None = None
+        self,
+        ledger: Ledger,
+        nbytes: int,
+        write: Write | None = None,
+        *,
+        slices: int | None = None,
     ) -> BackendError | None:
         """Evict until ``nbytes`` more fit, or so many slices were removed."""
         spared: dict[ObjectKey, int] = {}
@@ -333,7 +338,7 @@ class Janitor:
                     if slices == 0:
                         break
                     slices -= 1
-                victims = ledger.take(excess, candidates, time())
+                victims = ledger.take(excess, candidates, time(), write)
                 if victims:
                     eviction = await self._evict(ledger, victims, excess, spared)
                     if eviction.error is not None and not eviction.freed_nbytes:
@@ -347,9 +352,9 @@ class Janitor:
                     self._given_back.clear()
                     await self._given_back.wait()
                 else:
-                    return BackendError(
-                        f"file://: no room in {self._paths.root}: the policy "
-                        f"{ledger.order.name!r} gives up none of {len(ledger)} objects"
+                    return NoRoomError(
+                        f"file://: no room in {self._paths.root}: "
+                        f"{ledger.order.name!r} gives up none of {len(ledger)} objects for this"
                     )
             return None
         finally:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import merge
 from typing import NamedTuple
 
-from kvlayer.abc.backend import Listed
+from kvlayer.abc.backend import Listed, Write
 from kvlayer.abc.policy import PolicyMaker
 from kvlayer.errors import BackendError
+from kvlayer.eviction.lru import PrefixLRU
 from kvlayer.eviction.order import EvictionOrder
 from kvlayer.keys import ObjectKey
 from kvlayer.memory.key_table import KeyTable
-from kvlayer.retention import ORDINARY, Retention
+from kvlayer_backends.file.depths import Depths
 from kvlayer_backends.file.paths import Shard
 
 __all__ = ["Eviction", "Ledger", "Victim"]
@@ -66,8 +67,12 @@ class Ledger:
     lies on disk is never more than what is counted. Some 300 bytes an object, in flat arrays.
     """
 
-    def __init__(self, policy: PolicyMaker, capacity: int) -> None:
+    def __init__(
+        self, policy: PolicyMaker, capacity: int, clock: Callable[[], float] = float
+    ) -> None:
+        """``clock``: monotonic seconds. By default time stands still."""
         self.order = EvictionOrder(policy)
+        self._depths = Depths(self.order.rows, clock)
         self.capacity = capacity
         self.quarantined_nbytes = 0
         self.granted_nbytes = 0
@@ -97,18 +102,23 @@ class Ledger:
         """How many bytes must go before ``nbytes`` more fit; not positive when they fit now."""
         return self.used_nbytes + nbytes - self.capacity if self.capacity else 0
 
-    def add(
-        self, key: ObjectKey, nbytes: int, used_ns: int, retention: Retention = ORDINARY
-    ) -> None:
-        """Count an object. A known one stays as it is."""
+    def add(self, key: ObjectKey, nbytes: int, used_ns: int, write: Write | None = None) -> None:
+        """Count an object; ``write`` says what it holds. A known one stays as it is."""
         if key not in self._keys:
-            self._add(key, nbytes, used_ns, retention)
+            self._add(key, nbytes, used_ns, write)
             self._note(key)
 
-    def _add(
-        self, key: ObjectKey, nbytes: int, used_ns: int, retention: Retention = ORDINARY
-    ) -> int:
-        row = self.order.add(hash(key), nbytes, retention=retention)
+    def _add(self, key: ObjectKey, nbytes: int, used_ns: int, write: Write | None = None) -> int:
+        if write is None:
+            row = self.order.add(hash(key), nbytes)
+        else:
+            row = self.order.add(
+                hash(key),
+                nbytes,
+                first_token=write.first_token,
+                tokens=write.tokens,
+                retention=write.retention,
+            )
         if row == len(self._used_ns):
             self._used_ns.append(0)
             self._entries.append(0)
@@ -117,14 +127,13 @@ class Ledger:
         self._keys.add(key, row)
         self._shards.add(Shard.of(key), row)
         self._stored_nbytes += nbytes
+        self._depths.add((row,))
         return row
 
-    def create(
-        self, key: ObjectKey, nbytes: int, used_ns: int, retention: Retention = ORDINARY
-    ) -> None:
+    def create(self, key: ObjectKey, nbytes: int, used_ns: int, write: Write | None = None) -> None:
         """Count a file that was just made, so none had been there: whatever is known is stale."""
         self.forget(key)
-        self.add(key, nbytes, used_ns, retention)
+        self.add(key, nbytes, used_ns, write)
 
     def forget(self, key: ObjectKey, *, evicted: bool = False) -> None:
         """The file is gone; ``evicted``: to make room. Unknown keys are ignored."""
@@ -133,6 +142,7 @@ class Ledger:
             self._stored_nbytes -= self.order.rows.nbytes[row]
             self._shards.discard(Shard.of(key), row)
             self._entries[row] = 0
+            self._depths.discard(row)
             self.order.remove(row, evicted=evicted)
         self._note(key)  # also an unknown one: a scan under way may have seen it
 
@@ -145,9 +155,14 @@ class Ledger:
                 self._used_ns[row] = max(self._used_ns[row], used_ns)
                 used.append(row)
         self.order.touch(used)
+        self._depths.add(used)
 
-    def take(self, nbytes: int, at_least: int, now: float) -> list[Victim]:
+    def take(
+        self, nbytes: int, at_least: int, now: float, write: Write | None = None
+    ) -> list[Victim]:
         """The next victims, enough for ``nbytes`` and ``at_least`` so many if there are.
+
+        None that may come before ``write``, for which they make room: without it that were dead.
 
         Never more than can be removed and accounted for without holding others up: ask again. They
         stay counted and are not named again until ``settle``. ``now``: Unix seconds.
@@ -157,6 +172,11 @@ class Ledger:
             row = self.order.victim(now)
             if row is None:
                 break
+            if self.order.name == PrefixLRU.name:
+                row = self._depths.instead_of(row)
+                if write is not None and self._depths.lies_before(row, write):
+                    break
+            self._depths.discard(row)
             self.order.pin((row,))
             size, used_ns = self.order.rows.nbytes[row], self._used_ns[row]
             victims.append(Victim(self._keys.key(row), size, used_ns, self._entries[row]))

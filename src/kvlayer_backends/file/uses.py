@@ -12,6 +12,9 @@ __all__ = ["Uses"]
 
 _STEP_NS = 1_000
 """Between two objects of one path: coarse enough for filesystems that keep 100 ns."""
+_TOKEN_NS = 1_000_000
+"""What a token of depth counts: a prompt that is written faster than this leaves its root the most
+recent, whoever reads the times, and its end looks older by no more than what it takes to write."""
 _SAME_USE_NS = 10_000_000_000
 _REMEMBERED = 65_536
 
@@ -34,6 +37,11 @@ class Uses:
         first = max(self._clock(), self._last) + _STEP_NS
         self._last = first + count * _STEP_NS
         return range(self._last, first, -_STEP_NS)
+
+    def written(self, first_tokens: Sequence[int]) -> Sequence[int]:
+        """Times for objects that are written now, each at its depth in a prompt, root first."""
+        stamps = self.stamps(len(first_tokens))
+        return [at - _TOKEN_NS * n for at, n in zip(stamps, first_tokens, strict=True)]
 
     def touched(self, keys: Iterable[ObjectKey]) -> None:
         """Remember that a whole path was touched just now."""
