@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, ClassVar, Self, TypeVar
 
 from kvlayer.abc.backend import (
@@ -29,19 +30,18 @@ from kvlayer.urls import BackendURL
 from kvlayer_backends.file import descriptions
 from kvlayer_backends.file.calls import Calls
 from kvlayer_backends.file.faults import explain, readonly
-from kvlayer_backends.file.janitor import Evicted, Janitor
+from kvlayer_backends.file.janitor import Janitor
 from kvlayer_backends.file.ledger import Ledger
+from kvlayer_backends.file.listing import counted, read
 from kvlayer_backends.file.objects import Outcome
 from kvlayer_backends.file.options import FileOptions
-from kvlayer_backends.file.scan import Listing
+from kvlayer_backends.file.room import Evicted
 from kvlayer_backends.file.site import Site
 from kvlayer_backends.file.uses import Uses
 
 __all__ = ["FileBackend"]
 
 T = TypeVar("T")
-
-_LISTED = 1_000
 
 
 class FileBackend(Backend):
@@ -147,7 +147,7 @@ class FileBackend(Backend):
             stamps = self._uses.written([write.first_token for write in writes])
             keys = [write.key for write in writes]
             present: list[tuple[int, int] | None] = [None] * len(writes)
-            if not janitor.has_room(sum(write.nbytes for write in writes)):
+            if not janitor.room.has_room(sum(write.nbytes for write in writes)):
                 # Only what is not there yet may push others out: look before room is made.
                 present = await site.meta.run(site.files.present, writes)
                 present = [
@@ -177,7 +177,7 @@ class FileBackend(Backend):
     ) -> WriteResult:
         if is_present:
             return None
-        granted = await janitor.grant(write)
+        granted = await janitor.room.grant(write)
         if isinstance(granted, BackendError):
             return granted
         outcome = Outcome()
@@ -186,7 +186,7 @@ class FileBackend(Backend):
             await site.bulk.run(site.files.write, write, used_ns, outcome, replace=is_damaged)
         finally:
             if granted is not None:
-                janitor.settle(granted, write, used_ns, outcome)
+                janitor.room.settle(granted, write, used_ns, outcome)
         if outcome.created:
             site.quarantine.hidden.discard(write.key)
         return outcome.error
@@ -307,38 +307,26 @@ class FileBackend(Backend):
         if self.on_evicted is not None:
             self.on_evicted(gone, policy)
 
-    async def _listing(self, site: Site, prefix: str) -> Listing | Iterator[list[Listed]]:
-        """The janitor has looked at everything already: only what changed is read again."""
-        if site.janitor is not None:
-            await site.janitor.count()
-            if (ledger := site.janitor.ledger) is not None:
-                return ledger.listed(prefix, _LISTED)
-        return Listing(site.paths, prefix)
-
     async def list(self, prefix: str = "", /) -> AsyncIterator[Listed]:
         """Every object whose key starts with ``prefix``, other processes' too.
 
-        Waits for recovery. What is added or removed meanwhile may or may not be seen.
+        What is added or removed meanwhile may or may not be seen. Raises ``BackendError`` in the
+        end when not everything could be read.
         """
-        await self.recovered()
-        listing: Listing | Iterator[list[Listed]] | None = None
-        while True:
-            try:
-                with self._calls.running() as site:
-                    if listing is None:
-                        listing = await self._listing(site, prefix)
-                    if isinstance(listing, Listing):
-                        batch = await site.meta.run(listing.more, _LISTED)
-                    else:
-                        batch = next(listing, None)
-            except OSError as exc:
-                raise explain(exc, "list", self.root) from exc
-            if batch is None:
-                return
-            for listed in batch:
-                if listed.key not in site.quarantine.hidden:
-                    yield listed
-            await asyncio.sleep(0)
+        with self._calls.running() as site:
+            janitor = site.janitor
+        is_counted = janitor is not None and janitor.ledger is not None
+        batches = counted(janitor, prefix) if janitor and is_counted else read(site, prefix)
+        try:
+            async with aclosing(batches):
+                async for batch in batches:
+                    for listed in batch:
+                        if listed.key not in site.quarantine.hidden:
+                            yield listed
+                    await asyncio.sleep(0)
+                    self._calls.check()
+        except OSError as exc:
+            raise explain(exc, "list", self.root) from None
 
 
 async def _all(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -50,9 +50,8 @@ class Calls(Generic[T]):
         self.has_ended = True
         await self._idle.wait()
 
-    @contextmanager
-    def running(self) -> Generator[T]:
-        """One call. Raises ``ClosedError`` or ``ForkedError`` when calls are not admitted."""
+    def check(self) -> T:
+        """Raise ``ClosedError`` or ``ForkedError`` when calls are not admitted."""
         if self.has_ended or self._subject is None:
             raise ClosedError(
                 f"{self._name} is {'closed' if self.has_ended else 'not open'}",
@@ -63,10 +62,16 @@ class Calls(Generic[T]):
                 f"{self._name} was opened in process {self._pid}, not in this fork of it",
                 hint="open one in each process; they share the directory",
             )
+        return self._subject
+
+    @contextmanager
+    def running(self) -> Generator[T]:
+        """One call. Raises ``ClosedError`` or ``ForkedError`` when calls are not admitted."""
+        subject = self.check()
         self._running += 1
         self._idle.clear()
         try:
-            yield self._subject
+            yield subject
         finally:
             self._running -= 1
             if not self._running:

@@ -15,10 +15,10 @@ from heapq import heapify, heappop, heappush
 from kvlayer.abc.backend import Write
 from kvlayer.abc.rows import Rows
 from kvlayer.retention import Retention
+from kvlayer_backends.file.epochs import Epochs
 
 __all__ = ["Depths"]
 
-_EPOCH_SECONDS = 60.0
 _NONE = 0
 _SLACK = 64  # entries of rows that have gone that are not worth clearing up
 
@@ -36,7 +36,7 @@ class Depths:
         self._sizes: dict[int, int] = {}
         self._current: dict[Retention, int] = {}
         self._next = 1
-        self._ends_at = 0.0
+        self._epochs = Epochs()
 
     def add(self, rows: Iterable[int]) -> None:
         """Rows were written or used now. Those of unknown depth are left alone."""
@@ -88,11 +88,8 @@ class Depths:
         return self._groups[row]
 
     def _group(self, retention: Retention, *, is_root: bool) -> int:
-        """The group of now. An epoch ends with the beginning of a prompt: not amid one."""
-        now = self._clock()
-        is_over = not self._ends_at - _EPOCH_SECONDS <= now < self._ends_at
-        if is_over and (is_root or not self._current):
-            self._ends_at = now + _EPOCH_SECONDS
+        """The group of now."""
+        if self._epochs.begins(self._clock(), is_root=is_root):
             for group in self._current.values():
                 if self._sizes[group] == 0:
                     del self._sizes[group], self._heaps[group]

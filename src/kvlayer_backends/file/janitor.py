@@ -7,36 +7,30 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from time import monotonic, time
-from typing import ParamSpec, TypeAlias, TypeVar
+from time import monotonic
+from typing import ParamSpec, TypeVar
 
 from kvlayer._offload import Offload
-from kvlayer.abc.backend import Write
 from kvlayer.abc.policy import PolicyMaker
-from kvlayer.errors import BackendError, NoRoomError
 from kvlayer.keys import ObjectKey
-from kvlayer_backends.file.ledger import Eviction, Ledger, Victim
-from kvlayer_backends.file.objects import ObjectFiles, Outcome
+from kvlayer_backends.file.ledger import Ledger
+from kvlayer_backends.file.objects import ObjectFiles
 from kvlayer_backends.file.office import Office
 from kvlayer_backends.file.options import FileOptions
 from kvlayer_backends.file.paths import Paths, Shard
-from kvlayer_backends.file.pulse import Pulse
 from kvlayer_backends.file.quarantine import keep
+from kvlayer_backends.file.room import Evicted, Room
 from kvlayer_backends.file.scan import Scan, Visit
 from kvlayer_backends.file.scratch import reap
 from kvlayer_backends.file.sweep import sweep
 
-__all__ = ["Evicted", "Janitor"]
-
-Evicted: TypeAlias = Callable[[list[tuple[ObjectKey, int]], str], None]
-"""Called on the loop with what was evicted (key, bytes) and the policy's name."""
+__all__ = ["Janitor"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 _SLICE = 1_000  # objects taken into the books before the loop gets a turn
-_SLACK = 16  # while a directory is listed, one part in so many of the capacity may be exceeded
 
 
 class Janitor:
@@ -63,7 +57,6 @@ class Janitor:
         policy: PolicyMaker,
         *,
         files: ObjectFiles,
-        pulse: Pulse,
         pool: Offload,
         on_evicted: Evicted,
     ) -> None:
@@ -71,20 +64,15 @@ class Janitor:
         self._options = options
         self._policy = policy
         self._files = files
-        self._pulse = pulse
         self._pool = pool
-        self._on_evicted = on_evicted
+        self.room = Room(paths, options, files=files, pool=pool, on_evicted=on_evicted)
         self._office = Office(paths.janitor_lock)
-        self._ledger: Ledger | None = None
         self._visits: dict[Shard, Visit] = {}
-        self._recovered = asyncio.Event()
-        self._recovered.set()
         self._passing = asyncio.Lock()
-        self._making_room = asyncio.Lock()
         self._weighing = asyncio.Lock()
-        self._given_back = asyncio.Event()
         self._counting = asyncio.Lock()
         self._counts = 0
+        self._progress = asyncio.Event()
         self._scan: Scan | None = None
         """The last one, until its empty folders have been removed."""
         self.left_unfinished = 0
@@ -95,7 +83,7 @@ class Janitor:
     @property
     def ledger(self) -> Ledger | None:
         """What the directory holds, while in office."""
-        return self._ledger
+        return self.room.ledger
 
     def elect(self) -> None:
         """Take office if it is free. Blocking; before ``start`` only. Raises ``OSError``."""
@@ -129,7 +117,7 @@ class Janitor:
 
     async def recovered(self) -> None:
         """Wait until the books are complete; at once for who is not in office."""
-        await self._recovered.wait()
+        await self.room.recovered.wait()
 
     # -- the passes ------------------------------------------------------------------------------
 
@@ -158,49 +146,44 @@ class Janitor:
                     errors.append(exc)
                 finally:
                     if step == self.count:
-                        self._recovered.set()  # whatever happened: a put must not wait for ever
+                        self.room.recovered.set()  # whatever happened: a put must not wait for ever
             if errors:
                 raise errors[0]
 
     async def _evict_down(self) -> None:
-        ledger = self._ledger
-        while ledger is not None and ledger is self._ledger and ledger.excess() > 0:
-            async with self._making_room:  # slice by slice: writes get their turns
-                error = await self._make_room(ledger, 0, slices=1)
+        ledger = self.room.ledger
+        while ledger is not None and ledger is self.room.ledger and ledger.excess() > 0:
+            async with self.room.making:  # slice by slice: writes get their turns
+                error = await self.room.make(ledger, 0, slices=1)
             if error is not None:
                 raise error
 
     async def _change(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run what changes the disk on a thread, once it takes changes. Raises ``OSError``."""
-
-        def checked() -> T:
-            self._pulse.check()
-            return work(*args, **kwargs)
-
-        return await self._pool.run(checked)
+        return await self._pool.run(self._files.change, work, *args, **kwargs)
 
     async def _in_office(self) -> Ledger | None:
-        if self._ledger is not None:
+        if self.room.ledger is not None:
             if await self._pool.run(self._office.is_held):
-                return self._ledger
+                return self.room.ledger
             self._leave_office()  # the directory was deleted, and its lock with it
         with suppress(FileNotFoundError):
             expected_nbytes = await self._change(self._office.take)
             if expected_nbytes is not None:
                 self._take_office(expected_nbytes)
-        return self._ledger
+        return self.room.ledger
 
     def _take_office(self, expected_nbytes: int) -> None:
-        self._ledger = Ledger(self._policy, self._options.capacity, monotonic)
-        self._ledger.unlisted_nbytes = expected_nbytes
+        self.room.ledger = Ledger(self._policy, self._options.capacity, monotonic)
+        self.room.ledger.unlisted_nbytes = expected_nbytes
         self._visits, self._scan = {}, None
-        self._recovered.clear()
+        self.room.recovered.clear()
 
     def _leave_office(self) -> None:
-        self._ledger = None
+        self.room.ledger = None
         self._office.leave()
-        self._recovered.set()
-        self._given_back.set()
+        self.room.recovered.set()
+        self.room.given_back.set()
 
     async def _reap(self) -> None:
         unfinished = await self._change(reap, self._paths)
@@ -220,7 +203,7 @@ class Janitor:
         """
         before = self._counts
         async with self._counting:
-            ledger = self._ledger
+            ledger = self.room.ledger
             if ledger is None or self._counts != before:
                 return
             scan = self._scan = Scan(self._paths, ledger, self._visits)
@@ -231,16 +214,27 @@ class Janitor:
                 ledger.end_scan()
             self._visits = scan.visits
             self._counts += 1
-            if ledger is self._ledger:
-                self._recovered.set()
+            if ledger is self.room.ledger:
+                self.room.recovered.set()
             if scan.error is not None:
                 raise scan.error
+
+    @property
+    def is_recovered(self) -> bool:
+        """Whether the books are complete."""
+        return self.room.recovered.is_set()
+
+    async def progress(self) -> None:
+        """Wait until a count that is under way has found more."""
+        await self._progress.wait()
 
     async def _take_in(self, ledger: Ledger, scan: Scan) -> None:
         while (part := await self._pool.run(scan.more, _SLICE)) is not None:
             for shard, present in part.read.items():
                 ledger.reconcile(shard, present)
             ledger.discover(part.new)
+            self._progress.set()
+            self._progress = asyncio.Event()
             await asyncio.sleep(0)
         for shard in ledger.shards():
             if not scan.may_exist(shard):
@@ -255,7 +249,7 @@ class Janitor:
     async def _tidy(self) -> None:
         """What a pass does beside counting objects: empty folders go, the quarantine is weighed."""
         await self.weigh_quarantine()
-        ledger, scan = self._ledger, self._scan
+        ledger, scan = self.room.ledger, self._scan
         if ledger is None or scan is None:
             return
         self._scan = None
@@ -267,132 +261,27 @@ class Janitor:
 
     async def _save_totals(self) -> None:
         """Tell the next janitor what lies here. Costs nothing when it fails: it counts anyway."""
-        if self._ledger is not None:
+        if self.room.ledger is not None:
             with suppress(OSError):
-                await self._change(self._office.note, self._ledger.used_nbytes)
-
-    # -- room ------------------------------------------------------------------------------------
-
-    def has_room(self, nbytes: int) -> bool:
-        """Whether ``grant`` would neither wait nor evict, as far as is known now."""
-        if not self._options.capacity or self._ledger is None:
-            return True
-        return self._ledger.excess(nbytes) <= self._slack
-
-    @property
-    def _slack(self) -> int:
-        """What the capacity may be exceeded by: something only while the directory is listed."""
-        return 0 if self._recovered.is_set() else self._options.capacity // _SLACK
-
-    async def grant(self, write: Write) -> Ledger | BackendError | None:
-        """Make room for a write and count its bytes; give the answer to ``settle``.
-
-        None when nobody counts here. Waits for writes that hold all the room, and, while the
-        directory is being listed, once that has used up what it may be exceeded by.
-        """
-        capacity, nbytes = self._options.capacity, write.nbytes
-        if capacity and nbytes > capacity:
-            return BackendError(
-                f"file://: an object of {nbytes} bytes is larger than the capacity of "
-                f"{capacity} bytes of {self._paths.root}",
-                hint="raise capacity, or use smaller chunks",
-            )
-        if not self.has_room(nbytes):
-            await self._recovered.wait()
-        ledger = self._ledger
-        if ledger is None:
-            return None
-        if capacity and ledger.excess(nbytes) > self._slack:
-            async with self._making_room:
-                error = await self._make_room(ledger, nbytes, write)
-                if error is not None:
-                    return error
-                ledger.granted_nbytes += nbytes
-        else:
-            ledger.granted_nbytes += nbytes
-        return ledger
-
-    def settle(self, ledger: Ledger, write: Write, used_ns: int, outcome: Outcome) -> None:
-        """End a grant: the object counts if it was created, or the room is free again."""
-        ledger.granted_nbytes -= write.nbytes
-        if outcome.created:
-            ledger.create(write.key, write.nbytes, used_ns, write)
-        elif outcome.found is not None:
-            ledger.add(write.key, *outcome.found, write)
-        self._given_back.set()
-
-    async def _make_room(
-        self,
-        ledger: Ledger,
-        nbytes: int,
-        write: Write | None = None,
-        *,
-        slices: int | None = None,
-    ) -> BackendError | None:
-        """Evict until ``nbytes`` more fit, or so many slices were removed."""
-        spared: dict[ObjectKey, int] = {}
-        candidates = 1
-        try:
-            while (excess := ledger.excess(nbytes)) > 0 and ledger is self._ledger:
-                if slices is not None:
-                    if slices == 0:
-                        break
-                    slices -= 1
-                victims = ledger.take(excess, candidates, time(), write)
-                if victims:
-                    eviction = await self._evict(ledger, victims, excess, spared)
-                    if eviction.error is not None and not eviction.freed_nbytes:
-                        return eviction.error
-                    candidates = 2 * candidates if eviction.spared else 1
-                elif any(key in ledger for key in spared):
-                    ledger.spare(spared)  # all are in use: the least recently used goes after all
-                elif ledger.quarantined_nbytes:  # evidence never stands in the way of service
-                    ledger.quarantined_nbytes = await self._change(keep, self._paths, 0)
-                elif ledger.granted_nbytes:
-                    self._given_back.clear()
-                    await self._given_back.wait()
-                else:
-                    return NoRoomError(
-                        f"file://: no room in {self._paths.root}: "
-                        f"{ledger.order.name!r} gives up none of {len(ledger)} objects for this"
-                    )
-            return None
-        finally:
-            ledger.spare(spared)
-
-    async def _evict(
-        self, ledger: Ledger, victims: list[Victim], excess: int, spared: dict[ObjectKey, int]
-    ) -> Eviction:
-        # An object is spared once per call, or busy readers elsewhere could stop all eviction.
-        asked = [v._replace(used_ns=-1) if v.key in spared else v for v in victims]
-        eviction = Eviction()
-        try:
-            await self._pool.run(self._files.evict, asked, excess, eviction)
-        finally:
-            ledger.settle(victims, eviction)
-            spared.update((victim.key, used_ns) for victim, used_ns in eviction.spared)
-            if eviction.gone:
-                named = [(victim.key, victim.nbytes) for victim in eviction.gone]
-                self._on_evicted(named, ledger.order.name)
-        return eviction
+                await self._change(self._office.note, self.room.ledger.used_nbytes)
 
     # -- what the backend saw --------------------------------------------------------------------
 
     def used(self, path: Sequence[ObjectKey], stamps: Iterable[int]) -> None:
         """A path was used, root first."""
-        if self._ledger is not None:
-            self._ledger.use(path, stamps)
+        if self.room.ledger is not None:
+            self.room.ledger.use(path, stamps)
 
     def found(self, key: ObjectKey, nbytes: int, used_ns: int) -> None:
         """An object is there, whoever wrote it."""
-        if self._ledger is not None:
-            self._ledger.add(key, nbytes, used_ns)
+        if self.room.ledger is not None:
+            self.room.ledger.add(key, nbytes, used_ns)
 
     def lost(self, keys: Iterable[ObjectKey]) -> None:
         """Objects are not there any more."""
-        if self._ledger is not None:
+        if self.room.ledger is not None:
             for key in keys:
-                self._ledger.forget(key)
+                self.room.ledger.forget(key)
 
     async def weigh_quarantine(self) -> None:
         """Trim the quarantine and count what it holds.
@@ -401,5 +290,5 @@ class Janitor:
         """
         async with self._weighing:
             nbytes = await self._change(keep, self._paths)
-            if self._ledger is not None:
-                self._ledger.quarantined_nbytes = nbytes
+            if self.room.ledger is not None:
+                self.room.ledger.quarantined_nbytes = nbytes

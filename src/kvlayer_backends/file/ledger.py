@@ -278,19 +278,23 @@ class Ledger:
         self._changed = None
         self._runs = []
 
-    def listed(self, prefix: str, count: int) -> Iterator[list[Listed]]:
-        """Objects whose key starts with ``prefix``, some ``count`` looked at for each batch.
+    def listed(self, prefix: str, first: int, count: int) -> tuple[list[Listed], int]:
+        """Objects whose key starts with ``prefix``, of ``count`` rows from ``first`` on.
 
-        What changes meanwhile may or may not be seen.
+        And the row to go on with; as many as there are rows when all were looked at.
         """
-        rows = self._keys.rows()
-        for first in range(0, len(rows), count):
-            batch: list[Listed] = []
-            for row in rows[first : first + count]:
-                if self._entries[row] and (key := self._keys.key(row)).startswith(prefix):
-                    nbytes = self.order.rows.nbytes[row]
-                    batch.append(Listed(key, nbytes, self._used_ns[row] / 1e9))
-            yield batch
+        stop = min(first + count, len(self._entries))
+        found: list[Listed] = []
+        for row in range(first, stop):
+            if self._entries[row] and (key := self._keys.key(row)).startswith(prefix):
+                nbytes = self.order.rows.nbytes[row]
+                found.append(Listed(key, nbytes, self._used_ns[row] / 1e9))
+        return found, stop
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are, those that are free included."""
+        return len(self._entries)
 
     def __iter__(self) -> Iterator[ObjectKey]:
         return iter(self._keys)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 from kvlayer.abc.backend import (
     DeleteResult,
@@ -34,6 +35,9 @@ from kvlayer_backends.file.pulse import Pulse
 from kvlayer_backends.file.scratch import Scratch
 
 __all__ = ["ObjectFiles", "Outcome"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +69,11 @@ class ObjectFiles:
         self.direct = False
         self.descriptions: dict[str, bytes] = {}
         """What namespaces stand for: written beside the first of their objects."""
+
+    def change(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do what changes the disk, once it takes changes. Raises ``OSError``."""
+        self._pulse.check()
+        return work(*args, **kwargs)
 
     def read(self, read: Read, used_ns: int | None) -> ReadResult:
         """Fill the regions; a hit's file gets the time of use unless that is None."""

@@ -12,12 +12,13 @@ from kvlayer.errors import BackendError
 from kvlayer_backends.file import disk
 from kvlayer_backends.file.directio import probe
 from kvlayer_backends.file.faults import explain
-from kvlayer_backends.file.janitor import Evicted, Janitor
+from kvlayer_backends.file.janitor import Janitor
 from kvlayer_backends.file.objects import ObjectFiles
 from kvlayer_backends.file.options import FileOptions
 from kvlayer_backends.file.paths import Paths
 from kvlayer_backends.file.pulse import Pulse
 from kvlayer_backends.file.quarantine import Quarantine
+from kvlayer_backends.file.room import Evicted
 from kvlayer_backends.file.scratch import Scratch
 
 __all__ = ["Site"]
@@ -54,7 +55,6 @@ class Site:
                 options,
                 policy,
                 files=self.files,
-                pulse=self.pulse,
                 pool=self.meta,
                 on_evicted=on_evicted,
             )

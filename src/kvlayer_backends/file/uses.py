@@ -7,14 +7,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 from kvlayer.keys import ObjectKey
+from kvlayer_backends.file.epochs import Epochs
 
 __all__ = ["Uses"]
 
 _STEP_NS = 1_000
 """Between two objects of one path: coarse enough for filesystems that keep 100 ns."""
-_TOKEN_NS = 1_000_000
-"""What a token of depth counts: a prompt that is written faster than this leaves its root the most
-recent, whoever reads the times, and its end looks older by no more than what it takes to write."""
 _SAME_USE_NS = 10_000_000_000
 _REMEMBERED = 65_536
 
@@ -30,6 +28,8 @@ class Uses:
     def __init__(self, clock: Callable[[], int] = time.time_ns) -> None:
         self._clock = clock
         self._last = 0
+        self._epochs = Epochs()
+        self._epoch_ns = 0
         self._touched: OrderedDict[ObjectKey, int] = OrderedDict()
 
     def stamps(self, count: int) -> Sequence[int]:
@@ -39,9 +39,17 @@ class Uses:
         return range(self._last, first, -_STEP_NS)
 
     def written(self, first_tokens: Sequence[int]) -> Sequence[int]:
-        """Times for objects that are written now, each at its depth in a prompt, root first."""
-        stamps = self.stamps(len(first_tokens))
-        return [at - _TOKEN_NS * n for at, n in zip(stamps, first_tokens, strict=True)]
+        """Times for objects that are written now, each at its depth in a prompt, root first.
+
+        A prompt is written root first, which would leave its root the oldest. So all that is
+        written within one epoch gets the time at which that began, less its depth: whoever reads
+        the times finds what comes before an object more recent, however long the writing takes.
+        """
+        is_root = 0 in first_tokens
+        if self._epochs.begins(self._clock() / 1e9, is_root=is_root):
+            self._epoch_ns = self.stamps(1)[0]
+        depths = [max(first, n) for n, first in enumerate(first_tokens)]
+        return [self._epoch_ns - _STEP_NS * depth for depth in depths]
 
     def touched(self, keys: Iterable[ObjectKey]) -> None:
         """Remember that a whole path was touched just now."""
