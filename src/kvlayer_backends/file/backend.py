@@ -23,6 +23,7 @@ from kvlayer.abc.backend import (
 )
 from kvlayer.abc.policy import PolicyMaker
 from kvlayer.errors import BackendError, ClosedError
+from kvlayer.eviction.lru import PrefixLRU
 from kvlayer.keys import ObjectKey
 from kvlayer.local_directory import local_directory
 from kvlayer.registry import POLICIES
@@ -71,6 +72,8 @@ class FileBackend(Backend):
         """Called on the loop with what the janitor evicted (key, bytes) and its policy's name."""
         self._policy = policy
         self._uses = Uses()
+        self._by_depth = False
+        """Whether the policy favours what lies less deep in a prompt."""
         self._site: Site | None = None
         self._calls: Calls[Site] = Calls(f"file://{root}")
         self._opening = asyncio.Lock()
@@ -91,6 +94,7 @@ class FileBackend(Backend):
             if self._calls.has_begun:
                 return
             policy = self._policy or POLICIES.load_option("policy", self.options.policy)
+            self._by_depth = getattr(policy, "name", "") == PrefixLRU.name
             site = Site(self.root, self.options, policy, self._evicted)
             await site.open()
             self._site = site
@@ -144,7 +148,10 @@ class FileBackend(Backend):
             janitor = site.janitor
             if janitor is None:
                 return [readonly("put", self.root) for _ in writes]
-            stamps = self._uses.written([write.first_token for write in writes])
+            firsts = [write.first_token for write in writes]
+            stamps = (
+                self._uses.written(firsts) if self._by_depth else self._uses.stamps(len(firsts))
+            )
             keys = [write.key for write in writes]
             present: list[tuple[int, int] | None] = [None] * len(writes)
             if not janitor.room.has_room(sum(write.nbytes for write in writes)):

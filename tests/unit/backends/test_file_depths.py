@@ -125,9 +125,15 @@ async def test_older_prompts_go_before_what_is_being_written(tmp_path: Path) -> 
 @pytest.mark.asyncio
 async def test_other_policies_choose_by_themselves(tmp_path: Path) -> None:
     async with backend(tmp_path, 4, policy=LRU) as files:
+        await files.recovered()
         for index in range(5):
             await files.put([write(0, index)])
         assert await held(files, 0, 5) == [False, True, True, True, True]
+    async with backend(tmp_path, 2, policy=LRU) as files:
+        await files.recovered()
+        assert files.janitor is not None
+        await files.janitor.pass_()
+        assert await held(files, 0, 5) == [False, False, False, True, True]
 
 
 @pytest.mark.asyncio
