@@ -237,6 +237,6 @@ def _deliver(job: Job, nbytes: int) -> None:
 
 def _fault(error: BackendError) -> tuple[Cause, str]:
     if isinstance(error, NoRoomError):
-        return Cause.NO_ROOM
+        return Cause.NO_ROOM, str(error)
     is_late = isinstance(error, BackendTimeoutError)
     return Cause.DEADLINE if is_late else Cause.TIER_DOWN, str(error)
