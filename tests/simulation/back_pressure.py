@@ -1,7 +1,7 @@
 """Back-pressure: more is stored and loaded than a slow tier can take.
 
-What does not fit is dropped, counted and reported at once: no more is held for writing than the
-bounds say, no queue grows without limit, and every span of a store is accounted for.
+A store waits for room while its tier writes, and holds nothing meanwhile. No more is held for
+writing than the bounds say, nobody waits without end, and every span of a store is accounted for.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 
 from clients import Client
-from processes import Below, opened
+from processes import CHUNK, Below, opened
 from settling import settle
-from world import PAGE, World
+from world import LONGEST, PAGE, World
 
 from kvlayer.testing.faults import Slow
 from kvlayer.testing.memory import MemoryBackend
+
+IN_TURN = 16 * (LONGEST // CHUNK + 1) * 1.0
+"""Seconds a store may wait: all that four clients store, one after the other."""
 
 
 async def play(world: World) -> None:
@@ -35,7 +38,7 @@ async def play(world: World) -> None:
             for _ in range(4):
                 prompt, length = world.pick()
                 if chance.random() < 0.7:
-                    report = await client.store(prompt, length)
+                    report = await client.store(prompt, length, within=IN_TURN)
                     world.counts["refused"] += len(report.failed)
                 else:
                     await client.load(prompt, length, deadline=chance.choice([None, 0.2]))

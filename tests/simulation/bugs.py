@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from kvlayer.cache import Cache
 from kvlayer.lookup import Lookups
 from kvlayer.tier.guard import Guard
 from kvlayer.tier.host import HostTier
 from kvlayer.tier.lease import LeaseTable
 from kvlayer.tier.planner import Planner
+from kvlayer.tier.stack import Stack
 from kvlayer_backends.file.ledger import Ledger
 
 __all__ = ["BUGS", "RACES", "Bug"]
@@ -72,13 +72,13 @@ BUGS = {
     ),
     "flapping_tier": Bug(
         "a tier that fails its probe is never asked again",
-        Guard._probe,
+        Guard._probed,
         "if not breaker.is_closed:",
         "if breaker.is_half_open:",
     ),
     "cancellation": Bug(
         "a retrieve that is cancelled keeps its pins",
-        Cache.retrieve,
+        Stack.retrieve,
         "finally:",
         "except ZeroDivisionError:\n        raise\n    else:",
     ),
@@ -95,10 +95,10 @@ BUGS = {
         "if self._is_newer(key):",
     ),
     "back_pressure": Bug(
-        "one more write is admitted than there is room for",
-        Guard._admit,
-        "0 < turns.nbytes > self.max_write_nbytes - nbytes",
-        "0 < turns.nbytes > self.max_write_nbytes",
+        "a write that has ended holds its object on",
+        Planner.spilled,
+        "self.host.let_go((record,))",
+        "pass",
     ),
     "two_planners": Bug(
         "what another process took away is offered again and again",

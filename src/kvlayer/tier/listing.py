@@ -70,10 +70,11 @@ class _Reader:
                 batch.append(key)
 
     def _checked(self, entry: object) -> ObjectKey | None:
-        if not isinstance(entry, Listed) or not isinstance(entry.key, ObjectKey):
+        key: object = entry.key if isinstance(entry, Listed) else None
+        if not isinstance(key, ObjectKey):
             raise ForeignError(f"listed {type(entry).__name__}, expected Listed with a key")
-        is_asked = entry.key.startswith(self._prefix)
-        if entry.key == self._anchor or not is_asked:
+        is_asked = key.startswith(self._prefix)
+        if key == self._anchor or not is_asked:
             self._repeated += 1
             if self._repeated > _MAX_REPEATED:
                 raise ForeignError(
@@ -82,5 +83,5 @@ class _Reader:
                 )
         self._count += 1
         if not self._count & (self._count - 1):
-            self._anchor = entry.key
-        return entry.key if is_asked else None
+            self._anchor = key
+        return key if is_asked else None

@@ -128,6 +128,7 @@ class Room(Protocol):
 
     def give_up(self, records: Sequence[ObjectRecord]) -> bool:
         """Let go of these where a lower tier has them; whether any was held."""
+        ...
 
 
 class Loads:
