@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from kvlayer.bench import file, groups
 from kvlayer.bench.bare import BareFiles, forget, takes_direct
 from kvlayer.bench.breakeven import break_evens
+from kvlayer.bench.directory import directory_rows
 from kvlayer.bench.evict import evict_rows
 from kvlayer.bench.groups import GROUPS, Ask, Group
 from kvlayer.bench.lookup import lookup_rows
@@ -37,7 +38,13 @@ MIB = 1 << 20
 ROWS = {
     "hash": {"hash.int32": "s", "hash.int64": "s", "hash.list": "s"},
     "evict": {"evict.pinned20k": "s"},
-    "lookup": {"lookup.32k.1k": "s", "lookup.32k.100k": "s"},
+    "directory": {"directory.bytes": "B", "directory.stop": "s"},
+    "lookup": {
+        "lookup.32k.1k": "s",
+        "lookup.32k.100k": "s",
+        "lookup.named.1k": "s",
+        "lookup.named.100k": "s",
+    },
     "host": {
         "host.store.native": "B/s",
         "host.store.canonical": "B/s",
@@ -84,6 +91,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same groups over a hundredth of the objects."""
     tiny = {
         "evict": lambda ask: evict_rows(ask.rounds, pinned=256, free=128),
+        "directory": lambda ask: directory_rows(ask.rounds, known=2_000),
         "lookup": lambda ask: lookup_rows(ask.rounds, few=2, many=4),
         "loop": lambda ask: loop_rows(ask.nbytes, samples=200, directory=str(ask.directory)),
         "tier": lambda ask: sick_rows(1, requests=3),
@@ -124,7 +132,7 @@ def test_every_row_has_its_ceiling_and_the_file_holds_what_was_shown(tmp_path: P
             assert row["ceiling"] is row["ratio"] is None
             continue
         assert row["ceiling"] > 0
-        upside_down = row["unit"] == "s"
+        upside_down = row["unit"] in ("s", "B")
         share = row["value"] / row["ceiling"]
         assert row["ratio"] == pytest.approx(1 / share if upside_down else share)
         assert ("cpu_seconds_per_gb" in row) == name.startswith("file.")

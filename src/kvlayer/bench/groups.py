@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvlayer.bench.directory import directory_rows
 from kvlayer.bench.evict import evict_rows
 from kvlayer.bench.file import file_rows
 from kvlayer.bench.hashing import hash_rows
@@ -48,6 +49,7 @@ class Group:
 GROUPS = (
     Group("hash", lambda ask: hash_rows(ask.rounds)),
     Group("evict", lambda ask: evict_rows(ask.rounds)),
+    Group("directory", lambda ask: directory_rows(ask.rounds)),
     Group("lookup", lambda ask: lookup_rows(ask.rounds), torch=True),
     Group("portal", lambda ask: portal_rows(ask.rounds), torch=True),
     Group("host", lambda ask: host_rows(ask.nbytes, ask.rounds), torch=True),

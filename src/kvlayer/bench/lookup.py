@@ -50,23 +50,46 @@ class _Filled:
             raise CapacityError(f"{hit.tokens} of {_TOKENS} tokens were found")
         return seconds
 
+    def named(self, number: int) -> float:
+        """Seconds to find, lease and release a prompt whose chunks are named already."""
+        planner = self.cache.stack.planner
+        chain = self.cache.chain(self.prompts[number % len(self.prompts)], _PUBLIC)
+        started = time.perf_counter()
+        match = planner.match(chain)
+        planner.release(planner.lease(match, owner="", seconds=60.0).number)
+        seconds = time.perf_counter() - started
+        if match.tokens != _TOKENS:
+            raise CapacityError(f"{match.tokens} of {_TOKENS} tokens were found")
+        return seconds
+
 
 async def lookup_rows(rounds: int, *, few: int = 8, many: int = 782) -> list[Row]:
     """``lookup.32k.1k`` and ``lookup.32k.100k``: seconds for one lookup of 32,768 tokens.
 
     ``few`` and ``many`` are the prompts resident in two caches that take turns. The ceiling of the
     first is naming the prompt with a bare sha256 chain; that of the second is the first.
+    ``lookup.named.1k`` and ``lookup.named.100k``: the same without naming it. The ceiling of the
+    first is finding as many hashes in a dict.
     """
     async with _filled(few) as small, _filled(many) as large:
-        samples: list[tuple[float, float, float]] = []
+        samples: list[tuple[float, ...]] = []
         for number in range(20 * rounds):
             packed = small.prompts[number % few].tobytes()
             bare = seconds_of(lambda: bare_chain(packed, 4 * _CHUNK))  # noqa: B023  # called here
-            samples.append((bare, await small.lookup(number), await large.lookup(number)))
-    bare, in_small, in_large = (median(column) for column in zip(*samples[few:], strict=True))
+            hashes = small.cache.chain(small.prompts[number % few], _PUBLIC).hashes
+            numbers = dict(zip(hashes, range(_CHUNKS), strict=True))
+            found = seconds_of(lambda: [numbers[end] for end in hashes])  # noqa: B023
+            lookups = (await small.lookup(number), await large.lookup(number))
+            named = (small.named(number + 1), large.named(number + 1))
+            samples.append((bare, found, *lookups, *named))
+    bare, found, in_small, in_large, named_small, named_large = (
+        median(column) for column in zip(*samples[few:], strict=True)
+    )
     return [
         Row("lookup.32k.1k", in_small, "s", bare),
         Row("lookup.32k.100k", in_large, "s", in_small),
+        Row("lookup.named.1k", named_small, "s", found),
+        Row("lookup.named.100k", named_large, "s", named_small),
     ]
 
 

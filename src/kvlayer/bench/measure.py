@@ -13,7 +13,7 @@ __all__ = ["Row", "Taken", "alternate", "seconds_of", "stopwatch"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure. ``value`` and ``ceiling`` share ``unit``; higher is better unless it is ``s``."""
+    """One figure. ``value`` and ``ceiling`` share ``unit``; of seconds and bytes less is better."""
 
     name: str
     value: float
@@ -27,7 +27,8 @@ class Row:
         """How close the figure comes to its ceiling: 1.0 is as good as it can be."""
         if not self.ceiling:
             return None
-        return self.ceiling / self.value if self.unit == "s" else self.value / self.ceiling
+        is_cost = self.unit in ("s", "B")
+        return self.ceiling / self.value if is_cost else self.value / self.ceiling
 
     def as_dict(self) -> dict[str, str | float | None]:
         """What the JSON report holds; the CPU's field only where there is one."""
