@@ -7,6 +7,9 @@ today's code. What follows ``--`` goes to the tool: ``nox -s tests -- -k registr
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
+import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,6 +97,17 @@ def install_vllm(
     session.env.update(ENVIRONMENT)
 
 
+def interpreter(version: str) -> str:
+    """``version``, or where pyenv keeps it: its shims are found on the path, and only complain."""
+    found = shutil.which(f"python{version}")
+    if found is not None:
+        asked = subprocess.run([found, "--version"], capture_output=True, check=False)  # noqa: S603
+        if asked.returncode == 0:
+            return version
+    kept = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    return str(max(kept.glob(f"{version}.*/bin/python{version}"), default=version))
+
+
 @nox.session
 def demo(session: nox.Session) -> None:
     """A real model answers from KV that survived a restart. Arguments go to ``kvlayer demo``."""
@@ -111,6 +125,27 @@ def tests(session: nox.Session) -> None:
     install_product(session)
     at_once = ["-nauto", "--maxprocesses=4", "--dist=worksteal"]
     session.run("pytest", *at_once, *session.posargs)
+
+
+@nox.session(name="tests-core", python=interpreter("3.13"))
+def tests_core(session: nox.Session) -> None:
+    """The core's tests on the newest Python, where there is no torch. Arguments go to pytest.
+
+    ``-P 3.12`` runs them on another one as well. What is left out: tests/conftest.py.
+    """
+    install(session, *group("test"), "numpy>=2")
+    install(session, "-e", ".")
+    session.env.update(ENVIRONMENT)
+    at_once = ["-nauto", "--maxprocesses=4", "--dist=worksteal"]
+    session.run("pytest", "--core", *at_once, *session.posargs)
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Plant small bugs in files and name those that their tests do not notice: ``-- FILES``."""
+    install(session, *group("test"))
+    install_product(session)
+    session.run("python", "tests/support/mutants.py", "--preload=torch", *session.posargs)
 
 
 @nox.session
@@ -138,11 +173,14 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session
 def vllm(session: nox.Session) -> None:
-    """The vLLM adapter in the real engine, on a CPU. Arguments go to pytest."""
+    """The vLLM adapter in the real engine, on a CPU. Arguments go to pytest.
+
+    ``-- --processor=avx2`` runs it as on a processor with nothing newer than AVX2, ``avx512`` as on
+    one without AMX: vLLM packs blocks and chooses its kernels by what there is.
+    """
     install(session, *group("test"))
     install_vllm(session)
-    # Starting an engine may take minutes on a busy machine; a test must not be taken for stuck.
-    session.run("pytest", "-o", "faulthandler_timeout=900", "tests/engines/vllm", *session.posargs)
+    session.run("pytest", "tests/engines/vllm", *session.posargs)
 
 
 @nox.session(name="vllm-previous")
@@ -150,7 +188,7 @@ def vllm_previous(session: nox.Session) -> None:
     """The same in the oldest release of vLLM that the adapter supports. Arguments go to pytest."""
     install(session, *group("test"))
     install_vllm(session, VLLM_PREVIOUS, VLLM_PREVIOUS_NEEDS)
-    session.run("pytest", "-o", "faulthandler_timeout=900", "tests/engines/vllm", *session.posargs)
+    session.run("pytest", "tests/engines/vllm", *session.posargs)
 
 
 @nox.session(name="vllm-bench")
