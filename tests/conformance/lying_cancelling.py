@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+from hang import HANG
 from honest import HonestBackend, Options
 from liars import HELD_UP, PAGE, breaks
 
@@ -54,7 +55,7 @@ class Careless(HonestBackend):
             return work(*arguments)
 
         def wait() -> object:
-            assert self.gate.wait(30)
+            assert self.gate.wait(HANG)
             return arguments
 
         return await asyncio.get_running_loop().run_in_executor(None, wait)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from hang import HANG
 
 from kvlayer import AttentionKind, Cache, CacheConfig, KVGroup, KVLayout, KVView, Portal, Scope
 from kvlayer.layout import NHD
@@ -62,7 +63,7 @@ class TensorEngine:
 
     def found(self, tokens: Sequence[int], scope: Scope, /) -> int:
         with self.portal.lookup(tokens, scope=scope) as lookup:
-            return lookup.wait(30.0).tokens
+            return lookup.wait(HANG).tokens
 
 
 class TestTensorEngine(AdapterSuite):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hang import HANG
 
 Ship = Callable[..., Path]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -53,7 +54,7 @@ def run(site: Path) -> Run:
             env={**os.environ, "PYTHONPATH": path, **extra},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=HANG,
             check=False,
         )
 

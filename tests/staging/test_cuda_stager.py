@@ -27,6 +27,7 @@ from gpu_scenarios import (
     twin,
 )
 from gpu_sim import Gpu, bytes_at
+from hang import HANG
 
 from kvlayer.abc.stager import HostCopy
 from kvlayer.errors import LayoutError, UnsupportedError
@@ -107,7 +108,7 @@ async def test_a_cancelled_call_starts_nothing_more_and_leaves_nothing_in_flight
 
         def wait(self, timeout: float) -> None:
             self.n_waiting += 1
-            assert gate.wait(20)
+            assert gate.wait(HANG)
 
     async with stage(gpu, Calls(), PAGED) as on:
         slots, copies = on.engine.engine.slots(80), on.copies(5)

@@ -15,6 +15,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from hang import HANG
 
 __all__ = ["Disk", "disk"]
 
@@ -142,7 +143,7 @@ def disk(folder: Path, nbytes: int = 48 << 20) -> Iterator[Disk]:
 
 
 def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=HANG)
 
 
 def _blkio_group() -> Path:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from engine import Engine
+from hang import HANG
 
 from kvlayer import Cache, CacheConfig, KVLayout, Portal
 from kvlayer.job import Job
@@ -58,7 +59,7 @@ class Fleet:
     def load(self, tokens: Any, slots: Any) -> Any:
         """Look up and retrieve; the report."""
         with self.portal.lookup(tokens) as lookup:
-            hit = lookup.wait(30)
+            hit = lookup.wait(HANG)
             return self.drive(self.portal.submit(Cache.retrieve, hit, self.view("load", slots)))
 
     def fresh(self, seed: int) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from hang import HANG
 
 __all__ = ["Server"]
 
@@ -104,7 +105,7 @@ class Server:
         assert len(children) >= 2  # the engine and its worker
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(_SECONDS)
-        _, left = psutil.wait_procs(children, timeout=30)
+        _, left = psutil.wait_procs(children, timeout=HANG)
         names = [each.name() for each in left]
         for each in left:
             each.kill()
@@ -120,7 +121,7 @@ class Server:
         for each in family:
             if each.is_running():
                 each.kill()
-        psutil.wait_procs(family, timeout=30)
+        psutil.wait_procs(family, timeout=HANG)
 
 
 def _named_vllm(folder: Path) -> str:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hang import HANG
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,7 +47,7 @@ def outcome(tmp_path):
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=HANG,
             check=False,
         )
         return done.stdout

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import pytest
+from hang import HANG
 
 from kvlayer.errors import ClosedError, KVLayerError, PendingError, UnsupportedError
 from kvlayer.job import Job
@@ -56,15 +57,15 @@ def busy(thread: LoopThread[Subject]) -> Generator[None]:
 
     async def block(_: Subject) -> None:
         reached.set()
-        go.wait(30)  # the point
+        go.wait(HANG)  # the point
 
     blocked = thread.submit(block)
-    assert reached.wait(10)
+    assert reached.wait(HANG)
     try:
         yield
     finally:
         go.set()
-    blocked.wait(10)
+    blocked.wait(HANG)
 
 
 async def nothing(_: Subject) -> None:
@@ -102,7 +103,7 @@ def test_what_is_submitted_before_the_loop_wakes_shares_one_wake_up(
             monkeypatch.setattr(thread._loop, "call_soon_threadsafe", counted)
             jobs = [thread.submit(note(i)) for i in range(50)]
             jobs += thread.submit_all(note(i) for i in range(50, 100))
-        assert [job.wait(10) for job in jobs] == list(range(100))
+        assert [job.wait(HANG) for job in jobs] == list(range(100))
         assert woken == 1
         thread.call(nothing)
         assert woken == 2
@@ -112,7 +113,7 @@ def test_work_begins_in_the_order_it_was_submitted() -> None:
     with opened() as thread:
         with busy(thread):
             jobs = [thread.submit(note(0)), *thread.submit_all(map(note, range(1, 5 * _TURN)))]
-        wait(jobs, 10)
+        wait(jobs, HANG)
         assert thread.subject.log == list(range(5 * _TURN))
 
 
@@ -125,7 +126,7 @@ def test_a_flood_of_work_leaves_the_loop_its_turns() -> None:
         with busy(thread):
             thread.submit(mark)
             jobs = thread.submit_all([note(0)] * 3 * _TURN)
-        wait(jobs, 10)
+        wait(jobs, HANG)
         assert "turn" in thread.subject.log[: 2 * _TURN]
 
 
@@ -146,7 +147,7 @@ def test_work_runs_in_the_context_of_its_own_submitter() -> None:
                 caller = threading.Thread(target=submit, args=(name, jobs))
                 caller.start()
                 caller.join()
-        assert [job.wait(10) for job in jobs] == ["a", "a", "b", "b", "c", "c"]
+        assert [job.wait(HANG) for job in jobs] == ["a", "a", "b", "b", "c", "c"]
 
 
 # -- waiting --------------------------------------------------------------------------------------
@@ -164,7 +165,7 @@ def test_waiting_ends_at_its_deadline_and_the_work_goes_on() -> None:
                 job.wait(0)
             assert not job.done()
             assert not job.has_ended
-        assert job.wait(10) == "late"
+        assert job.wait(HANG) == "late"
         assert job.has_ended
         assert job.wait(0) == "late"
 
@@ -175,7 +176,7 @@ def test_a_timeout_of_the_work_is_not_taken_for_ones_own() -> None:
 
     with opened() as thread:
         with pytest.raises(TimeoutError, match="the disk's") as caught:
-            thread.submit(late).wait(10)
+            thread.submit(late).wait(HANG)
         assert not isinstance(caught.value, PendingError)
 
 
@@ -183,7 +184,7 @@ def test_waiting_on_the_loops_own_thread_is_refused() -> None:
     async def work(_: Subject) -> None:
         job = thread.submit(nothing)
         with pytest.raises(UnsupportedError) as caught:
-            job.wait(10)
+            job.wait(HANG)
         assert caught.value.hint
         with pytest.raises(UnsupportedError):
             thread.call(nothing)
@@ -211,7 +212,7 @@ def test_what_work_was_lent_is_let_go_when_its_job_is_answered() -> None:
             alive = weakref.ref(lent)
             job = thread.submit(use, lent, fail)
             del lent
-            wait([job], 10)
+            wait([job], HANG)
             assert job.done()
             if fail:
                 error = job.exception()
@@ -230,10 +231,10 @@ def test_work_cancelled_before_it_began_never_begins() -> None:
             jobs = thread.submit_all(map(note, range(4)))
             assert jobs[1].cancel() and jobs[1].cancel()
             assert jobs[1].cancelled()
-        assert wait(jobs, 10, return_when=ALL_COMPLETED).not_done == set()
+        assert wait(jobs, HANG, return_when=ALL_COMPLETED).not_done == set()
         assert thread.subject.log == [0, 2, 3]
         with pytest.raises(CancelledError):
-            jobs[1].wait(10)
+            jobs[1].wait(HANG)
         assert not jobs[0].cancel()
 
 
@@ -245,16 +246,16 @@ def test_cancelling_a_job_ends_its_work() -> None:
         try:
             await asyncio.Event().wait()
         finally:
-            may_end.wait(10)  # as a copy that must be over first
+            may_end.wait(HANG)  # as a copy that must be over first
             ended.set()
 
     with opened() as thread:
         job = thread.submit(work)
-        assert begun.wait(10)
+        assert begun.wait(HANG)
         assert job.cancel()
         assert job.done() and not job.has_ended
         may_end.set()
-        assert wait([job], 10).not_done == set()
+        assert wait([job], HANG).not_done == set()
         assert job.has_ended and ended.is_set()
         thread.call(nothing)
         assert not thread._tasks
@@ -278,9 +279,9 @@ def test_work_that_fails_after_it_was_cancelled_is_reported_to_the_loop() -> Non
     with opened() as thread:
         thread._loop.set_exception_handler(hear)
         job = thread.submit(work)
-        assert begun.wait(10)
+        assert begun.wait(HANG)
         job.cancel()
-        assert heard.wait(10)
+        assert heard.wait(HANG)
         assert isinstance(reported[0], ZeroDivisionError)
 
 
@@ -309,15 +310,15 @@ def test_leaving_answers_everything_that_runs_or_never_began() -> None:
 
     with opened(subject) as thread:
         running = thread.submit(begin)
-        assert begun.wait(10)
+        assert begun.wait(HANG)
         reached, go = threading.Event(), threading.Event()
 
         async def block(_: Subject) -> None:
             reached.set()
-            go.wait(30)  # the point
+            go.wait(HANG)  # the point
 
         blocked = thread.submit(block)
-        assert reached.wait(10)
+        assert reached.wait(HANG)
         waiting = [thread.submit(note(i)) for i in range(3 * _TURN)]
         told: list[int] = []
         thread.post([lambda: told.append(threading.get_ident())])
@@ -352,9 +353,9 @@ def test_a_call_that_is_closed_upon_says_so() -> None:
     with opened() as thread:
         caller = threading.Thread(target=call)
         caller.start()
-        assert begun.wait(10)
+        assert begun.wait(HANG)
         thread.close()
-        caller.join(10)
+        caller.join(HANG)
     assert [type(exc) for exc in said] == [ClosedError]
 
 
@@ -378,7 +379,7 @@ def test_submitting_while_it_closes_is_either_answered_or_refused() -> None:
     started = threading.Barrier(4)
 
     def flood(mine: list[Job[None]], thread: LoopThread[Subject]) -> None:
-        started.wait(10)
+        started.wait(HANG)
         try:
             while True:
                 mine += thread.submit_all([nothing, forever])
@@ -392,10 +393,10 @@ def test_submitting_while_it_closes_is_either_answered_or_refused() -> None:
             floods = [threading.Thread(target=flood, args=(mine, thread)) for mine in jobs]
             for each in floods:
                 each.start()
-            started.wait(10)
+            started.wait(HANG)
             thread.close()
             for each in floods:
-                each.join(10)
+                each.join(HANG)
         assert all(job.done() for mine in jobs for job in mine)
 
 
@@ -413,9 +414,9 @@ def test_a_loop_that_dies_answers_everything(monkeypatch: pytest.MonkeyPatch) ->
             thread.call(nothing)
             with busy(thread):
                 dying, *later = thread.submit_all([leave, *[note(1)] * 100])
-            said.append(wait([dying, running, *later], 10).not_done == set())
+            said.append(wait([dying, running, *later], HANG).not_done == set())
             said.append(later[-1].cancelled())
-            thread._thread.join(10)
+            thread._thread.join(HANG)
             try:
                 thread.call(nothing)
             except ClosedError:
@@ -439,7 +440,7 @@ def test_work_that_exits_ends_nobody_elses(error: type[BaseException]) -> None:
         jobs = thread.submit_all([at_once, later, note(1)])  # type: ignore[list-item]
         assert isinstance(jobs[0].exception(10), error)
         assert isinstance(jobs[1].exception(10), error)
-        assert jobs[2].wait(10) == 1
+        assert jobs[2].wait(HANG) == 1
         assert thread.call(note(2)) == 2
 
 
@@ -561,7 +562,7 @@ def _python(code: str) -> str:
         [sys.executable, "-X", "dev", "-c", code],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG,
         check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hang import HANG
 
 from kvlayer._offload import Offload, _Todo
 from kvlayer.errors import ClosedError
@@ -27,7 +28,7 @@ class Work:
 
     def __call__(self) -> str:
         self.began.set()
-        assert self.gate.wait(30)
+        assert self.gate.wait(HANG)
         self.has_ended = True
         return "done"
 
@@ -101,7 +102,7 @@ async def test_an_error_of_work_nobody_waits_for_any_more_is_no_warning() -> Non
 
     def fail() -> None:
         began.set()
-        assert gate.wait(30)
+        assert gate.wait(HANG)
         raise ZeroDivisionError
 
     task = asyncio.create_task(offload.run(fail))
@@ -292,7 +293,7 @@ async def test_the_first_of_many_that_fails_starts_no_other_and_waits_for_those_
     offload, running, waiting = Offload(2, "test"), Work(), [Work(), Work()]
 
     def fail() -> None:
-        running.began.wait(30)
+        running.began.wait(HANG)
         raise ZeroDivisionError("here")
 
     async with asyncio.timeout(30):
@@ -367,7 +368,7 @@ class Leak:
         view = memoryview(self.memory)[2:]
         self.began.set()
         try:
-            self._gate.wait(30)
+            self._gate.wait(HANG)
             raise ZeroDivisionError(len(view))
         except ZeroDivisionError as error:
             self.error = error
@@ -394,7 +395,7 @@ async def test_the_error_of_cancelled_work_keeps_nothing_of_what_it_was_lent() -
     await asyncio.get_running_loop().run_in_executor(None, work.began.wait, 30)
     task.cancel()
     await asyncio.sleep(0)
-    gate.wait(30)
+    gate.wait(HANG)
     with pytest.raises(asyncio.CancelledError):
         await task
     assert work.error is not None
@@ -512,7 +513,7 @@ sys.exit(3)
 
 def test_a_thread_that_hangs_does_not_hold_up_the_end_of_the_process(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _HANGS, str(tmp_path / "fifo")]
-    ended = subprocess.run(command, timeout=60, capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, timeout=HANG, capture_output=True, text=True, check=False)
     assert ended.returncode == 3, ended.stderr
 
 
@@ -529,6 +530,6 @@ def test_work_that_runs_at_exit_is_waited_for() -> None:
         "import atexit; atexit.register(gate.set)\n"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", code], timeout=60, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], timeout=HANG, capture_output=True, text=True, check=False
     )
     assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hang import HANG
 from transformers import DynamicCache
 
 from kvlayer import CacheConfig, Scope
@@ -32,7 +33,7 @@ class AdaptedSession:
 
     def found(self, tokens: Sequence[int], scope: Scope, /) -> int:
         with self.session.portal.lookup(list(tokens), scope=scope) as lookup:
-            return lookup.wait(30.0).tokens
+            return lookup.wait(HANG).tokens
 
 
 def _columns(past: Any, count: int) -> list[bytes]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from hang import HANG
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from kvlayer_transformers import Session
@@ -168,7 +169,7 @@ def test_a_model_changed_while_it_answers_is_not_stored(
     assert open_session(tiny()).load(ids).columns == 0
     portal = session.portal
     with portal.lookup(ids) as lookup:
-        assert lookup.wait(30.0).tokens == 0
+        assert lookup.wait(HANG).tokens == 0
 
 
 def test_ids_that_were_changed_in_place_name_nothing(

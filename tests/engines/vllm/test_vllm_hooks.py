@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hang import HANG
 from vllm_desk import LAYERS
 
 from kvlayer import Cache, RetrieveReport
@@ -194,7 +195,7 @@ def test_what_was_ordered_before_blocks_are_let_go_of_is_stored(
     at.run({request: 200})
     ranks = at.half._hands._ranks
     with ranks._changed:
-        assert ranks._changed.wait_for(lambda: ranks._outbox, 60)  # a taken order would be gone
+        assert ranks._changed.wait_for(lambda: ranks._outbox, HANG)  # a taken order would be gone
     step = at.begin(preempted=[request])
     assert step.errands == [] and not step.saves  # it was carried out
     at.accept(step)

@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 import pytest
+from hang import HANG
 from vllm_server import Server
 
 ANSWER = 12
@@ -118,4 +119,4 @@ def test_a_worker_in_another_process_loads_and_stores(
         state = process("state")
         assert state["on"] and (state["troubles"], state["leases"], state["tracked"]) == (0, 0, 0)
         process.close()
-        assert psutil.wait_procs(workers, timeout=30)[1] == []
+        assert psutil.wait_procs(workers, timeout=HANG)[1] == []

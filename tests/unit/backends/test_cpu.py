@@ -10,6 +10,7 @@ from hashlib import sha256
 
 import pytest
 import pytest_asyncio
+from hang import HANG
 
 from kvlayer.abc.backend import Capability, Hit, Read, Write
 from kvlayer.errors import BackendError, ClosedError, ConfigError
@@ -46,7 +47,7 @@ class Stop:
     def around(self, copy: Callable[..., None]) -> Callable[..., None]:
         def held(*args: object) -> None:
             self.began.set()
-            assert self.gate.wait(30)
+            assert self.gate.wait(HANG)
             copy(*args)
 
         return held

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hang import HANG
 
 from kvlayer.abc.backend import Capability, Damaged, Hit, Listed, Miss, Read, Write
 from kvlayer.errors import BackendError, ClosedError, ConfigError, ForkedError, PluginError
@@ -389,7 +390,7 @@ class Gate:
     def __call__(self, *args: Any) -> int:
         self.inside += 1
         self.loop.call_soon_threadsafe(self.entered.set)
-        assert self.let_go.wait(30)
+        assert self.let_go.wait(HANG)
         try:
             return self.call(*args)
         finally:
@@ -397,7 +398,7 @@ class Gate:
 
 
 async def _cancel_inside(task: asyncio.Task[Any], gate: Gate) -> None:
-    await asyncio.wait_for(gate.entered.wait(), 30)
+    await asyncio.wait_for(gate.entered.wait(), HANG)
     for _ in range(3):
         task.cancel()
         for _ in range(20):
@@ -531,7 +532,7 @@ async def test_closing_waits_for_running_calls(
         gate = Gate(os.pwritev)
         monkeypatch.setattr(os, "pwritev", gate)
         put = asyncio.create_task(backend.put([Write(key(1), (lent(PAGE, 1),))]))
-        await asyncio.wait_for(gate.entered.wait(), 30)
+        await asyncio.wait_for(gate.entered.wait(), HANG)
         closing = asyncio.create_task(backend.aclose())
         for _ in range(20):
             await asyncio.sleep(0)
@@ -550,14 +551,14 @@ async def test_a_cancelled_open_holds_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", gate)
         opening = asyncio.create_task(backend.open())
-        await asyncio.wait_for(gate.entered.wait(), 30)
+        await asyncio.wait_for(gate.entered.wait(), HANG)
         (thread,) = (t for t in threading.enumerate() if t.name.startswith("kvlayer-file-meta"))
         opening.cancel()
         with pytest.raises(asyncio.CancelledError):
             await opening  # at once: nothing was lent to the thread, which may hang for ever
         assert gate.inside == 1
         gate.let_go.set()
-        thread.join(30)  # and gives back what it got
+        thread.join(HANG)  # and gives back what it got
     assert not list((tmp_path / "v2" / "tmp").iterdir())
     async with opened(tmp_path) as other:
         assert other.is_janitor
@@ -625,7 +626,7 @@ async def test_an_abandoned_listing_does_not_hold_up_closing(tmp_path: Path) -> 
             await store(backend, n)
         listing = backend.list()
         await anext(listing)
-        await asyncio.wait_for(backend.aclose(), 30)
+        await asyncio.wait_for(backend.aclose(), HANG)
         with pytest.raises(ClosedError):
             assert [one async for one in listing] == []
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hang import HANG
 
 from kvlayer.abc.backend import Damaged, Hit, Listed, Read, Write
 from kvlayer.errors import BackendError
@@ -206,7 +207,7 @@ async def test_a_cancelled_quarantine_hides_nothing_that_is_stored_later(
 
     def slow(source: str, target: str) -> None:
         loop.call_soon_threadsafe(inside.set)
-        assert gate.wait(30)
+        assert gate.wait(HANG)
         real(source, target)
 
     async with backend(tmp_path) as files:
@@ -215,7 +216,7 @@ async def test_a_cancelled_quarantine_hides_nothing_that_is_stored_later(
             patch.setattr(os, "rename", slow)
             task = asyncio.create_task(files.quarantine([Damaged(key) for key in KEYS[:2]]))
             if is_running:
-                await asyncio.wait_for(inside.wait(), 30)
+                await asyncio.wait_for(inside.wait(), HANG)
             task.cancel()
             gate.set()
             with pytest.raises(asyncio.CancelledError):

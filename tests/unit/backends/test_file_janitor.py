@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hang import HANG
 
 from kvlayer.abc.backend import Damaged, Hit, Read, Write, WriteResult
 from kvlayer.abc.policy import EvictionPolicy
@@ -149,7 +150,7 @@ async def test_an_object_larger_than_the_capacity_is_an_error_naming_both(tmp_pa
 @pytest.mark.asyncio
 async def test_a_batch_larger_than_the_capacity_does_not_wait_for_itself(tmp_path: Path) -> None:
     async with opened(tmp_path, capacity=3 * PAGE, threads=2) as backend:
-        assert await asyncio.wait_for(put(backend, *range(10)), 30) == [None] * 10
+        assert await asyncio.wait_for(put(backend, *range(10)), HANG) == [None] * 10
         assert len(present(tmp_path)) == 3
 
 
@@ -193,7 +194,7 @@ async def test_a_cancelled_put_keeps_the_order_of_what_it_would_have_evicted(
 
     def slow(path: str) -> None:
         entered.set()
-        assert let_go.wait(30)
+        assert let_go.wait(HANG)
         unlink(path)
 
     async with opened(tmp_path, capacity=4 * PAGE, policy=LRU) as backend:
@@ -353,7 +354,7 @@ async def test_readers_elsewhere_cannot_stop_eviction(
             return stat(path, **more)
 
         monkeypatch.setattr(os, "stat", busy)
-        assert await asyncio.wait_for(put(backend, 9), 30) == [None]
+        assert await asyncio.wait_for(put(backend, 9), HANG) == [None]
         monkeypatch.undo()
         assert len(present(tmp_path)) == 4
 
@@ -391,7 +392,7 @@ async def test_open_does_not_wait_for_recovery_but_a_capped_put_and_a_listing_do
     more = Scan.more
 
     def slow(scan: Scan, count: int) -> Any:
-        assert let_go.wait(30)
+        assert let_go.wait(HANG)
         return more(scan, count)
 
     monkeypatch.setattr(Scan, "more", slow)
@@ -429,7 +430,7 @@ async def test_a_directory_without_a_limit_is_written_while_it_recovers(
 
     def slow(scan: Scan, count: int) -> Any:
         seen = more(scan, count)
-        assert let_go.wait(30)  # what it saw is old by the time it is told
+        assert let_go.wait(HANG)  # what it saw is old by the time it is told
         return seen
 
     monkeypatch.setattr(Scan, "more", slow)
@@ -457,9 +458,9 @@ async def test_a_failing_janitor_says_so_once_and_goes_on(
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
         patch.setattr(Scan, "more", broken)
         async with opened(tmp_path, wait=False, capacity=4 * PAGE, interval=1e-6) as backend:
-            assert await asyncio.wait_for(put(backend, 1), 30) == [None]  # no put waits for ever
+            assert await asyncio.wait_for(put(backend, 1), HANG) == [None]  # no put waits for ever
             for _ in range(4):
-                await asyncio.wait_for(passes.get(), 30)
+                await asyncio.wait_for(passes.get(), HANG)
             patch.undo()
             await pass_(backend)
             assert backend.objects == 2

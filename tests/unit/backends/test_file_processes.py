@@ -15,6 +15,7 @@ from mmap import mmap
 from pathlib import Path
 
 import pytest
+from hang import HANG
 
 import kvlayer
 from kvlayer.abc.backend import Hit, Read, Write
@@ -87,7 +88,7 @@ class Child:
 
     async def hears(self) -> str:
         assert self.process.stdout is not None
-        line = await asyncio.wait_for(asyncio.to_thread(self.process.stdout.readline), 60)
+        line = await asyncio.wait_for(asyncio.to_thread(self.process.stdout.readline), HANG)
         assert line, "the child died"
         return line.strip()
 
@@ -97,7 +98,7 @@ class Child:
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
-        self.process.wait(30)
+        self.process.wait(HANG)
 
 
 @contextmanager
@@ -116,7 +117,7 @@ def child(root: Path, body: str, capacity: int = 0) -> Iterator[Child]:
         yield Child(process)
     finally:
         process.kill()
-        process.communicate(timeout=30)
+        process.communicate(timeout=HANG)
 
 
 def weight(root: Path) -> int:
@@ -147,7 +148,7 @@ async def test_two_processes_share_one_directory(tmp_path: Path) -> None:
             assert await other.hears() == "False"
             assert await other.hears() == f"{OBJECT} True"
             assert await other.hears() == "True"
-            assert other.process.wait(60) == 0
+            assert other.process.wait(HANG) == 0
         assert await load(backend, 1) == bytes(mine)
         assert await load(backend, 2) == bytes([2]) * OBJECT
         await pass_(backend)
@@ -232,7 +233,7 @@ async def test_what_another_process_writes_over_the_capacity_is_gone_after_one_p
             await pass_(backend)
             assert weight(tmp_path) == backend.used_nbytes == capacity
             other.say("go")
-            assert other.process.wait(60) == 0
+            assert other.process.wait(HANG) == 0
 
 
 @pytest.mark.asyncio
@@ -260,6 +261,6 @@ async def test_a_limit_of_the_system_is_a_value_and_leaves_nothing(
     with child(tmp_path, body) as limited:
         assert word in await limited.hears()
         assert "ulimit" in await limited.hears()
-        assert limited.process.wait(60) == 0
+        assert limited.process.wait(HANG) == 0
     assert weight(tmp_path) == OBJECT
     assert not list((tmp_path / "v2" / "tmp").iterdir())

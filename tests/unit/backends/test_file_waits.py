@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hang import HANG
 
 from kvlayer.abc.backend import Read, Write
 from kvlayer.errors import BackendError, ClosedError
@@ -90,7 +91,7 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_killed_process(tmp_path: Pat
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=HANG,
     )
     child = int(owner.stdout)
     try:
@@ -242,7 +243,7 @@ class Hanging:
 
     def __call__(self, *args: Any, **more: Any) -> Any:
         self.inside.set()
-        assert self.let_go.wait(60)
+        assert self.let_go.wait(HANG)
         return self.real(*args, **more)
 
     async def entered(self) -> None:
@@ -279,9 +280,9 @@ async def test_closing_that_is_cancelled_leaves_a_thread_that_hangs_behind(
     assert not closing.done()
     closing.cancel()
     with suppress(asyncio.CancelledError):
-        await asyncio.wait_for(closing, 30)
+        await asyncio.wait_for(closing, HANG)
     with pytest.raises((asyncio.CancelledError, ClosedError)):
-        await asyncio.wait_for(running, 30)  # who waited for the thread is free, too
+        await asyncio.wait_for(running, HANG)  # who waited for the thread is free, too
     assert "threads are left behind" in caplog.text
     await files.aclose()
     monkeypatch.undo()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from caches import config, layout, stored_files, tokens
 from engine import Engine, same
+from hang import HANG
 
 from kvlayer import Cache, Portal, Scope
 from kvlayer.errors import ClosedError, LayoutError, PendingError, TokensError, UnsupportedError
@@ -30,15 +31,15 @@ def busy(portal: Portal) -> Generator[None]:
 
     async def block(_: Cache) -> None:
         reached.set()
-        go.wait(30)  # the point
+        go.wait(HANG)  # the point
 
     blocked = portal.submit(block)
-    assert reached.wait(10)
+    assert reached.wait(HANG)
     try:
         yield
     finally:
         go.set()
-    blocked.wait(10)
+    blocked.wait(HANG)
 
 
 async def stats(cache: Cache) -> tuple[int, int, int, int]:
@@ -92,7 +93,7 @@ def test_a_hit_says_how_much_of_it_lies_where(tmp_path: Path) -> None:
         engine = stored(portal)
         portal.call(evict_host)
         with portal.lookup(tokens(48)[:32]) as half:  # brought back up
-            portal.call(Cache.retrieve, half.wait(30), engine.view(range(32)))
+            portal.call(Cache.retrieve, half.wait(HANG), engine.view(range(32)))
         with portal.lookup(tokens(48)) as lookup:
             assert lookup.state is LookupState.HIT
             assert lookup.hit.by_tier == {"cpu": 32, "file": 16}
@@ -257,13 +258,13 @@ def test_what_a_tier_must_be_asked_for_is_pending_until_it_has_answered(tmp_path
                 lookup.wait(0.001)
             assert lookup.state is LookupState.PENDING
         with lookup:
-            assert lookup.wait(10).tokens == 48
+            assert lookup.wait(HANG).tokens == 48
             assert lookup.state is LookupState.HIT
             assert lookup.hit.by_tier == {"cpu": 0, "file": 48}
             engine = Engine(layout(), 32, 3)
             assert portal.call(Cache.retrieve, lookup.hit, engine.view(range(48))).tokens == 48
         with portal.lookup(tokens(48, 1)) as missed:
-            assert missed.wait(10).tokens == 0
+            assert missed.wait(HANG).tokens == 0
             assert missed.state is LookupState.MISS
         assert portal.call(stats) == (2, 96, 48, 0)
 
@@ -316,7 +317,7 @@ def test_a_lookup_that_breaks_is_a_miss_and_says_so(
 
         monkeypatch.setattr(portal.cache.stack.finder, "find", broken)
         with portal.lookup(tokens(48)) as lookup:
-            assert lookup.wait(10).tokens == 0
+            assert lookup.wait(HANG).tokens == 0
             assert lookup.state is LookupState.MISS
             view = Engine(layout(), 32, 3).view(range(48))
             assert portal.call(Cache.retrieve, lookup.hit, view).tokens == 0
@@ -339,14 +340,14 @@ def test_a_prompt_can_be_named_on_the_loop() -> None:
             lookup = portal.lookup_on_loop(prompt)
             assert lookup.state is LookupState.PENDING and not seen
         with lookup:
-            assert lookup.wait(10).tokens == 48 and lookup.state is LookupState.HIT
+            assert lookup.wait(HANG).tokens == 48 and lookup.state is LookupState.HIT
             assert portal.call(stats) == (1, 48, 48, 1)
             other = Engine(layout(), 32, 2)
             assert portal.call(Cache.retrieve, lookup.hit, other.view(range(48))).tokens == 48
         assert same(other.read(range(48)), engine.read(engine.slots(48, seed=0)))
         assert seen == [portal._ident] and portal.call(stats)[3] == 0
         with portal.lookup_on_loop(prompt, scope=Scope.private("salt")) as salted:
-            assert salted.wait(10).tokens == 0
+            assert salted.wait(HANG).tokens == 0
     with pytest.raises(ClosedError):
         portal.lookup_on_loop(prompt)
 
@@ -365,9 +366,9 @@ def test_a_lookup_whose_prompt_is_awaited_is_given_up_with_its_release() -> None
     with Portal.open(config(), layout()) as portal:
         stored(portal)
         lookup = portal.lookup_on_loop(prompt)
-        assert began.wait(10)
+        assert began.wait(HANG)
         assert not lookup.release() and lookup.state is LookupState.MISS
-        assert ended.wait(10)
+        assert ended.wait(HANG)
         assert portal.call(stats) == (0, 0, 0, 0)
 
 
@@ -379,7 +380,7 @@ def test_a_prompt_that_cannot_be_named_is_a_miss_and_says_so(
         return prompt or 1 / 0
 
     with Portal.open(config(), layout()) as portal, portal.lookup_on_loop(broken) as lookup:
-        assert lookup.wait(10).tokens == 0 and lookup.state is LookupState.MISS
+        assert lookup.wait(HANG).tokens == 0 and lookup.state is LookupState.MISS
         view = Engine(layout(), 32, 3).view(range(48))
         assert portal.call(Cache.retrieve, lookup.hit, view).tokens == 0
     assert "could not be named" in caplog.text
@@ -394,7 +395,7 @@ def test_a_lookup_is_renewed_in_the_callers_thread_and_asks_nobody(tmp_path: Pat
     with Portal.open(config(tmp_path), layout()) as portal:
         engine = stored(portal)
         with portal.lookup(asked) as first:
-            first.wait(10)
+            first.wait(HANG)
             with busy(portal), portal.renew(first) as second:
                 assert first.release()
                 assert second.state is LookupState.HIT and second.hit.tokens == 48
@@ -440,7 +441,7 @@ def test_events_of_lookups_in_any_thread_reach_sinks_on_the_loops(tmp_path: Path
         stored(portal)
         for scope in (Scope(owner="a"), Scope(owner="b")):
             portal.lookup(tokens(48), scope=scope).release()
-        portal.lookup(tokens(40, 1), scope=Scope(owner="c")).wait(10)
+        portal.lookup(tokens(40, 1), scope=Scope(owner="c")).wait(HANG)
         portal.lookup(tokens(48), scope=Scope(owner="last"))  # nobody hops after it
     assert {ident for ident, _ in seen} == {portal._ident}
     told = [(e.owner, e.asked_tokens, e.hit_tokens) for _, e in seen if isinstance(e, LookupDone)]
@@ -531,6 +532,6 @@ def test_damage_below_never_reaches_a_polled_hit(tmp_path: Path) -> None:
     with Portal.open(config(tmp_path), layout()) as portal:
         engine = Engine(layout(), 32, 4)
         with portal.lookup(tokens(48)) as lookup:
-            assert lookup.wait(10).tokens == 48  # so far it is only a name
+            assert lookup.wait(HANG).tokens == 48  # so far it is only a name
             report = portal.call(Cache.retrieve, lookup.hit, engine.view(range(48)))
         assert report.tokens == 0 and report.failed

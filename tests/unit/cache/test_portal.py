@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from caches import config, layout, tokens
 from engine import Engine, same
+from hang import HANG
 
 from kvlayer import Cache, KVView, Portal
 from kvlayer.errors import CapacityError, ClosedError
@@ -66,7 +67,7 @@ def test_closing_cancels_what_runs_and_refuses_what_comes() -> None:
 
     with Portal.open(config(), layout()) as portal:
         future = portal.submit(forever)
-        assert started.wait(10)
+        assert started.wait(HANG)
     assert ended.is_set()
     with pytest.raises(CancelledError):
         future.result()
@@ -124,7 +125,7 @@ def test_an_interrupt_while_opening_leaves_nothing_behind(
         pass
     for thread in threading.enumerate():
         if thread.name == "kvlayer-portal":  # whatever else it started has ended before it does
-            thread.join(30)
+            thread.join(HANG)
     assert set(threading.enumerate()) == before
 
 

@@ -15,6 +15,7 @@ import torch
 from caches import config, group, layout, tokens
 from engine import Engine, same
 from fleet import Fleet, fleet
+from hang import HANG
 from stacks import check_accounts, hybrid_layout
 
 from kvlayer import Cache, KVLayout, KVView, Portal
@@ -107,7 +108,7 @@ def test_an_engine_of_one_rank_reads_what_two_ranks_wrote_and_back(tmp_path: Pat
     single = Engine(layout(), 32, 9)
     with Portal.open(config(tmp_path, head_shards=2), layout()) as portal:
         with portal.lookup(tokens(64)) as lookup:
-            assert lookup.wait(30).tokens == 64
+            assert lookup.wait(HANG).tokens == 64
             portal.call(Cache.retrieve, lookup.hit, single.view(slots))
         assert same(single.read(slots, heads=(0, 1)), halves[0])
         assert same(single.read(slots, heads=(1, 2)), halves[1])
@@ -197,7 +198,7 @@ def test_a_rank_that_dies_in_mid_gather_gives_its_memory_back(two: Fleet) -> Non
     two.ranks.complete(two.answer(orders[0]))
     assert not job.done()
     two.ranks.lost(1, "killed")
-    report = job.wait(30)
+    report = job.wait(HANG)
     assert report.stored == 0
     assert {(f.cause, f.detail) for f in report.failed} == {(Cause.RANK_DOWN, "killed")}
     with two.portal.lookup(tokens(64)) as lookup:
@@ -240,7 +241,7 @@ def test_a_cancelled_store_takes_back_what_nobody_took(two: Fleet) -> None:
     job = two.portal.submit(Cache.store, tokens(64), two.view("store", torch.arange(64)))
     two.portal.call(_begun, two.ranks)
     assert job.cancel()
-    wait([job], 30)
+    wait([job], HANG)
     two.portal.call(_idle, two.portal)
     assert two.ranks.take() == []
     assert two.portal.cache.stack.planner.host.extents.used == 0
@@ -280,7 +281,7 @@ def test_closing_waits_for_no_rank(abandon: bool) -> None:
         (first, second) = _taken(ranks, 2)
         closing = threading.Thread(target=ranks.portal.close, kwargs={"abandon": abandon})
         closing.start()
-        closing.join(30)
+        closing.join(HANG)
         assert not closing.is_alive()
         assert store.cancelled()
         for late in (first, second):
@@ -298,7 +299,7 @@ def test_a_loop_that_dies_waits_for_no_rank() -> None:
     store = portal.submit(Cache.store, tokens(64), RemoteView.of("a", range(64)))
     assert len(ranks.take(10)) == 2
     portal.submit(leave)
-    portal._thread.join(30)
+    portal._thread.join(HANG)
     with pytest.raises(RuntimeError, match="loop stopped"):
         portal.close()
     assert store.done()
@@ -308,7 +309,7 @@ def test_no_slot_is_handed_out_again_while_a_rank_may_still_write_to_it(two: Fle
     job = two.portal.submit(Cache.store, tokens(64), two.view("store", torch.arange(64)))
     _taken(two, 2)
     two.portal.cache.parts.part_from_ranks()
-    assert job.wait(30).stored == 0
+    assert job.wait(HANG).stored == 0
     report = two.portal.call(Cache.store, tokens(64), two.view("store", torch.arange(64)))
     assert (report.stored, report.dropped) == (0, 4)
 

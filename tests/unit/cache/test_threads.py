@@ -17,6 +17,7 @@ import torch
 from caches import config, layout, tokens
 from descriptors import descriptors
 from engine import Engine, same
+from hang import HANG
 from stacks import check_accounts
 
 from kvlayer import Cache, Portal
@@ -80,7 +81,7 @@ class EngineThread(threading.Thread):
         kind = self.choice.random()
         if kind < 0.35:
             view = self.prompts.engine.view(self.prompts.slots[number][: len(prompt)])
-            self.portal.submit(Cache.store, prompt, view).wait(60)
+            self.portal.submit(Cache.store, prompt, view).wait(HANG)
         elif kind < 0.75:
             self.load(number, prompt)
         elif kind < 0.85:
@@ -94,12 +95,12 @@ class EngineThread(threading.Thread):
 
     def load(self, number: int, prompt: array[int]) -> None:
         with self.portal.lookup(prompt) as lookup:
-            hit = lookup.wait(60)
+            hit = lookup.wait(HANG)
             slots = self.mine.slots(len(prompt), seed=self.choice.randrange(9))
             job = self.portal.submit(Cache.retrieve, hit, self.mine.view(slots))
             if self.choice.random() < 0.3:
                 lookup.release()  # while it is being loaded
-            report = job.wait(60)
+            report = job.wait(HANG)
         got = report.tokens
         assert got == hit.tokens or {each.cause for each in report.failed} <= EXPECTED
         found = [plane[:got] for plane in self.mine.read(slots)]
@@ -148,7 +149,7 @@ def test_engine_threads_share_a_cache_that_evicts(tmp_path: Path, tiers: str, se
                 raise engine.error
             for job in engine.given_up:
                 with pytest.raises(CancelledError):
-                    job.wait(60)
+                    job.wait(HANG)
             for lookup in engine.held:
                 lookup.release()
         portal.call(Cache.flush)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from caches import config, layout, stored_files, tokens
 from engine import Engine
+from hang import HANG
 from rank_process import BLOCKS, digest, held, receive, send
 from stacks import check_accounts
 
@@ -56,7 +57,7 @@ class Process:
         """Ended, whatever it does; it must not have failed before."""
         assert self.popen.stdin is not None and self.popen.stdout is not None
         self.popen.stdin.close()
-        code = self.popen.wait(60)
+        code = self.popen.wait(HANG)
         self.popen.stdout.close()
         assert code in (0, -9)
 
@@ -104,7 +105,7 @@ def test_kv_goes_from_one_process_to_disk_and_back_into_it_through_anothers_memo
         for process in processes:
             process.ask("seed", seed=77)
         with portal.lookup(tokens(78)) as lookup:
-            assert lookup.wait(30).by_tier == {"cpu": 0, "file": 78}
+            assert lookup.wait(HANG).by_tier == {"cpu": 0, "file": 78}
             load = portal.submit(Cache.retrieve, lookup.hit, RemoteView.of("r-2", range(78)))
             assert drive(load, fleet, processes, THERE).tokens == 78
         for number, process in enumerate(processes):
@@ -126,14 +127,14 @@ def test_a_rank_killed_in_mid_gather_leaves_nothing_behind(tmp_path: Path) -> No
         first = orders[1].pieces[0]
         assert any(slab.view(first.offset, first.nbytes))  # it has written, here
         processes[1].popen.kill()
-        assert processes[1].popen.wait(60) == -9
+        assert processes[1].popen.wait(HANG) == -9
         assert not store.done()
         fleet.lost(1, "killed")  # as the engine that owns the process finds out
-        report = store.wait(30)
+        report = store.wait(HANG)
         assert report.stored == 0 and len(report.failed) == 5
         assert stored_files(tmp_path) == []
         with portal.lookup(tokens(78)) as lookup:
-            assert lookup.wait(30).tokens == 0
+            assert lookup.wait(HANG).tokens == 0
         planner = portal.cache.stack.planner
         assert planner.host.extents.used == 0
         check_accounts(planner, idle=True)
@@ -165,4 +166,4 @@ def test_a_process_refuses_what_is_no_order_for_it_and_goes_on(tmp_path: Path) -
         assert not any(each.ok for each in Completion.from_bytes(short).outcomes)
         assert order.verb is Verb.GATHER
         fleet.complete(process.ask("order", order=order.to_bytes(), slots=HERE))
-        assert store.wait(30).stored == 5
+        assert store.wait(HANG).stored == 5

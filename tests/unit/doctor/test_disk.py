@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hang import HANG
 
 from kvlayer.doctor import disk as module
 from kvlayer.doctor.configured import Place
@@ -126,7 +127,7 @@ def test_a_disk_that_is_nearly_full_is_left_alone(machine: Build, tmp_path: Path
 
 
 def measuring(folder: Path, on_the_way: str) -> list[str]:
-    """A process that measures for twenty seconds and does something on the way."""
+    """A process that measures for an hour and does something on the way."""
     code = (
         "import os, signal, sys, threading\n"
         "from kvlayer.doctor import disk\n"
@@ -135,7 +136,7 @@ def measuring(folder: Path, on_the_way: str) -> list[str]:
         f"    if offset == 80 << 20: {on_the_way}\n"
         "    return real(fd, buffers, offset)\n"
         "os.pwritev = look\n"
-        "disk.measure(sys.argv[1], 1 << 50, threads=2, seconds=20.0)\n"
+        "disk.measure(sys.argv[1], 1 << 50, threads=2, seconds=3600.0)\n"
     )
     return [sys.executable, "-c", code, str(folder)]
 
@@ -158,7 +159,7 @@ def test_interrupted_or_killed_it_leaves_nothing(tmp_path: Path, ending: signal.
         assert process.stdout.readline() == "writing\n"
         assert list(tmp_path.iterdir()) == []
         process.send_signal(ending)
-        _, said = process.communicate(timeout=15)  # long before its time is over
+        _, said = process.communicate(timeout=HANG)  # long before its time is over
     assert process.returncode != 0
     assert ("KeyboardInterrupt" in said) == (ending is signal.SIGINT)
     assert list(tmp_path.iterdir()) == []
@@ -172,7 +173,7 @@ def test_an_interrupt_that_wakes_nobody_is_heard_all_the_same(tmp_path: Path) ->
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG,
         check=False,
     )
     assert ended.returncode != 0

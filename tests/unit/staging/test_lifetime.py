@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hang import HANG
 
 from kvlayer._offload import Offload, _Todo
 from kvlayer.abc.stager import HostCopy
@@ -204,7 +205,7 @@ class Gated(TorchStager):
     def _copy(self, lent: KVView, moves: Any, opened: Any, gather: bool) -> None:
         number = next(self._counter)
         self.began[number].set()
-        assert self.go[number].wait(30)
+        assert self.go[number].wait(HANG)
         try:
             if number in self._fails:
                 own = np.frombuffer(moves[0].host, np.uint8)  # a view in the frame that fails
@@ -277,7 +278,7 @@ async def test_a_batch_that_fails_ends_the_call_once_the_others_have_ended(
         )
         await stager.has_begun(*range(threads))
         stager.go[0].set()
-        assert stopped.wait(30)  # on the loop: the thread stops the others, and at once
+        assert stopped.wait(HANG)  # on the loop: the thread stops the others, and at once
         for number in range(1, threads):
             await turns()
             assert not call.done()  # a copy is still running

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from caches import config, layout, stored_files, tokens
 from engine import Engine
+from hang import HANG
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -366,7 +367,7 @@ def test_scrapes_from_threads_while_a_cache_works_and_closes(
     tmp_path: Path, registry: CollectorRegistry, engine: Engine
 ) -> None:
     sink = PrometheusSink(registry=registry)
-    stop, scraped, failed = threading.Event(), threading.Barrier(3, timeout=60), []
+    stop, scraped, failed = threading.Event(), threading.Barrier(3, timeout=HANG), []
 
     def work() -> None:
         first = True
@@ -430,7 +431,7 @@ async def test_a_scrape_waits_for_no_loop(registry: CollectorRegistry) -> None:
         sink.watch(cache)
         thread = threading.Thread(target=generate_latest, args=(registry,))
         thread.start()
-        thread.join(timeout=30)  # the loop stands still meanwhile
+        thread.join(timeout=HANG)  # the loop stands still meanwhile
         assert not thread.is_alive()
         await asyncio.sleep(0)
 

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import pytest
 import pytest_asyncio
+from hang import HANG
 from stacks import Rig, chain_of, check_accounts, make_rig, pattern
 
 from kvlayer.errors import BackendError
@@ -341,7 +342,7 @@ async def test_a_tier_that_forgets_at_once_is_not_written_for_ever(demoting: Dem
 
     rig.planner.spilled = noted  # type: ignore[method-assign]
     await fill(rig, 19)
-    await asyncio.wait_for(rig.stack.flush(), 30.0)
+    await asyncio.wait_for(rig.stack.flush(), HANG)
     assert used(rig) == 19
     assert rig.backend.count("put") == 3
     check_accounts(rig.planner, idle=True)
