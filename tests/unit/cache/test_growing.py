@@ -9,7 +9,7 @@ import pytest
 from caches import config, layout, tokens
 from engine import Engine, same
 
-from kvlayer import Cache, KVView
+from kvlayer import Cache, KVView, Scope
 from kvlayer.errors import LayoutError
 
 
@@ -148,6 +148,26 @@ async def test_a_view_that_covers_more_than_the_tokens_is_refused() -> None:
             await cache.store(tokens(16), engine.view(engine.slots(20)))
         with pytest.raises(LayoutError, match="first_token"):
             await cache.store(tokens(16), engine.view(engine.slots(16)), first_token=-1)
+
+
+@pytest.mark.parametrize("is_named", [False, True], ids=["tokens", "chain"])
+@pytest.mark.parametrize(("first", "stop"), [(0, 40), (16, 40), (0, 16), (32, 64)])
+@pytest.mark.asyncio
+async def test_what_a_view_does_not_cover_is_not_stored(
+    first: int, stop: int, is_named: bool
+) -> None:
+    """The prompt is longer than the view: its other tokens have no KV here, and get none."""
+    engine, other = Engine(layout(), 32, 1), Engine(layout(), 32, 2)
+    prompt, slots = tokens(64), engine.slots(64)
+    async with Cache.open(config(), layout()) as cache:
+        asked = cache.chain(prompt, Scope()) if is_named else prompt
+        await cache.store(prompt[:first], engine.view(slots[:first]))
+        report = await cache.store(asked, engine.view(slots[first:stop]), first_token=first)
+        assert report.failed == ()
+        async with cache.lookup(prompt) as hit:
+            assert hit.tokens == stop
+            assert (await cache.retrieve(hit, other.view(slots[:stop]))).tokens == stop
+        assert same(engine.read(slots[:stop]), other.read(slots[:stop]))
 
 
 @pytest.mark.asyncio

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvlayer.errors import LayoutError
 from kvlayer.staging.geometry import CacheGeometry, Plane
-from kvlayer.staging.slots import SlotRuns, block_runs, slot_runs
+from kvlayer.staging.slots import SlotRuns, SlotTable, block_runs, slot_runs
 
 ROW = 16
 
@@ -80,3 +82,29 @@ def test_holes_split_runs() -> None:
     assert [(r.row, r.ids.tolist()) for r in runs.runs] == [(12, [2]), (16, [3, 0])]
     native = block_runs(slots, 10, geometry(2)._replace(rows_per_block=1))
     assert [(r.row, r.ids.tolist()) for r in native.runs] == [(11, [2]), (13, [3, 0])]
+
+
+@pytest.mark.parametrize("block", [0, 62, 63, 64, 65, 1000])
+def test_a_block_outside_the_tensors_is_never_taken_for_one_of_theirs(block: int) -> None:
+    """There are 64: the whole call's table answers for those alone, and the others are refused."""
+    shape = geometry(4)
+    slots = np.concatenate([np.arange(8, 16), np.arange(4) + 4 * block])
+    table = SlotTable(slots, 100)
+    found = table.blocks(108, 4, shape)
+    if block < shape.blocks:
+        assert found is not None and found.tolist() == [block]
+        assert table.blocks(100, 12, shape).tolist() == [2, 3, block]  # type: ignore[union-attr]
+        slot_runs(slots, 0, shape)
+    else:
+        assert found is None
+        assert table.blocks(100, 12, shape) is None
+        with pytest.raises(LayoutError, match="is outside"):
+            slot_runs(slots, 0, shape)
+
+
+def test_a_table_answers_only_for_whole_blocks() -> None:
+    table, shape = SlotTable(np.arange(8, 20), 100), geometry(4)
+    assert table.blocks(101, 4, shape) is None and table.blocks(100, 6, shape) is None
+    assert table.slots(103, 5).tolist() == [11, 12, 13, 14, 15]
+    assert SlotTable(np.array([9, 10, 11, 12]), 0).blocks(0, 4, shape) is None
+    assert SlotTable(np.array([-1, -1, -1, -1]), 0).blocks(0, 4, shape) is None

@@ -11,6 +11,7 @@ import pytest
 from kvlayer.results import Cause
 from kvlayer.testing.sim import in_virtual_time
 from kvlayer.tier.guard import Call, Guard, Lane, Refused
+from kvlayer.tier.turns import Turns
 
 SOON = 2.0
 NEVER = 3600.0
@@ -198,6 +199,38 @@ async def test_cancelling_a_waiter_leaves_the_call_alone() -> None:
     work.gate.set()
     assert await guard.wait(call)
     assert call.result() == "done"
+
+
+@pytest.mark.parametrize("lane", Lane)
+@in_virtual_time
+async def test_a_turn_that_comes_just_as_its_call_is_cancelled_is_the_next_ones(
+    lane: Lane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The turn has been given and the call has not run since: nobody but it could give it back."""
+    guard, works = Guard(NEVER, 1), [Work() for _ in range(3)]
+    first, second, third = (guard.start(work, lane=lane) for work in works)
+    queue = Turns.queue
+
+    def cancelling(turns: Turns) -> asyncio.Future[None]:
+        turn = queue(turns)
+        if turns.running:  # the second's: before the call itself hears of its turn
+            monkeypatch.undo()
+            turn.add_done_callback(lambda _: second.cancel())
+        return turn
+
+    monkeypatch.setattr(Turns, "queue", cancelling)
+    await works[0].began.wait()
+    works[0].gate.set()
+    await third_begins(works[2])
+    assert isinstance(second.error, asyncio.CancelledError) and not works[1].began.is_set()
+    works[2].gate.set()
+    assert await guard.wait(third) and third.result() == first.result() == "done"
+    assert (guard.running, guard.inflight) == (0, 0)
+
+
+async def third_begins(work: Work) -> None:
+    async with asyncio.timeout(SOON):  # virtual: it never begins where the turn is lost
+        await work.began.wait()
 
 
 @in_virtual_time
