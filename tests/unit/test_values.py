@@ -17,6 +17,7 @@ import pytest
 import torch
 from caches import config, group, layout, tokens
 from engine import Engine
+from hang import HANG
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -298,7 +299,7 @@ def test_no_call_of_a_portal_takes_what_it_cannot_mean(method: str) -> None:
                 continue  # what a caller's own work raises is the caller's
             found = refused_or(lambda value=value: getattr(portal, method)(value))
             if hasattr(found, "wait"):
-                refused_or(lambda found=found: found.wait(10))
+                refused_or(lambda found=found: found.wait(HANG))
 
 
 def test_no_wait_takes_what_it_cannot_mean() -> None:
