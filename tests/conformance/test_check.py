@@ -113,7 +113,7 @@ def test_what_cannot_be_looked_at_is_an_error_with_the_programs_exit_code(
 
 
 def test_a_tier_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
-    (tmp_path / "v2").mkdir()
+    (tmp_path / "v2").mkdir(mode=0o700)
     code, said = check(f"file://{tmp_path}?readonly=true")
     assert code == 1
     assert said.startswith("error: file://: cannot put")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,8 @@ def test_machines_are_told_everything(
     }
 
 
+@pytest.mark.may_skip("needs torch, which doctor asks for")
+@pytest.mark.skipif(find_spec("torch") is None, reason="no torch")
 def test_a_real_examination_reports_progress_beside_the_answer(
     doctor: Callable[..., Result], tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ import pytest
 import kvlayer
 
 HEAVY = ("torch", "numpy", "cupy", "transformers", "vllm", "sglang")
-BUDGET_CPU_S = 0.150
+MOST_MODULES = 60  # a millisecond or two each
 
 EVERY_MODULE = """
 import importlib, pkgutil, kvlayer, kvlayer_backends
@@ -42,20 +42,17 @@ def python(code: str) -> str:
     return done.stdout
 
 
-def cpu_seconds(code: str) -> float:
-    """CPU seconds of an interpreter that runs ``code``: the least of several, load adds to any."""
-    timed = f"{code}\nimport os; t = os.times(); print(t.user + t.system)"
-    return min(float(python(timed).split()[-1]) for _ in range(5))
-
-
 def heavy_after(code: str) -> list[str]:
     listed = f"{code}\nimport sys, json; print(json.dumps(sorted(sys.modules)))"
     loaded = json.loads(python(listed).splitlines()[-1])
     return [name for name in HEAVY if name in loaded]
 
 
-def test_import_kvlayer_costs_less_than_150_ms_of_cpu():
-    assert cpu_seconds("import kvlayer") - cpu_seconds("pass") < BUDGET_CPU_S
+def test_import_kvlayer_imports_few_modules():
+    count = (
+        "import sys; before = {*sys.modules}; import kvlayer; print(len({*sys.modules} - before))"
+    )
+    assert 0 < int(python(count)) <= MOST_MODULES
 
 
 def test_import_kvlayer_imports_none_of_its_modules():
@@ -73,7 +70,7 @@ def test_no_tensor_library_is_imported(code):
 
 
 def test_the_tensor_libraries_that_must_not_be_imported_are_there_to_be_imported():
-    assert "torch" in heavy_after("import torch")
+    assert "numpy" in heavy_after("import numpy")
 
 
 @pytest.mark.parametrize("name", kvlayer.__all__)

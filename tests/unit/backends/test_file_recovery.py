@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hang import HANG
 from sparse import fill
 
 from kvlayer.abc.backend import Write, WriteResult
@@ -53,7 +54,7 @@ class Held:
         more = Scan.more
 
         def held(scan: Scan, count: int) -> Any:
-            assert self.let_go.wait(60)
+            assert self.let_go.wait(HANG)
             return more(scan, count)
 
         patch.setattr(Scan, "more", held)
@@ -78,7 +79,7 @@ async def test_writes_are_granted_against_what_the_last_janitor_had_counted(
         assert backend.used_nbytes == 40 * PAGE
         new = range(100, 111)  # 8 fit, 3 more are a sixteenth of the capacity
         for number in new:
-            assert await asyncio.wait_for(put(backend, number), 30) == [None]
+            assert await asyncio.wait_for(put(backend, number), HANG) == [None]
         waiting = asyncio.create_task(put(backend, 111))
         for _ in range(100):
             await asyncio.sleep(0)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 
 import pytest
+from hang import HANG
 from stacks import CHUNK, NAMESPACE, MemoryBackend, full_group
 
 from kvlayer.abc.backend import Capability, Hit, Read, ReadResult, Write, WriteResult
@@ -216,7 +217,7 @@ async def test_who_lends_for_the_call_may_leave_in_the_middle_of_it(
     await backend.reading.wait()
     for call in (reading, writing):
         call.cancel()
-    await asyncio.wait({reading, writing}, timeout=5)
+    await asyncio.wait({reading, writing}, timeout=HANG)
     assert reading.cancelled() and writing.cancelled()
     for loan in (into, out):  # what goes on has another copy
         loan.guards_stand()
