@@ -86,10 +86,14 @@ class Janitor:
         return self.room.ledger
 
     def elect(self) -> None:
-        """Take office if it is free. Blocking; before ``start`` only. Raises ``OSError``."""
+        """Take office if it is free, and clear up after the dead. Blocking; before ``start`` only.
+
+        Raises ``OSError``.
+        """
         expected_nbytes = self._office.take()
         if expected_nbytes is not None:
             self._take_office(expected_nbytes)
+            self._count_unfinished(reap(self._paths))
 
     def start(self) -> None:
         """Begin passing every ``interval`` seconds, the first time at once."""
@@ -186,11 +190,14 @@ class Janitor:
         self.room.given_back.set()
 
     async def _reap(self) -> None:
-        unfinished = await self._change(reap, self._paths)
+        self._count_unfinished(await self._change(reap, self._paths))
+
+    def _count_unfinished(self, unfinished: int) -> None:
         if unfinished:
             self.left_unfinished += unfinished
             _log.warning(
-                "file:// %s: left unfinished by a process that died: %d objects",
+                "file://%s: left unfinished by a process that died: %d objects, which were not "
+                "written",
                 self._paths.root,
                 unfinished,
             )

@@ -30,7 +30,10 @@ class Office:
             nbytes = int(self._lock.noted(_DIGITS))
         except (OSError, ValueError):
             return 0
-        return nbytes if 0 <= nbytes < _MOST_NBYTES else 0
+        if not 0 <= nbytes < _MOST_NBYTES:
+            return 0
+        self._noted = nbytes
+        return nbytes
 
     def is_held(self) -> bool:
         """Whether the office is still ours. Raises ``OSError`` when that cannot be seen."""

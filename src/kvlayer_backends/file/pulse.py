@@ -17,8 +17,6 @@ from kvlayer_backends.file import disk
 
 __all__ = ["Pulse"]
 
-_FRESH_SECONDS = 0.001
-"""For so long the last answer is believed: a freeze that falls in between is not seen."""
 _PATIENCE_SECONDS = 1.0
 """What a snapshot may take before writers are refused instead of held."""
 _POLL_SECONDS = 0.02
@@ -37,7 +35,6 @@ class Pulse:
         self._path = path
         self._lock = Lock()
         self._fd = -1
-        self._beat_at = 0.0
         self._stalled_at: float | None = None
 
     def begin(self) -> None:
@@ -53,8 +50,6 @@ class Pulse:
         Raises ``OSError`` (``ETIMEDOUT``) when it has taken none for a second.
         """
         with self._lock:
-            if time.monotonic() - self._beat_at < _FRESH_SECONDS:
-                return
             self._look()
             while self._fd >= 0 and not self._beats():
                 now = time.monotonic()
@@ -64,7 +59,6 @@ class Pulse:
                     raise OSError(errno.ETIMEDOUT, "the file system is frozen", self._path)
                 time.sleep(_POLL_SECONDS)
             self._stalled_at = None
-            self._beat_at = time.monotonic()
 
     def _look(self) -> None:
         if self._fd < 0:

@@ -289,6 +289,21 @@ async def test_nothing_is_begun_where_nobody_would_clear_it_away(tmp_path: Path,
         assert {os.path.dirname(path) for path in made} == {str(private)}
 
 
+@pytest.mark.asyncio
+async def test_whoever_opens_next_says_at_once_what_a_dead_process_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scratch = Scratch(Paths(str(tmp_path)))
+    scratch.open()
+    Path(scratch.file()).write_bytes(b"half")
+    scratch.abandon()
+    async with backend(tmp_path) as files:
+        assert files.left_unfinished == 1
+        assert "1 objects, which were not written" in caplog.text
+    async with backend(tmp_path) as files:
+        assert files.left_unfinished == 0
+
+
 def test_what_a_dead_process_had_begun_is_counted(tmp_path: Path) -> None:
     paths = Paths(str(tmp_path))
     scratch = Scratch(paths)

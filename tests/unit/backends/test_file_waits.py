@@ -171,7 +171,6 @@ def frozen(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def freeze() -> None:
         monkeypatch.setattr("kvlayer_backends.file.pulse._PATIENCE_SECONDS", 0.05)
         monkeypatch.setattr("kvlayer_backends.file.pulse._POLL_SECONDS", 0.001)
-        monkeypatch.setattr("kvlayer_backends.file.pulse._FRESH_SECONDS", 0.0)
         monkeypatch.setattr(Pulse, "_beats", lambda _: False)
         for name in ("mkdir", "link", "rename", "unlink", "rmdir", "pwritev", "utime"):
             monkeypatch.setattr(os, name, lambda *_, **__: pytest.fail("hangs in the kernel"))
@@ -223,7 +222,6 @@ def test_a_pulse_beats_where_reads_move_the_time_of_access(tmp_path: Path) -> No
         os.pread(pulse._fd, 1, 0)
         assert os.fstat(pulse._fd).st_atime_ns > 0
     for _ in range(3):
-        pulse._beat_at = 0.0
         pulse.check()
     pulse.close()
     Pulse(str(tmp_path / "nothing")).check()  # nothing is known yet
