@@ -30,6 +30,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_verdicts_from_outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Models are tried, whatever this user has tried before."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvlayer_transformers.remembered.cache_directory", lambda: folder)
+        yield
+
+
 def tiny_config(**changes: Any) -> dict[str, Any]:
     """Fields of a small model whose greedy output does not repeat one token."""
     fields: dict[str, Any] = {

@@ -99,14 +99,13 @@ def test_a_pass_interrupted_inside_leaves_only_what_every_layer_has(
     llama: Any, open_session: OpenSession, prompt: Prompt, layer: int, plane: str
 ) -> None:
     """An interrupt between two layers, or between a layer's keys and its values."""
-    session, ids = open_session(llama), prompt(120)
     real = type(llama.model.layers[0].self_attn).forward
-    calls = 0
+    ids, calls = prompt(120), -1
 
     def interrupted(self: Any, *args: Any, **arguments: Any) -> Any:
         nonlocal calls
         out = real(self, *args, **arguments)
-        if self.layer_idx == layer:
+        if calls >= 0 and self.layer_idx == layer:
             calls += 1
             if calls == 3:
                 past = arguments["past_key_values"].layers[layer]
@@ -117,13 +116,13 @@ def test_a_pass_interrupted_inside_leaves_only_what_every_layer_has(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(llama.model.layers[0].self_attn), "forward", interrupted)
+        session, calls = open_session(llama), 0
         with pytest.raises(KeyboardInterrupt):
             session.generate(ids, **NEW)
-    whole = 96 if (layer, plane) == (2, "values") else 64
-    assert session.load(ids).columns == whole
-    assert torch.equal(
-        session.generate(ids, **NEW).sequences, llama.generate(torch.tensor([ids]), **NEW)
-    )
+        whole = 96 if (layer, plane) == (2, "values") else 64
+        assert session.load(ids).columns == whole
+        expected = llama.generate(torch.tensor([ids]), **NEW)
+        assert torch.equal(session.generate(ids, **NEW).sequences, expected)
 
 
 def test_nothing_is_stored_when_saving_is_off(

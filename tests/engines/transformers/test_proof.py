@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +35,8 @@ DECODER = {
 
 
 @pytest.fixture(autouse=True)
-def nothing_remembered() -> Iterator[None]:
+def nothing_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("kvlayer_transformers.remembered.cache_directory", lambda: tmp_path)
     verdicts.forget()
     yield
     verdicts.forget()
@@ -247,7 +250,7 @@ def test_a_verdict_is_remembered_and_another_model_is_tried(
     other = tiny()
     other.set_attn_implementation("eager")
     open_session(other)
-    assert tried[5:] == ["model"]
+    assert tried[5:] == ["family", "model"]
 
 
 def test_a_trial_leaves_no_trace(tiny: Tiny, open_session: OpenSession) -> None:
@@ -281,3 +284,41 @@ def test_a_twin_shows_every_kind_of_layer_and_passes_its_window(tiny: Tiny) -> N
     assert len(twin.config.layer_types) == twin.config.num_hidden_layers == 6
     assert sum(each.numel() for each in twin.parameters()) < 1_000_000
     assert of_family(model).pieces is None
+
+
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, Counted])
+def test_a_verdict_outlives_the_process_for_classes_of_transformers(
+    open_session: OpenSession, caplog: pytest.LogCaptureFixture, kind: Any
+) -> None:
+    def tried() -> int:
+        caplog.clear()
+        verdicts.forget()
+        open_session(made(kind))
+        return sum("tried" in record.getMessage() for record in caplog.records)
+
+    caplog.set_level(logging.INFO, "kvlayer_transformers")
+    expected = [1, 0] if kind is LlamaForCausalLM else [1, 1]
+    assert [tried(), tried()] == expected
+
+
+def test_code_that_was_patched_is_tried_anew(
+    tiny: Tiny, open_session: OpenSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_session(tiny())
+    kind = type(tiny().model.layers[0].self_attn)
+    real = kind.forward
+
+    def both_ways(self: Any, *args: Any, **arguments: Any) -> Any:
+        self.is_causal = False
+        arguments["attention_mask"] = torch.zeros(1, 1, 1, 1)
+        return real(self, *args, **arguments)
+
+    monkeypatch.setattr(kind, "forward", both_ways)
+    with pytest.raises(UnsupportedError, match="answered otherwise"):
+        open_session(tiny())
+
+
+def test_a_refusal_is_not_remembered_on_disk(open_session: OpenSession, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError):
+        open_session(paligemma())
+    assert not list(tmp_path.iterdir())

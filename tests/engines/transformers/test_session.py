@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache
 
 from kvlayer import Portal, Scope
 from kvlayer.errors import ClosedError, LayoutError, TokensError, UnsupportedError
 from kvlayer_transformers import Generation, Geometry, Session
+from kvlayer_transformers.twin import build
 
 OpenSession = Callable[..., Session]
 Prompt = Callable[..., list[int]]
@@ -225,6 +227,23 @@ def test_models_whose_attention_has_a_window_are_carried_in_full(
         generation = session.generate(ids, **NEW)
         assert generation.loaded == loaded
         assert torch.equal(generation.sequences, alone(model, ids))
+
+
+def test_positions_that_an_image_moved_are_those_of_its_own_call(
+    open_session: OpenSession, prompt: Prompt
+) -> None:
+    config = transformers.Qwen2VLConfig()
+    model = build(transformers.Qwen2VLForConditionalGeneration, config)
+    ids = [3 + token % 300 for token in prompt(70)]
+    session = open_session(model)
+    expected = alone(model, ids)
+    for loaded in (0, 64):
+        model.model.rope_deltas = torch.tensor([[-9]])  # as a prompt with an image leaves it
+        generation = session.generate(ids, **NEW)
+        assert generation.loaded == loaded
+        assert torch.equal(generation.sequences, expected)
+    rows = torch.tensor([ids, ids])
+    assert torch.equal(session.generate(rows, **NEW).sequences[1:], expected)
 
 
 def test_a_portal_of_the_callers_stays_open(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +16,13 @@ Prompt = Callable[..., list[int]]
 Tiny = Callable[..., Any]
 
 NEW: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+PATCH = pytest.MonkeyPatch()
+
+
+@pytest.fixture(autouse=True)
+def classes_as_they_were() -> Iterator[None]:
+    yield
+    PATCH.undo()
 
 
 def step_of_an_optimizer(model: Any) -> None:
@@ -83,6 +90,12 @@ def another_class(model: Any) -> None:
     mlp.__class__ = type("Louder", (type(mlp),), {"forward": lambda _, hidden: hidden * 0.5})
 
 
+def other_code(model: Any) -> None:
+    kind = type(model.model.layers[1].mlp)
+    real = kind.forward
+    PATCH.setattr(kind, "forward", lambda self, hidden: real(self, hidden) * 0.5)
+
+
 def a_buffer_more(model: Any) -> None:
     model.model.register_buffer("bias", torch.ones(3))
 
@@ -105,6 +118,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "forward that was replaced": another_forward,
     "is now a Louder": another_class,
     "bias has come": a_buffer_more,
+    "another forward": other_code,
     "another scaling": lambda m: setattr(m.model.layers[1].self_attn, "scaling", 2.0),
     "another is_causal": lambda m: setattr(m.model.layers[1].self_attn, "is_causal", False),
     "rms_norm_eps": lambda m: setattr(m.config, "rms_norm_eps", 0.1),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 
@@ -141,10 +141,10 @@ def _parts(place: str, module: Any, active: list[str]) -> Iterator[tuple[str, ob
                 yield f"{place}.{'.'.join(path)}", tensor
         attributes: dict[str, Any] = module.__dict__
         for key, value in sorted(attributes.items()):
-            if isinstance(value, dict) and name in value:
-                inner: object = value[name]
-                if isinstance(inner, int | float | str | bool):
-                    yield f"{place}.{key}.{order}", inner
+            held = cast("Mapping[str, Any]", value) if isinstance(value, dict) else {}
+            inner = held.get(name)
+            if isinstance(inner, int | float | str | bool):
+                yield f"{place}.{key}.{order}", inner
 
 
 def _plain(name: str) -> str:

@@ -16,6 +16,7 @@ import torch
 
 from kvlayer.errors import UnsupportedError
 from kvlayer.layout import DENSE, AttentionKind, GroupLayout, KVGroup, KVLayout
+from kvlayer_transformers.contents import foreign_digest
 from kvlayer_transformers.engine import (
     AutoConfig,
     DynamicCache,
@@ -138,15 +139,20 @@ def check_cache(past: Past, num_layers: int) -> None:
 def overrides_of(model: Model, folder: str) -> dict[str, Scalar]:
     """How the model differs from its files: quantisation and configuration changed at load time.
 
+    Layers and tensors that replaced the class's own without a word in the configuration (torchao's
+    ``quantize_``, quanto) are named by a digest of their kinds and of samples of their content.
+
     ``folder`` holds the files the weights digest was made of; when it is empty, the place the
     model says it came from is used. Without either the whole configuration is named by its
     digest, which shares less but never wrongly.
     """
     config = _shaping(model.config)
     published = _published(folder or model.config.name_or_path)
+    foreign = None if config.get("quantization_config") else foreign_digest(model)
+    added: dict[str, Scalar] = {} if foreign is None else {"modules": f"sha256:{foreign}"}
     if published is None:
-        return {"config": f"sha256:{config_digest(model)}"}
-    return {
+        return {"config": f"sha256:{config_digest(model)}", **added}
+    return added | {
         key: value if isinstance(value := config.get(key), Scalar) else _canonical(value)
         for key in sorted(config.keys() | published.keys())
         if config.get(key) != published.get(key)

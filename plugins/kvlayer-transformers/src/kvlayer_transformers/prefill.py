@@ -36,6 +36,7 @@ def prefill(
     Where a pass ends depends on ``width`` alone. What ``on_pass`` raises leaves whole passes in
     ``past``.
     """
+    _forget_last_call(model)
     accepted = inspect.signature(model.forward).parameters
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
     device, computed = model.device, 0
@@ -52,6 +53,16 @@ def prefill(
             if on_pass is not None:
                 on_pass(end, prompts.columns)
     return computed
+
+
+def _forget_last_call(model: Model) -> None:
+    """Models that see images keep how far those moved the positions of the last call's text.
+
+    transformers applies it to whatever continues a past, and takes for that any past given.
+    """
+    for module in model.modules():
+        if "rope_deltas" in module.__dict__:
+            module.rope_deltas = None
 
 
 def generate(model: Model, prompts: Prompts, past: Past | None, **arguments: Any) -> Any:

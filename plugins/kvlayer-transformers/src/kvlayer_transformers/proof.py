@@ -19,7 +19,10 @@ from kvlayer_transformers.prefill import generate, last_start, prefill
 from kvlayer_transformers.prompts import Prompts
 from kvlayer_transformers.twin import PROMPT_IDS, twin_of
 
-__all__ = ["Verdict", "of_family", "of_model"]
+__all__ = ["RECIPE", "Verdict", "of_family", "of_model"]
+
+RECIPE: Final = 1
+"""Raise it whenever a trial would judge otherwise."""
 
 _WIDTH: Final = 16
 _SHARED: Final = 3 * _WIDTH

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 
@@ -132,7 +132,7 @@ def _few_layers(config: Any) -> Any:
     if isinstance(layers, int):
         chosen = _representatives(fields.get("layer_types"), layers)
         for name, value in fields.items():
-            each: list[Any] = value if isinstance(value, list) else []
+            each = cast("Sequence[Any]", value) if isinstance(value, list) else ()
             if len(each) == layers > 1:
                 setattr(small, name, [each[index] for index in chosen])
         _set(small, _LAYERS, len(chosen))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from hashlib import sha256
 from typing import Any, Final
 
 import torch
 
 from kvlayer.errors import UnsupportedError
+from kvlayer_transformers.contents import code_digest
 from kvlayer_transformers.engine import VERSION, Model
 from kvlayer_transformers.geometry import config_digest
-from kvlayer_transformers.proof import Verdict, of_family, of_model
+from kvlayer_transformers.proof import RECIPE, Verdict, of_family, of_model
+from kvlayer_transformers.remembered import Remembered
 
 __all__ = ["forget", "verdict_of"]
 
@@ -20,21 +21,39 @@ _log = logging.getLogger(__name__)
 
 _FAMILIES: dict[tuple[type[Any], str], Verdict | None] = {}
 _MODELS: dict[tuple[type[Any], str], Verdict] = {}
+_BUILT_IN: Final = frozenset(
+    {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"}
+)
+"""Ways to compute attention that are transformers' own: one name, one function."""
 _UNPROVEN: Final = "no small twin of this class can be built to try padding"
 
 
-def verdict_of(model: Model) -> Verdict:
+def verdict_of(model: Model, *, remembered: Remembered | None = None) -> Verdict:
     """What is wrong with computing this model in pieces, and with padding its prompts.
 
-    Tries the family on a twin and then the model itself, unless both are remembered: per class,
-    configuration, dtype, attention implementation and versions, in this process. Raises
-    ``UnsupportedError`` for a model that cannot be tried.
+    Tries the family on a twin and then the model itself, unless both are remembered: per class and
+    its code, configuration, dtype, attention implementation and versions. In this process for
+    every class; in the user's cache folder for classes of transformers, where nothing is wrong.
+    Raises ``UnsupportedError`` for a model that cannot be tried.
     """
-    kind: type[Any] = type(model)
-    family_key = (kind, config_digest(model))
-    key = (kind, f"{family_key[1]}/{_structure(model)}")
+    kind: Any = model.__class__
+    config, attention = config_digest(model), model.config._attn_implementation
+    family_key = (kind, f"{RECIPE}/{config}/{code_digest(model)}/{attention}")
+    dtypes = sorted({f"{type(p).__qualname__}:{p.dtype}" for p in model.parameters()})
+    key = (kind, "/".join([family_key[1], model.device.type, *dtypes]))
     if key in _MODELS:
         return _MODELS[key]
+    name = f"{kind.__module__}.{kind.__qualname__}/{VERSION}/{torch.__version__}/{key[1]}"
+    shared = kind.__module__.startswith("transformers.models.") and attention in _BUILT_IN
+    remembered = Remembered() if remembered is None else remembered
+    known = remembered.get(name) if shared else None
+    _MODELS[key] = verdict = _try(model, family_key) if known is None else known
+    if shared and known is None and verdict.pieces is None:
+        remembered.put(name, verdict)
+    return verdict
+
+
+def _try(model: Model, family_key: tuple[type[Any], str]) -> Verdict:
     began = time.process_time()
     if family_key not in _FAMILIES:
         _FAMILIES[family_key] = _try_family(model)
@@ -42,14 +61,14 @@ def verdict_of(model: Model) -> Verdict:
     if family is not None and family.pieces is not None:
         return family
     own = _try_model(model, padding=family is not None and family.padding is None)
-    padding = _UNPROVEN if family is None else family.padding
-    _MODELS[key] = verdict = Verdict(own.pieces, padding)
-    _log.info("tried %s in %.2f s CPU: %s", kind.__name__, time.process_time() - began, verdict)
+    verdict = Verdict(own.pieces, _UNPROVEN if family is None else family.padding)
+    seconds = time.process_time() - began
+    _log.info("tried %s in %.2f s CPU: %s", type(model).__name__, seconds, verdict)
     return verdict
 
 
 def forget() -> None:
-    """Try every model again."""
+    """Try every model again that was tried in this process."""
     _FAMILIES.clear()
     _MODELS.clear()
 
@@ -72,13 +91,3 @@ def _try_model(model: Model, *, padding: bool) -> Verdict:
             hint="a model is tried before its KV is stored; pass prove=False if you know that "
             "its prompts may be computed in pieces",
         ) from exc
-
-
-def _structure(model: Model) -> str:
-    """A digest of what the model is made of: its kinds of modules and of tensors."""
-    modules = {f"{type(m).__module__}.{type(m).__qualname__}" for m in model.modules()}
-    tensors = {f"{type(p).__qualname__}:{p.dtype}" for p in model.parameters()}
-    versions = f"{VERSION} {torch.__version__} {model.device.type}"
-    attention: Any = model.config._attn_implementation
-    text = "\n".join([versions, str(attention), *sorted(modules), *sorted(tensors)])
-    return sha256(text.encode()).hexdigest()

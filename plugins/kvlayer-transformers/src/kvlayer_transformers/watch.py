@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 
 from kvlayer.errors import UnsupportedError
-from kvlayer_transformers.adapters import is_tuner
+from kvlayer_transformers.contents import attributes, own_modules, spread, tensors_of
 from kvlayer_transformers.engine import Model
 
 __all__ = ["Watch", "check_ready"]
@@ -26,7 +26,6 @@ _TRUSTED: Final = ("torch.", "transformers.", "peft.", "accelerate.", "kernels."
 """Whose hooks and replaced forwards are known to leave KV as the weights say."""
 _DROPS_OUT: Final = ("transformers", "torch.nn.modules.dropout")
 """Whose modules read ``training``. Layers of quantisers are always in training mode."""
-_INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_ready(model: Model) -> None:
@@ -73,7 +72,7 @@ class Watch:
         self._model = model
         self._config = _config_of(model)
         self._modules = _modules_of(model)
-        self._tensors = {name: _Mark(tensor) for name, tensor, _ in _tensors_of(model)}
+        self._tensors = {name: _Mark(tensor) for name, tensor, _ in tensors_of(model)}
         self._each = max(_LEAST, _SAMPLE // max(len(self._tensors), 1))
         self._sample = self._take()
 
@@ -95,7 +94,7 @@ class Watch:
         modules = _modules_of(self._model)
         if modules != self._modules:
             return _first_difference(modules, self._modules)
-        found = {name: (tensor, kept) for name, tensor, kept in _tensors_of(self._model)}
+        found = {name: (tensor, kept) for name, tensor, kept in tensors_of(self._model)}
         if found.keys() != self._tensors.keys():
             name = min(found.keys() ^ self._tensors.keys())
             return f"{name} has {'come' if name in found else 'gone'}"
@@ -115,7 +114,7 @@ class Watch:
             after = now[name]
             if before.shape != after.shape or not torch.equal(before, after):
                 return f"the content of {name} has changed"
-        for name, tensor, _ in _tensors_of(self._model):
+        for name, tensor, _ in tensors_of(self._model):
             if name in grown:
                 self._tensors[name] = _Mark(tensor)
         return None
@@ -124,8 +123,8 @@ class Watch:
         """A few bits of every tensor, by name."""
         return {
             name: sample
-            for name, tensor, _ in _tensors_of(self._model)
-            if (sample := _spread(tensor, self._each, self._tensors[name].numel)) is not None
+            for name, tensor, _ in tensors_of(self._model)
+            if (sample := spread(tensor, self._each, self._tensors[name].numel)) is not None
         }
 
 
@@ -163,77 +162,27 @@ def _pointer(tensor: torch.Tensor) -> int | None:
     return pointer
 
 
-def _spread(tensor: torch.Tensor, count: int, numel: int) -> torch.Tensor | None:
-    """About ``count`` of the first ``numel`` elements as integers; None if they cannot be read."""
-    plain = tensor.detach()
-    if type(plain) is not torch.Tensor or not plain.is_contiguous() or not plain.numel():
-        return None
-    size = plain.element_size()
-    if plain.layout is not torch.strided or size not in _INTEGERS:
-        return None
-    bits = plain.view(-1)[:numel].view(_INTEGERS[size])
-    return bits[:: max(1, -(-numel // count))].clone()
-
-
-def _tensors_of(model: Model) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """Name, tensor, whether it is part of the weights. Adapters are judged elsewhere."""
-    for name, module in _own_modules(model):
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                persistent = key not in module._non_persistent_buffers_set
-                yield from _pieces(f"{name}.{key}" if name else key, tensor, persistent)
-
-
-def _pieces(
-    name: str, tensor: torch.Tensor, persistent: bool
-) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """A tensor, and what it is made of where it wraps others (torchao, quanto)."""
-    yield name, tensor, persistent
-    if hasattr(tensor, "__tensor_flatten__") and type(tensor) is not torch.nn.Parameter:
-        inner: Any = tensor
-        for key in inner.__tensor_flatten__()[0]:
-            yield from _pieces(f"{name}.{key}", getattr(inner, key), persistent)
-
-
-def _own_modules(model: Model) -> Iterator[tuple[str, Any]]:
-    """The model's modules under the names they have without PEFT's wrappers, its own left out."""
-    adapted: list[str] = []
-    for name, module in model.named_modules():
-        parts = name.removeprefix("base_model.model.")
-        if name in ("base_model", "base_model.model") or (
-            not name and type(module).__module__.startswith("peft.")
-        ):
-            if name == "base_model.model":
-                yield "", module
-            continue
-        if any(name.startswith(prefix) and ".base_layer" not in name for prefix in adapted):
-            continue
-        if is_tuner(module):
-            adapted.append(f"{name}.")
-            continue
-        yield parts.replace(".base_layer", ""), module
-
-
 def _modules_of(model: Model) -> dict[str, tuple[object, ...]]:
-    """Type and public numbers of every module: a window, a scale, whether attention is causal."""
+    """Type, code and public numbers of every module: a window, a scale, whether it is causal."""
     return {
         name: (
             type(module),
+            ("forward", _code_of(module)),
             *(
                 (key, value)
-                for key, value in _attributes(module).items()
-                if isinstance(value, int | float | str | bool | None)
+                for key, value in attributes(module).items()
+                if isinstance(value, int | float | str | bool)
                 and not key.startswith("_")
                 and key != "training"
             ),
         )
-        for name, module in _own_modules(model)
+        for name, module in own_modules(model)
     }
 
 
-def _attributes(module: Any) -> dict[str, Any]:
-    found: dict[str, Any] = module.__dict__
-    return found
+def _code_of(module: Any) -> object:
+    kind: Any = module.__class__
+    return getattr(kind, "forward", None)
 
 
 def _first_difference(now: dict[str, Any], before: dict[str, Any]) -> str:
@@ -262,7 +211,7 @@ def _foreign_code(module: Any) -> Iterator[str]:
         for hook in hooks.values():
             if not _is_trusted(hook):
                 yield f"a {kind} ({_origin(hook)})"
-    replaced = _attributes(module).get("forward")
+    replaced = attributes(module).get("forward")
     if replaced is not None and not _is_trusted(replaced):
         yield f"a forward that was replaced ({_origin(replaced)})"
 

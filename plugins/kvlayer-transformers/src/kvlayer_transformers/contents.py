@@ -1,0 +1,118 @@
+"""What a model consists of: its modules and tensors under names that adapters do not change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from hashlib import sha256
+from typing import Any, Final
+
+import torch
+
+from kvlayer_transformers.adapters import is_tuner
+from kvlayer_transformers.engine import Model
+
+__all__ = [
+    "attributes",
+    "code_digest",
+    "foreign_digest",
+    "own_modules",
+    "spread",
+    "tensors_of",
+]
+
+_INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SAMPLE: Final = 4096
+_PLAIN: Final = (torch.Tensor, torch.nn.Parameter)
+
+
+def code_digest(model: Model) -> str:
+    """A digest of what the model is made of: the kinds of its modules and their code."""
+    parts: set[str] = set()
+    kinds: set[Any] = {type(module) for module in model.modules()}
+    for kind in kinds:
+        code: Any = getattr(getattr(kind, "forward", None), "__code__", None)
+        text = b"" if code is None else code.co_code + repr(code.co_names).encode()
+        parts.add(f"{kind.__module__}.{kind.__qualname__}:{sha256(text).hexdigest()}")
+    return sha256("\n".join(sorted(parts)).encode()).hexdigest()
+
+
+def foreign_digest(model: Model) -> str | None:
+    """A digest of what replaced the layers of the model's class (torchao, quanto); None if nothing.
+
+    Covers kinds, settings as far as they are printed, and up to 4,096 elements of each tensor.
+    """
+    own = type(model).__module__.split(".")[0]
+    found: list[bytes] = []
+    for name, module in own_modules(model):
+        kind: Any = module.__class__
+        plain = kind.__module__.split(".")[0] in ("transformers", "transformers_modules", own)
+        if not (plain or kind.__module__.startswith("torch.nn.modules.")):
+            found.append(f"{name} {kind.__module__}.{kind.__qualname__} {module!r}".encode())
+    for name, tensor, _ in tensors_of(model):
+        if type(tensor) not in _PLAIN or not (tensor.is_floating_point() or tensor.numel() < 2):
+            found.append(f"{name} {type(tensor).__qualname__} {tensor.dtype}".encode())
+    if not found:
+        return None
+    total = sha256(b"\n".join(found))
+    for name, tensor, _ in tensors_of(model):
+        sample = spread(tensor, _SAMPLE, tensor.numel())
+        if sample is not None:
+            total.update(name.encode())
+            total.update(sample.cpu().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def spread(tensor: torch.Tensor, count: int, numel: int) -> torch.Tensor | None:
+    """About ``count`` of the first ``numel`` elements as integers; None if they cannot be read."""
+    plain = tensor.detach()
+    if type(plain) is not torch.Tensor or not plain.is_contiguous() or not plain.numel():
+        return None
+    size = plain.element_size()
+    if plain.layout is not torch.strided or size not in _INTEGERS:
+        return None
+    bits = plain.view(-1)[:numel].view(_INTEGERS[size])
+    return bits[:: max(1, -(-numel // count))].clone()
+
+
+def tensors_of(model: Model) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Name, tensor, whether it is part of the weights. Adapters are judged elsewhere."""
+    for name, module in own_modules(model):
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                persistent = key not in module._non_persistent_buffers_set
+                yield from _pieces(f"{name}.{key}" if name else key, tensor, persistent)
+
+
+def _pieces(
+    name: str, tensor: torch.Tensor, persistent: bool
+) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """A tensor, and what it is made of where it wraps others (torchao, quanto)."""
+    yield name, tensor, persistent
+    if hasattr(tensor, "__tensor_flatten__") and type(tensor) is not torch.nn.Parameter:
+        inner: Any = tensor
+        for key in inner.__tensor_flatten__()[0]:
+            yield from _pieces(f"{name}.{key}", getattr(inner, key), persistent)
+
+
+def own_modules(model: Model) -> Iterator[tuple[str, Any]]:
+    """The model's modules under the names they have without PEFT's wrappers, its own left out."""
+    adapted: list[str] = []
+    for name, module in model.named_modules():
+        parts = name.removeprefix("base_model.model.")
+        if name in ("base_model", "base_model.model") or (
+            not name and type(module).__module__.startswith("peft.")
+        ):
+            if name == "base_model.model":
+                yield "", module
+            continue
+        if any(name.startswith(prefix) and ".base_layer" not in name for prefix in adapted):
+            continue
+        if is_tuner(module):
+            adapted.append(f"{name}.")
+            continue
+        yield parts.replace(".base_layer", ""), module
+
+
+def attributes(module: Any) -> dict[str, Any]:
+    found: dict[str, Any] = module.__dict__
+    return found
