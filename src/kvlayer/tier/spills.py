@@ -24,7 +24,7 @@ from kvlayer.tier.writes import Unwritten, Write, WriteQueue
 
 __all__ = ["Spills", "Unwritten", "Write"]
 
-_AT_ONCE = 2  # writes begun per turn of the loop: with its first steps each takes some 0.5 ms
+_AT_ONCE = 8  # writes begun per turn of the loop, to travel together: some 0.1 ms each
 _SLACK = 64  # writes of what has gone already that are not worth clearing up
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any, ClassVar, Self, TypeVar
 
 from kvlayer.abc.backend import (
@@ -43,6 +44,8 @@ from kvlayer_backends.file.uses import Uses
 __all__ = ["FileBackend"]
 
 T = TypeVar("T")
+
+_HOP_NBYTES = 1 << 20  # read in about the time a thread takes to begin
 
 
 class FileBackend(Backend):
@@ -129,7 +132,7 @@ class FileBackend(Backend):
                 stamp if counts and self._uses.is_new(read.key) else None
                 for read, stamp in zip(reads, self._uses.stamps(len(reads)), strict=True)
             ]
-            results = await _all([self._get(site, *job) for job in zip(reads, uses, strict=True)])
+            results = await self._get(site, reads, uses)
             used = [
                 (read.key, stamp)
                 for read, stamp, result in zip(reads, uses, results, strict=True)
@@ -138,10 +141,23 @@ class FileBackend(Backend):
             self._count_use(used)
             return results
 
-    async def _get(self, site: Site, read: Read, used_ns: int | None) -> ReadResult:
-        if read.key in site.quarantine.hidden:
-            return Miss()
-        return await site.bulk.run(site.files.read, read, used_ns)
+    async def _get(
+        self, site: Site, reads: Sequence[Read], uses: Sequence[int | None]
+    ) -> list[ReadResult]:
+        """Small objects in one hop, one after the other; large ones on several threads at once."""
+        results: list[ReadResult] = [Miss()] * len(reads)
+
+        def fill(some: Sequence[int]) -> None:
+            for at in some:
+                results[at] = site.files.read(reads[at], uses[at])
+
+        hidden = site.quarantine.hidden
+        groups = _groups([None if read.key in hidden else read.nbytes for read in reads])
+        if len(groups) == 1:
+            await site.bulk.run(fill, groups[0])
+        elif groups:
+            await site.bulk.run_all([partial(fill, group) for group in groups])
+        return results
 
     async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
         with self._calls.running() as site:
@@ -334,6 +350,21 @@ class FileBackend(Backend):
                     self._calls.check()
         except OSError as exc:
             raise explain(exc, "list", self.root) from None
+
+
+def _groups(sizes: Sequence[int | None]) -> list[list[int]]:
+    """Positions of what is read, in order; each group with bytes enough for a thread."""
+    groups: list[list[int]] = []
+    nbytes = _HOP_NBYTES
+    for at, size in enumerate(sizes):
+        if size is None:
+            continue
+        if nbytes >= _HOP_NBYTES:
+            groups.append([])
+            nbytes = 0
+        groups[-1].append(at)
+        nbytes += size
+    return groups
 
 
 async def _all(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
