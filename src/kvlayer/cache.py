@@ -36,6 +36,7 @@ __all__ = ["Cache"]
 
 PUBLIC = Scope()
 
+_HIT = "what `async with cache.lookup(...)` yields"
 _LONGEST_PREFILL = 1e9  # seconds
 _LARGEST_PREFILL = 10**12  # tokens
 
@@ -146,29 +147,30 @@ class Cache:
         flag("tail", tail)
         function("on_gathered", on_gathered)
         chain = self._chain_to_store(tokens, scope, window)
-        stored = await self._stack.store(
-            chain,
-            kv,
-            window,
-            tail=tail,
-            on_gathered=on_gathered,
-            patience=Patience.of(patience),
-        )
-        report = stored.report()
-        if stored.spans or stored.skipped:
-            self._planner.remember(chain, stored.spans, stored.skipped)
-        if self._emit:
-            self._emit(
-                StoreDone(
-                    owner=chain.scope.owner,
-                    stored=report.stored,
-                    skipped=report.skipped,
-                    dropped=report.dropped,
-                    failed=report.failed,
-                    nbytes=stored.nbytes,
-                    seconds=self._clock() - started,
-                )
+        with self._emit.request("store", chain.scope.owner, chain.num_tokens):
+            stored = await self._stack.store(
+                chain,
+                kv,
+                window,
+                tail=tail,
+                on_gathered=on_gathered,
+                patience=Patience.of(patience),
             )
+            report = stored.report()
+            if stored.spans or stored.skipped:
+                self._planner.remember(chain, stored.spans, stored.skipped)
+            if self._emit:
+                self._emit(
+                    StoreDone(
+                        owner=chain.scope.owner,
+                        stored=report.stored,
+                        skipped=report.skipped,
+                        dropped=report.dropped,
+                        failed=report.failed,
+                        nbytes=stored.nbytes,
+                        seconds=self._clock() - started,
+                    )
+                )
         return report
 
     @asynccontextmanager
@@ -229,30 +231,32 @@ class Cache:
         window = self._window(kv, first_token)
         deadline = waiting("deadline", deadline)
         function("on_layer", on_layer)
-        match = self._claim(hit)
-        sources = Sources(match, self._planner.tiers) if self._emit else None
-        report = await self._stack.retrieve(
-            match, kv, window, deadline=deadline, landed=on_layer, lease=hit.lease
-        )
-        asked = min(hit.tokens, window.stop)
-        if match.tokens < asked and not report.failed:
-            lost = next(span for span in hit.spans if span.stop > match.tokens)
-            gone = Failure(lost, Cause.VANISHED, detail="gone since the lookup's lease ran out")
-            report = RetrieveReport(report.tokens, (gone,))
-        if sources is not None:
-            nbytes_by_tier = sources.nbytes(window.start, report.tokens)
-            self._emit(
-                RetrieveDone(
-                    owner=hit.owner,
-                    asked_tokens=asked,
-                    tokens=report.tokens,
-                    failed=report.failed,
-                    nbytes=sum(nbytes_by_tier.values()),
-                    seconds=self._clock() - started,
-                    by_tier=sources.tokens(window.start, report.tokens),
-                    nbytes_by_tier=nbytes_by_tier,
-                )
+        instance("hit", hit, PrefixHit, hint=_HIT)
+        with self._emit.request("retrieve", hit.owner, hit.tokens):
+            match = self._claim(hit)
+            sources = Sources(match, self._planner.tiers) if self._emit else None
+            report = await self._stack.retrieve(
+                match, kv, window, deadline=deadline, landed=on_layer, lease=hit.lease
             )
+            asked = min(hit.tokens, window.stop)
+            if match.tokens < asked and not report.failed:
+                lost = next(span for span in hit.spans if span.stop > match.tokens)
+                gone = Failure(lost, Cause.VANISHED, detail="gone since the lookup's lease ran out")
+                report = RetrieveReport(report.tokens, (gone,))
+            if sources is not None:
+                nbytes_by_tier = sources.nbytes(window.start, report.tokens)
+                self._emit(
+                    RetrieveDone(
+                        owner=hit.owner,
+                        asked_tokens=asked,
+                        tokens=report.tokens,
+                        failed=report.failed,
+                        nbytes=sum(nbytes_by_tier.values()),
+                        seconds=self._clock() - started,
+                        by_tier=sources.tokens(window.start, report.tokens),
+                        nbytes_by_tier=nbytes_by_tier,
+                    )
+                )
         return report
 
     def prefetch(
@@ -273,8 +277,9 @@ class Cache:
     async def _promote(
         self, chain: ChunkChain, owner: str, seconds: float, started: float
     ) -> RetrieveReport:
-        _, report = await self._stack.hold(chain, owner=owner, seconds=seconds)
-        self._prefetched(owner, chain.num_tokens, report, started)
+        with self._emit.request("prefetch", owner, chain.num_tokens):
+            _, report = await self._stack.hold(chain, owner=owner, seconds=seconds)
+            self._prefetched(owner, chain.num_tokens, report, started)
         return report
 
     def _prefetched(self, owner: str, asked: int, report: RetrieveReport, started: float) -> None:
@@ -298,14 +303,16 @@ class Cache:
         """
         started = self._begin()
         deadline = waiting("deadline", deadline)
-        match = self._claim(hit)
-        assert hit.lease is not None
-        hit.lease.is_holding = True
-        try:
-            report = await self._stack.promote(match, deadline=deadline)
-        finally:
-            self._planner.unpin(match.path())
-        self._prefetched(hit.owner, hit.tokens, report, started)
+        instance("hit", hit, PrefixHit, hint=_HIT)
+        with self._emit.request("prefetch", hit.owner, hit.tokens):
+            match = self._claim(hit)
+            assert hit.lease is not None
+            hit.lease.is_holding = True
+            try:
+                report = await self._stack.promote(match, deadline=deadline)
+            finally:
+                self._planner.unpin(match.path())
+            self._prefetched(hit.owner, hit.tokens, report, started)
         return report
 
     def report_prefill(self, tokens: int, seconds: float) -> None:
@@ -431,7 +438,6 @@ class Cache:
 
     def _claim(self, hit: PrefixHit) -> Match:
         """A hit's match, or what is left of it, pinned: the caller unpins its path."""
-        instance("hit", hit, PrefixHit, hint="what `async with cache.lookup(...)` yields")
         if hit.match is None or hit.lease is None or not self._planner.granted(hit.lease):
             raise LayoutError(
                 "this hit did not come from a lookup of this cache",

@@ -179,7 +179,7 @@ class Lookups:
             return pending
         self._count(chain, hit)
         if self._emit:
-            tell(partial(self._report, chain, hit, self._clock() - started))
+            tell(partial(self._report_at_once, chain, hit, self._clock() - started))
         return Lookup(self._planner, chain.scope.owner, hit)
 
     def begin_on_loop(
@@ -199,10 +199,11 @@ class Lookups:
         return Lookup(self._planner, hit.owner, hit)
 
     async def _find(self, chain: ChunkChain, started: float) -> PrefixHit:
-        hit = self._leased(await self._stack.finder.find(chain))
-        self._count(chain, hit)
-        if self._emit:
-            self._report(chain, hit, self._clock() - started)
+        with self._emit.request("lookup", chain.scope.owner, chain.num_tokens):
+            hit = self._leased(await self._stack.finder.find(chain))
+            self._count(chain, hit)
+            if self._emit:
+                self._report(chain, hit, self._clock() - started)
         return hit
 
     def _at_once(self, chain: ChunkChain) -> PrefixHit | None:
@@ -241,6 +242,11 @@ class Lookups:
 
     def _count(self, chain: ChunkChain, hit: PrefixHit) -> None:
         self._parts.count_lookup(chain.num_tokens, hit.tokens)
+
+    def _report_at_once(self, chain: ChunkChain, hit: PrefixHit, seconds: float) -> None:
+        """A lookup that was answered in its caller's thread: on the loop it starts and ends."""
+        with self._emit.request("lookup", hit.owner, chain.num_tokens):
+            self._report(chain, hit, seconds)
 
     def _report(self, chain: ChunkChain, hit: PrefixHit, seconds: float) -> None:
         self._emit(

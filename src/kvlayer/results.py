@@ -159,6 +159,10 @@ class TierStats:
     """What a load takes whatever its size, as learnt from loads."""
     bytes_per_second: float | None = None
     """What a load moves beyond that; None while nothing was loaded."""
+    oldest_call: str = ""
+    """The lane (``reads``, ``writes``) of the call that has not ended for longest; empty: none."""
+    oldest_call_seconds: float = 0.0
+    """Its age, waiting for its turn included: it grows while a tier hangs."""
     demoted: int = 0
     """Dropped from host memory before its room was needed; a lower tier has them."""
     policies_replaced: int = 0

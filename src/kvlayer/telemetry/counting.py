@@ -13,10 +13,12 @@ from kvlayer.events import (
     ObjectsRemoved,
     ObjectsStored,
     PrefetchDone,
+    RequestStarted,
     RetrieveDone,
     StoreDone,
     TierChanged,
     TransferDone,
+    TransferStarted,
 )
 from kvlayer.results import Failure
 from kvlayer.telemetry import families
@@ -63,6 +65,8 @@ class EventCounter(ABC):
                 self.add(families.QUARANTINED, 1, event.tier, event.cause)
             case ObjectsStored() | ObjectsRemoved():
                 pass  # the first is counted with its store, the second is somebody's wish
+            case RequestStarted() | TransferStarted():
+                pass  # counted when they are done; stats have the oldest that is not
             case TierChanged():
                 self.add(families.TIER_CHANGES, 1, event.tier, "up" if event.ok else "down")
 

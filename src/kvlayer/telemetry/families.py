@@ -210,6 +210,11 @@ SCRAPED = (
     _tier("kvlayer_tier_inflight_bytes", "Payload they move.", lambda t: t.inflight_nbytes),
     _tier("kvlayer_tier_orphan_calls", "Calls past their deadline.", lambda t: t.orphans),
     _tier("kvlayer_tier_policies_replaced", "Broken policies.", lambda t: t.policies_replaced),
+    _tier(
+        "kvlayer_tier_oldest_call_seconds",
+        "Age of the call that has not ended for longest.",
+        lambda t: t.oldest_call_seconds,
+    ),
     _tier("kvlayer_tier_reads_admitted", "1 while it is asked.", lambda t: t.reads == "closed"),
     _tier("kvlayer_tier_writes_admitted", "1 while it is written.", lambda t: t.writes == "closed"),
     _tier("kvlayer_tier_load_latency_seconds", "What any load takes.", lambda t: t.latency_seconds),

@@ -14,10 +14,12 @@ from kvlayer.events import (
     ObjectsRemoved,
     ObjectsStored,
     PrefetchDone,
+    RequestStarted,
     RetrieveDone,
     StoreDone,
     TierChanged,
     TransferDone,
+    TransferStarted,
 )
 from kvlayer.results import Cause, Failure
 
@@ -60,8 +62,13 @@ def _level(event: Event) -> int:
             return logging.DEBUG
 
 
-def _sentence(event: Event) -> str:  # noqa: PLR0911  # one sentence per kind of event
+def _sentence(event: Event) -> str:  # noqa: C901, PLR0911, PLR0912  # one per kind of event
     match event:
+        case RequestStarted():
+            owner = f" for {event.owner}" if event.owner else ""
+            return f"{event.operation}: {event.tokens} tokens, request {event.request}{owner}"
+        case TransferStarted():
+            return f"{event.direction} {event.tier}: begins, {event.key}"
         case LookupDone():
             counts = f"{event.hit_tokens} of {event.asked_tokens} tokens{_places(event.by_tier)}"
             return _timed(f"lookup: {counts}", event)

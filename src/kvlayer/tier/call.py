@@ -43,8 +43,10 @@ class Call(Generic[T]):
         "_late",
         "_patience",
         "_task",
+        "clock",
         "lane",
         "nbytes",
+        "since",
         "was_late",
         "was_told_to_stop",
     )
@@ -58,12 +60,16 @@ class Call(Generic[T]):
         lane: Lane,
         nbytes: int,
         patience: float,
+        clock: Callable[[], float],
     ) -> None:
         self._task = task
         self._late = late
         self._patience = patience
         self.lane = lane
         self.nbytes = nbytes
+        self.clock = clock
+        self.since = clock()
+        """When it was admitted, by ``clock``."""
         self.was_late = False
         """Whether a deadline passed before it ended."""
         self.was_told_to_stop = False

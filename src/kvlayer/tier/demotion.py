@@ -67,7 +67,8 @@ class Demotion:
             self._begin(self._low)
 
     def _begin(self, keep_nbytes: int) -> None:
-        self._round = asyncio.get_running_loop().create_task(self._run(keep_nbytes))
+        with self._host.emit.within(0):  # nobody's request: it goes on when that has ended
+            self._round = asyncio.get_running_loop().create_task(self._run(keep_nbytes))
         self._round.add_done_callback(self._ended)
 
     async def make_room(self) -> bool:

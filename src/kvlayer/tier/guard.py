@@ -101,6 +101,20 @@ class Guard:
     def breaker(self, lane: Lane) -> Breaker:
         return self._lanes[lane].breaker
 
+    def oldest(self) -> tuple[str, float]:
+        """The lane of the call that has not ended for longest, and its age in seconds.
+
+        Empty and 0 without any. From any thread.
+        """
+        while True:
+            try:
+                call = next(iter(self._calls), None)
+            except RuntimeError:  # the loop begins or ends one this very moment
+                continue
+            if call is None:
+                return "", 0.0
+            return call.lane.value, max(call.clock() - call.since, 0.0)
+
     @property
     def serves(self) -> bool:
         """Whether a read would be admitted, as far as the breaker goes."""
@@ -181,6 +195,7 @@ class Guard:
             lane=lane,
             nbytes=nbytes,
             patience=self.deadline,
+            clock=loop.time,
         )
         self._calls[started] = None
         turns.calls += 1

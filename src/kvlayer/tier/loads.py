@@ -272,6 +272,7 @@ class Loads:
             self._planner.fetched(slot, ok=False)
             tier.refused(refused.cause)
             return Failure(span, refused.cause, tier.name, refused.detail)
+        tier.begins("load", record.key, slot.piece.nbytes)
         if trip is not None:
             trip.started(slot.piece.nbytes)
         flight = Flight(record.key, tier.index, call, tier.guard)

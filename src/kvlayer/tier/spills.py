@@ -190,12 +190,14 @@ class Spills:
                 self._drop(queue, write)
             return
         try:
-            write.call = tier.guard.start(
-                partial(self._objects.put, tier.index, piece),
-                partial(self._ended, queue, write),
-                lane=Lane.WRITES,
-                nbytes=piece.nbytes,
-            )
+            with tier.emit.within(write.request):  # not of whoever's turn has just ended
+                write.call = tier.guard.start(
+                    partial(self._objects.put, tier.index, piece),
+                    partial(self._ended, queue, write),
+                    lane=Lane.WRITES,
+                    nbytes=piece.nbytes,
+                )
+                tier.begins("store", write.key, piece.nbytes)
         except Refused:
             self._planner.spilled(record, tier.index, ok=False)
             raise

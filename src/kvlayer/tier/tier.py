@@ -14,6 +14,7 @@ from kvlayer.events import (
     ObjectsStored,
     TierChanged,
     TransferDone,
+    TransferStarted,
 )
 from kvlayer.keys import ObjectKey
 from kvlayer.results import Cause, TierHealth, TierStats
@@ -136,6 +137,7 @@ class LowerTier(Tier):
 
     def stats(self, objects: int, used: int, capacity: int | None, pinned: int = 0) -> TierStats:
         """See :meth:`Tier.stats`; with what is in flight and how the tier has been answering."""
+        oldest_call, seconds = self.guard.oldest()
         return replace(
             Tier.stats(self, objects, used, capacity, pinned),
             set_aside=self.set_aside,
@@ -147,6 +149,8 @@ class LowerTier(Tier):
             writes=self.guard.breaker(Lane.WRITES).state,
             latency_seconds=self.estimate.latency,
             bytes_per_second=self.estimate.bandwidth,
+            oldest_call=oldest_call,
+            oldest_call_seconds=seconds,
         )
 
     def works(self, lane: Lane = Lane.READS, key: ObjectKey | None = None) -> None:
@@ -239,6 +243,12 @@ class LowerTier(Tier):
                     detail=outcome.detail,
                 )
             )
+
+    def begins(self, direction: str, key: ObjectKey, nbytes: int) -> None:
+        """A call was admitted that moves one object."""
+        if self.emit:
+            started = TransferStarted(tier=self.name, direction=direction, key=key, nbytes=nbytes)
+            self.emit(started)
 
     def _opened(self, lane: Lane, detail: str) -> None:
         self._troubled(lane, detail)

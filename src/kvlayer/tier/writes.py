@@ -25,7 +25,8 @@ class Unwritten(NamedTuple):
 class Write:
     """One object on its way down to one tier: queued, then running, then ended."""
 
-    __slots__ = ("call", "ended", "key", "number", "outcome", "record", "span", "tier")
+    __slots__ = ("call", "ended", "key", "number", "outcome", "record", "request", "span",
+                 "tier")  # fmt: skip
 
     def __init__(self, span: Span, record: ObjectRecord, tier: LowerTier, number: int = 0) -> None:
         self.number = number
@@ -34,6 +35,8 @@ class Write:
         self.record = record
         self.key = record.key
         self.tier = tier
+        self.request = tier.emit.current
+        """Whose store it is part of, as events say."""
         self.call: Call[Outcome] | None = None
         """Since its turn has come."""
         self.outcome: Outcome | None = None

@@ -42,7 +42,7 @@ async def test_a_request_served_from_disk_and_memory_says_how_much_from_each(
         heard.clear()
         async with cache.lookup(tokens(64), scope=ANN) as hit:
             await cache.retrieve(hit, engine.view(engine.slots(64)))
-    looked, loaded = heard[0], heard[-1]
+    looked, loaded = heard[1], heard[-1]
     assert isinstance(looked, LookupDone) and isinstance(loaded, RetrieveDone)
     assert (looked.owner, loaded.owner) == ("ann", "ann")
     assert looked.by_tier == {"cpu": 32, "file": 32} == loaded.by_tier

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -20,10 +21,12 @@ from kvlayer.events import (
     ObjectsRemoved,
     ObjectsStored,
     PrefetchDone,
+    RequestStarted,
     RetrieveDone,
     StoreDone,
     TierChanged,
     TransferDone,
+    TransferStarted,
 )
 from kvlayer.keys import ObjectKey, Span
 from kvlayer.results import Cause, Failure
@@ -33,6 +36,16 @@ KEY = ObjectKey(f"{'a' * 64}/0/{'b' * 64}/g0.l0-1.canonical")
 FAILED = (Failure(Span(0, 16, b"\x01" * 32), Cause.DEADLINE, "file", "not loaded within 2 s"),)
 
 SAID: list[tuple[Event, int, str]] = [
+    (
+        RequestStarted(operation="store", owner="ann", tokens=48, request=7),
+        logging.DEBUG,
+        "store: 48 tokens, request 7 for ann",
+    ),
+    (
+        TransferStarted(tier="file", direction="load", key=KEY, nbytes=5),
+        logging.DEBUG,
+        f"load file: begins, {KEY}",
+    ),
     (
         LookupDone(
             owner="ann",
@@ -142,7 +155,7 @@ def test_each_event_is_one_line_at_its_level_with_its_fields_beside(
     assert (record.levelno, record.getMessage()) == (level, line)
     fields = record.kvlayer  # type: ignore[attr-defined]
     assert fields["event"] == type(event).__name__
-    assert set(fields) - {"event"} == set(event.__slots__)
+    assert set(fields) - {"event"} == {field.name for field in dataclasses.fields(event)}
     json.dumps(fields, default=repr)  # plain values, for a formatter that writes JSON
 
 
