@@ -318,3 +318,20 @@ async def test_a_store_cancelled_at_any_await_leaves_no_hold_and_no_promise() ->
         check_accounts(rig.planner, idle=True)
         assert len(rig.planner.promises) == 0
         await rig.aclose()
+
+
+@in_virtual_time
+async def test_what_a_breaker_sends_back_keeps_its_place_in_the_queue() -> None:
+    rig, chain = make_rig(write="back", max_inflight=8), chain_of(16 * 8)
+    rig.backend.gate = asyncio.Event()
+    await store(rig, chain)
+    await rig.backend.arrived.wait()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert rig.stack.spills.queued(1) < 6  # some wait for a turn within the guard
+    rig.tier.guard.missed(Lane.WRITES, "late")
+    rig.backend.gate.set()
+    await asyncio.sleep(60)
+    hashes = [key.end_hash for name, key in rig.backend.calls if name == "put"]
+    assert hashes == [span.hash for span in chain.spans(8)]
+    await rig.aclose()

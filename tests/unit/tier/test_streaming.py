@@ -139,3 +139,17 @@ async def test_a_streaming_load_cancelled_at_any_await_lets_go_of_everything() -
         await rig.settled()
         check_accounts(rig.planner, idle=True)
         await rig.aclose()
+
+
+@in_virtual_time
+async def test_a_lease_that_holds_keeps_what_is_read_through_it() -> None:
+    rig, chain = make_rig(write="back"), chain_of(48)
+    await below(rig, chain)
+    lease, _ = await rig.stack.hold(chain, owner="", seconds=1e6)
+    match = rig.planner.claim(rig.planner.match(chain), lease)
+    view = KVView([], [range(48)])
+    assert (await rig.stack.retrieve(match, view, Window(0, 48), lease=lease)).tokens == 48
+    assert rig.planner.host.pinned_nbytes == 3 * 4096
+    assert rig.planner.release(lease.number)
+    check_accounts(rig.planner, idle=True)
+    await rig.aclose()
