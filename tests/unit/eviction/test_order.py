@@ -315,6 +315,14 @@ def test_a_policy_that_names_what_it_must_not_is_replaced(named: object) -> None
     assert (order.replaced, order.name) == (1, "prefix-lru")
 
 
+def test_a_policy_that_names_what_another_ranks_policy_orders_is_replaced() -> None:
+    order = EvictionOrder(breaking("victim", lambda self: 0))
+    order.add(0, 4096, retention=Retention(priority=3))
+    order.add(1, 4096)
+    assert order.victim(0.0) == 1
+    assert order.replaced == 1
+
+
 def test_nobody_is_the_right_answer_where_nothing_may_go() -> None:
     order = EvictionOrder(breaking("victim", lambda self: None))
     assert order.victim(0.0) is None
@@ -486,6 +494,11 @@ class OrderMachine(RuleBasedStateMachine):
             assert row == self.rows[first[0]]
         else:
             assert row in {self.rows[name] for name in least}
+
+    @invariant()
+    def what_is_demoted_is_counted(self) -> None:
+        """Without any, no path has to be looked through for them."""
+        assert self.order._demoted == len(self.demoted)
 
     @invariant()
     def nothing_was_replaced_and_all_is_known(self) -> None:

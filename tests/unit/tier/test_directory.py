@@ -344,6 +344,17 @@ def test_a_span_of_which_a_part_is_in_host_memory_is_active(directory: Directory
     assert len(directory) == 1
 
 
+def test_what_is_being_written_does_not_rest(directory: Directory) -> None:
+    found = host(directory, 1, WHOLE)
+    found.writing = 0b10
+    directory.add_tier(found, 2)
+    directory.drop_host(found)
+    assert list(directory.active()) == [found]
+    found.writing = 0
+    directory.forget(found)
+    assert list(directory.active()) == []
+
+
 def test_spans_of_one_end_rest_one_by_one(directory: Directory) -> None:
     short = ObjectKey.of(NAMESPACE, "0", span(1).hash, 4, WHOLE)
     other = ObjectKey.of(NAMESPACE, "1" * 32, span(1).hash, 16, WHOLE)

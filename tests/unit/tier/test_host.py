@@ -272,6 +272,22 @@ def test_who_waits_for_an_object_is_not_counted_as_its_second_user() -> None:
     assert small.order() == [waited, late, asked]
 
 
+def test_a_path_of_which_a_part_was_waited_for_still_loses_its_end_first() -> None:
+    small = Small()
+    path = [small.directory.ensure(span(n), "0", PART) for n in range(3)]
+    small.host.pin(path)
+    for found in (path[1], path[0], path[2]):
+        assert small.host.reserve(found, PAGE, [], 0.0)
+    small.host.commit([path[0], path[2]])
+    small.host.let_go([path[0], path[2]])
+    small.host.unpin([path[0], path[2]])  # their arrival is over; the middle is still to come
+    small.host.pin([path[0], path[2]])
+    small.host.commit([path[1]])
+    small.host.let_go([path[1]])
+    small.host.unpin(path)
+    assert small.order() == path[::-1]
+
+
 def test_what_is_dropped_while_it_is_held_is_not_on_its_way_any_more() -> None:
     small = Small()
     found = small.add(1)
