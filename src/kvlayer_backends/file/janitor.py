@@ -21,7 +21,7 @@ from kvlayer_backends.file.paths import Paths, Shard
 from kvlayer_backends.file.quarantine import keep
 from kvlayer_backends.file.room import Evicted, Room
 from kvlayer_backends.file.scan import Scan, Visit
-from kvlayer_backends.file.scratch import reap
+from kvlayer_backends.file.scratch import Reaped, reap
 from kvlayer_backends.file.sweep import sweep
 
 __all__ = ["Janitor"]
@@ -192,14 +192,15 @@ class Janitor:
     async def _reap(self) -> None:
         self._count_unfinished(await self._change(reap, self._paths))
 
-    def _count_unfinished(self, unfinished: int) -> None:
-        if unfinished:
-            self.left_unfinished += unfinished
+    def _count_unfinished(self, left: Reaped) -> None:
+        if left.processes:
+            self.left_unfinished += left.files
             _log.warning(
-                "file://%s: left unfinished by a process that died: %d objects, which were not "
-                "written",
+                "file://%s: %d processes ended without closing; %d objects were left unfinished, "
+                "and what else was queued was not written",
                 self._paths.root,
-                unfinished,
+                left.processes,
+                left.files,
             )
 
     async def count(self) -> None:

@@ -7,12 +7,13 @@ import re
 import uuid
 from contextlib import suppress
 from threading import Lock
+from typing import NamedTuple
 
 from kvlayer_backends.file import disk
 from kvlayer_backends.file.locks import FileLock
 from kvlayer_backends.file.paths import Paths
 
-__all__ = ["Scratch", "reap"]
+__all__ = ["Reaped", "Scratch", "reap"]
 
 _LOCK = "lock"
 _SUFFIX = ".part"
@@ -89,25 +90,34 @@ class Scratch:
             lock.release()
 
 
-def reap(paths: Paths) -> int:
-    """Remove the private directories of processes that have died; how many files they had begun.
+class Reaped(NamedTuple):
+    """What dead processes had left."""
+
+    processes: int
+    files: int
+    """That they had begun."""
+
+
+def reap(paths: Paths) -> Reaped:
+    """Remove the private directories of processes that have died without closing.
 
     A directory belongs to the dead when its lock can be taken, or made and taken: who has made a
     directory but no lock yet then makes another. Nothing but unfinished files and the lock is ever
     deleted. Blocking. Raises ``OSError`` when it cannot be seen who has left something.
     """
-    unfinished = 0
+    processes = unfinished = 0
     for name in filter(_OWNED.fullmatch, disk.list_folder(paths.tmp) or ()):
         directory = f"{paths.tmp}/{name}"
         lock = FileLock(f"{directory}/{_LOCK}")
         try:
             if lock.acquire():
+                processes += 1
                 unfinished += _remove(directory)
         except OSError:
             continue  # gone already, or it resists: the next pass tries again
         finally:
             lock.release()
-    return unfinished
+    return Reaped(processes, unfinished)
 
 
 def _directory(lock: FileLock) -> str:
