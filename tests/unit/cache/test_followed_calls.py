@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from caches import config, layout, tokens
 from engine import Engine
+from hang import HANG
 from sick import Patient, ward
 
 from kvlayer import Cache, Portal, Scope
@@ -126,7 +127,7 @@ def test_unheard_nothing_is_computed() -> None:
 def test_a_lookup_of_another_thread_starts_and_ends(tmp_path: Path) -> None:
     heard: list[Event] = []
     with Portal.open(config(tmp_path), layout(), sinks=[heard.append]) as portal:
-        portal.lookup(tokens(64)).wait(10)
+        portal.lookup(tokens(64)).wait(HANG)
     kinds = [(type(event), event.request) for event in heard]
     assert kinds == [(RequestStarted, 1), (LookupDone, 1)]
 
