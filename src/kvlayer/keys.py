@@ -169,21 +169,27 @@ class Encoding(NamedTuple):
 
 RAW = Encoding(2, "raw")
 """The payload as it lies in host memory."""
+_RAW_TEXT = str(RAW)
 
 
-class ObjectName(str):
-    """What a tier stores an object under: ``key/encoding``.
+class ObjectName(ObjectKey):
+    """What a tier stores an object under: ``key/encoding``, the encoding last.
 
-    A name's bytes never change: an object is coded anew by putting it under the new name and
-    deleting the old.
+    To a backend it is a key like any other; the directory has the key alone. A name's bytes never
+    change: an object is coded anew by putting it under the new name and deleting the old.
     """
 
     __slots__ = ()
 
     @classmethod
-    def of(cls, key: ObjectKey, encoding: Encoding = RAW) -> ObjectName:
+    def made(cls, key: ObjectKey, encoding: Encoding) -> ObjectName:
         """The name of one object; nothing is checked (hot path)."""
         return cls(f"{key}/{encoding}")
+
+    @classmethod
+    def raw(cls, key: ObjectKey) -> ObjectName:
+        """Its name where it is stored as it lies in host memory."""
+        return cls(f"{key}/{_RAW_TEXT}")
 
     @classmethod
     def parse(cls, text: str) -> ObjectName:
@@ -192,6 +198,12 @@ class ObjectName(str):
         ObjectKey.parse(key)
         Encoding.parse(encoding)
         return cls(text)
+
+    @staticmethod
+    def readable(name: ObjectKey) -> ObjectKey | None:
+        """The object that a tier's name stands for; None where this build cannot read it."""
+        key, _, encoding = name.rpartition("/")
+        return ObjectKey(key) if encoding == _RAW_TEXT else None
 
     @property
     def key(self) -> ObjectKey:
@@ -202,3 +214,8 @@ class ObjectName(str):
     def encoding(self) -> Encoding:
         """How its bytes lie."""
         return Encoding.parse(self.rpartition("/")[2])
+
+    @property
+    def part(self) -> Part:
+        """What the object holds of its tokens."""
+        return self.key.part

@@ -28,6 +28,7 @@ from kvlayer.results import Cause
 from kvlayer.tier.device import Device, LocalDevice
 from kvlayer.tier.estimate import Rate
 from kvlayer.tier.guard import Guard
+from kvlayer.tier.named import Named
 from kvlayer.tier.objects import Objects
 from kvlayer.tier.planner import Planner
 from kvlayer.tier.ranks import RankDevice, Ranks
@@ -66,6 +67,7 @@ async def build(
         backends = [open_backend(tier.url, backends=registry) for tier in config.tiers]
         host = _host_memory(config, backends)
         _check_sharing(namespace, backends)
+        backends[1:] = map(Named, backends[1:])
         emit = Emitter(sinks)
         await resources.enter_async_context(backends[0])
         top, lower = _tiers(config, backends, emit, max_nbytes=host.slab.nbytes // 2)

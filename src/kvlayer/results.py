@@ -173,6 +173,9 @@ class TierStats:
     """Objects that wait in host memory for their turn to be written."""
     dropped_writes: int = 0
     """Writes given up because host memory itself was needed; stored anew when next computed."""
+    foreign: int = 0
+    """Objects that the tier lists in an encoding this build cannot read: never served, and evicted
+    like others."""
     set_aside: int = 0
     """Objects that failed three times in a row: not offered until they are written anew."""
 

@@ -17,7 +17,7 @@ from kvlayer.abc.backend import (
     WriteResult,
 )
 from kvlayer.errors import BackendError
-from kvlayer.keys import ObjectKey
+from kvlayer.keys import ObjectKey, ObjectName
 from kvlayer.testing.suite import Outcome
 
 
@@ -56,7 +56,7 @@ class HasALimitOfVariables(HonestBackend):
 class ParsesEveryKeyFirst(HonestBackend):
     async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
         for write in writes:
-            ObjectKey.parse(write.key)
+            ObjectName.parse(write.key)
         return await super().put(writes)
 
 

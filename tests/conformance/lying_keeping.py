@@ -25,7 +25,7 @@ from kvlayer.testing.suite import Outcome
 @breaks("what is deleted is gone and nothing else")
 class DeletesByPrefix(HonestBackend):
     async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
-        prefixes = [f"{key.rsplit('.', 2)[0]}." for key in keys]
+        prefixes = [f"{key.rsplit('/', 1)[0].rsplit('.', 2)[0]}." for key in keys]
         if len(keys) == 1 and len(self.place.objects) == 5:
             keys = [k for k in self.place.objects if k.startswith(prefixes[0])]
         return await super().delete(keys)

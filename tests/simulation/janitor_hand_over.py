@@ -17,7 +17,7 @@ from world import World
 
 from kvlayer.abc.backend import Hit, Read, Write
 from kvlayer.errors import BackendError
-from kvlayer.keys import PUBLIC_ZONE, ObjectKey, Part
+from kvlayer.keys import PUBLIC_ZONE, ObjectKey, ObjectName, Part
 from kvlayer.testing import invariants
 from kvlayer_backends.file.backend import FileBackend
 from kvlayer_backends.file.options import FileOptions
@@ -36,7 +36,8 @@ class Directory:
         self.world = world
         self.root = world.directory
         self.keys = [
-            ObjectKey.of("ab" * 32, PUBLIC_ZONE, bytes([i]) * 32, 16, PART) for i in range(24)
+            ObjectName.raw(ObjectKey.of("ab" * 32, PUBLIC_ZONE, bytes([i]) * 32, 16, PART))
+            for i in range(24)
         ]
         self.sizes = {key: world.chance.choice([1, 1, 2, 3]) * UNIT for key in self.keys}
         self.committed: set[ObjectKey] = set()

@@ -73,7 +73,7 @@ async def play(world: World) -> None:
 
 def _damage(world: World) -> None:
     """A bit of one object's file turns."""
-    files = sorted((world.directory / "v2").glob("*/??/*canonical"))
+    files = sorted((world.directory / "v2").glob("*/??/*.raw"))
     if files:
         path = world.chance.choice(files)
         at = world.chance.randrange(path.stat().st_size)

@@ -66,5 +66,5 @@ def stored_files(directory: Path) -> list[Path]:
     return [
         path
         for path in root.rglob("*")
-        if path.is_file() and path.name.endswith(("canonical",)) and "quarantine" not in path.parts
+        if path.is_file() and path.name.endswith(".raw") and "quarantine" not in path.parts
     ]

@@ -38,7 +38,7 @@ from kvlayer.doctor.machine import Machine
 from kvlayer.doctor.memory import commit, group_memory, locking, machine_memory
 from kvlayer.doctor.system import cpus
 from kvlayer.errors import ConfigError, IdentityError, MessageError
-from kvlayer.keys import ObjectKey, Part
+from kvlayer.keys import ObjectKey, ObjectName, Part
 from kvlayer.layout import AttentionKind, KVGroup
 from kvlayer.local_directory import local_directory
 from kvlayer.namespace import Namespace
@@ -239,7 +239,11 @@ def names(given: bytes) -> bool:
         key = ObjectKey.parse(first)
         assert str(key.part) == first.rsplit("/", 1)[1]
         assert ObjectKey.of(key.namespace, key.zone, key.end_hash, key.tokens, key.part) == first
-        accepted = _as_file(key)
+        accepted = _as_file(ObjectName.raw(key))
+    with suppress(ValueError):
+        named = ObjectName.parse(first)
+        assert ObjectName.made(named.key, named.encoding) == first
+        accepted = _as_file(named)
     with suppress(ValueError):
         path = _PATHS.object(first)  # checks less than ``parse``: never out of its shard
         folder, _, file = path.rpartition("/")
@@ -259,7 +263,7 @@ def names(given: bytes) -> bool:
     return accepted
 
 
-def _as_file(key: ObjectKey) -> bool:
+def _as_file(key: ObjectName) -> bool:
     path = _PATHS.object(key)
     folder, _, name = path.rpartition("/")
     assert len(name) <= 255 or len(str(key.part)) > 100

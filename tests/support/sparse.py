@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
-from kvlayer.keys import ObjectKey, Part
+from kvlayer.keys import ObjectKey, ObjectName, Part
 from kvlayer_backends.file.paths import Paths, Shard
 
 __all__ = ["fill", "names"]
@@ -19,7 +19,9 @@ _EARLIEST_NS = 10**18
 def names(count: int, *, namespace: str = "5a" * 32, first: int = 0) -> Iterator[ObjectKey]:
     """Keys of ``count`` objects in the public zone, spread over all shards."""
     for number in range(first, first + count):
-        yield ObjectKey.of(namespace, "0", sha256(b"%d" % number).digest(), 16, _PART)
+        yield ObjectName.raw(
+            ObjectKey.of(namespace, "0", sha256(b"%d" % number).digest(), 16, _PART)
+        )
 
 
 def fill(

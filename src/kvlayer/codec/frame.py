@@ -220,7 +220,7 @@ def pack_header(
         Row(*segment, segment.nbytes, checksum)
         for segment, checksum in zip(segments, checksums, strict=True)
     ]
-    name = ObjectName.of(key, RAW)
+    name = ObjectName.raw(key)
     pack_rows(header, rows, name=name, first_token=first_token, created=created, build=build)
 
 
@@ -237,7 +237,7 @@ def read_header(
     Raises ``FrameError`` unless ``header`` is that of this object and all ``filled`` bytes of
     header and payload are there.
     """
-    name = ObjectName.of(key, RAW)
+    name = ObjectName.raw(key)
     found = read_rows(header, filled, name=name, payload=payload, first_token=first_token)
     if any(row.nbytes != row.raw_nbytes or row.meta_nbytes for row in found.rows):
         raise FrameError(Cause.FOREIGN_VERSION, "segments are not cut as this build cuts them")

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from hypothesis import strategies as st
 
-from kvlayer.keys import PUBLIC_ZONE, ObjectKey, Part
+from kvlayer.keys import PUBLIC_ZONE, RAW, Encoding, ObjectKey, ObjectName, Part
 from kvlayer.layout import (
     DENSE,
     DTYPE_NBYTES,
@@ -41,6 +41,7 @@ __all__ = [
     "layouts",
     "namespaces",
     "object_keys",
+    "object_names",
     "parts",
     "payloads",
     "prompts",
@@ -88,6 +89,13 @@ def object_keys(namespace: str | None = None) -> st.SearchStrategy[ObjectKey]:
     names = digests().map(bytes.hex) if namespace is None else st.just(namespace)
     tokens = st.integers(1, 4096) | st.just(999_999_999)
     return st.builds(ObjectKey.of, names, zones(), digests(), tokens, parts())
+
+
+def object_names(namespace: str | None = None) -> st.SearchStrategy[ObjectName]:
+    """Any name that a tier may store an object under."""
+    word = st.text("abcxyz019_-", min_size=1, max_size=8).map("c{}".format)
+    encodings = st.just(RAW) | st.builds(Encoding, st.integers(1, 9999), word, st.just("") | word)
+    return st.builds(ObjectName.made, object_keys(namespace), encodings)
 
 
 def prompts(max_size: int = 200, vocabulary: int = MAX_NAMED + 1) -> st.SearchStrategy[array[int]]:

@@ -22,7 +22,7 @@ from kvlayer.abc.backend import (
     WriteResult,
 )
 from kvlayer.errors import BackendError
-from kvlayer.keys import PUBLIC_ZONE, ObjectKey, Part
+from kvlayer.keys import PUBLIC_ZONE, RAW, Encoding, ObjectKey, ObjectName, Part
 from kvlayer.testing.loan import Loan, noise
 from kvlayer.testing.promise import broken, expect
 
@@ -110,9 +110,18 @@ class Trial:
 
     # -- names and bytes -------------------------------------------------------------------------
 
-    def key(self, number: int, *, zone: str = PUBLIC_ZONE, part: Part = PART) -> ObjectKey:
-        """One object's key: the same for the same arguments."""
-        key = ObjectKey.of(self.namespace, zone, sha256(b"%d" % number).digest(), 16, part)
+    def key(
+        self,
+        number: int,
+        *,
+        zone: str = PUBLIC_ZONE,
+        part: Part = PART,
+        tokens: int = 16,
+        encoding: Encoding = RAW,
+    ) -> ObjectName:
+        """One object's name: the same for the same arguments."""
+        end_hash = sha256(b"%d" % number).digest()
+        key = ObjectName.made(ObjectKey.of(self.namespace, zone, end_hash, tokens, part), encoding)
         self.keys.add(key)
         return key
 

@@ -140,6 +140,7 @@ class LowerTier(Tier):
         oldest_call, seconds = self.guard.oldest()
         return replace(
             Tier.stats(self, objects, used, capacity, pinned),
+            foreign=getattr(self.backend, "foreign", 0),
             set_aside=self.set_aside,
             dropped_writes=self.dropped,
             inflight=self.guard.inflight,

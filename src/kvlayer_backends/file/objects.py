@@ -24,7 +24,7 @@ from kvlayer.abc.backend import (
     contradicts_header,
 )
 from kvlayer.errors import BackendError
-from kvlayer.keys import ObjectKey
+from kvlayer.keys import ObjectKey, ObjectName
 from kvlayer.payload import ALIGNMENT
 from kvlayer_backends.file import descriptions, disk
 from kvlayer_backends.file.directio import O_DIRECT, drain, fill, suits_direct
@@ -116,9 +116,9 @@ class ObjectFiles:
         ``replace``: what is there is known to be damaged.
         """
         try:
-            path = self._paths.object(ObjectKey.parse(write.key))
+            path = self._paths.object(ObjectName.parse(write.key))
         except ValueError as exc:
-            outcome.error = BackendError(f"file://: {exc}", hint="build keys with ObjectKey.of")
+            outcome.error = BackendError(f"file://: {exc}", hint="name objects with ObjectName")
             return
         try:
             outcome.found = None if replace else self._found(path, write.nbytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from kvlayer.keys import PUBLIC_ZONE, ObjectKey
+from kvlayer.keys import PUBLIC_ZONE, ObjectKey, ObjectName
 from kvlayer.namespace import KEY_SCHEMA
 from kvlayer_backends.file import disk
 
@@ -16,7 +16,11 @@ VERSION = f"v{KEY_SCHEMA}"
 
 _NAMESPACE = re.compile(r"[0-9a-f]{64}")
 _SHARD = re.compile(r"[0-9a-f]{2}|[0-9a-f]{32}")
-_INSIDE = re.compile(r"([0-9a-f]{64})/([0-9a-f]{32}|0)/([0-9a-f]{64}-[1-9][0-9]*)/([a-z0-9_.:-]+)")
+_INSIDE = re.compile(
+    r"([0-9a-f]{64})/([0-9a-f]{32}|0)/([0-9a-f]{64}-[1-9][0-9]*)/([a-z0-9_.:-]+)/([a-z0-9_.-]+)"
+)
+_FILE = re.compile(r"([^.]+)\.([^/]+?)\.([0-9][^/]*)")
+"""Of what an encoding is made the first is a number, which nothing is that a part is made of."""
 
 
 class Shard(NamedTuple):
@@ -37,15 +41,16 @@ class Paths:
 
     ::
 
-        <root>/v2/<namespace>/<first 2 hex of end hash>/<end hash>-<tokens>.<part>   public
-        <root>/v2/<namespace>/<zone>/<end hash>-<tokens>.<part>                      private
+        <root>/v2/<namespace>/<first 2 hex of end hash>/<end hash>-<tokens>.<part>.<encoding>
+        <root>/v2/<namespace>/<zone>/<end hash>-<tokens>.<part>.<encoding>   of a private zone
         <root>/v2/<namespace>/namespace.msgpack   what the digest stands for
         <root>/v2/tmp/<uuid>/            one process's unfinished files
         <root>/v2/quarantine/            the newest damaged objects
         <root>/v2/janitor.lock           and what the last janitor counted
 
-    A name that does not parse is not an object: never listed, counted or deleted. What lies beside
-    ``v2`` is another release's and is never touched.
+    A name that does not parse is not an object: never listed, counted or deleted. An object in an
+    encoding that this release cannot read is one all the same, counted and evicted like others.
+    What lies beside ``v2`` is another release's and is never touched.
     """
 
     def __init__(self, root: str) -> None:
@@ -63,9 +68,9 @@ class Paths:
         match = _INSIDE.fullmatch(key)
         if match is None:
             raise ValueError(f"not an object key: {key!r}")
-        namespace, zone, name, part = match.groups()
-        folder = name[:2] if zone == PUBLIC_ZONE else zone
-        return f"{self.folder}/{namespace}/{folder}/{name}.{part}"
+        namespace, zone, end, part, encoding = match.groups()
+        folder = end[:2] if zone == PUBLIC_ZONE else zone
+        return f"{self.folder}/{namespace}/{folder}/{end}.{part}.{encoding}"
 
     def shard(self, shard: Shard) -> str:
         return f"{self.folder}/{shard.namespace}/{shard.folder}"
@@ -73,20 +78,23 @@ class Paths:
     @staticmethod
     def text(shard: Shard, name: str) -> str | None:
         """What the file would be the object of, unchecked: None when it cannot be one."""
-        end, dot, part = name.partition(".")
+        match = _FILE.fullmatch(name)
+        if match is None:
+            return None
+        end, part, encoding = match.groups()
         zone = shard.folder
         if len(zone) == 2:
             if not end.startswith(zone):
                 return None
             zone = PUBLIC_ZONE
-        return f"{shard.namespace}/{zone}/{end}/{part}" if dot else None
+        return f"{shard.namespace}/{zone}/{end}/{part}/{encoding}"
 
     @classmethod
-    def key(cls, shard: Shard, name: str) -> ObjectKey | None:
+    def key(cls, shard: Shard, name: str) -> ObjectName | None:
         """Inverse of ``object``; None for a name ``object`` cannot produce."""
         text = cls.text(shard, name)
         try:
-            return None if text is None else ObjectKey.parse(text)
+            return None if text is None else ObjectName.parse(text)
         except ValueError:
             return None
 

@@ -14,7 +14,7 @@ from hang import HANG
 
 from kvlayer.abc.backend import Capability, Hit, Read, Write
 from kvlayer.errors import BackendError, ClosedError, ConfigError
-from kvlayer.keys import ObjectKey, Part
+from kvlayer.keys import ObjectKey, ObjectName, Part
 from kvlayer.urls import BackendURL
 from kvlayer_backends import cpu
 from kvlayer_backends.cpu import CpuBackend, CpuOptions
@@ -24,7 +24,7 @@ PART = Part(0, (0, 4), (0, 2))
 
 
 def key(number: int) -> ObjectKey:
-    return ObjectKey.of("ab" * 32, "0", sha256(b"%d" % number).digest(), 16, PART)
+    return ObjectName.raw(ObjectKey.of("ab" * 32, "0", sha256(b"%d" % number).digest(), 16, PART))
 
 
 def buffer(pages: int, fill: bytes = b"\0") -> memoryview:

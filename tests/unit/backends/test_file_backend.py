@@ -22,7 +22,7 @@ from hang import HANG
 from kvlayer.abc.backend import Capability, Damaged, Hit, Listed, Miss, Read, Write
 from kvlayer.errors import BackendError, ClosedError, ConfigError, ForkedError, PluginError
 from kvlayer.eviction.lru import PrefixLRU
-from kvlayer.keys import ObjectKey, Part
+from kvlayer.keys import ObjectKey, ObjectName, Part
 from kvlayer.urls import BackendURL
 from kvlayer_backends.file import FileBackend, FileOptions
 from kvlayer_backends.file.paths import Paths, Shard
@@ -33,7 +33,7 @@ PART = Part(0, (0, 4), (0, 8))
 
 
 def key(number: int, *, namespace: str = NAMESPACE, zone: str = "0") -> ObjectKey:
-    return ObjectKey.of(namespace, zone, sha256(b"%d" % number).digest(), 16, PART)
+    return ObjectName.raw(ObjectKey.of(namespace, zone, sha256(b"%d" % number).digest(), 16, PART))
 
 
 def lent(nbytes: int, seed: int | None = None) -> memoryview:
@@ -212,7 +212,9 @@ def test_keys_and_file_names_are_each_others_inverse() -> None:
     paths = Paths("/kv")
     parts = (PART, Part(1, (0, 2), None), Part(0, (0, 1), (3, 4), "native:vllm:isa_a-1"))
     for n, part in enumerate(parts):
-        made = ObjectKey.of(NAMESPACE, "0f" * 16, sha256(b"%d" % n).digest(), 16, part)
+        made = ObjectName.raw(
+            ObjectKey.of(NAMESPACE, "0f" * 16, sha256(b"%d" % n).digest(), 16, part)
+        )
         path = Path(paths.object(made))
         shard = Shard(path.parent.parent.name, path.parent.name)
         assert paths.key(shard, path.name) == made and shard == Shard.of(made)

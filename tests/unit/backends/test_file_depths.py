@@ -14,7 +14,7 @@ from kvlayer.abc.backend import Write
 from kvlayer.abc.rows import Rows
 from kvlayer.errors import NoRoomError
 from kvlayer.eviction.lru import LRU, PrefixLRU
-from kvlayer.keys import ObjectKey, Part
+from kvlayer.keys import ObjectKey, ObjectName, Part
 from kvlayer.retention import Retention
 from kvlayer_backends.file import FileBackend, FileOptions
 from kvlayer_backends.file.depths import Depths
@@ -25,7 +25,9 @@ CHUNK = 16
 
 
 def key(prompt: int, index: int) -> ObjectKey:
-    return ObjectKey.of("ab" * 32, "0", sha256(b"%d.%d" % (prompt, index)).digest(), CHUNK, PART)
+    return ObjectName.raw(
+        ObjectKey.of("ab" * 32, "0", sha256(b"%d.%d" % (prompt, index)).digest(), CHUNK, PART)
+    )
 
 
 def write(prompt: int, index: int, retention: Retention | None = None) -> Write:

@@ -19,7 +19,7 @@ from hang import HANG
 
 from kvlayer.abc.backend import Damaged, Hit, Listed, Read, Write
 from kvlayer.errors import BackendError
-from kvlayer.keys import ObjectKey, Part
+from kvlayer.keys import ObjectKey, ObjectName, Part
 from kvlayer.testing.framed import framed
 from kvlayer.tier.evict import PrefixLRU
 from kvlayer_backends.file import FileBackend, FileOptions
@@ -29,7 +29,10 @@ from kvlayer_backends.file.scratch import Scratch, reap
 PAGE = 4096
 SPACES = ["ab" * 32, "cd" * 32]
 PART = Part(0, (0, 4), (0, 8))
-KEYS = [ObjectKey.of(SPACES[n % 2], "0", sha256(b"%d" % n).digest(), 16, PART) for n in range(12)]
+KEYS = [
+    ObjectName.raw(ObjectKey.of(SPACES[n % 2], "0", sha256(b"%d" % n).digest(), 16, PART))
+    for n in range(12)
+]
 ERRORS = [errno.EMFILE, errno.EACCES, errno.EIO, errno.ENOMEM, errno.ENOTDIR]
 
 

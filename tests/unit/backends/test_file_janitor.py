@@ -23,7 +23,7 @@ from kvlayer.abc.backend import Damaged, Hit, Read, Write, WriteResult
 from kvlayer.abc.policy import EvictionPolicy
 from kvlayer.errors import BackendError
 from kvlayer.eviction.lru import LRU, PrefixLRU
-from kvlayer.keys import ObjectKey, Part
+from kvlayer.keys import ObjectKey, ObjectName, Part
 from kvlayer_backends.file import FileBackend, FileOptions
 from kvlayer_backends.file.ledger import Eviction, Ledger
 from kvlayer_backends.file.locks import FileLock
@@ -37,7 +37,7 @@ PART = Part(0, (0, 4), (0, 8))
 
 
 def key(number: int) -> ObjectKey:
-    return ObjectKey.of(NAMESPACE, "0", sha256(b"%d" % number).digest(), 16, PART)
+    return ObjectName.raw(ObjectKey.of(NAMESPACE, "0", sha256(b"%d" % number).digest(), 16, PART))
 
 
 KEYS = [key(n) for n in range(64)]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from kvlayer.eviction.lru import PrefixLRU
-from kvlayer.keys import ObjectKey, Part
+from kvlayer.keys import ObjectKey, ObjectName, Part
 from kvlayer_backends.file.ledger import Eviction, Ledger
 
-KEY = ObjectKey.of("ab" * 32, "0", bytes(32), 16, Part(0, (0, 1), (0, 1)))
+KEY = ObjectName.raw(ObjectKey.of("ab" * 32, "0", bytes(32), 16, Part(0, (0, 1), (0, 1))))
 
 
 def test_a_file_made_anew_while_its_old_self_was_evicted_stays_counted() -> None:

@@ -20,7 +20,7 @@ from hang import HANG
 import kvlayer
 from kvlayer.abc.backend import Hit, Read, Write
 from kvlayer.eviction.lru import PrefixLRU
-from kvlayer.keys import ObjectKey, Part
+from kvlayer.keys import ObjectKey, ObjectName, Part
 from kvlayer_backends.file import FileBackend, FileOptions
 
 PAGE = 4096
@@ -34,7 +34,7 @@ from hashlib import sha256
 from mmap import mmap
 from kvlayer.abc.backend import *
 from kvlayer.errors import BackendError
-from kvlayer.keys import ObjectKey, Part
+from kvlayer.keys import ObjectKey, ObjectName, Part
 from kvlayer.eviction.lru import PrefixLRU
 from kvlayer_backends.file import FileBackend, FileOptions
 
@@ -42,7 +42,7 @@ root, capacity, OBJECT = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 
 def key(n):
     chunk = sha256(b"%d" % n).digest()
-    return ObjectKey.of("ab" * 32, "0", chunk, 16, Part(0, (0, 4), (0, 8)))
+    return ObjectName.raw(ObjectKey.of("ab" * 32, "0", chunk, 16, Part(0, (0, 4), (0, 8))))
 
 def lent(n=None):
     memory = memoryview(mmap(-1, OBJECT))
@@ -62,7 +62,7 @@ def opened():
 
 
 def key(number: int) -> ObjectKey:
-    return ObjectKey.of(NAMESPACE, "0", sha256(b"%d" % number).digest(), 16, PART)
+    return ObjectName.raw(ObjectKey.of(NAMESPACE, "0", sha256(b"%d" % number).digest(), 16, PART))
 
 
 def opened(root: Path, capacity: int = 0) -> FileBackend:

@@ -19,7 +19,7 @@ from sparse import fill
 
 from kvlayer.abc.backend import Write, WriteResult
 from kvlayer.eviction.lru import PrefixLRU
-from kvlayer.keys import ObjectKey, Part
+from kvlayer.keys import ObjectKey, ObjectName, Part
 from kvlayer_backends.file import FileBackend, FileOptions
 from kvlayer_backends.file.descriptions import NAME
 from kvlayer_backends.file.paths import Paths
@@ -31,7 +31,7 @@ PART = Part(0, (0, 4), (0, 8))
 
 
 def key(number: int) -> ObjectKey:
-    return ObjectKey.of(SPACE, "0", sha256(b"%d" % number).digest(), 16, PART)
+    return ObjectName.raw(ObjectKey.of(SPACE, "0", sha256(b"%d" % number).digest(), 16, PART))
 
 
 @asynccontextmanager

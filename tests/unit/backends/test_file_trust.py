@@ -14,14 +14,14 @@ import pytest
 import kvlayer_backends
 from kvlayer.abc.backend import Hit, Miss, Read, Write
 from kvlayer.errors import BackendError
-from kvlayer.keys import ObjectKey, Part
+from kvlayer.keys import ObjectKey, ObjectName, Part
 from kvlayer.tier.evict import PrefixLRU
 from kvlayer_backends.file import FileBackend, FileOptions, disk
 from kvlayer_backends.file.descriptions import NAME
 from kvlayer_backends.file.paths import Paths
 
 PAGE = 4096
-KEY = ObjectKey.of("ab" * 32, "0", bytes(range(32)), 16, Part(0, (0, 4), (0, 8)))
+KEY = ObjectName.raw(ObjectKey.of("ab" * 32, "0", bytes(range(32)), 16, Part(0, (0, 4), (0, 8))))
 NOBODY = 65534
 
 
@@ -49,7 +49,8 @@ def dangling(path: Path) -> None:
 def listening(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as unix:
         folder = os.open(path.parent, os.O_PATH)
-        unix.bind(f"/proc/self/fd/{folder}/{path.name}")
+        unix.bind(f"/proc/self/fd/{folder}/s")  # a socket's path is short
+        path.with_name("s").rename(path)
         os.close(folder)
 
 

@@ -21,7 +21,7 @@ from hang import HANG
 
 from kvlayer.abc.backend import Read, Write
 from kvlayer.errors import BackendError, ClosedError
-from kvlayer.keys import ObjectKey, Part
+from kvlayer.keys import ObjectKey, ObjectName, Part
 from kvlayer.tier.evict import PrefixLRU
 from kvlayer_backends.file import FileBackend, FileOptions, disk
 from kvlayer_backends.file.locks import FileLock
@@ -29,7 +29,7 @@ from kvlayer_backends.file.paths import Paths
 from kvlayer_backends.file.pulse import Pulse
 
 PAGE = 4096
-KEY = ObjectKey.of("ab" * 32, "0", bytes(range(32)), 16, Part(0, (0, 4), (0, 8)))
+KEY = ObjectName.raw(ObjectKey.of("ab" * 32, "0", bytes(range(32)), 16, Part(0, (0, 4), (0, 8))))
 
 
 def backend(root: Path, **more: Any) -> FileBackend:

@@ -83,3 +83,38 @@ async def test_objects_of_a_zone_lie_in_a_folder_of_their_own(tmp_path: Path) ->
         **{link.hex(): link.hex()[:2] for link in chain.hashes[:2]},
         **{link.hex(): zone for link in chain.hashes[2:]},
     }
+
+
+@pytest.mark.asyncio
+async def test_an_object_in_an_encoding_that_nobody_here_reads_is_counted_and_may_be_evicted(
+    tmp_path: Path,
+) -> None:
+    """It is never served, rewritten or quarantined."""
+    engine, prompt = Engine(layout(), 32), tokens(64)
+    slots = engine.slots(64)
+    async with Cache.open(config(tmp_path), layout()) as cache:
+        await cache.store(prompt, engine.view(slots))
+        chain = cache.chain(prompt)
+    ours = next(path for path in stored_files(tmp_path) if chain.hashes[2].hex() in path.name)
+    theirs = ours.with_name(ours.name.removesuffix(".2.raw") + ".2.zstd-1")
+    ours.rename(theirs)
+    before = theirs.read_bytes()
+
+    async with Cache.open(config(tmp_path), layout()) as cache:
+        await cache.recovered()
+        assert cache.control.stats().tiers[1].foreign == 1
+        async with cache.lookup(prompt) as hit:
+            assert hit.tokens == 32
+        assert (await cache.store(prompt, engine.view(slots))).failed == ()
+        await cache.flush()
+        assert ours.exists() and theirs.read_bytes() == before
+        async with cache.lookup(prompt) as hit:
+            assert hit.tokens == 64
+        assert not [*tmp_path.glob("v2/quarantine/*")]
+    full = config(tmp_path, file_options="&capacity=16KiB")
+    async with Cache.open(full, layout()) as cache:
+        await cache.recovered()
+        for seed in range(1, 9):
+            await cache.store(tokens(64, seed), engine.view(slots))
+        await cache.flush()
+        assert not theirs.exists()

@@ -26,7 +26,7 @@ async def store(cache: Cache, *seeds: int) -> None:
 
 
 def left(folder: Path) -> int:
-    return len([path for path in folder.rglob("*.canonical") if path.is_file()])
+    return len([path for path in folder.rglob("*.raw") if path.is_file()])
 
 
 @pytest.mark.asyncio
@@ -37,7 +37,7 @@ async def test_what_could_not_be_deleted_is_an_error_that_counts_it(
     async with Cache.open(config(tmp_path), layout()) as cache:
         await store(cache, 0)
         assert left(tmp_path) == 2
-        unlink, spared = os.unlink, min(tmp_path.rglob("*.canonical"))
+        unlink, spared = os.unlink, min(tmp_path.rglob("*.raw"))
 
         def some(path: str) -> None:
             if path == str(spared):

@@ -28,7 +28,7 @@ from kvlayer.codec.frame import (
     read_rows,
     write_header,
 )
-from kvlayer.keys import RAW, Encoding, ObjectKey, ObjectName, Part
+from kvlayer.keys import Encoding, ObjectKey, ObjectName, Part
 from kvlayer.layout import AttentionKind, KVGroup
 from kvlayer.payload import ALIGNMENT, Payload
 from kvlayer.results import Cause
@@ -157,7 +157,7 @@ def test_a_header_fits_its_page(layers: int, tokens: int, heads: int) -> None:
     pack_rows(
         header,
         rows,
-        name=ObjectName.of(key, Encoding(VERSION, "c" * 32, "s" * 32)),
+        name=ObjectName.made(key, Encoding(VERSION, "c" * 32, "s" * 32)),
         first_token=1 << 40,
         created=1e18 / 3,
         build="kvlayer-core 12.34.56.dev7890+g0123456789abcdef",
@@ -454,11 +454,11 @@ def test_of_what_has_no_header_nobody_can_tell(junk: bytes, nbytes: int, at: int
 
 def test_an_object_of_another_encoding_is_misplaced_under_the_name_of_this_one() -> None:
     written = Written(shape())
-    name = ObjectName.of(written.key, Encoding(VERSION, "zstd-1"))
+    name = ObjectName.made(written.key, Encoding(VERSION, "zstd-1"))
     rows = read_rows(
         memoryview(written.header),
         written.nbytes,
-        name=ObjectName.of(written.key, RAW),
+        name=ObjectName.raw(written.key),
         payload=written.payload,
         first_token=32,
     ).rows
@@ -469,7 +469,7 @@ def test_an_object_of_another_encoding_is_misplaced_under_the_name_of_this_one()
 
 @given(payload=payloads(), data=st.data())
 def test_encoded_segments_lie_back_to_back_and_are_padded_once(payload: Payload, data: Any) -> None:
-    name = ObjectName.of(make_key(payload), Encoding(VERSION, "doubling"))
+    name = ObjectName.made(make_key(payload), Encoding(VERSION, "doubling"))
     rows, end = [], 0
     for segment in payload.segments():
         nbytes = data.draw(st.integers(1, 2 * segment.nbytes))

@@ -15,7 +15,7 @@ from engine import Engine
 from kvlayer import Cache, CacheConfig, ModelConfig, TierConfig
 from kvlayer.abc.backend import Backend, Capability, Damaged, Hit, Miss, Read, Write
 from kvlayer.errors import BackendError, BackendUnavailableError, UnsupportedError
-from kvlayer.keys import PUBLIC_ZONE, ObjectKey, Part
+from kvlayer.keys import PUBLIC_ZONE, ObjectKey, ObjectName, Part
 from kvlayer.registry import BACKENDS
 from kvlayer.testing.faults import (
     Dying,
@@ -34,7 +34,10 @@ from kvlayer.testing.sim import in_virtual_time, run
 from kvlayer.urls import BackendURL
 
 PART = Part(0, (0, 1), (0, 1), "canonical")
-KEYS = [ObjectKey.of("ab" * 32, PUBLIC_ZONE, bytes([i]) * 32, 16, PART) for i in range(8)]
+KEYS = [
+    ObjectName.raw(ObjectKey.of("ab" * 32, PUBLIC_ZONE, bytes([i]) * 32, 16, PART))
+    for i in range(8)
+]
 PAGE = 4096
 
 

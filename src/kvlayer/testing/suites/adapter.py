@@ -126,7 +126,7 @@ class AdapterSuite(Suite):
                 if loaded > min(found, len(tokens)):
                     broken(f"at most {found} of {len(tokens)} tokens to be loaded", f"{loaded}")
 
-    @promise("A chunk hash names a chunk and everything before it.")
+    @promise("A name includes everything before it.")
     async def test_a_prompt_that_differs_loads_only_what_is_alike(
         self, trial: AdapterTrial
     ) -> None:
@@ -197,8 +197,7 @@ def _is_prefix(loaded: Sequence[bytes], stored: Sequence[bytes]) -> None:
 
 def _damage(directory: Path) -> int:
     """Flip a byte near the end of every second object, newest names first; how many there were."""
-    files = sorted(path for path in directory.rglob("*canonical") if path.is_file())
-    files += sorted(path for path in directory.rglob("*native*") if path.is_file())
+    files = sorted(path for path in directory.rglob("*.raw") if path.is_file())
     for path in files[::2]:
         content = bytearray(path.read_bytes())
         content[-4096] ^= 0xFF  # the first byte of the last page: payload, not padding

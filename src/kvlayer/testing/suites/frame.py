@@ -96,14 +96,16 @@ class FrameSuite(Suite):
             part = slice(segment.offset, segment.offset + segment.nbytes)
             same_bytes(frame.body[part], written[part], f"segment {segment.layer}")
 
-    @promise("The payload is only read. A page that was used before is filled whole.")
+    @promise("Writing a header only reads the payload, and fills the header's page whole.")
     async def test_nothing_of_a_pages_former_content_is_written(self, frame: WrittenFrame) -> None:
         same_bytes(bytes(frame.body), noise(2, frame.payload.nbytes), "the payload's memory")
         header, before = bytes(frame.header), noise(1, HEADER_NBYTES)
         if any(header[at : at + 16] == before[at : at + 16] for at in range(HEADER_NBYTES - 15)):
             broken("the rest of the header to be zero", "what lay in the page before")
 
-    @promise("There are bytes at all: empty. All of the payload is there: truncated.")
+    @promise(
+        "There are bytes at all: empty. All encoded bytes and their padding are there: truncated."
+    )
     async def test_a_frame_cut_anywhere_is_refused(self, frame: WrittenFrame) -> None:
         expect(frame.cause(0), Cause.EMPTY, "the cause of an object of no bytes")
         starts = {HEADER_NBYTES + segment.offset for segment in frame.payload.segments()}
@@ -139,7 +141,7 @@ class FrameSuite(Suite):
         expect(frame.cause(), Cause.FOREIGN_VERSION, "the cause of a frame of the next version")
 
     @promise(
-        "The header repeats the full name. Key, first and tokens are what was asked for: misplaced."
+        "The header repeats the full name. First and tokens are what was asked for: misplaced."
     )
     async def test_another_objects_frame_is_misplaced(self, frame: WrittenFrame) -> None:
         part, tokens = frame.payload.part, frame.payload.tokens
@@ -164,7 +166,7 @@ class FrameSuite(Suite):
             if cause is None or not cause.is_damage:
                 broken("a cause of damage for a header of noise", cause)
 
-    @promise("Header and slab are written and read by direct I/O without a copy.")
+    @promise("Header and object are whole pages, so direct I/O moves them without a copy.")
     async def test_it_keeps_no_view_of_what_it_was_given(self, frame: WrittenFrame) -> None:
         header, body = (
             Loan(HEADER_NBYTES, bytes(frame.header)),

@@ -159,28 +159,29 @@ class KeepingPromises(BackendPlace):
         missing = expected.keys() - found.keys()
         expect(len(missing), 0, f"the number of objects missing from a list() of {len(expected)}")
         expect(found, expected, "key -> bytes in list()")
-        kinds = {type(key).__name__ for key in found}
-        expect(kinds, {"ObjectKey"}, "the types of listed keys")
+        kinds = {type(key).__name__ for key in found if not isinstance(key, ObjectKey)}
+        expect(kinds, set[str](), "the types of listed keys that are no ObjectKey")
 
     @promise("Every object whose key starts with prefix.", Need.LIST)
     async def test_a_listing_keeps_to_its_prefix(self, trial: Trial) -> None:
         zone = "0f" * 16
         public, private = trial.key(1), trial.key(1, zone=zone)
         sibling = trial.key(1, part=Part(0, (0, 4), (0, 20)))
-        everything = {public, private, sibling}
+        everything: set[ObjectKey] = {public, private, sibling}
         for key in everything:
             await trial.put(key, bytes(PAGE))
         whole = trial.namespace
-        for prefix, expected in {
+        wanted: dict[str, set[ObjectKey]] = {
             whole: everything,
             whole[:9]: everything,
             f"{whole}/0/": {public, sibling},
             f"{whole}/{zone}/": {private},
             str(public)[:100]: {public, sibling},
             str(public): {public},
-            f"{whole}/1": set[ObjectKey](),
-            f"{public}x": set[ObjectKey](),
-        }.items():
+            f"{whole}/1": set(),
+            f"{public}x": set(),
+        }
+        for prefix, expected in wanted.items():
             found = await trial.listed(prefix)
             expect(sorted(found), sorted(expected), f"list({prefix!r})")
         missing = everything - set(await trial.listed(""))

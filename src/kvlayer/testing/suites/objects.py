@@ -8,7 +8,7 @@ from functools import partial
 
 from kvlayer.abc.backend import Hit, Miss, Read, Write
 from kvlayer.errors import BackendError, ConfigError
-from kvlayer.keys import ObjectKey, Part
+from kvlayer.keys import Encoding, ObjectKey, Part
 from kvlayer.registry import open_backend
 from kvlayer.testing.framed import framed
 from kvlayer.testing.loan import PAGE, Loan, noise
@@ -18,6 +18,7 @@ from kvlayer.testing.trial import Trial
 
 __all__ = ["ObjectPromises"]
 
+_ENCODINGS = ("3.raw", "22.raw", "2.raw-1", "2.zstd_1", "2.raw.aes")
 _ZONES = ("0f" * 16, "f0" * 16)
 _PARTS = (
     Part(1, (0, 4), (0, 2)),
@@ -131,6 +132,8 @@ class ObjectPromises(BackendPlace):
         keys += [trial.key(1, zone=zone) for zone in _ZONES]
         keys += [trial.key(1, part=part) for part in _PARTS]
         keys.append(trial.key(1, zone=_ZONES[0], part=_PARTS[5]))
+        keys += [trial.key(1, tokens=tokens) for tokens in (1, 160, 999_999_999)]
+        keys += [trial.key(1, encoding=Encoding.parse(each)) for each in _ENCODINGS]
         for number, key in enumerate(keys):
             expect(await trial.backend.contains([key]), [None], f"contains({key}), not stored yet")
             result = await trial.put(key, noise(number, PAGE))

@@ -1,0 +1,107 @@
+"""A backend seen by key: it hears names, its owner keys, and of foreign ones nothing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from hashlib import sha256
+from typing import Any
+
+import pytest
+
+from kvlayer.abc.backend import Damaged, Hit, Listed, Miss, Read, Write
+from kvlayer.keys import Encoding, ObjectKey, ObjectName, Part
+from kvlayer.testing.loan import PAGE
+from kvlayer.testing.memory import MemoryBackend
+from kvlayer.tier.named import Named
+
+PART = Part(0, (0, 3), (0, 2))
+
+
+def key(number: int) -> ObjectKey:
+    return ObjectKey.of("ab" * 32, "0", sha256(b"%d" % number).digest(), 16, PART)
+
+
+def foreign(number: int) -> ObjectName:
+    return ObjectName.made(key(number), Encoding(3, "raw"))
+
+
+class Lister:
+    """What a listing of the backend below gives."""
+
+    def __init__(self, entries: list[Any]) -> None:
+        self.entries = entries
+
+    async def __call__(self, prefix: str = "", /) -> AsyncIterator[Any]:
+        for entry in self.entries:
+            yield entry
+
+
+@pytest.fixture
+def named() -> Named:
+    return Named(MemoryBackend())
+
+
+def page(fill: int = 0) -> memoryview:
+    return memoryview(bytearray([fill]) * PAGE)
+
+
+@pytest.mark.asyncio
+async def test_every_call_goes_under_the_name_of_this_builds_encoding(named: Named) -> None:
+    assert await named.put([Write(key(1), (page(7),))]) == [None]
+    assert list(named.objects) == [f"{key(1)}/2.raw"]
+    assert await named.contains([key(1), key(2)]) == [PAGE, None]
+    into = page()
+    hit, miss = await named.get([Read(key(1), (into,)), Read(key(2), (page(),))])
+    assert (hit, miss, into) == (Hit(PAGE), Miss(), page(7))
+    await named.touch([key(1)])
+    assert isinstance(hit, Hit)
+    assert await named.quarantine([Damaged(key(1), hit.version)]) == [None]
+    assert await named.contains([key(1)]) == [None]
+    await named.put([Write(key(1), (page(7),))])
+    assert await named.delete([key(1), key(2)]) == [None, None]
+    assert list(named.objects) == []
+
+
+@pytest.mark.asyncio
+async def test_an_object_in_another_encoding_is_another_object(named: Named) -> None:
+    named.objects[foreign(1)] = bytes(PAGE)
+    assert await named.contains([key(1)]) == [None]
+    await named.delete([key(1)])
+    assert list(named.objects) == [foreign(1)]
+
+
+@pytest.mark.asyncio
+async def test_a_listing_gives_keys_and_counts_what_it_leaves_out(
+    named: Named, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = [
+        Listed(ObjectName.raw(key(1)), 1, 2.0),
+        Listed(foreign(2), 3, 4.0),
+        Listed(key(3), 5, 6.0),  # no name at all
+        "no entry",
+    ]
+    monkeypatch.setattr(named._backend, "list", Lister(entries))
+    assert [entry async for entry in named.list()] == [Listed(key(1), 1, 2.0), "no entry"]
+    assert named.foreign == 2
+
+
+def test_what_comes_and_goes_is_told_by_key_and_of_others_nothing() -> None:
+    below = MemoryBackend()
+    named = Named(below)
+    told: list[Any] = []
+    assert below.on_evicted is not None and below.on_stored is not None
+    below.on_evicted([(ObjectName.raw(key(1)), 5)], "nobody listens yet")
+    named.on_evicted = lambda gone, policy: told.append((gone, policy))
+    named.on_stored = told.append
+    below.on_evicted([(ObjectName.raw(key(1)), 5), (foreign(2), 6)], "lru")
+    below.on_evicted([(foreign(2), 6)], "lru")
+    below.on_stored([(foreign(3), 7), (ObjectName.raw(key(4)), 8)])
+    assert told == [([(key(1), 5)], "lru"), [(key(4), 8)]]
+
+
+def test_it_is_what_it_stands_for() -> None:
+    below = MemoryBackend()
+    named = Named(below)
+    assert (named.scheme, named.capabilities) == (below.scheme, below.capabilities)
+    assert named.objects is below.objects
+    assert not hasattr(named, "nothing_of_the_kind")
