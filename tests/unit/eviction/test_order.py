@@ -103,6 +103,7 @@ def test_a_row_that_was_given_back_remembers_nothing() -> None:
     again = [order.add(n, 4096) for n in (7, 8)]
     assert sorted(again) == [1, 2]
     assert drained(order) == [0, 3, *again]
+    assert order._demoted == 0
 
 
 # -- retention -----------------------------------------------------------------------------------
