@@ -141,7 +141,9 @@ def _parts(place: str, module: Any, active: list[str]) -> Iterator[tuple[str, ob
                 yield f"{place}.{'.'.join(path)}", tensor
         attributes: dict[str, Any] = module.__dict__
         for key, value in sorted(attributes.items()):
-            held = cast("Mapping[str, Any]", value) if isinstance(value, dict) else {}
+            held: Mapping[str, Any] = {}
+            if isinstance(value, dict):
+                held = cast("Mapping[str, Any]", value)
             inner = held.get(name)
             if isinstance(inner, int | float | str | bool):
                 yield f"{place}.{key}.{order}", inner
