@@ -32,7 +32,7 @@ class Scratch:
         """Once, when nobody uses it any more."""
         with suppress(BufferError):  # a backend has made something of it that it keeps
             self.memory.release()
-        self._arena._release(self._offset)  # its other half
+        self._arena.take_back(self._offset)
 
 
 class Arena:
@@ -92,7 +92,8 @@ class Arena:
             if not waiter.done():
                 self._waiting.remove(waiter)
 
-    def _release(self, offset: int) -> None:
+    def take_back(self, offset: int) -> None:
+        """For :meth:`Scratch.give_back` alone."""
         self._extents.release(offset)
         self._wake()
 
