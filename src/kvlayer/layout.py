@@ -11,9 +11,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
-from kvlayer._values import choice, instance, items, listed, shown_value, whole
+from kvlayer._values import choice, given, instance, items, listed, shown_value, whole
 from kvlayer.errors import LayoutError
 
 __all__ = [
@@ -140,7 +140,7 @@ class KVGroup:
             )
         dtype: object = self.dtype
         instance("dtype", dtype, str, hint="a logical dtype such as 'bfloat16'", error=LayoutError)
-        rope: object = self.rope
+        rope = given(self.rope)
         if not isinstance(rope, Mapping):
             raise LayoutError(f"rope must be a flat table, found {shown_value(rope)}")
         fields: dict[str, object] = {
@@ -212,11 +212,11 @@ class GroupLayout:
 
     def __post_init__(self) -> None:
         instance("group", self.group, KVGroup, hint="build a KVGroup first", error=LayoutError)
-        axes: object = self.axes
-        if not isinstance(axes, (tuple, list)) or not _are_axes(cast("Sequence[object]", axes)):
+        axes = listed(self.axes)
+        if axes is None or not _are_axes(axes):
             raise LayoutError(
-                f"bad axes {shown_value(axes)}: each must be one of {', '.join(sorted(_AXES))}, "
-                "once",
+                f"bad axes {shown_value(self.axes)}: each must be one of "
+                f"{', '.join(sorted(_AXES))}, once",
                 hint="kvlayer.layout has the usual ones: NHD, HND, FUSED_HND, MLA_BLOCKS, ...",
             )
         size = whole("tokens_per_block", self.tokens_per_block, least=1, error=LayoutError)
@@ -224,7 +224,7 @@ class GroupLayout:
         object.__setattr__(self, "tokens_per_block", size)
         for name in ("layers", "heads"):
             object.__setattr__(self, name, _range(name, getattr(self, name)))
-        form: object = self.form
+        form = given(self.form)
         if not isinstance(form, str) or not _FORM.fullmatch(form):
             raise LayoutError(
                 f"unknown payload form {shown_value(form)}",
@@ -287,12 +287,13 @@ def _range(name: str, found: object) -> tuple[int, int] | None:
     """A half-open range of two whole numbers, or None for all there is."""
     if found is None:
         return None
-    if not isinstance(found, (tuple, list)) or len(cast("Sequence[object]", found)) != 2:
+    ends = listed(found)
+    if ends is None or len(ends) != 2:
         raise LayoutError(
             f"{name} must be a half-open range (first, last + 1), found {shown_value(found)}",
             hint="leave it out for all of the group's",
         )
-    low, high = cast("Sequence[object]", found)
+    low, high = ends
     what = f"an end of {name}"
     return whole(what, low, error=LayoutError), whole(what, high, error=LayoutError)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from hashlib import sha256
 
-from kvlayer._values import instance, items, whole
+from kvlayer._values import given, instance, items, whole
 from kvlayer.errors import ConfigError, IdentityError
 from kvlayer.retention import ORDINARY, Retention
 
@@ -34,7 +34,7 @@ class Salt:
     first_token: int = 0
 
     def __post_init__(self) -> None:
-        value: object = self.value
+        value = given(self.value)
         if not isinstance(value, str):
             raise IdentityError(
                 f"a salt must be text, found a {type(value).__name__}",
@@ -115,7 +115,7 @@ class Scope:
         _check_digest("an adapter", self.adapter)
         salts = items("salts", self.salts, Salt, hint=_PRIVATE, error=IdentityError)
         contents = items("contents", self.contents, Content, hint=_CONTENT, error=IdentityError)
-        owner: object = self.owner
+        owner = given(self.owner)
         hint = "pass a name as text, or leave it out"
         owner = instance("owner", "" if owner is None else owner, str, hint=hint)
         hint = "pass kvlayer.Retention(priority=1), or leave it out"
