@@ -19,9 +19,9 @@ from hang import HANG
 
 from kvlayer.abc.backend import Damaged, Hit, Listed, Read, Write
 from kvlayer.errors import BackendError
+from kvlayer.eviction.lru import PrefixLRU
 from kvlayer.keys import ObjectKey, ObjectName, Part
 from kvlayer.testing.framed import framed
-from kvlayer.tier.evict import PrefixLRU
 from kvlayer_backends.file import FileBackend, FileOptions
 from kvlayer_backends.file.paths import Paths
 from kvlayer_backends.file.scratch import Scratch, reap
