@@ -270,7 +270,7 @@ def test_an_interrupt_in_the_middle_of_a_transfer_leaves_no_file(
     real = file._Tier.read
 
     async def read(tier: Any, prompts: Sequence[Any]) -> Taken:
-        seen.extend(path.name for path in tmp_path.rglob("*.canonical"))
+        seen.extend(path.name for path in tmp_path.rglob("*.canonical.*"))
         signal.raise_signal(signal.SIGINT)
         return await real(tier, prompts)
 
@@ -305,7 +305,7 @@ async def test_a_tier_that_lost_something_is_an_error_not_a_figure(
 
     async def lose(tier: Any) -> None:
         await real(tier)
-        for path in tmp_path.rglob("*.canonical"):
+        for path in tmp_path.rglob("*.canonical.*"):
             path.unlink()
 
     monkeypatch.setattr(file._Tier, "empty", lose)
