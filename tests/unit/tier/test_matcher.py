@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stacks import CHUNK, NAMESPACE, TAIL, chain_of, hybrid_layout, make_planner
 
-from kvlayer.keys import ChunkChain, ObjectKey, Part, Salt, Scope
+from kvlayer.keys import ChunkChain, ObjectKey, Part, Salt, Scope, Span
 from kvlayer.tier.planner import Planner
 
 FULL = Part(0, (0, 2), (0, 2))
@@ -100,6 +100,17 @@ def test_a_listing_that_makes_up_a_zone_is_not_believed() -> None:
     assert planner.match(chain).tokens == 0
     lies(planner, chain, (0, 16))
     assert [r.key for r in planner.match(chain).path()] == [key(chain, 0, 16)]
+
+
+def test_what_is_in_use_is_told_apart_by_tokens_and_by_zone() -> None:
+    directory = make_planner().directory
+    spans = [(Span(0, 16, b"h" * 32), "0"), (Span(12, 16, b"h" * 32), "0")]
+    spans.append((Span(0, 16, b"h" * 32), Salt("s").zone))
+    records = [directory.ensure(span, zone, FULL) for span, zone in spans]
+    assert len({record.key for record in records}) == 3
+    for record, (span, zone) in zip(records, spans, strict=True):
+        assert directory.chunk(span.hash, span.tokens, zone) is record.chunk
+        assert (record.key.tokens, record.key.zone) == (span.tokens, zone)
 
 
 @pytest.mark.parametrize("tokens", [1, TAIL - 1, TAIL + 1, CHUNK + TAIL, 10**8])
