@@ -22,6 +22,7 @@ from stacks import check_accounts
 
 from kvlayer import Cache, CacheConfig, KVLayout, ModelConfig, TierConfig
 from kvlayer.layout import NHD
+from kvlayer.tier.named import Named
 from kvlayer_backends.file import FileBackend
 
 __all__ = ["COUNT", "OBJECTS", "debris", "engine", "file_tier", "held", "recover",
@@ -60,7 +61,9 @@ def settings(directory: str, *, options: str = "", host: str = "16MiB", **tier: 
 
 
 def file_tier(cache: Cache) -> FileBackend:
-    backend = cache.stack.lower[0].backend
+    named = cache.stack.lower[0].backend
+    assert isinstance(named, Named)
+    backend = named.backend
     assert isinstance(backend, FileBackend)
     return backend
 

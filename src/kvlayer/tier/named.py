@@ -33,7 +33,8 @@ class Named(Backend):
     """``backend`` under the names of this build's encoding; it is open when that is."""
 
     def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+        self.backend = backend
+        """What it stands before."""
         self.scheme = backend.scheme  # type: ignore[misc]  # as is what it stands for
         self.capabilities = backend.capabilities
         self.foreign = 0
@@ -43,7 +44,7 @@ class Named(Backend):
 
     def __getattr__(self, name: str) -> Any:
         """What a backend has beyond the interface: figures, a slab."""
-        return getattr(self._backend, name)
+        return getattr(self.backend, name)
 
     @classmethod
     def from_url(cls, url: BackendURL, /) -> Self:
@@ -59,21 +60,21 @@ class Named(Backend):
             self.on_stored(ours)
 
     async def open(self) -> None:
-        await self._backend.open()
+        await self.backend.open()
 
     async def aclose(self) -> None:
-        await self._backend.aclose()
+        await self.backend.aclose()
 
     async def contains(self, keys: Sequence[ObjectKey], /) -> list[SizeResult]:
-        return await self._backend.contains(_names(keys))
+        return await self.backend.contains(_names(keys))
 
     async def get(self, reads: Sequence[Read], /) -> list[ReadResult]:
-        return await self._backend.get(
+        return await self.backend.get(
             [Read(ObjectName.raw(r.key), r.regions, r.offset, r.landed) for r in reads]
         )
 
     async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
-        return await self._backend.put(
+        return await self.backend.put(
             [
                 Write(ObjectName.raw(w.key), w.regions, w.first_token, w.tokens, w.retention)
                 for w in writes
@@ -81,35 +82,35 @@ class Named(Backend):
         )
 
     async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
-        return await self._backend.delete(_names(keys))
+        return await self.backend.delete(_names(keys))
 
     async def quarantine(self, items: Sequence[Damaged], /) -> list[DeleteResult]:
-        return await self._backend.quarantine(
+        return await self.backend.quarantine(
             [Damaged(ObjectName.raw(item.key), item.version) for item in items]
         )
 
     async def touch(self, keys: Sequence[ObjectKey], /) -> None:
-        await self._backend.touch(_names(keys))
+        await self.backend.touch(_names(keys))
 
     async def describe(self, namespace: str, canonical: bytes, /) -> None:
-        await self._backend.describe(namespace, canonical)
+        await self.backend.describe(namespace, canonical)
 
     async def namespaces(self) -> Mapping[str, bytes]:
-        return await self._backend.namespaces()
+        return await self.backend.namespaces()
 
     async def introduce(self, region: memoryview, /) -> None:
-        await self._backend.introduce(region)
+        await self.backend.introduce(region)
 
     async def withdraw(self, region: memoryview, /) -> None:
-        await self._backend.withdraw(region)
+        await self.backend.withdraw(region)
 
     def lend(
         self, keys: Sequence[ObjectKey], /
     ) -> AbstractAsyncContextManager[Sequence[Lent | None]]:
-        return self._backend.lend(_names(keys))
+        return self.backend.lend(_names(keys))
 
     async def list(self, prefix: str = "", /) -> AsyncIterator[Listed]:
-        async for entry in self._backend.list(prefix):
+        async for entry in self.backend.list(prefix):
             found: object = entry
             if not isinstance(found, Listed):
                 yield entry  # whoever reads the listing says what is wrong with it
