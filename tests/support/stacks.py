@@ -203,8 +203,8 @@ class MemoryBackend(Honest):
 
     async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
         results: list[WriteResult] = []
+        self.calls += [("put", write.key) for write in writes]
         for write in writes:
-            self.calls.append(("put", write.key))
             await self._pass()
             if self.fails is None:
                 self.objects[write.key] = b"".join(write.regions)
