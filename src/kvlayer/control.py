@@ -102,11 +102,10 @@ class Control:
             if each.is_shared and not each.health().ok:  # others may have stored there
                 removal.unseen(each, each.health().detail)
             await removal.delete(each, there)
-        gone = 0
         if tier in (None, stack.host.name):
-            gone = await self._drop(records, "evicted by request")
+            removal.gone += await self._drop(records, "evicted by request")
         removal.check()
-        return removal.gone + gone
+        return removal.gone
 
     async def clear(self, tier: str | None = None) -> int:
         """Remove everything of this namespace from one tier, or from all; returns how many went.
@@ -124,11 +123,10 @@ class Control:
             known = await self._records()
             keys += [found.key for found in known if found.tiers >> lower.index & 1]
             await removal.delete(lower, list(dict.fromkeys(keys)))
-        gone = 0
         if tier in (None, stack.host.name):
-            gone = await self._drop(await self._records(), "cleared by request")
+            removal.gone += await self._drop(await self._records(), "cleared by request")
         removal.check()
-        return removal.gone + gone
+        return removal.gone
 
     async def _records(self) -> list[ObjectRecord]:
         """Everything the directory knows, read in slices: nobody waits for the whole of it."""

@@ -34,7 +34,7 @@ class Removal:
         self._objects = objects
         self._troubles: list[str] = []
         self.gone = 0
-        """Objects that went."""
+        """Objects that went, from every tier."""
 
     def unseen(self, tier: LowerTier, why: str) -> None:
         """A tier did not say what it holds, so more may be left there."""

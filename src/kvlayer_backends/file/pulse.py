@@ -27,8 +27,8 @@ _NO_ATIMES = getattr(os, "ST_NOATIME", 0) | os.ST_RDONLY
 class Pulse:
     """A file of this user, whose time of access is set back to 0 after each look.
 
-    Blocking calls, from any thread. Where there is no such file yet, and where times of access are
-    not kept, it finds nothing wrong.
+    Blocking calls, from any thread. Where there is no such file yet, where it cannot be read any
+    more, and where times of access are not kept, it finds nothing wrong.
     """
 
     def __init__(self, path: str) -> None:
@@ -67,10 +67,14 @@ class Pulse:
                 self._fd = opened[0]
 
     def _beats(self) -> bool:
-        os.pread(self._fd, 1, 0)
-        if os.fstat(self._fd).st_atime_ns == 0:
-            return bool(os.fstatvfs(self._fd).f_flag & _NO_ATIMES)
-        self._set_back()
+        try:
+            os.pread(self._fd, 1, 0)
+            if os.fstat(self._fd).st_atime_ns == 0:
+                return bool(os.fstatvfs(self._fd).f_flag & _NO_ATIMES)
+            self._set_back()
+        except OSError:
+            # This disk has died, and another may lie in its place: the change itself finds out.
+            self._drop()
         return True
 
     def _set_back(self) -> None:
@@ -79,6 +83,9 @@ class Pulse:
     def close(self) -> None:
         """Idempotent."""
         with self._lock:
-            fd, self._fd = self._fd, -1
-            if fd >= 0:
-                os.close(fd)
+            self._drop()
+
+    def _drop(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)

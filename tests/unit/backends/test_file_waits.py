@@ -227,6 +227,25 @@ def test_a_pulse_beats_where_reads_move_the_time_of_access(tmp_path: Path) -> No
     Pulse(str(tmp_path / "nothing")).check()  # nothing is known yet
 
 
+def test_a_pulse_lets_go_of_a_disk_that_has_died(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch(0o600)
+    pulse = Pulse(str(tmp_path / "file"))
+    pulse.begin()
+
+    def dead(*_: object) -> bytes:
+        raise OSError(errno.EIO, "dead")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.pread", dead)
+        pulse.check()  # whatever is changed now says what is wrong
+    assert pulse._fd == -1
+    pulse.check()
+    assert pulse._fd >= 0  # what lies there now
+    pulse.close()
+
+
 # -- threads that hang ----------------------------------------------------------------------------
 
 
