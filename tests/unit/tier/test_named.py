@@ -80,7 +80,7 @@ async def test_a_listing_gives_keys_and_counts_what_it_leaves_out(
         Listed(key(3), 5, 6.0),  # no name at all
         "no entry",
     ]
-    monkeypatch.setattr(named._backend, "list", Lister(entries))
+    monkeypatch.setattr(named.backend, "list", Lister(entries))
     assert [entry async for entry in named.list()] == [Listed(key(1), 1, 2.0), "no entry"]
     assert named.foreign == 2
 
