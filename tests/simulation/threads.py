@@ -16,13 +16,27 @@ from processes import CHUNK, opened
 from world import PUBLIC, World, simulate
 
 from kvlayer import Cache, lookup, opening, parts
+from kvlayer.eviction import lists, lru, order
 from kvlayer.results import Cause
 from kvlayer.testing import invariants
 from kvlayer.testing.schedule import Schedule
-from kvlayer.tier import directory, evict, host, lease, matcher, planner, stack
+from kvlayer.tier import directory, host, lease, matcher, planner, stack
 from kvlayer.tier.directory import Host, ObjectRecord
 
-WATCHED = [directory, evict, host, lease, lookup, matcher, opening, parts, planner, stack]
+WATCHED = [
+    directory,
+    host,
+    lease,
+    lists,
+    lru,
+    order,
+    lookup,
+    matcher,
+    opening,
+    parts,
+    planner,
+    stack,
+]
 LOOKUPS = 4
 STORES = 5
 

@@ -16,7 +16,7 @@ from engine import Engine, same
 from stacks import MemoryBackend
 
 from kvlayer import Cache, CacheConfig, Cause, ModelConfig, Scope, TierConfig
-from kvlayer.errors import BackendError, ConfigError
+from kvlayer.errors import ArgumentError, BackendError
 from kvlayer.registry import BACKENDS
 from kvlayer.results import OwnerStats
 
@@ -256,6 +256,6 @@ async def test_stats_say_who_holds_host_memory() -> None:
             }
         cache.control.unpin(pin)
         assert cache.control.stats().owners == {}
-        with pytest.raises(ConfigError, match="needs a deadline"):
+        with pytest.raises(ArgumentError, match="a lease must be a finite number"):
             await cache.control.pin(prompt, seconds=float("inf"))
         assert cache.control.stats().tiers[0].pinned_nbytes == 0

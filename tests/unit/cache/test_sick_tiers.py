@@ -66,6 +66,8 @@ class Requests:
         self.got.append(4 - len(report.failed))
 
     async def _forget(self) -> None:
+        async with self.cache.lookup(tokens(1)):
+            pass  # leases that have run out are dropped at the next call
         with self.cache.stack.planner.lock:
             records = list(self.cache.stack.planner.directory.objects())
             self.cache.stack.planner.evict(records, Cause.CLEARED, "")
