@@ -128,13 +128,13 @@ class Namespace:
         _check_name("hash_scheme", self.hash_scheme, _QUALITY, "links, or the scheme's name")
         _check_name("kv_scales", self.kv_scales, _SCALES, "a digest or a version, or empty")
         _check_name("numerics", self.numerics, _NUMERICS, "portable or engine:<name>-<version>")
-        dtype: object = self.compute_dtype
+        dtype = cast("object", self.compute_dtype)
         if not isinstance(dtype, str) or dtype not in COMPUTE_DTYPES:
             raise IdentityError(
                 f"unknown compute_dtype {shown_value(dtype)}",
                 hint=f"what attention was computed in, one of: {', '.join(COMPUTE_DTYPES)}",
             )
-        overrides: object = self.overrides
+        overrides = cast("object", self.overrides)
         if not isinstance(overrides, Mapping):
             raise IdentityError(
                 f"overrides must be a table, found {shown_value(overrides)}",

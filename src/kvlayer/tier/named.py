@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from kvlayer.abc.backend import (
     Backend,
@@ -111,7 +111,7 @@ class Named(Backend):
 
     async def list(self, prefix: str = "", /) -> AsyncIterator[Listed]:
         async for entry in self.backend.list(prefix):
-            found: object = entry
+            found = cast("object", entry)  # foreign code: it may be anything
             if not isinstance(found, Listed):
                 yield entry  # whoever reads the listing says what is wrong with it
             elif (key := ObjectName.readable(ObjectName(found.key))) is None:

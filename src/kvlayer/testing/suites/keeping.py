@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from hashlib import sha256
 from time import time
+from typing import cast
 
 from kvlayer.abc.backend import Capability, Damaged, Hit
 from kvlayer.errors import UnsupportedError
@@ -159,7 +160,8 @@ class KeepingPromises(BackendPlace):
         missing = expected.keys() - found.keys()
         expect(len(missing), 0, f"the number of objects missing from a list() of {len(expected)}")
         expect(found, expected, "key -> bytes in list()")
-        kinds = {type(key).__name__ for key in found if not isinstance(key, ObjectKey)}
+        keys = cast("list[object]", [*found])
+        kinds = {type(key).__name__ for key in keys if not isinstance(key, ObjectKey)}
         expect(kinds, set[str](), "the types of listed keys that are no ObjectKey")
 
     @promise("Every object whose key starts with prefix.", Need.LIST)
