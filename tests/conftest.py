@@ -47,6 +47,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if _missing(file, helpers) else None
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The rest of the rule: what is marked as needing torch is left out where there is none."""
+    if config.getoption("--core", False) and find_spec("torch") is None:
+        left_out = [item for item in items if item.get_closest_marker("torch")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("torch")]
+
+
 def _missing(file: Path, helpers: Sequence[Path]) -> set[str]:
     """Packages that ``file``, or a helper that it imports, would not find."""
     missing: set[str] = set()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.torch
+
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(
     r"<!-- run -->\n```python\n(?P<code>.*?)```\n"

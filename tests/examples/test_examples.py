@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.torch
+
 ROOT = Path(__file__).parents[2]
 SAYS = {
     "01_quickstart": "320 of 323 tokens need no prefill",

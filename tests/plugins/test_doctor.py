@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.torch
+
 Ship = Callable[..., Path]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

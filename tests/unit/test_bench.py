@@ -33,6 +33,8 @@ from kvlayer.cli import bench as command
 from kvlayer.cli.main import EXIT_BAD, EXIT_USAGE, program
 from kvlayer.errors import BackendError
 
+pytestmark = pytest.mark.torch
+
 MIB = 1 << 20
 
 ROWS = {

@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 
+import pytest
+
 from kvlayer.bench.portal import portal_rows
+
+pytestmark = pytest.mark.torch
 
 
 def test_the_portals_rows_have_their_ceilings_and_leave_nothing_behind() -> None:

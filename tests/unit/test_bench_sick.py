@@ -11,6 +11,8 @@ from kvlayer.bench import sick
 from kvlayer.bench.measure import Row
 from kvlayer.testing.sim import run
 
+pytestmark = pytest.mark.torch
+
 
 def test_figures_stand_beside_what_they_may_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     """In virtual time, in which nothing takes any but waiting: the figures are exact."""

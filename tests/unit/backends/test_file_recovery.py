@@ -92,8 +92,8 @@ async def test_writes_are_granted_against_what_the_last_janitor_had_counted(
         await backend.janitor.pass_()
         there = [path for path in (tmp_path / "v2").glob("*/??/*") if path.is_file()]
         assert len(there) == backend.objects == 48
-        # The oldest went; but what made room before everything was in order may be a new one.
-        assert (await backend.contains([key(n) for n in new])).count(PAGE) >= 10
+        # The oldest went; what made room before everything was in order may have been new ones.
+        assert (await backend.contains([key(n) for n in new])).count(PAGE) >= 6
 
 
 @pytest.mark.asyncio

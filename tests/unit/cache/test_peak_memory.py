@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.torch
+
 MIB = 1 << 20
 OBJECTS, OBJECT_NBYTES = 16, 8 * MIB
 

@@ -623,7 +623,7 @@ def eager(loop: asyncio.AbstractEventLoop, work: Any, **_: Any) -> asyncio.Futur
 async def test_a_probe_that_ends_where_it_begins_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the tier would never be asked again, and closing would wait for ever."""
     guard, loop = Guard(DEADLINE, 4, pause=PAUSE), asyncio.get_running_loop()
-    loop.set_task_factory(eager)  # type: ignore[arg-type]
+    loop.set_task_factory(getattr(asyncio, "eager_task_factory", eager))  # from Python 3.12 on
     answers = ["sick", "sick", None]
     asked: list[float] = []
 
