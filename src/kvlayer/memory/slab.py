@@ -159,7 +159,9 @@ class Slab:
         try:
             self._map.close()
         except BufferError:
-            pass  # a borrower still holds a view: unmapping under it would be a crash
+            # A borrower still holds a view, so unmapping would be a crash. It keeps the map alive;
+            # who keeps the slab must not.
+            del self._map
         self._close_fd()
 
     def _close_fd(self) -> None:

@@ -223,3 +223,16 @@ def test_a_handle_survives_the_wire_and_nothing_else_is_one() -> None:
     for wire in (None, [], [1, 2, 3], [1, 2, 3, -4], [1, 2, 3, "4"], [1, 2, 3, True], [1] * 5):
         with pytest.raises(ValueError, match="not a slab's handle"):
             SlabHandle.from_wire(wire)
+
+
+@linux
+def test_memory_lent_past_closing_goes_with_the_last_view_though_somebody_keeps_the_slab() -> None:
+    before = descriptors()
+    slab = Slab(PAGE, name="kvlayer-test")
+    view = slab.view(0, 4)
+    slab.close()
+    assert descriptors() > before  # the map has a descriptor of its own
+    view.release()
+    del view
+    assert descriptors() == before
+    slab.close()
