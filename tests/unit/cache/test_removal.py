@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from caches import config, layout, tokens
 from engine import Engine
 
 from kvlayer import Cache
-from kvlayer.abc.backend import DeleteResult
+from kvlayer.abc.backend import DeleteResult, Listed
 from kvlayer.errors import BackendError
 from kvlayer.keys import ObjectKey
 from kvlayer.tier.objects import Objects
@@ -65,15 +65,14 @@ async def test_a_tier_that_cannot_be_listed_may_hold_more(
     async with Cache.open(config(tmp_path), layout()) as cache:
         await store(cache, 0)
         await cache.recovered()
-        listdir = os.listdir
 
-        def denied(path: str) -> list[str]:
-            if str(path).startswith(str(tmp_path)):
-                raise OSError(24, "Too many open files")
-            return listdir(path)
+        async def denied(_: FileBackend, prefix: str = "", /) -> AsyncIterator[Listed]:
+            for entry in list[Listed]():
+                yield entry
+            raise BackendError(f"Too many open files, of {prefix}")
 
         with monkeypatch.context() as patch:
-            patch.setattr(os, "listdir", denied)
+            patch.setattr(FileBackend, "list", denied)
             with pytest.raises(BackendError, match="file did not say what it holds"):
                 await cache.control.clear()
         assert left(tmp_path) == 0  # what was known of is gone all the same
