@@ -36,8 +36,10 @@ async def counted(janitor: Janitor, prefix: str) -> AsyncGenerator[list[Listed]]
             if is_counted:
                 break
             more = asyncio.ensure_future(janitor.progress())
-            await asyncio.wait({counting, more}, return_when=asyncio.FIRST_COMPLETED)
-            more.cancel()
+            try:
+                await asyncio.wait({counting, more}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                more.cancel()
         await counting
     finally:
         if counting.cancel():

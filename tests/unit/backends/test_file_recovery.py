@@ -247,3 +247,26 @@ async def test_a_shard_that_fills_while_it_is_removed_keeps_what_was_written(
         monkeypatch.setattr(os, "link", beaten)
         assert await put(other, 1) == [None]
         assert await backend.contains([key(1)]) == [PAGE]
+
+
+@pytest.mark.asyncio
+async def test_a_listing_that_is_left_leaves_no_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(monkeypatch)
+    async with opened(tmp_path, capacity=8 * PAGE) as backend:
+
+        async def read() -> None:
+            async for _ in backend.list():
+                pass
+
+        before = asyncio.all_tasks()
+        listing = asyncio.create_task(read())
+        while len(asyncio.all_tasks() - before) < 3:  # noqa: ASYNC110  # itself, a count, a wait
+            await asyncio.sleep(0)
+        listing.cancel()
+        held.let_go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await listing
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() - before == set()
