@@ -15,10 +15,10 @@ from kvlayer.abc.backend import Backend
 from kvlayer.abc.stager import Landed, MakeStager
 from kvlayer.config import CacheConfig
 from kvlayer.control import Control
-from kvlayer.errors import ClosedError, ForkedError, IdentityError, LayoutError, TokensError
+from kvlayer.errors import ClosedError, ForkedError, IdentityError, LayoutError
 from kvlayer.events import PrefetchDone, RetrieveDone, Sink, StoreDone
 from kvlayer.hit import PrefixHit
-from kvlayer.keys import ChunkChain, Scope, Tokens, token_bytes
+from kvlayer.keys import ChunkChain, Scope, Span, Tokens, token_bytes
 from kvlayer.layout import KVLayout, KVView
 from kvlayer.lookup import Lookup, Lookups
 from kvlayer.namespace import Namespace
@@ -140,7 +140,8 @@ class Cache:
         store is gathering is waited for, and stored by this one where the other fails.
 
         Cancelling it releases the view and leaves every object whole or absent. Raises
-        ``LayoutError``, and ``TokensError`` also for ids of 2^30 and above, which have no name.
+        ``LayoutError`` and ``TokensError``. From an id of 2^30 or more on a prompt has no names:
+        what comes before it is stored, the rest is reported as failed (``Cause.NO_NAME``).
         """
         started = self._begin()
         window = self._window(kv, first_token)
@@ -156,6 +157,7 @@ class Cache:
                 on_gathered=on_gathered,
                 patience=Patience.of(patience),
             )
+            stored.failed += _nameless(chain, window.start)
             report = stored.report()
             if stored.spans or stored.skipped:
                 self._planner.remember(chain, stored.spans, stored.skipped)
@@ -378,13 +380,7 @@ class Cache:
                 f"{count} tokens",
                 hint="pass all tokens from the prompt's start, and first_token for the view's",
             )
-        chain = chain.until(window.stop)
-        if chain.unnamed is not None:
-            raise TokensError(
-                f"token {chain.unnamed} has an id of 2^30 or more, which is never named",
-                hint="a placeholder id (an image's, say) must be replaced before storing",
-            )
-        return chain
+        return chain.until(window.stop)
 
     def chain(self, tokens: Tokens, scope: Scope = PUBLIC) -> ChunkChain:
         """The names of a prompt under this cache's chunk size: pass them wherever tokens are taken.
@@ -476,3 +472,12 @@ async def _to_the_end(parts: opening.Parts, *, flush: bool) -> None:
     if cancelled is not None and (closing.cancelled() or closing.exception() is None):
         raise cancelled
     closing.result()
+
+
+def _nameless(chain: ChunkChain, start: int) -> list[Failure]:
+    """What of a prompt cannot be stored from token ``start`` on, since nothing names it."""
+    first = max(start, chain.named_tokens)
+    if chain.unnamed is None or first >= chain.num_tokens:
+        return []
+    detail = f"token {chain.unnamed} has an id of 2^30 or more, which is never named"
+    return [Failure(Span(first, chain.num_tokens, b""), Cause.NO_NAME, detail=detail)]

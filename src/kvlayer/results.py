@@ -80,7 +80,8 @@ class StoreReport:
     """What became of the spans of one store, in spans (chunks and the tail).
 
     ``stored``: new, readable now. ``skipped``: already there. ``dropped``: no room in host memory.
-    ``failed``: a tier that was to have the span does not; it is served from where it is.
+    ``failed``: a tier that was to have the span does not, and it is served from where it is; or
+    nothing names it (:attr:`Cause.NO_NAME`).
     """
 
     stored: int = 0

@@ -11,7 +11,7 @@ from engine import Engine, same
 
 from kvlayer import Cache, Cause, Scope
 from kvlayer.chain import ChunkChain, Span
-from kvlayer.errors import IdentityError, LayoutError, TokensError
+from kvlayer.errors import IdentityError, LayoutError
 
 TAIL = 2
 
@@ -134,7 +134,7 @@ async def test_what_an_engine_has_hashed_is_stored_and_found_by_its_tokens() -> 
 
 
 @pytest.mark.asyncio
-async def test_an_id_that_is_never_named_ends_a_hit_is_explained_and_cannot_be_stored() -> None:
+async def test_an_id_that_is_never_named_ends_a_hit_and_a_store_and_is_explained() -> None:
     engine, prompt = Engine(layout(), 32), tokens(48)
     slots = engine.slots(48)
     async with Cache.open(config(), layout()) as cache:
@@ -149,6 +149,27 @@ async def test_an_id_that_is_never_named_ends_a_hit_is_explained_and_cannot_be_s
         *_, miss = (await cache.control.explain(prompt)).misses
         assert (miss.cause, miss.start, miss.stop) == (Cause.NO_NAME, 32, 36)
         assert "token 33" in miss.detail
-        with pytest.raises(TokensError, match="token 33"):
-            await cache.store(prompt, engine.view(slots[:36]))
+        report = await cache.store(prompt, engine.view(slots[:36]))
+        assert (report.stored, report.skipped) == (0, 2)
+        (failure,) = report.failed
+        assert (failure.cause, failure.span[:2]) == (Cause.NO_NAME, (32, 36))
+        assert "token 33" in failure.detail
         await cache.store(prompt[:33], engine.view(slots[:33]))
+
+
+@pytest.mark.asyncio
+async def test_a_store_keeps_what_comes_before_an_id_that_is_never_named() -> None:
+    engine, prompt = Engine(layout(), 32), tokens(48)
+    slots = engine.slots(48)
+    prompt[23] = 2**31 - 1
+    async with Cache.open(config(), layout()) as cache:
+        report = await cache.store(prompt, engine.view(slots))
+        # Chunk 0, and a tail of three links behind it.
+        assert (report.stored, [failure.span[:2] for failure in report.failed]) == (2, [(22, 48)])
+        assert await _load(cache, engine, prompt, slots) == 22
+        engine_view = engine.view(slots[16:])
+        again = await cache.store(prompt, engine_view, first_token=16)
+        assert (again.stored, again.skipped, len(again.failed)) == (0, 1, 1)
+        beyond = await cache.store(prompt, engine.view(slots[32:]), first_token=32)
+        assert (beyond.stored, beyond.skipped) == (0, 0)
+        assert [failure.span[:2] for failure in beyond.failed] == [(32, 48)]
