@@ -1,13 +1,15 @@
-"""Object keys as numbers and back, in flat memory: some 200 bytes a key. Pure.
+"""Object keys as numbers and back, in flat memory: some 55 bytes a key. Pure.
 
-A key's text costs as much again, and the garbage collector looks at each one: a tier that knows a
-million of them would stop its process for a second at a time. Here it looks at none.
+A key's text costs several times that, and the garbage collector looks at each one: a tier that
+knows a million of them would stop its process for a second at a time. Here it looks at none.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from secrets import randbits
+from struct import Struct
 from typing import TypeAlias
 
 from kvlayer.keys import ObjectKey
@@ -15,26 +17,46 @@ from kvlayer.keys import ObjectKey
 __all__ = ["KeyTable"]
 
 _DIGEST = 32
+_WORDS = Struct("<Q")
 
 Frame: TypeAlias = tuple[str, str | None]
 """What stands before and after the hash in a key. None: it has no hash, and stands for itself."""
 
 
+_SEGMENTS = 512
+"""Parts of the hash table. Each grows by itself, so that no call moves more than a few of its rows.
+"""
+_SEGMENT_SHIFT = 55
+_SLOT_SHIFT = 24
+_WORD = (1 << 64) - 1
+_MULTIPLIER = randbits(64) | 1  # nobody can make keys that all meet in one place
+_FEWEST = 4  # slots of a segment
+_EMPTY, _GONE, _ROWS = range(3)
+"""What a slot holds: nothing, what is no more, or a row and 2 added to it."""
+
+
 class KeyTable:
     """A mapping of keys to row numbers that somebody else hands out, and from those back to keys.
 
-    Of a key it keeps the chunk hash, and once for all keys that share it the text around it.
-    Other threads may ask for keys while one changes the table.
+    Of a key it keeps the chunk hash, and once for all keys that share it the text around it. Keys
+    of one namespace and part are a family: within it they can be found by their hash alone. Other
+    threads may ask for keys while one changes the table.
     """
 
-    __slots__ = ("_digests", "_frame_count", "_frame_ids", "_frames", "_of_row", "_rows", "_uses")
+    __slots__ = ("_count", "_digests", "_families", "_frame_count", "_frame_ids", "_frames",
+                 "_of_row", "_segments", "_taken", "_uses")  # fmt: skip
 
     def __init__(self) -> None:
-        self._rows: dict[bytes, int] = {}
-        """Frame and digest -> row."""
+        self._segments = [array("I", bytes(4 * _FEWEST)) for _ in range(_SEGMENTS)]
+        """Open hash tables of rows, by family and hash. One that is too full is replaced."""
+        self._taken = array("I", bytes(4 * _SEGMENTS))
+        """Slots of each segment that are not empty."""
+        self._count = 0
         self._frame_ids: dict[Frame, int] = {}
         """Frames by number. A number is used once, or another thread might mix up two."""
         self._frames: dict[int, Frame] = {}
+        self._families: dict[int, int] = {}
+        """By frame, its family: 64 bits."""
         self._uses: dict[int, int] = {}
         """How many keys have a frame: it goes with the last."""
         self._frame_count = 0
@@ -43,7 +65,7 @@ class KeyTable:
         """The frame of each row's key."""
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._count
 
     def __iter__(self) -> Iterator[ObjectKey]:
         return map(self.key, self.rows())
@@ -53,13 +75,19 @@ class KeyTable:
 
     def rows(self) -> array[int]:
         """The rows of all keys."""
-        return array("I", self._rows.values())
+        found = array("I")
+        for slots in self._segments:
+            found.extend(slot - _ROWS for slot in slots if slot >= _ROWS)
+        return found
 
     def row(self, key: str) -> int | None:
         """The row of a key, if it is known."""
         frame, digest = _cut(key)
         number = self._frame_ids.get(frame)
-        return None if number is None else self._rows.get(_packed(number, digest))
+        if number is None:
+            return None
+        found = self._find(number, self._families.get(number, 0), digest)
+        return None if found is None else found[2]
 
     def key(self, row: int) -> ObjectKey:
         """The key of a row that has one."""
@@ -76,6 +104,7 @@ class KeyTable:
             number = self._frame_ids[frame] = self._frame_count
             self._frame_count += 1
             self._frames[number] = frame
+            self._families[number] = _family(frame)
             self._uses[number] = 0
         self._uses[number] += 1
         more = row + 1 - len(self._of_row)
@@ -84,19 +113,125 @@ class KeyTable:
             self._digests.extend(bytes(more * _DIGEST))
         self._of_row[row] = number
         self._digests[row * _DIGEST : (row + 1) * _DIGEST] = digest
-        self._rows[_packed(number, digest)] = row
+        self._count += 1
+        self._put(*_place(self._families[number], _prefix(digest)), row)
 
     def pop(self, key: str) -> int | None:
         """Forget a key; the row it had, if it was known."""
         frame, digest = _cut(key)
         number = self._frame_ids.get(frame)
-        row = None if number is None else self._rows.pop(_packed(number, digest), None)
-        if row is None or number is None:
+        found = None if number is None else self._find(number, self._families[number], digest)
+        if found is None or number is None:
             return None
+        slots, at, row = found
+        slots[at] = _GONE
+        self._count -= 1
         self._uses[number] -= 1
         if not self._uses[number]:
             del self._frame_ids[frame], self._frames[number], self._uses[number]
+            del self._families[number]
         return row
+
+    # -- families --------------------------------------------------------------------------------
+
+    @staticmethod
+    def family(key: str) -> int:
+        """The family of any key: 64 bits, the same for all keys of its namespace and part."""
+        return _family(_cut(key)[0])
+
+    def family_of(self, row: int) -> int:
+        """The family of a row that has a key."""
+        return self._families[self._of_row[row]]
+
+    def prefix(self, row: int) -> int:
+        """The first 64 bits of the hash in a row's key."""
+        (prefix,) = _WORDS.unpack_from(self._digests, row * _DIGEST)
+        return int(prefix)
+
+    def ending(self, family: int, prefix: int) -> list[int]:
+        """The rows of a family whose hash begins so, whatever their zone, tokens and encoding."""
+        segment, at = _place(family, prefix)
+        slots = self._segments[segment]
+        mask, found = len(slots) - 1, list[int]()
+        while slot := slots[at & mask]:
+            row = slot - _ROWS
+            if slot >= _ROWS and self.prefix(row) == prefix and self.family_of(row) == family:
+                found.append(row)
+            at += 1
+        return found
+
+    # -- the hash table --------------------------------------------------------------------------
+
+    def _find(self, number: int, family: int, digest: bytes) -> tuple[array[int], int, int] | None:
+        """Where a key stands: the slots, which of them, and its row."""
+        segment, at = _place(family, _prefix(digest))
+        slots = self._segments[segment]
+        mask, digests = len(slots) - 1, self._digests
+        while slot := slots[at & mask]:
+            if slot >= _ROWS:
+                row = slot - _ROWS
+                start = row * _DIGEST
+                if digests[start : start + _DIGEST] == digest and self._of_row[row] == number:
+                    return slots, at & mask, row
+            at += 1
+        return None
+
+    def _put(self, segment: int, at: int, row: int) -> None:
+        slots = self._segments[segment]
+        if self._taken[segment] >= _most(segment, len(slots)):
+            slots = self._rebuilt(segment)
+        mask = len(slots) - 1
+        at &= mask
+        while slots[at] >= _ROWS:
+            at = (at + 1) & mask
+        if slots[at] == _EMPTY:
+            self._taken[segment] += 1
+        slots[at] = row + _ROWS
+
+    def _rebuilt(self, segment: int) -> array[int]:
+        """A segment without what has gone from it, and larger if that does not make room."""
+        rows = [slot - _ROWS for slot in self._segments[segment] if slot >= _ROWS]
+        size = len(self._segments[segment])
+        if 2 * len(rows) >= _most(segment, size):
+            size *= 2
+        slots, mask = array("I", bytes(4 * size)), size - 1
+        families, frames, digests, read = (
+            self._families,
+            self._of_row,
+            self._digests,
+            _WORDS.unpack_from,
+        )
+        for row in rows:
+            (prefix,) = read(digests, row * _DIGEST)
+            at = ((families[frames[row]] ^ prefix) * _MULTIPLIER & _WORD) >> _SLOT_SHIFT
+            while slots[at & mask]:
+                at += 1
+            slots[at & mask] = row + _ROWS
+        self._taken[segment] = len(rows)
+        self._segments[segment] = slots  # last: another thread may be looking into the old one
+        return slots
+
+
+def _most(segment: int, size: int) -> int:
+    """How many slots may be taken: some 40 to 70%, so that not all segments grow at once."""
+    return size * (27 + 17 * segment // _SEGMENTS) // 64
+
+
+def _place(family: int, prefix: int) -> tuple[int, int]:
+    """Where to look: the segment, and the number of its first slot, to be cut to its size."""
+    mixed = (family ^ prefix) * _MULTIPLIER & _WORD
+    return mixed >> _SEGMENT_SHIFT, mixed >> _SLOT_SHIFT
+
+
+def _prefix(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "little")
+
+
+def _family(frame: Frame) -> int:
+    head, tail = frame
+    if tail is None:
+        return hash(head) & _WORD
+    return hash((head.partition("/")[0], *tail.split("/")[1:2])) & _WORD
 
 
 def _cut(key: str) -> tuple[Frame, bytes]:
@@ -110,7 +245,3 @@ def _cut(key: str) -> tuple[Frame, bytes]:
     if len(digest) != _DIGEST or digest.hex() != text:
         return (str(key), None), bytes(_DIGEST)
     return (key[:start], key[start + 2 * _DIGEST :]), digest
-
-
-def _packed(frame: int, digest: bytes) -> bytes:
-    return frame.to_bytes(5, "little") + digest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import tracemalloc
 from hashlib import sha256
 
@@ -82,7 +83,7 @@ def test_any_text_is_a_key(first: str, second: str) -> None:
     assert (second in table) is (first == second)
 
 
-def test_a_key_costs_some_two_hundred_bytes_and_the_garbage_collector_nothing() -> None:
+def test_a_key_costs_some_fifty_five_bytes_and_the_garbage_collector_nothing() -> None:
     count = 20_000
     keys = [
         ObjectKey.of(NAMESPACE, "0", sha256(b"%d" % n).digest(), 16, "g0.l0-4.canonical")
@@ -96,8 +97,50 @@ def test_a_key_costs_some_two_hundred_bytes_and_the_garbage_collector_nothing() 
         table.add(key, row)
     nbytes, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert nbytes < 260 * count
-    assert len(gc.get_objects()) - before < 100
+    assert nbytes < 70 * count
+    assert len(gc.get_objects()) - before < 700  # its segments, however many keys
+
+
+def test_keys_are_found_by_their_hash_alone() -> None:
+    """Of one namespace and part, whatever zone, tokens and encoding say."""
+    table = KeyTable()
+    tails = ("-16/g0.l0-4", "-32/g0.l0-4", "-16/g0.l0-4/2.raw", "-16/g1.l0-4", "/x")
+    keys = [
+        f"{namespace}/{zone}/{digest}{tail}"
+        for namespace in (NAMESPACE, "cd" * 32)
+        for zone in ("0", "ef" * 16)
+        for digest in (HASH, OTHER)
+        for tail in tails
+    ]
+    for row, key in enumerate(keys):
+        table.add(key, row)
+    for row, key in enumerate(keys):
+        same = [k for k in keys if k[:64] == key[:64] and HASH in k and "/g0" in k]
+        family = table.family(f"{key[:64]}/0/{OTHER}-8/g0.l0-4")
+        found = table.ending(family, int.from_bytes(bytes.fromhex(HASH)[:8], "little"))
+        assert sorted(table.key(row) for row in found) == sorted(same)
+        assert table.family(key) == table.family_of(row)
+    assert table.ending(table.family("none"), 1) == []
+
+
+def test_the_hash_table_keeps_up_with_churn() -> None:
+    """What comes and goes leaves nothing that slows down or takes room."""
+    chance = random.Random(3)
+    table, model = KeyTable(), dict[str, int]()
+    free = list(range(3000))
+    for n in range(30_000):
+        if len(model) > 2000 or (model and chance.random() < 0.4):
+            key = next(iter(model))
+            free.append(model.pop(key))
+            assert table.pop(key) == free[-1]
+        else:
+            key = f"{NAMESPACE}/0/{sha256(b'%d' % n).hexdigest()}-16/g0.l0-4"
+            model[key] = free.pop()
+            table.add(key, model[key])
+    assert {key: table.row(key) for key in model} == model
+    assert sorted(table.rows()) == sorted(model.values())
+    assert sum(map(len, table._segments)) < 8 * 2000
+    assert [*table] and len(table) == len(model)
 
 
 class TableMachine(RuleBasedStateMachine):
