@@ -13,12 +13,12 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from time import perf_counter
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from kvlayer.errors import ForeignError
 from kvlayer.results import ForeignCost
 
-__all__ = ["Foreign", "awaited", "words"]
+__all__ = ["Foreign", "awaited", "bounded", "words"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -28,6 +28,8 @@ _log = logging.getLogger(__name__)
 _SLOW_SECONDS = 0.05
 """A call that holds the loop for longer is reported: engines plan whole steps in less."""
 _MAX_WORDS = 300
+_GRACE_SECONDS = 1.0
+"""What code that is told to stop has to do so; then it is left behind."""
 
 
 def words(error: BaseException) -> str:
@@ -61,6 +63,48 @@ async def awaited(call: Callable[[], Awaitable[T]]) -> T:
         raise ForeignError(words(exc)) from exc
     except BaseException as exc:
         raise ForeignError(words(exc)) from exc
+
+
+async def bounded(call: Callable[[], Awaitable[T]], seconds: float) -> T:
+    """:func:`awaited`, in a task of its own, for at most ``seconds``; then ``TimeoutError``.
+
+    Also where the code refuses to be cancelled: it is cancelled, has a second to end, and goes on
+    unheard then. For code that was lent nothing. Cancelling the caller has the same end.
+    """
+    task = asyncio.ensure_future(awaited(call))
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+        if done:
+            return _result(task)
+        raise TimeoutError(f"not done within {seconds:g} s")
+    finally:
+        if not task.done():
+            task.cancel()
+            await _grace(task)
+
+
+def _result(task: asyncio.Task[T]) -> T:
+    if task.cancelled():  # by somebody else: this call goes on
+        raise ForeignError("CancelledError")
+    return task.result()
+
+
+async def _grace(task: asyncio.Task[Any]) -> None:
+    task.add_done_callback(_unheard)
+    until = asyncio.get_running_loop().time() + _GRACE_SECONDS
+    cancelled = False
+    while not task.done() and (left := until - asyncio.get_running_loop().time()) > 0:
+        try:
+            await asyncio.wait({task}, timeout=left)
+        except asyncio.CancelledError:  # asked again: it cannot be any faster
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError
+
+
+def _unheard(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled():
+        task.exception()  # nobody waits for it any more
 
 
 def _runs(task: asyncio.Task[object] | None) -> bool:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from contextlib import AbstractAsyncContextManager, suppress
 from contextvars import Context, copy_context
 from functools import partial
@@ -28,8 +29,12 @@ S = TypeVar("S")
 T = TypeVar("T")
 P = ParamSpec("P")
 
+_log = logging.getLogger(__name__)
+
 _TURN = 128  # entries per turn of the loop: a flood of work must not hold it for milliseconds
 _EXIT_SECONDS = 5.0  # what an interpreter that exits waits for a portal nobody closed
+_REFUSAL_SECONDS = 5.0  # what cancelled work has to end: a copy that must be over first takes less
+_BLOCKED_SECONDS = 30.0  # how long a closing loop may hold its thread without a turn
 
 
 class LoopThread(Generic[S]):
@@ -37,7 +42,8 @@ class LoopThread(Generic[S]):
 
     Made by :meth:`start`. Close it with :meth:`close` or leave its ``with`` block: every job is
     answered, with its result or by being cancelled, before that returns. Work that refuses to be
-    cancelled keeps it waiting.
+    cancelled has five seconds; then it is left behind on its thread, a daemon: see
+    :attr:`left_behind`.
     """
 
     def __init__(self, subject: S, loop: asyncio.AbstractEventLoop) -> None:
@@ -72,7 +78,7 @@ class LoopThread(Generic[S]):
             opened.add_done_callback(cls._leave_unused)
             raise
         except BaseException:
-            thread.join()
+            thread.join(_REFUSAL_SECONDS)
             raise
         atexit.register(started._at_exit)
         return started
@@ -94,18 +100,23 @@ class LoopThread(Generic[S]):
                     self._refuse()  # also when the loop dies of a SystemExit in some work
 
         error: BaseException | None = None
-        try:
-            asyncio.run(serve())
-        except _Abandoned:
-            pass
-        except BaseException as exc:  # noqa: BLE001  # carried to the thread that waits
-            error = exc
-        if not started:
-            assert error is not None
-            opened.set_exception(error)
-            return
-        self = started[0]
-        self._answer_the_rest()
+        with asyncio.Runner() as runner:
+            try:
+                runner.run(serve())
+            except _Abandoned:
+                pass
+            except BaseException as exc:  # noqa: BLE001  # carried to the thread that waits
+                error = exc
+            # Said before the runner ends: it waits for whatever does not end when cancelled.
+            if started:
+                started[0]._say_ended(error)
+            else:
+                assert error is not None
+                opened.set_exception(error)
+
+    def _say_ended(self, error: BaseException | None) -> None:
+        self._run_entries(len(self._inbox))
+        self._give_up()
         if error is None:
             self._ended.set_result(None)
         else:
@@ -120,7 +131,8 @@ class LoopThread(Generic[S]):
         """Cancel what runs, close the subject, end the thread. Idempotent.
 
         ``abandon`` leaves as an exception would: a cache then writes nothing more to its lower
-        tiers. Raises what closing raised, and ``UnsupportedError`` on the loop's own thread.
+        tiers. Raises what closing raised, and ``UnsupportedError`` on the loop's own thread. Where
+        a piece of work holds the loop itself, this gives up after half a minute without a turn.
         """
         self._check_process()
         if threading.get_ident() == self._ident:
@@ -129,12 +141,45 @@ class LoopThread(Generic[S]):
                 hint="close it from the thread that opened it",
             )
         self._leave(abandon=abandon)
-        try:
-            self._ended.result()
-        finally:
-            if self._ended.done():  # else the wait was interrupted, and the closing goes on
-                self._thread.join()
-                atexit.unregister(self._at_exit)
+        has_ended = self._wait_for_end()
+        atexit.unregister(self._at_exit)
+        if not has_ended:
+            self._give_up()
+            _log.error(
+                "%s did not close: its loop has been held for %g s. Left behind: %s",
+                self._thread.name,
+                _BLOCKED_SECONDS,
+                ", ".join(self.left_behind) or "no work of its own",
+            )
+            return
+        if names := self.left_behind:
+            said = "%s was closed. %d pieces of work refuse to be cancelled and are left behind: %s"
+            _log.warning(said, self._thread.name, len(names), ", ".join(names))
+        else:
+            self._thread.join(_REFUSAL_SECONDS)
+        self._ended.result()
+
+    def _wait_for_end(self) -> bool:
+        """Whether it ended. Closing may take its time, as long as the loop takes its turns."""
+        while True:
+            turned = threading.Event()
+            with suppress(RuntimeError):  # the loop is closed: it has ended
+                self._loop.call_soon_threadsafe(turned.set)
+            if wait([self._ended], _BLOCKED_SECONDS).done:
+                return True
+            if not turned.is_set():
+                return False
+
+    @property
+    def left_behind(self) -> tuple[str, ...]:
+        """What goes on although this was closed, by name: work that refuses to be cancelled.
+
+        It keeps its thread, and whatever it was lent, until it ends.
+        """
+        if not self._is_closed:
+            return ()
+        tasks = tuple(self._tasks.values())
+        return tuple(task.get_name() for task in tasks if not task.done())
 
     def __enter__(self) -> Self:
         return self
@@ -171,7 +216,7 @@ class LoopThread(Generic[S]):
         for task in self._tasks.values():
             task.cancel()
         if self._tasks:
-            await asyncio.wait(list(self._tasks.values()))
+            await asyncio.wait(list(self._tasks.values()), timeout=_REFUSAL_SECONDS)
             await asyncio.sleep(0)  # their jobs are answered by callbacks of the same turn
         if self._is_abandoned:
             raise _Abandoned  # tells Cache.open not to flush
@@ -179,12 +224,12 @@ class LoopThread(Generic[S]):
     def _part(self) -> None:
         """Closing begins, on the loop. For subjects whose work would not end when cancelled."""
 
-    def _answer_the_rest(self) -> None:
-        """The loop is gone: nobody may wait for what it has not answered."""
-        self._run_entries(len(self._inbox))
-        while self._tasks:
-            job, _ = self._tasks.popitem()
-            job.drop()
+    def _give_up(self) -> None:
+        """Nobody may wait for what is not answered; what goes on has not ended for its job, too."""
+        begin = [entry for entry in tuple(self._inbox) if isinstance(entry, partial)]
+        waiting = [entry.args[0] for entry in begin if entry.func == self._begin]
+        for job in (*tuple(self._tasks), *waiting):
+            job.cancel()
 
     # -- work ------------------------------------------------------------------------------------
 
@@ -296,7 +341,7 @@ class LoopThread(Generic[S]):
             job.drop()
             return
         # In its submitter's context: that of whoever woke the loop is another request's.
-        task = self._loop.create_task(_contained(work), context=context)
+        task = self._loop.create_task(_contained(work), name=_name(work), context=context)
         self._tasks[job] = task
         task.add_done_callback(partial(self._end, job))
 
@@ -327,6 +372,13 @@ class LoopThread(Generic[S]):
         task = self._tasks.get(job)
         if task is not None:
             task.cancel()
+
+
+def _name(work: Callable[..., object]) -> str:
+    """What to call it: no argument of its may stand in a log."""
+    while isinstance(work, partial):
+        work = work.func
+    return getattr(work, "__qualname__", type(work).__qualname__)
 
 
 class _Raised:

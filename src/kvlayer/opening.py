@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 
-from kvlayer._foreign import awaited, words
+from kvlayer._foreign import bounded, words
 from kvlayer._offload import Offload
 from kvlayer._values import callee, functions, instance
 from kvlayer._version import version
@@ -231,13 +231,12 @@ async def _enter_tier(
 
 async def _open_tier(tier: LowerTier) -> None:
     seconds = tier.guard.deadline
-    opened = asyncio.timeout(max(seconds, 0))
+    began = asyncio.get_running_loop().time()
     try:
-        async with opened:
-            await awaited(tier.backend.open)
+        await bounded(tier.backend.open, seconds)
     except TimeoutError as exc:
-        if not opened.expired():
-            raise
+        if asyncio.get_running_loop().time() < began + seconds:
+            raise  # the backend's own
         raise BackendTimeoutError(
             f"{tier.name} did not open within {seconds:g} s",
             hint="raise the tier's deadline_seconds, or leave the tier out",
@@ -247,8 +246,7 @@ async def _open_tier(tier: LowerTier) -> None:
 async def _close_tier(tier: LowerTier, seconds: float) -> None:
     """Close a tier, which holds nothing lent any more: its failure is reported, not raised."""
     try:
-        async with asyncio.timeout(seconds):
-            await awaited(tier.backend.aclose)
+        await bounded(tier.backend.aclose, seconds)
     except Exception as exc:  # noqa: BLE001  # foreign code: it must not stop the others' close
         tier.complains(Cause.TIER_DOWN, f"not closed: {words(exc)}")
 

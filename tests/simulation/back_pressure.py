@@ -31,7 +31,9 @@ async def play(world: World) -> None:
         "pause_seconds": 0.2,
     }
     below = Below(Slow(shelf, chance, world.log, seconds=(0.05, 0.6)), settings)
-    async with opened(world, below, pages=10, high=chance.choice([1.0, 0.5])) as cache:
+    async with opened(
+        world, below, pages=chance.choice([6, 10]), high=chance.choice([1.0, 0.5])
+    ) as cache:
 
         async def work() -> None:
             client = Client(cache)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import gc
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from kvlayer._foreign import Foreign, awaited, words
+from kvlayer._foreign import Foreign, awaited, bounded, words
 from kvlayer.errors import ForeignError
 from kvlayer.testing.sim import in_virtual_time
 
@@ -90,6 +91,82 @@ def test_a_coroutine_that_is_closed_is_no_error_of_the_code() -> None:
 async def _stepped(work: object) -> None:
     work.send(None)  # type: ignore[attr-defined]
     await asyncio.Event().wait()
+
+
+# -- bounded --------------------------------------------------------------------------------------
+
+
+class Refusing:
+    """Ends when it is allowed to, and not when it is cancelled."""
+
+    def __init__(self) -> None:
+        self.may_end = asyncio.Event()
+        self.ends = 0
+
+    async def __call__(self) -> str:
+        while not self.may_end.is_set():
+            try:
+                await self.may_end.wait()
+            except asyncio.CancelledError:
+                pass
+        self.ends += 1
+        raise ZeroDivisionError  # nobody hears it
+
+
+@in_virtual_time
+async def test_code_that_refuses_to_be_cancelled_is_waited_for_so_long_and_no_longer() -> None:
+    loop, refusing = asyncio.get_running_loop(), Refusing()
+    complaints: list[object] = []
+    loop.set_exception_handler(lambda _, context: complaints.append(context))
+    began = loop.time()
+    with pytest.raises(TimeoutError, match="not done within 2 s"):
+        await bounded(refusing, 2.0)
+    assert loop.time() - began == pytest.approx(3.0)  # and a second to end after all
+    assert refusing.ends == 0
+    refusing.may_end.set()
+    await asyncio.sleep(1)
+    gc.collect()
+    assert (refusing.ends, complaints) == (1, [])
+
+
+@in_virtual_time
+async def test_whoever_waits_for_code_that_refuses_can_be_cancelled() -> None:
+    loop, refusing = asyncio.get_running_loop(), Refusing()
+    began = loop.time()
+    waiter = asyncio.ensure_future(bounded(refusing, 1000.0))
+    await asyncio.sleep(1)
+    waiter.cancel()
+    await asyncio.sleep(0.5)
+    waiter.cancel()  # asked again: the code has its second all the same
+    await asyncio.wait({waiter})
+    assert waiter.cancelled()
+    assert loop.time() - began == pytest.approx(2.0)
+    refusing.may_end.set()
+
+
+@in_virtual_time
+async def test_what_ends_in_time_is_answered_and_what_ends_when_cancelled_is_waited_for() -> None:
+    async def answer() -> int:
+        await asyncio.sleep(1)
+        return 3
+
+    cleared: list[bool] = []
+
+    async def clear() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.5)
+            cleared.append(True)
+
+    assert await bounded(answer, 2.0) == 3
+    with pytest.raises(TimeoutError):
+        await bounded(clear, 1.0)
+    assert cleared == [True]
+    with pytest.raises(ZeroDivisionError):
+        await bounded(raising(ZeroDivisionError()), 1.0)
+    with pytest.raises(ForeignError):
+        await bounded(raising(asyncio.CancelledError()), 1.0)
 
 
 # -- called ---------------------------------------------------------------------------------------

@@ -457,6 +457,150 @@ def test_a_failing_close_is_raised_where_it_is_closed_and_leaves_nothing() -> No
     assert set(threading.enumerate()) == before
 
 
+class Refusing:
+    """Work that ends when it is allowed to, and not when it is cancelled."""
+
+    def __init__(self) -> None:
+        self.begun, self.ended = threading.Event(), threading.Event()
+        self._may_end = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def work(self, _: Subject, secret: str) -> str:
+        self._loop = asyncio.get_running_loop()
+        self.begun.set()
+        while not self._may_end.is_set():
+            try:
+                await self._may_end.wait()
+            except asyncio.CancelledError:
+                pass
+        self.ended.set()
+        return secret
+
+    def allow(self) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._may_end.set)
+
+
+def test_work_that_refuses_to_be_cancelled_is_left_behind_by_name(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kvlayer.loop_thread._REFUSAL_SECONDS", 0.01)
+    subject, refusing = Subject(), Refusing()
+
+    @asynccontextmanager
+    async def opener() -> AsyncGenerator[Subject]:
+        yield subject
+        subject.left = "clean"
+
+    thread = LoopThread.start(opener)
+    job = thread.submit(refusing.work, "geheim")
+    assert refusing.begun.wait(HANG)
+    assert not thread.left_behind  # nothing is, before it was closed
+    thread.close()
+    assert subject.left == "clean"
+    with pytest.raises(CancelledError):
+        job.wait(HANG)
+    assert not job.has_ended  # what it was lent it has
+    assert thread.left_behind == ("Refusing.work",)
+    assert "1 pieces of work refuse to be cancelled" in caplog.text
+    assert "Refusing.work" in caplog.text and "geheim" not in caplog.text
+    assert thread._thread.daemon
+    thread.close()  # again
+    refusing.allow()
+    thread._thread.join(HANG)
+    assert not thread._thread.is_alive()
+    assert refusing.ended.is_set() and job.has_ended
+    assert not thread.left_behind
+
+
+def test_a_loop_that_is_held_by_its_work_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kvlayer.loop_thread._BLOCKED_SECONDS", 0.01)
+    reached, go = threading.Event(), threading.Event()
+
+    async def block(_: Subject) -> None:
+        reached.set()
+        go.wait(HANG)  # the point
+
+    @asynccontextmanager
+    async def opener() -> AsyncGenerator[Subject]:
+        yield Subject()
+
+    thread = LoopThread.start(opener)
+    blocking = thread.submit(block)
+    assert reached.wait(HANG)
+    waiting = thread.submit(nothing)
+    thread.close()
+    for job in (blocking, waiting):
+        with pytest.raises(CancelledError):
+            job.wait(HANG)
+    assert not blocking.has_ended
+    assert [name.split(".")[-1] for name in thread.left_behind] == ["block"]
+    assert "did not close: its loop has been held" in caplog.text
+    go.set()
+    thread._thread.join(HANG)
+    assert not thread._thread.is_alive()
+    assert blocking.has_ended and waiting.has_ended
+
+
+def test_closing_takes_its_time_while_the_loop_takes_its_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A cache that writes what is queued is not given up."""
+    may_end, subject = asyncio.Event(), Subject()
+    rounds = 0
+
+    @asynccontextmanager
+    async def opener() -> AsyncGenerator[int]:
+        yield 1
+        await may_end.wait()
+        subject.left = "clean"
+
+    def waited(ended: list[Any], _: float) -> Any:
+        nonlocal rounds
+        rounds += 1
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), thread._loop).result(HANG)  # a turn
+        if rounds < 3:
+            return wait(ended, 0)  # the time is over, and it has not ended
+        thread._loop.call_soon_threadsafe(may_end.set)
+        return wait(ended, HANG)
+
+    thread = LoopThread.start(opener)
+    monkeypatch.setattr("kvlayer.loop_thread.wait", waited)
+    thread.close()
+    assert (rounds, subject.left) == (3, "clean")
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_task_that_nobody_knows_and_nobody_can_cancel_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, is_open: bool
+) -> None:
+    monkeypatch.setattr("kvlayer.loop_thread._REFUSAL_SECONDS", 0.01)
+    refusing, threads = Refusing(), list[threading.Thread]()
+
+    @asynccontextmanager
+    async def opener() -> AsyncGenerator[int]:
+        threads.append(threading.current_thread())
+        task = asyncio.ensure_future(refusing.work(Subject(), ""))
+        await asyncio.sleep(0)
+        if not is_open:
+            raise ZeroDivisionError
+        yield 1
+        assert not task.done()
+
+    try:
+        LoopThread.start(opener).close()
+    except ZeroDivisionError:
+        assert not is_open
+    else:
+        assert is_open
+    assert not refusing.ended.is_set()
+    refusing.allow()
+    threads[0].join(HANG)
+    assert not threads[0].is_alive()
+
+
 def test_a_forked_child_can_neither_use_it_nor_hang_on_it() -> None:
     code = """
 import os, sys, warnings

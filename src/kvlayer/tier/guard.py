@@ -461,6 +461,8 @@ class Guard:
                 break
         while self._probing is not None:
             self._probing.cancel()
-            await asyncio.wait({self._probing})
+            left = None if until == inf else max(until - loop.time(), 0)
+            if not (await asyncio.wait({self._probing}, timeout=left))[0]:
+                return len(self._calls) + 1
             await asyncio.sleep(0)  # what notes its end is called in the next turn
         return len(self._calls)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
+from functools import partial
 
-from kvlayer._foreign import awaited
+from kvlayer._foreign import bounded
 from kvlayer.abc.backend import Listed
 from kvlayer.errors import ForeignError
 from kvlayer.keys import ObjectKey
@@ -28,8 +29,7 @@ async def listed(tier: LowerTier, prefix: str) -> AsyncGenerator[list[ObjectKey]
         batch: list[ObjectKey] = []
         error: Exception | None = None
         try:
-            async with asyncio.timeout(tier.guard.deadline) as step:
-                await awaited(lambda: reader.read(batch, step))  # noqa: B023  # awaited at once
+            await bounded(partial(reader.read, batch), tier.guard.deadline)
         except Exception as exc:  # noqa: BLE001  # foreign code: raised below
             error = exc
         if batch:
@@ -50,24 +50,23 @@ class _Reader:
         self._repeated = 0
         self.is_over = False
 
-    async def read(self, batch: list[ObjectKey], step: asyncio.Timeout) -> None:
-        """Append the next keys to ``batch``; ``step`` ends one that takes too long."""
-        loop, patience = asyncio.get_running_loop(), self._tier.guard.deadline
+    async def read(self, batch: list[ObjectKey]) -> None:
+        """Append the next keys to ``batch``: fewer where they come slowly, each in its time."""
+        loop = asyncio.get_running_loop()
         if self._listing is None:
             self._listing = aiter(self._tier.backend.list(self._prefix))
-        set_at = loop.time()
+        until = loop.time() + self._tier.guard.deadline / 4
         for _ in range(_BATCH):
             try:
                 entry = await anext(self._listing)
             except StopAsyncIteration:
                 self.is_over = True
                 return
-            if loop.time() > set_at + patience / 4:
-                set_at = loop.time()
-                step.reschedule(set_at + patience)
             key = self._checked(entry)
             if key is not None:
                 batch.append(key)
+            if loop.time() > until:
+                return
 
     def _checked(self, entry: object) -> ObjectKey | None:
         key: object = entry.key if isinstance(entry, Listed) else None

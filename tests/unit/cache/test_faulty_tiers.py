@@ -58,6 +58,11 @@ class Shelf(Backend):
         type(self).calls += call not in ("open", "describe", "aclose")
         if self.fault == f"{call} hangs":
             await asyncio.Event().wait()
+        while self.fault == f"{call} refuses to be cancelled":
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                pass
         if self.fault == f"{call} fails":
             raise BackendError("the shelf fell")
         if self.fault == f"{call} breaks its contract":
@@ -302,6 +307,44 @@ async def test_a_hint_that_hangs_does_not_keep_the_tiers_only_turn(
         shelf.fault = ""
         while len(shelf.objects) < 4:  # one write tries first, if the pause has passed
             await cache.store(prompt, engine.view(slots))
+
+
+@pytest.mark.parametrize("call", ["open", "list", "contains", "touch", "describe", "aclose"])
+def test_a_tier_that_refuses_to_be_cancelled_holds_nobody_up(shelf: type[Shelf], call: str) -> None:
+    """Neither whoever waits for its answer nor the close; what it was told is left behind."""
+    shelf.capabilities = frozenset({Capability.SHARED, Capability.LIST})
+    shelf.fault = f"{call} refuses to be cancelled"
+
+    async def use() -> None:
+        engine = Engine(layout(), 32, 1)
+        async with _open(shelf, hurry=True, close_seconds=0.05) as cache:
+            await cache.store(tokens(64), engine.view(engine.slots(64)))
+            async with cache.lookup(tokens(64)) as hit:
+                assert hit.tokens == 64
+            async with cache.lookup(tokens(64, 1)) as hit:
+                assert hit.tokens == 0
+            if call == "list":
+                with pytest.raises(BackendError, match="did not say what it holds"):
+                    await cache.control.clear()
+            lower = cache.stack.lower[0]
+        if call in ("list", "aclose"):
+            words = {"list": "not listed within", "aclose": "not closed: TimeoutError"}[call]
+            assert words in lower.trouble
+
+    loop = asyncio.new_event_loop()  # asyncio.run would wait for what was left behind
+    try:
+        if call == "open":
+            with pytest.raises(BackendTimeoutError, match="shelf did not open within"):
+                loop.run_until_complete(asyncio.wait_for(use(), 30))
+        else:
+            loop.run_until_complete(asyncio.wait_for(use(), 30))
+    finally:
+        shelf.fault = ""  # it ends when it is cancelled once more
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
 
 
 @pytest.mark.parametrize("fault", ["hangs", "fails", "breaks its contract"])
