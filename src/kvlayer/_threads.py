@@ -10,11 +10,11 @@ import atexit
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, TypeAlias, TypeVar
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 __all__ = ["NoThreadError", "Threads"]
 
@@ -35,6 +35,7 @@ class Threads(Executor):
     """At most ``count`` daemon threads, each started when there is work for it.
 
     Goes on with the threads it has where the system gives it no more (memory, ``ulimit -u``).
+    They end with :meth:`end`, or once nobody has this any more and what was queued is done.
     """
 
     def __init__(self, count: int, name: str) -> None:
@@ -47,6 +48,9 @@ class Threads(Executor):
         self._at_work: set[int] = set()
         """Idents of threads; each adds and discards its own."""
         self._has_ended = False
+        # Threads know the queue and not this: whoever drops it without ending it drops them, too.
+        self._forgotten = finalize(self, _tell, self._queue, self._threads)
+        self._forgotten.atexit = False
         _open.add(self)
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
@@ -63,7 +67,8 @@ class Threads(Executor):
             if self._idle.acquire(blocking=False) or len(self._threads) >= self._count:
                 return future
             name = f"{self._name}_{len(self._threads)}"
-            thread = threading.Thread(target=self._serve, name=name, daemon=True)
+            given = self._queue, self._idle, self._at_work
+            thread = threading.Thread(target=_serve, args=given, name=name, daemon=True)
             try:
                 thread.start()
             except RuntimeError as exc:  # whoever lives will get to it
@@ -72,21 +77,6 @@ class Threads(Executor):
             else:
                 self._threads.append(thread)
         return future
-
-    def _serve(self) -> None:
-        ident = threading.get_ident()
-        while True:
-            try:
-                work = self._queue.get_nowait()
-            except Empty:
-                self._idle.release()
-                work = self._queue.get()
-            if work is None:
-                return
-            self._at_work.add(ident)
-            _do(*work)
-            self._at_work.discard(ident)
-            del work  # it may hold what the next waits for
 
     def end(self, seconds: float | None = None) -> int:
         """Cancel what has not started, and wait for the rest; at most ``seconds``.
@@ -102,8 +92,8 @@ class Threads(Executor):
                     break
                 if work is not None:
                     work[0].cancel()
-            for _ in self._threads:
-                self._queue.put(None)
+            self._forgotten.detach()
+            _tell(self._queue, self._threads)
         until = None if seconds is None else time.monotonic() + seconds
         for thread in self._threads:
             thread.join(None if until is None else max(until - time.monotonic(), 0))
@@ -116,6 +106,28 @@ class Threads(Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """What ``Executor`` asks for: :meth:`end`."""
         self.end(None if wait else 0)
+
+
+def _serve(queue: SimpleQueue[_Work | None], idle: threading.Semaphore, at_work: set[int]) -> None:
+    ident = threading.get_ident()
+    while True:
+        try:
+            work = queue.get_nowait()
+        except Empty:
+            idle.release()
+            work = queue.get()
+        if work is None:
+            return
+        at_work.add(ident)
+        _do(*work)
+        at_work.discard(ident)
+        del work  # it may hold what the next waits for
+
+
+def _tell(queue: SimpleQueue[_Work | None], threads: Sequence[threading.Thread]) -> None:
+    """Every thread is to end behind what is queued."""
+    for _ in threads:
+        queue.put(None)
 
 
 def _do(future: Future[Any], work: Callable[[], Any]) -> None:

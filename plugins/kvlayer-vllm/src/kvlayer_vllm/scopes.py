@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from hashlib import sha256
 
 from kvlayer import Content, Salt, Scope
+from kvlayer.abc.offload import Threads
 from kvlayer.errors import IdentityError
 from kvlayer.weights import weights_digest
 from kvlayer_vllm.engine import Request
@@ -23,7 +24,7 @@ class Adapters:
 
     def __init__(self) -> None:
         self._digests: dict[tuple[int, str], Future[bytes]] = {}
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="kvlayer-adapters")
+        self._threads = Threads(1, "kvlayer-adapters")
 
     def forget(self, number: int, path: str) -> None:
         """The files of an adapter have changed."""
@@ -38,7 +39,7 @@ class Adapters:
 
     def close(self) -> None:
         """Wait for nothing."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.end(0)
 
 
 def _digest(path: str) -> bytes:
