@@ -11,11 +11,12 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event, Lock
 
+from kvlayer._threads import Threads
 from kvlayer.doctor.configured import Place
 from kvlayer.doctor.finding import Check, Finding
 from kvlayer.doctor.machine import Machine
@@ -163,15 +164,16 @@ def _each(
                 work(number, block)
                 done.append(number)
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="kvlayer-doctor") as pool:
-        try:
-            running = [pool.submit(run) for _ in range(threads)]
-            # Looking up now and then: an interrupt does not end a wait that was just begun.
-            while wait(running, _HEED_SECONDS, FIRST_EXCEPTION).not_done:
-                if any(each.done() and each.exception() for each in running):
-                    break
-        finally:
-            stop.set()
+    pool = Threads(threads, "kvlayer-doctor")
+    try:
+        running = [pool.submit(run) for _ in range(threads)]
+        # Looking up now and then: an interrupt does not end a wait that was just begun.
+        while wait(running, _HEED_SECONDS, FIRST_EXCEPTION).not_done:
+            if any(each.done() and each.exception() for each in running):
+                break
+    finally:
+        stop.set()
+        pool.end()
     for each in running:
         each.result()
     return done

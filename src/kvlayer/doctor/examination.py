@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvlayer._threads import Threads
 from kvlayer.doctor import memory, place, system
 from kvlayer.doctor.configured import Place, configured
 from kvlayer.doctor.descriptors import descriptors
@@ -33,6 +34,8 @@ class Examination:
     token_nbytes: int = LLAMA_3_8B_NBYTES
     prefill_rate: float | None = None
     """Tokens per second the engine computes; None: unknown."""
+    patience_seconds: float = 30.0
+    """How long a directory may take for one finding: a frozen disk never ends."""
 
     def run(self, say: Callable[[str], None]) -> Iterator[Finding]:
         """Findings as they are made; ``say`` is told of what takes longer than a moment."""
@@ -54,10 +57,33 @@ class Examination:
         yield from engines()
         yield gpu(self.machine)
         for each in places:
-            yield from place.examine(self.machine, each, known.tokens_per_chunk * self.token_nbytes)
-            if self.probe_nbytes:
-                yield self._speed(each, say)
+            yield from self._answered(
+                each, self._place(each, known.tokens_per_chunk * self.token_nbytes, say)
+            )
         yield system.clocks(before, system.Clocks.now())
+
+    def _place(
+        self, each: Place, object_nbytes: int, say: Callable[[str], None]
+    ) -> Iterator[Finding]:
+        yield from place.examine(self.machine, each, object_nbytes)
+        if self.probe_nbytes:
+            yield self._speed(each, say)
+
+    def _answered(self, each: Place, findings: Iterator[Finding]) -> Iterator[Finding]:
+        """``findings`` as they are made, on a thread that is left behind where the disk hangs."""
+        thread = Threads(1, "kvlayer-doctor")
+        try:
+            while True:
+                try:
+                    found = thread.submit(next, findings, None).result(self.patience_seconds)
+                except TimeoutError:
+                    yield place.silent(each, self.patience_seconds)
+                    return
+                if found is None:
+                    return
+                yield found
+        finally:
+            thread.end(0)
 
     def _speed(self, each: Place, say: Callable[[str], None]) -> Finding:
         size = format_bytes(self.probe_nbytes)

@@ -23,7 +23,7 @@ from kvlayer.doctor.releases import Held, examine_releases, held
 from kvlayer.payload import ALIGNMENT
 from kvlayer.urls import format_bytes
 
-__all__ = ["direct_io", "examine", "nearest_directory"]
+__all__ = ["direct_io", "examine", "nearest_directory", "silent"]
 
 _DIRECTORY = Check("directory", "a disk tier that cannot use its directory does not open")
 _SYSTEM = Check("file-system", "objects should outlive the process, and reads should be local")
@@ -52,6 +52,15 @@ def examine(machine: Machine, place: Place, object_nbytes: int) -> Iterator[Find
     """
     for finding in _examine(machine, place, object_nbytes):
         yield replace(finding, detail={"path": place.path, **finding.detail})
+
+
+def silent(place: Place, seconds: float) -> Finding:
+    """A directory whose disk has not answered for so long."""
+    return _DIRECTORY.bad(
+        f"{place.path} does not answer: nothing came back for {seconds:g} s",
+        "see what the system's log says of that disk or mount; a cache on it serves misses",
+        path=place.path,
+    )
 
 
 def _examine(machine: Machine, place: Place, object_nbytes: int) -> Iterator[Finding]:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hang import HANG
 
+from kvlayer.doctor import place
+from kvlayer.doctor.configured import Place
 from kvlayer.doctor.examination import Examination
 from kvlayer.doctor.finding import Finding, Status
 from kvlayer.doctor.machine import Machine
@@ -90,3 +97,51 @@ def test_the_page_lists_every_check_and_no_other() -> None:
     page = (Path(__file__).parents[3] / "docs" / "doctor.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([\w-]+)` \|", page.split("## What is looked at")[1], re.MULTILINE)
     assert sorted(rows) == sorted(CHECKS)
+
+
+def test_a_directory_that_does_not_answer_is_one_finding_and_the_rest_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen, other = tmp_path / "frozen", tmp_path / "other"
+    frozen.mkdir()
+    other.mkdir()
+    thawed, real = threading.Event(), place._direct
+
+    def hangs(asked: Place, scratch: str) -> Finding:
+        if asked.path == str(frozen):
+            thawed.wait(HANG)
+        return real(asked, scratch)
+
+    monkeypatch.setattr(place, "_direct", hangs)
+    examination = Examination(
+        machine=Machine(), directories=[str(frozen)], probe_nbytes=0, patience_seconds=0.01
+    )
+    silent = [each for each in run(examination)[0] if "does not answer" in each.found]
+    patient = replace(examination, directories=[str(other)], patience_seconds=HANG)
+    found, _ = run(patient)
+    thawed.set()
+    assert [(each.status, each.detail["path"]) for each in silent] == [(Status.BAD, str(frozen))]
+    assert {finding.check for finding in found} == CHECKS - {"disk"}
+
+
+def test_the_interpreter_ends_beside_a_disk_that_never_answers(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, threading\n"
+        "from kvlayer import _threads\n"
+        "from kvlayer.doctor.configured import Place\n"
+        "from kvlayer.doctor.examination import Examination\n"
+        "from kvlayer.doctor.machine import Machine\n"
+        "_threads._EXIT_SECONDS = 0.01\n"
+        "os.pwritev = lambda *_: threading.Event().wait()\n"
+        "looked = Examination(machine=Machine(), directories=sys.argv[1:], patience_seconds=2)\n"
+        "print(*[each.found for each in looked.run(lambda _: None)], sep='\\n')\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "does not answer" in ended.stdout
