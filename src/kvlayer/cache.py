@@ -36,6 +36,7 @@ __all__ = ["Cache"]
 
 PUBLIC = Scope()
 
+_SCOPE = 'a tenant\'s is Scope.private("...")'
 _HIT = "what `async with cache.lookup(...)` yields"
 _LONGEST_PREFILL = 1e9  # seconds
 _LARGEST_PREFILL = 10**12  # tokens
@@ -372,8 +373,9 @@ class Cache:
             chain = self.chain(tokens, scope)
             count = chain.num_tokens
         else:
-            packed = memoryview(token_bytes(tokens)).cast("I")
-            chain, count = self.chain(packed[: window.stop], scope), len(packed)
+            packed = token_bytes(tokens)
+            count = len(packed) // 4
+            chain = self._named(packed[: 4 * window.stop], scope)
         if window.stop > count:
             raise LayoutError(
                 f"the view covers tokens {window.start}..{window.stop}, but there are only "
@@ -387,16 +389,18 @@ class Cache:
 
         ``chain.grown(tokens)`` names a longer prompt and hashes only what is new. A chain that is
         given is returned if it is of this cache's sizes and of ``scope``, which may be left out;
-        another owner is taken over.
+        another owner is taken over. In any thread: it only computes.
         Raises ``TokensError``, and ``IdentityError`` for a chain that is of neither.
         ``ArgumentError`` for a scope that is none.
         """
-        instance("scope", scope, Scope, hint='a tenant\'s is Scope.private("...")')
         if isinstance(tokens, ChunkChain):
             return self._own(tokens, scope)
-        return ChunkChain(
-            tokens,
-            scope,
+        return self._named(token_bytes(tokens), scope)
+
+    def _named(self, packed: bytes, scope: Scope) -> ChunkChain:
+        return ChunkChain.from_bytes(
+            packed,
+            instance("scope", scope, Scope, hint=_SCOPE),
             tokens_per_chunk=self.namespace.tokens_per_chunk,
             tokens_per_tail=self.namespace.tokens_per_tail,
         )
@@ -409,7 +413,8 @@ class Cache:
                 f"tokens, this cache's of {sizes[0]} and {sizes[1]}",
                 hint="make it with Cache.chain",
             )
-        if scope == PUBLIC:
+        instance("scope", scope, Scope, hint=_SCOPE)
+        if scope in (PUBLIC, chain.scope):
             return chain
         if scope.extras() != chain.scope.extras():
             raise IdentityError(

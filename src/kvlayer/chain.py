@@ -49,13 +49,18 @@ class ChunkChain:
     def __init__(
         self, tokens: Tokens, scope: Scope, *, tokens_per_chunk: int, tokens_per_tail: int
     ) -> None:
+        self._begin(scope, tokens_per_chunk, tokens_per_tail)
+        packed = token_bytes(tokens)
+        self._hold(packed, [], first_unnamed(packed))
+
+    def _begin(self, scope: Scope, tokens_per_chunk: int, tokens_per_tail: int) -> None:
         self.scope = scope
         self.chunk_step = tokens_per_chunk
         self.tail_step = tokens_per_tail
         self._zones = scope.zones()
         self._folds = links.folds_of(scope, tokens_per_tail)
-        packed = token_bytes(tokens)
-        self._hold(packed, [], first_unnamed(packed))
+        self._fingerprints: list[bytes] = []
+        """Of the first full chunks, as far as they were asked for; shared by chains cut short."""
 
     def _hold(self, packed: bytes, known: list[bytes], unnamed: int | None) -> None:
         """Take ``packed`` as the prompt, of which ``known`` are the first links."""
@@ -71,7 +76,16 @@ class ChunkChain:
         per_chunk = self.chunk_step // self.tail_step
         self.hashes = known[per_chunk - 1 :: per_chunk]
         """The end hash of every full chunk."""
-        self._fingerprints: list[bytes] | None = None
+
+    @classmethod
+    def from_bytes(
+        cls, packed: bytes, scope: Scope, *, tokens_per_chunk: int, tokens_per_tail: int
+    ) -> ChunkChain:
+        """The chain of tokens that ``token_bytes`` has packed already."""
+        chain = cls.__new__(cls)
+        chain._begin(scope, tokens_per_chunk, tokens_per_tail)
+        chain._hold(packed, [], first_unnamed(packed))
+        return chain
 
     @classmethod
     def from_links(
@@ -97,8 +111,9 @@ class ChunkChain:
                 f"a link is a sha256 digest of 32 bytes, found {wrong[0]!r}",
                 hint="decode hex digests with bytes.fromhex",
             )
-        chain = cls((), scope, tokens_per_chunk=tokens_per_chunk, tokens_per_tail=tokens_per_tail)
-        chain._bytes = None
+        chain = cls.__new__(cls)
+        chain._begin(scope, tokens_per_chunk, tokens_per_tail)
+        chain._bytes = chain.unnamed = None
         chain.num_tokens = len(known) * tokens_per_tail
         chain._group([*known])
         return chain
@@ -117,6 +132,7 @@ class ChunkChain:
         if unnamed is None and (found := first_unnamed(more)) is not None:
             unnamed = self.num_tokens + found
         chain._hold(self._bytes + more, [*self.links], unnamed)
+        chain._fingerprints = self._fingerprints[: len(self)]
         return chain
 
     def until(self, stop: int) -> ChunkChain:
@@ -143,10 +159,16 @@ class ChunkChain:
         chain = ChunkChain.__new__(ChunkChain)
         chain.scope, chain._zones, chain._folds = self.scope, self._zones, self._folds
         chain.chunk_step, chain.tail_step = self.chunk_step, self.tail_step
+        chain._fingerprints = self._fingerprints
         return chain
 
     def __len__(self) -> int:
         return len(self.hashes)
+
+    @property
+    def packed(self) -> bytes:
+        """The tokens as little-endian u32; empty in a chain made from links."""
+        return self._bytes or b""
 
     @property
     def named_tokens(self) -> int:
@@ -205,12 +227,13 @@ class ChunkChain:
         """By full chunk, what its tokens and those before are whatever the scope: for ``explain``.
 
         No name: quick to make, and two prompts may be made to share one. Empty without tokens.
+        A chain that has grown makes only those of what is new.
         """
-        if self._fingerprints is None:
-            state, nbytes, found = xxh3_128(), 4 * self.chunk_step, list[bytes]()
-            for at in range(0, len(self) * nbytes if self._bytes is not None else 0, nbytes):
-                assert self._bytes is not None
-                state.update(self._bytes[at : at + nbytes])
-                found.append(state.digest())
-            self._fingerprints = found
-        return self._fingerprints
+        found = self._fingerprints[: len(self)]
+        if self._bytes is not None and (at := len(found)) < len(self):
+            nbytes = 4 * self.chunk_step
+            for start in range(at * nbytes, len(self) * nbytes, nbytes):
+                before = found[-1] if found else b""
+                found.append(xxh3_128(before + self._bytes[start : start + nbytes]).digest())
+            self._fingerprints[at:] = found[at:]
+        return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from engine import Engine, same
 from kvlayer import Cache, Cause, Scope
 from kvlayer.chain import ChunkChain, Span
 from kvlayer.errors import IdentityError, LayoutError
+from kvlayer.tokens import token_bytes
 
 TAIL = 2
 
@@ -173,3 +175,32 @@ async def test_a_store_keeps_what_comes_before_an_id_that_is_never_named() -> No
         beyond = await cache.store(prompt, engine.view(slots[32:]), first_token=32)
         assert (beyond.stored, beyond.skipped) == (0, 0)
         assert [failure.span[:2] for failure in beyond.failed] == [(32, 48)]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "scope", [Scope(), Scope.private("tenant"), Scope.private("t", first_token=16)]
+)
+async def test_a_prompt_is_packed_once_and_hashed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope: Scope
+) -> None:
+    """A salt costs one hash more, that of its fold, wherever it starts."""
+    engine, prompt = Engine(layout(), 32), tokens(64)
+    packed: list[int] = []
+    hashed: list[bytes] = []
+
+    def packing(given: Any) -> bytes:
+        packed.append(len(given))
+        return token_bytes(given)
+
+    def hashing(data: bytes) -> Any:
+        hashed.append(data)
+        return sha256(data)
+
+    async with Cache.open(config(tmp_path), layout()) as cache:
+        monkeypatch.setattr("kvlayer.cache.token_bytes", packing)
+        monkeypatch.setattr("kvlayer.chain.token_bytes", packing)
+        monkeypatch.setattr("kvlayer.links.sha256", hashing)
+        await cache.store(prompt, engine.view(engine.slots(64)), scope=scope)
+        assert packed == [64]
+        assert len(hashed) == 64 // cache.namespace.tokens_per_tail + len(scope.salts)

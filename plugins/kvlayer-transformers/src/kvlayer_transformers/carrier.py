@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
-import torch
-
 from kvlayer import Cache, KVView, Portal, Scope, StoreReport
 from kvlayer.errors import (
     ClosedError,
@@ -20,6 +18,7 @@ from kvlayer.errors import (
 )
 from kvlayer.results import Failure
 from kvlayer_transformers.adapters import Adapters
+from kvlayer_transformers.chains import Chains
 from kvlayer_transformers.engine import Past
 from kvlayer_transformers.geometry import Geometry
 from kvlayer_transformers.past import Layers, allocate, as_cache, view_of
@@ -56,6 +55,7 @@ class Carrier:
         self.portal = portal
         self.geometry = geometry
         self._adapters = adapters
+        self._chains = Chains(portal.cache.chain)
         self.troubles = 0
 
     def load(self, prompts: Prompts, scopes: Scopes, *, step: int) -> Loading:
@@ -129,12 +129,6 @@ class Carrier:
             )
         self._adapters.check(each)
         return [
-            Row(_tokens(prompts.ids[index, pad:end]), scope, pad)
+            Row(self._chains.chain(prompts.ids[index, pad:end], scope), pad)
             for index, (pad, end, scope) in enumerate(zip(prompts.pads, ends, each, strict=True))
         ]
-
-
-def _tokens(ids: torch.Tensor) -> torch.Tensor:
-    """Contiguous int32, which the core borrows instead of copying; ids beyond are its to refuse."""
-    fits = not len(ids) or 0 <= int(ids.min()) <= int(ids.max()) < 2**31
-    return ids.to(torch.int32) if fits else ids

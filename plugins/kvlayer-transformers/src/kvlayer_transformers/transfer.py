@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from kvlayer import Cache, KVView, Scope, StoreReport
-from kvlayer.keys import Tokens
+from kvlayer import Cache, KVView, StoreReport
+from kvlayer.chain import ChunkChain
 from kvlayer.results import Failure
 from kvlayer_transformers.prompts import reusable_columns
 
@@ -16,10 +16,9 @@ __all__ = ["Arrival", "Row", "load_rows", "store_rows"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One prompt of a batch: its tokens without padding, and how many columns of padding it has."""
+    """One prompt of a batch: its names without padding, and how many columns of padding it has."""
 
-    tokens: Tokens
-    scope: Scope
+    chain: ChunkChain
     pad: int
 
 
@@ -46,10 +45,7 @@ async def load_rows(
     """
     pads = [row.pad for row in rows]
     async with AsyncExitStack() as pinned:
-        hits = [
-            await pinned.enter_async_context(cache.lookup(row.tokens, scope=row.scope))
-            for row in rows
-        ]
+        hits = [await pinned.enter_async_context(cache.lookup(row.chain)) for row in rows]
         usable = reusable_columns(pads, [hit.tokens for hit in hits], columns, step)
         if usable == 0:
             return Arrival()
@@ -74,7 +70,7 @@ async def store_rows(
     """Store each row's KV: a view of tokens from the given first token on."""
     return tuple(
         [
-            await cache.store(row.tokens, view, scope=row.scope, first_token=first, tail=tail)
+            await cache.store(row.chain, view, first_token=first, tail=tail)
             for row, view, first in rows
         ]
     )

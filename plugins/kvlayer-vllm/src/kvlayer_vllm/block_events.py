@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
-from kvlayer import Cache, Scope
+from kvlayer import Cache
+from kvlayer.chain import ChunkChain
 from kvlayer.events import (
     Event,
     ObjectQuarantined,
@@ -113,10 +114,9 @@ class BlockEvents:
     # -- which blocks a chunk is; on the cache's loop ----------------------------------------------
 
     async def stores(
-        self, cache: Cache, request: Request, tokens: array[int], scope: Scope, first: int
+        self, cache: Cache, chain: ChunkChain, *, request: Request, first: int
     ) -> None:
-        """Tokens ``first ..`` of a request are going to be stored."""
-        chain = cache.chain(tokens, scope)
+        """Tokens ``first ..`` of a request, named by ``chain``, are going to be stored."""
         spans = map(chain.span, range(first // chain.chunk_step, len(chain)))
         await self.learn(cache, request, [*spans, *chain.tails(len(chain))[:1]])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError
 from threading import Condition, Event
@@ -11,15 +10,20 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from kvlayer import Cache, KVView, Portal, RetrieveReport, Scope
+from kvlayer import Cache, KVView, Portal, RetrieveReport
 from kvlayer.abc.stager import Landed
+from kvlayer.chain import ChunkChain
 from kvlayer.errors import ClosedError, ForkedError
 from kvlayer.job import Job
 from kvlayer.lookup import Lookup
+from kvlayer_vllm.token_ids import Name
 
 __all__ = ["Load", "Save", "Slots", "slots_of"]
 
 Slots: TypeAlias = NDArray[np.int64]
+
+Learn: TypeAlias = Callable[[Cache, ChunkChain], Awaitable[None]]
+"""Is told what is going to be stored, on the cache's loop."""
 
 _NULL_BLOCK = 0  # stands in a block table for what the engine has let go of
 _POLL_SECONDS = 0.05
@@ -50,37 +54,38 @@ class Save:
     def begin(
         self,
         portal: Portal,
-        tokens: array[int],
+        name: Callable[[Name], ChunkChain],
         view: KVView,
-        scope: Scope,
         *,
         first_token: int,
         tail: bool,
-        learn: Callable[[Cache], Awaitable[None]] | None = None,
+        learn: Learn | None = None,
     ) -> None:
-        """Start to store ``view``, from token ``first_token`` on, after ``learn(cache)``."""
+        """Start to store ``view``, from token ``first_token`` on, after ``learn(cache, chain)``.
+
+        ``name(cache.chain)`` says on the loop what its tokens are called, from the first on.
+        """
         self._job = portal.submit(
-            self._run, tokens, view, scope, first_token=first_token, tail=tail, learn=learn
+            self._run, name, view, first_token=first_token, tail=tail, learn=learn
         )
 
     async def _run(
         self,
         cache: Cache,
-        tokens: array[int],
+        name: Callable[[Name], ChunkChain],
         view: KVView,
-        scope: Scope,
         *,
         first_token: int,
         tail: bool,
-        learn: Callable[[Cache], Awaitable[None]] | None,
+        learn: Learn | None,
     ) -> None:
         try:
+            chain = name(cache.chain)
             if learn is not None:
-                await learn(cache)
+                await learn(cache, chain)
             await cache.store(
-                tokens,
+                chain,
                 view,
-                scope=scope,
                 first_token=first_token,
                 tail=tail,
                 on_gathered=self._gathered.set,

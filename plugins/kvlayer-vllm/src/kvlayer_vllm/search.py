@@ -97,10 +97,13 @@ class Search:
             return 0  # the portal closes
 
     def _begin(self, scope: Scope) -> Lookup:
-        count = self._count()
+        count, name = self._count(), self._portal.cache.chain
         if count <= _LONG:
-            return self._portal.lookup(self._ids.upto(count), scope=scope)
-        return self._portal.lookup_on_loop(partial(self._ids.upto_in_slices, count), scope=scope)
+            chain = self._ids.chain(name, self._ids.upto(count), scope)
+            return self._portal.lookup(chain, scope=scope)
+        return self._portal.lookup_on_loop(
+            partial(self._ids.chain_in_slices, name, count, scope), scope=scope
+        )
 
     def _renew(self, lookup: Lookup) -> None:
         self._since = self._clock()

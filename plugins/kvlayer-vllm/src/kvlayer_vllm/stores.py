@@ -101,10 +101,15 @@ class Stores:
         view = self._hands.view(slots, save)
         learn = None
         if self._events is not None:
-            learn = partial(
-                self._events.stores, request=request, tokens=tokens, scope=scope, first=first
-            )
-        save.begin(self._portal, tokens, view, scope, first_token=first, tail=tail, learn=learn)
+            learn = partial(self._events.stores, request=request, first=first)
+        save.begin(
+            self._portal,
+            partial(tracked.ids.chain, tokens=tokens, scope=scope),
+            view,
+            first_token=first,
+            tail=tail,
+            learn=learn,
+        )
         tracked.saves.append(save)
         self._running = [each for each in self._running if not each.has_ended]
         self._running.append(save)

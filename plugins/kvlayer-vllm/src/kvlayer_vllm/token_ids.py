@@ -1,4 +1,4 @@
-"""A request's token ids as the cache takes them: converted once, and in slices where they are many.
+"""A request's token ids as the cache takes them: converted and named once, in slices if many.
 
 The engine keeps them as a list, of which a thousand take 25 microseconds to convert.
 """
@@ -7,25 +7,42 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from kvlayer import Scope
+from kvlayer.chain import ChunkChain
+from kvlayer.keys import Tokens
 
 __all__ = ["TokenIds"]
 
 _SLICE = 4096
 """Tokens that are converted while nobody else runs."""
+_NAMED_AT_ONCE = 65_536
+"""Tokens that are named while nobody else runs: about a millisecond."""
+
+Name: TypeAlias = Callable[[Tokens, Scope], ChunkChain]
+"""``Cache.chain``."""
 
 
 class TokenIds:
-    """Grows with ``source``, whose ids never change. In any thread; what it gives is read only."""
+    """Grows with ``source``. In any thread; what it gives is read only.
+
+    A source that is cut is converted anew. vLLM rewrites the ids of resumable sessions alone, which
+    share no KV.
+    """
 
     def __init__(self, source: Sequence[int]) -> None:
         self._source = source
         self._known = array("i")
+        self._chain: ChunkChain | None = None
 
     def upto(self, stop: int) -> array[int]:
         """The first ``stop`` tokens, or all where there are fewer."""
-        known = self._known
-        if len(known) < stop:  # another array: those that were given are in use
+        known, length = self._known, len(self._source)
+        if length < len(known):
+            known = self._known = known[:0]  # cut, and what follows may be anything
+        if len(known) < min(stop, length):  # another array: those that were given are in use
             known = known + array("i", self._source[len(known) : stop])
             self._known = known
         return known if len(known) <= stop else known[:stop]
@@ -36,3 +53,30 @@ class TokenIds:
             self.upto(count)
             await asyncio.sleep(0)
         return self.upto(stop)
+
+    def chain(self, name: Name, tokens: array[int], scope: Scope) -> ChunkChain:
+        """The names of ``tokens``; only what follows those that were named before is hashed.
+
+        ``tokens`` are from :meth:`upto`. What was named is compared with them, so that names are
+        never those of another text. Raises ``TokensError``.
+        """
+        known, count = self._chain, 0
+        if known is not None and known.scope == scope:
+            count = min(known.num_tokens, len(tokens))
+            if known.packed[: 4 * count] != tokens[:count].tobytes():
+                count = 0
+        if known is None or not count:
+            self._chain = chain = name(tokens, scope)
+        elif count == len(tokens):
+            chain = known.until(count)
+        else:
+            self._chain = chain = known.grown(tokens[count:])
+        return chain
+
+    async def chain_in_slices(self, name: Name, stop: int, scope: Scope) -> ChunkChain:
+        """:meth:`chain` of the first ``stop`` tokens on a loop that has other things to do."""
+        tokens = await self.upto_in_slices(stop)
+        for count in range(_NAMED_AT_ONCE, len(tokens), _NAMED_AT_ONCE):
+            self.chain(name, tokens[:count], scope)
+            await asyncio.sleep(0)
+        return self.chain(name, tokens, scope)
