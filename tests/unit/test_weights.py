@@ -695,7 +695,9 @@ def test_any_header_is_sampled_within_the_file(header: bytes, length: int, size:
             file.seek(0)
             file.write(claimed.to_bytes(8, "little") + header)
             file.truncate(size)
-            weights_samples.sampled(file.fileno(), size)
+            places = list(weights_samples._places(file.fileno(), size))
+            assert places and all(0 <= start <= size and count >= 0 for start, count in places)
+            assert len(weights_samples.sampled(file.fileno(), size)) == 64
 
 
 @pytest.mark.parametrize(

@@ -167,9 +167,13 @@ def test_a_published_cache_that_transformers_sets_aside_is_no_reason_to_refuse(
 def test_fields_that_transformers_does_not_know_are_not_read_by_it(
     tiny: Tiny, open_session: OpenSession, prompt: Prompt
 ) -> None:
-    model = tiny()
+    model, ids = tiny(), prompt(40)
+    expected = model.generate(torch.tensor([ids]), **NEW)
     model.generation_config.chat_format = "chatml"
-    open_session(model).generate(prompt(40), **NEW)
+    session = open_session(model)
+    found = [session.generate(ids, **NEW) for _ in range(2)]
+    assert [answer.loaded for answer in found] == [0, 32]
+    assert all(torch.equal(answer.sequences, expected) for answer in found)
 
 
 def test_arguments_that_only_read_are_passed_on(

@@ -123,7 +123,8 @@ def test_arguments_at_their_defaults_are_no_reason_to_refuse(
     llama: Any, open_session: OpenSession, prompt: Prompt
 ) -> None:
     defaults = {"use_cache": True, "num_beams": 1, "cache_implementation": None}
-    open_session(llama).generate(prompt(40), **NEW, **defaults)
+    found = open_session(llama).generate(prompt(40), **NEW, **defaults).sequences
+    assert torch.equal(found, llama.generate(torch.tensor([prompt(40)]), **NEW))
 
 
 def test_a_model_in_training_mode_is_refused(

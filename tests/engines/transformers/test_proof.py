@@ -220,9 +220,16 @@ def test_a_class_without_a_twin_is_tried_itself(open_session: OpenSession, promp
         session.load([0, *ids], torch.tensor([[0] + [1] * 70]))
 
 
-def test_a_trial_can_be_switched_off(open_session: OpenSession, prompt: Prompt) -> None:
-    session = open_session(made(Encoder), prove=False)
-    session.generate(prompt(20), **NEW)
+def test_a_trial_can_be_switched_off(
+    open_session: OpenSession, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids, tried = made(Encoder), prompt(20), list[Any]()
+    for name in ("of_family", "of_model"):
+        monkeypatch.setattr(verdicts, name, lambda *args, **_: tried.append(args))
+    session = open_session(model, prove=False)
+    found = session.generate(ids, **NEW).sequences
+    assert torch.equal(found, model.generate(torch.tensor([ids]), **NEW))
+    assert tried == []
 
 
 def test_a_verdict_is_remembered_and_another_model_is_tried(

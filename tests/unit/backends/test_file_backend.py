@@ -442,8 +442,12 @@ async def test_a_cancelled_get_returns_once_its_buffer_is_untouched(
         gate = Gate(os.preadv)
         with monkeypatch.context() as patch:
             patch.setattr(os, "preadv", gate)
-            reads = [Read(key(1), (lent(2 * PAGE),)) for _ in range(5)]
+            buffers = [lent(2 * PAGE) for _ in range(5)]
+            reads = [Read(key(1), (buffer,)) for buffer in buffers]
             await _cancel_inside(asyncio.create_task(backend.get(reads)), gate)
+            left = [bytes(buffer) for buffer in buffers]
+    # Every thread has ended: none has written into a buffer that was given back.
+    assert [bytes(buffer) for buffer in buffers] == left
 
 
 @pytest.mark.asyncio

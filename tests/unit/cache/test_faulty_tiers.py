@@ -275,24 +275,26 @@ async def test_flush_does_not_wait_for_a_tier_that_hangs(shelf: type[Shelf]) -> 
         assert not cache.control.health().ok
 
 
-@pytest.mark.asyncio
+@in_virtual_time
 async def test_flush_waits_past_the_deadline_while_a_tier_makes_progress(
     shelf: type[Shelf],
 ) -> None:
     class Slow(shelf):  # type: ignore[misc, valid-type]
         async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
-            await asyncio.sleep(0.02)  # a real delay: four in a row are longer than the deadline
+            await asyncio.sleep(0.02)  # four in a row are longer than the deadline
             return await super().put(writes)
 
     engine = Engine(layout(), 32, 1)
     async with _open(Slow, write="back", max_inflight=1, hurry=True) as cache:
         await cache.store(tokens(128), engine.view(engine.slots(128)))
+        began = asyncio.get_running_loop().time()
         await cache.flush()
         assert len(shelf.objects) == 8
+        assert asyncio.get_running_loop().time() - began > 0.1  # twice the deadline
 
 
 @pytest.mark.parametrize("call", ["describe", "touch"])
-@pytest.mark.asyncio
+@in_virtual_time
 async def test_a_hint_that_hangs_does_not_keep_the_tiers_only_turn(
     shelf: type[Shelf], call: str
 ) -> None:
@@ -301,12 +303,17 @@ async def test_a_hint_that_hangs_does_not_keep_the_tiers_only_turn(
     shelf.fault = f"{call} hangs"
     async with _open(shelf, max_inflight=1, close_seconds=0.05) as cache:
         await cache.store(prompt, engine.view(slots))
-        async with asyncio.timeout(30):
-            for hint in tuple(cache.stack.lower[0].guard._calls):
+        hints = tuple(cache.stack.lower[0].guard._calls)
+        assert hints  # the tier's only turn is taken
+        async with asyncio.timeout(1):
+            for hint in hints:
                 await hint.ended()  # the hint's deadline passes
-        shelf.fault = ""
-        while len(shelf.objects) < 4:  # one write tries first, if the pause has passed
-            await cache.store(prompt, engine.view(slots))
+            shelf.fault = ""
+            while len(shelf.objects) < 4:  # one write tries first, if the pause has passed
+                await cache.store(prompt, engine.view(slots))
+                await asyncio.sleep(0.001)
+        assert (await cache.store(tokens(64, 1), engine.view(slots))).failed == ()
+        assert len(shelf.objects) == 8
 
 
 @pytest.mark.parametrize("call", ["open", "list", "contains", "touch", "describe", "aclose"])

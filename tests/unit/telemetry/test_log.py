@@ -178,7 +178,10 @@ def test_what_a_tier_or_an_owner_says_cannot_start_a_line_of_its_own(
 def test_below_the_loggers_level_no_sentence_is_made() -> None:
     logger = logging.getLogger("kvlayer.test.silent")
     logger.setLevel(logging.ERROR)
-    LogSink(logger)(object())  # type: ignore[arg-type]  # would fail if it were looked into
+    LogSink(logger)(object())  # type: ignore[arg-type]
+    logger.setLevel(logging.DEBUG)
+    with pytest.raises(TypeError):  # as soon as it is looked into
+        LogSink(logger)(object())  # type: ignore[arg-type]
 
 
 @pytest.mark.asyncio

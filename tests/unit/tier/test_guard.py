@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -235,8 +236,16 @@ async def third_begins(work: Work) -> None:
 
 @in_virtual_time
 async def test_an_error_nobody_asks_for_is_no_warning() -> None:
+    complaints: list[object] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: complaints.append(context))
     guard = Guard(NEVER, 1)
-    await guard.start(raising(ValueError("unheard"))).ended()
+    call = guard.start(raising(ValueError("unheard")))
+    assert await call.ended()
+    assert isinstance(call.error, ValueError)
+    del call
+    gc.collect()
+    assert complaints == []
 
 
 @pytest.mark.parametrize("is_stubborn", [True, False])

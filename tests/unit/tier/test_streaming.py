@@ -128,6 +128,7 @@ async def test_a_path_that_was_streamed_is_given_up_from_its_end() -> None:
 
 @in_virtual_time
 async def test_a_streaming_load_cancelled_at_any_await_lets_go_of_everything() -> None:
+    ends: list[bool] = []
     for turns in range(1, 60):
         rig, chain = make_rig(write="back", pages=3), chain_of(16 * 12)
         await below(rig, chain)
@@ -136,9 +137,11 @@ async def test_a_streaming_load_cancelled_at_any_await_lets_go_of_everything() -
             await asyncio.sleep(0)
         task.cancel()
         await asyncio.wait({task})
+        ends.append(task.cancelled())
         await rig.settled()
         check_accounts(rig.planner, idle=True)
         await rig.aclose()
+    assert all(ends[:10]), "it has not so many awaits"
 
 
 @in_virtual_time
