@@ -28,7 +28,7 @@ from kvlayer.abc.backend import (
 from kvlayer.errors import BackendError, BackendTimeoutError
 from kvlayer.keys import ObjectKey
 from kvlayer.registry import BACKENDS
-from kvlayer.testing.sim import in_virtual_time
+from kvlayer.testing.sim import VirtualTimeLoop, in_virtual_time
 from kvlayer.urls import BackendURL
 
 
@@ -338,7 +338,7 @@ def test_a_tier_that_refuses_to_be_cancelled_holds_nobody_up(shelf: type[Shelf],
             words = {"list": "not listed within", "aclose": "not closed: TimeoutError"}[call]
             assert words in lower.trouble
 
-    loop = asyncio.new_event_loop()  # asyncio.run would wait for what was left behind
+    loop = VirtualTimeLoop()  # asyncio.run would wait for what was left behind
     try:
         if call == "open":
             with pytest.raises(BackendTimeoutError, match="shelf did not open within"):
