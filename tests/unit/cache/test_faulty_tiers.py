@@ -335,7 +335,7 @@ def test_a_tier_that_refuses_to_be_cancelled_holds_nobody_up(shelf: type[Shelf],
                     await cache.control.clear()
             lower = cache.stack.lower[0]
         if call in ("list", "aclose"):
-            words = {"list": "not listed within", "aclose": "not closed: TimeoutError"}[call]
+            words = {"list": "within 0.05 s", "aclose": "not closed: TimeoutError"}[call]
             assert words in lower.trouble
 
     loop = VirtualTimeLoop()  # asyncio.run would wait for what was left behind
