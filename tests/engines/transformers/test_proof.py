@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvlayer.errors import UnsupportedError
 from kvlayer_transformers import Session, verdicts
-from kvlayer_transformers.proof import of_family, of_model
+from kvlayer_transformers.proof import TooSlow, of_family, of_model
 from kvlayer_transformers.twin import WINDOW, randomise, twin_of
 
 OpenSession = Callable[..., Session]
@@ -230,6 +231,88 @@ def test_a_trial_can_be_switched_off(
     found = session.generate(ids, **NEW).sequences
     assert torch.equal(found, model.generate(torch.tensor([ids]), **NEW))
     assert tried == []
+
+
+class Slow(LlamaForCausalLM):
+    """A Llama that advances the clock with every pass, and counts them."""
+
+    def forward(self, *args: Any, **arguments: Any) -> Any:
+        CLOCK.append(CLOCK[-1] + 25.0)
+        return super().forward(*args, **arguments)
+
+
+CLOCK: list[float] = []
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[], float]:
+    CLOCK[:] = [0.0]
+    monkeypatch.setattr("kvlayer_transformers.proof.time", SimpleNamespace(monotonic=now))
+    return now
+
+
+def now() -> float:
+    return CLOCK[-1]
+
+
+def test_a_model_too_slow_to_be_tried_is_believed_to_be_like_its_twin_in_this_process(
+    open_session: OpenSession,
+    prompt: Prompt,
+    clock: Callable[[], float],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, ids = made(Slow), prompt(70)
+    stored: list[str] = []
+    monkeypatch.setattr(
+        "kvlayer_transformers.remembered.Remembered.put", lambda _, key, __: stored.append(key)
+    )
+    monkeypatch.setattr(Slow, "__module__", "transformers.models.slow")  # as if it were theirs
+    session = open_session(model)
+    assert "Slow itself was not tried: not done within 60 s" in caplog.text
+    assert stored == []  # the next process tries again
+    assert [session.generate(ids, **NEW).loaded for _ in range(2)] == [0, 64]
+    before = clock()
+    open_session(model)  # this one does not
+    assert clock() - before <= 25.0  # nothing but what asks for the geometry
+    caplog.clear()
+    CLOCK[:] = [0.0]
+    verdicts.forget()
+    monkeypatch.setattr("kvlayer_transformers.proof._SECONDS", 1e6)
+    open_session(model)
+    assert "not tried" not in caplog.text
+    assert len(stored) == 1
+
+
+class UnbuildableSlow(Slow):
+    """The same, of which no second model can be made."""
+
+    built = False
+
+    def __init__(self, config: LlamaConfig) -> None:
+        if UnbuildableSlow.built:
+            raise RuntimeError("only one of these")
+        super().__init__(config)
+        UnbuildableSlow.built = True
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_model_too_slow_to_be_tried_without_a_twin_is_refused(open_session: OpenSession) -> None:
+    with pytest.raises(UnsupportedError, match="not done within 60 s, and no small twin"):
+        open_session(made(UnbuildableSlow))
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_pass_of_a_model_too_slow_ends_at_its_next_layer() -> None:
+    model = made(Slow)
+    reached: list[int] = []
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, index=index: reached.append(index))
+    with pytest.raises(TooSlow):
+        of_model(model, padding=True)
+    # Two passes of 25 s are in time; the third ends where its first layer asks for the past.
+    assert reached == [0, 1, 2] * 2
+    assert CLOCK[-1] == 75.0
 
 
 def test_a_verdict_is_remembered_and_another_model_is_tried(

@@ -8,9 +8,10 @@ prompt at once, as the model answers by itself, against passes that continue ano
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -19,7 +20,7 @@ from kvlayer_transformers.prefill import generate, last_start, prefill
 from kvlayer_transformers.prompts import Prompts
 from kvlayer_transformers.twin import PROMPT_IDS, twin_of
 
-__all__ = ["RECIPE", "Verdict", "of_family", "of_model"]
+__all__ = ["RECIPE", "TooSlow", "Verdict", "of_family", "of_model"]
 
 RECIPE: Final = 1
 """Raise it whenever a trial would judge otherwise."""
@@ -31,6 +32,30 @@ _ANSWER: Final = 4
 _TOLERANCE: Final = 1e-3
 _LOOSE: Final = 0.15
 """For a user's own model, whose rounding nobody knows: bfloat16 gives some hundredths."""
+
+
+_SECONDS: Final = 60.0
+"""What a user's own model may take for its trial: most take less than one."""
+
+
+class TooSlow(Exception):  # noqa: N818  # no error of the model's: it was not tried
+    """A trial of the model itself was given up after its time."""
+
+
+class _Timed(DynamicCache):  # type: ignore[misc]  # Any: see engine
+    """A past that ends its pass, at the next layer, when the time is over."""
+
+    def __init__(self, until: float) -> None:
+        super().__init__()
+        self._until = until
+
+    def update(self, *args: Any, **arguments: Any) -> Any:
+        self.check()
+        return super().update(*args, **arguments)
+
+    def check(self) -> None:
+        if time.monotonic() >= self._until:
+            raise TooSlow(f"not done within {_SECONDS:g} s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +84,21 @@ def of_model(model: Model, *, padding: bool) -> Verdict:
     """Try the model itself, with two passes of at most 64 tokens and a tolerance.
 
     With ``padding``, the pieces are padded on the left, which tries both at once. Raises what the
-    model raises when it answers by itself.
+    model raises when it answers by itself, and :class:`TooSlow` after a minute: looked at before
+    each layer.
     """
     pad = _WIDTH if padding else 0
     ids = _ids(model, 4 * _WIDTH - pad, seed=1)
     padded = Prompts(torch.nn.functional.pad(ids, (pad, 0)), (pad,))
     with torch.no_grad(), quiet():
-        whole, past = DynamicCache(), DynamicCache()
+        until = time.monotonic() + _SECONDS
+        whole, past = _Timed(until), _Timed(until)
         expected = _answer(model, Prompts(ids, (0,)), whole, tokens=1)
         try:
             prefill(model, padded, past, 0, width=2 * _WIDTH)
             found = _answer(model, padded, past, tokens=1)
+        except TooSlow:
+            raise
         except Exception as exc:  # noqa: BLE001  # somebody else's model: anything may come
             return Verdict(pieces=_raised(exc))
         kv = _typical(_columns(past, 0, pad), _columns(whole, 0, 0))
