@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,9 @@ from kvlayer._values import instance
 from kvlayer.abc.backend import Capability
 from kvlayer.errors import ArgumentError, ConfigError
 from kvlayer.explain import explain
-from kvlayer.keys import ObjectKey, Scope, Tokens
+from kvlayer.keys import ChunkChain, ObjectKey, Scope, Tokens
 from kvlayer.results import Cause, Explanation, Health, Stats
-from kvlayer.tier.directory import ObjectRecord
+from kvlayer.tier.directory import Host, ObjectRecord
 from kvlayer.tier.lease import Lease, lease_seconds
 from kvlayer.tier.listing import listed
 from kvlayer.tier.removal import Removal
@@ -84,38 +84,49 @@ class Control:
     ) -> int:
         """Remove a prompt's objects from one tier, or from all; returns how many went.
 
-        What is pinned stays in host memory. Raises ``BackendError``, once all that can be removed
-        is, when a tier did not answer or kept some of them: it says how many.
+        What a tier was still to get does not go there, and what is being written to it is waited
+        for. What is pinned stays in host memory, and what is being written to another tier.
+
+        Raises ``BackendError``, once all that can be removed is, when a tier did not answer or kept
+        some of them: it says how many.
         """
         stack = self._cache.stack
         lower = self._lower(tier)
         chain = self._cache.chain(tokens, scope)
         await stack.finder.find(chain)  # what other processes stored goes, too
         removal = Removal(stack.planner, stack.objects)
-        spans = [*chain.spans(len(chain)), *chain.tails(len(chain))]
+
+        async def drop() -> None:
+            if tier in (None, stack.host.name):
+                removal.gone += await self._drop(self._known(chain), "evicted by request")
+
+        await self._stop_writes(lower, removal, drop, {each.key for each in self._known(chain)})
         with stack.planner.lock:
-            known = stack.planner.directory.chunk
-            chunks = [known(span.hash, span.tokens, chain.zone(span)) for span in spans]
-            records = [found for chunk in chunks if chunk for found in chunk.objects.values()]
+            records = self._known(chain)
             keys = [[r.key for r in records if r.tiers >> each.index & 1] for each in lower]
         for each, there in zip(lower, keys, strict=True):
             if each.is_shared and not each.health().ok:  # others may have stored there
                 removal.unseen(each, each.health().detail)
             await removal.delete(each, there)
-        if tier in (None, stack.host.name):
-            removal.gone += await self._drop(records, "evicted by request")
+        await drop()
         removal.check()
         return removal.gone
 
     async def clear(self, tier: str | None = None) -> int:
         """Remove everything of this namespace from one tier, or from all; returns how many went.
 
-        What is pinned stays in host memory. Other namespaces are not touched. Raises
-        ``BackendError``, once all that can be removed is, when a tier did not answer or kept some
-        of it: it says how many objects.
+        What is on its way is stopped as by :meth:`evict`, and what is pinned stays as there. Other
+        namespaces are not touched. Raises ``BackendError``, once all that can be removed is, when a
+        tier did not answer or kept some of it: it says how many objects.
         """
         stack = self._cache.stack
         removal = Removal(stack.planner, stack.objects)
+
+        async def drop() -> None:
+            if tier in (None, stack.host.name):
+                removal.gone += await self._drop(self._resident(), "cleared by request")
+
+        await self._stop_writes(self._lower(tier), removal, drop)
         for lower in self._lower(tier):
             keys: list[ObjectKey] = []
             if Capability.LIST in lower.backend.capabilities:
@@ -123,10 +134,43 @@ class Control:
             known = await self._records()
             keys += [found.key for found in known if found.tiers >> lower.index & 1]
             await removal.delete(lower, list(dict.fromkeys(keys)))
-        if tier in (None, stack.host.name):
-            removal.gone += await self._drop(await self._records(), "cleared by request")
+        await drop()
         removal.check()
         return removal.gone
+
+    def _known(self, chain: ChunkChain) -> list[ObjectRecord]:
+        """The objects of a prompt that the directory knows."""
+        planner = self._cache.stack.planner
+        spans = [*chain.spans(len(chain)), *chain.tails(len(chain))]
+        with planner.lock:
+            known = planner.directory.chunk
+            chunks = [known(span.hash, span.tokens, chain.zone(span)) for span in spans]
+            return [found for chunk in chunks if chunk for found in chunk.objects.values()]
+
+    def _resident(self) -> list[ObjectRecord]:
+        """What is in host memory, or on its way there."""
+        planner = self._cache.stack.planner
+        with planner.lock:
+            return [found for found in planner.directory.active() if found.host is not Host.ABSENT]
+
+    async def _stop_writes(
+        self,
+        tiers: Sequence[LowerTier],
+        removal: Removal,
+        drop: Callable[[], Awaitable[None]],
+        keys: Container[ObjectKey] | None = None,
+    ) -> None:
+        """Let nothing that was begun before bring back what is about to be removed.
+
+        ``drop`` takes it out of host memory, too: first of all, or whoever uses it meanwhile would
+        have it written again, and once more when nothing is being written from there.
+        """
+        spills = self._cache.stack.spills
+        running = [(tier, spills.withdraw(tier.index, keys)) for tier in tiers]
+        await drop()
+        for tier, writes in running:
+            removal.being_written(tier, await spills.settled(writes))
+        await drop()
 
     async def _records(self) -> list[ObjectRecord]:
         """Everything the directory knows, read in slices: nobody waits for the whole of it."""
@@ -145,6 +189,7 @@ class Control:
         """Take objects out of host memory, in slices; how many went."""
         planner = self._cache.stack.planner
         gone = 0
+        self._cache.stack.loads.forsake(records)
         for at in range(0, len(records), _SLICE):
             dropped = planner.evict(records[at : at + _SLICE], Cause.CLEARED, detail)
             self._cache.stack.host.removed(dropped)

@@ -38,6 +38,8 @@ class Flight:
     waiters: int = 1
     was_left: bool = False
     """At some time nobody waited, so it was cancelled."""
+    is_forsaken: bool = False
+    """Its object was removed meanwhile: what it brings is not served."""
 
     @property
     def has_ended(self) -> bool:
@@ -90,6 +92,6 @@ class Flights:
         """Register a transfer that just started. ``land`` it when its outcome is booked."""
         self._flights[flight.key] = flight
 
-    def land(self, key: ObjectKey) -> None:
+    def land(self, key: ObjectKey) -> Flight | None:
         """A transfer has ended: the next request for its object starts anew."""
-        self._flights.pop(key, None)
+        return self._flights.pop(key, None)

@@ -158,6 +158,12 @@ class Loads:
         flight = self._flights.find(record.key) if record.host is Host.FILLING else None
         return self._lower[flight.tier].name if flight is not None and flight.is_stuck else ""
 
+    def forsake(self, records: Iterable[ObjectRecord]) -> None:
+        """These objects are removed: what is on its way of them is not served when it arrives."""
+        for record in records:
+            if (flight := self._flights.find(record.key)) is not None:
+                flight.is_forsaken = True
+
     async def arrive(
         self,
         wanted: Wanted,
@@ -304,9 +310,10 @@ class Loads:
     def _landed(
         self, tier: LowerTier, slot: Reservation, trip: _Trip | None, call: Call[Outcome]
     ) -> None:
-        self._flights.land(slot.record.key)
+        flight = self._flights.land(slot.record.key)
         outcome = outcome_of(call, slot.record.key)
-        self._planner.fetched(slot, ok=outcome.ok)
+        is_wanted = flight is None or not flight.is_forsaken
+        self._planner.fetched(slot, ok=outcome.ok and is_wanted)
         tier.transferred("load", outcome, call)
         if trip is not None:
             trip.landed(self._clock(), outcome)

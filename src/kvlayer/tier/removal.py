@@ -40,6 +40,11 @@ class Removal:
         """A tier did not say what it holds, so more may be left there."""
         self._troubles.append(f"{tier.name} did not say what it holds: {why}")
 
+    def being_written(self, tier: LowerTier, count: int) -> None:
+        """So many objects are being written to a tier, which does not get done with it."""
+        if count:
+            self._troubles.append(f"{count} objects are still being written to {tier.name}")
+
     async def delete(self, tier: LowerTier, keys: Sequence[ObjectKey]) -> None:
         """Remove objects from a tier."""
         loop, size, at, left = asyncio.get_running_loop(), _FIRST_BATCH, 0, 0

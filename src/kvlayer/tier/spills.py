@@ -7,11 +7,11 @@ queued is held by nobody: it is dropped, and counted, when host memory itself mu
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 
-from kvlayer.keys import Span
+from kvlayer.keys import ObjectKey, Span
 from kvlayer.results import Cause, Failure
 from kvlayer.tier.directory import Host, ObjectRecord
 from kvlayer.tier.flight import outcome_of
@@ -133,6 +133,23 @@ class Spills:
         write.end(Outcome(write.key, Cause.NO_ROOM, detail))
         queue.changed()
 
+    def withdraw(self, tier: int, keys: Container[ObjectKey] | None = None) -> list[Write]:
+        """Do not write these objects to a tier, or none at all: they are about to be removed there.
+
+        Returns the writes that run already: see :meth:`settled`.
+        """
+        queue = self._queues.get(tier)
+        if queue is None:
+            return []
+        for write in [w for key, w in queue.waiting.items() if keys is None or key in keys]:
+            del queue.waiting[write.key]
+            write.end(Outcome(write.key, Cause.CLEARED, "removed by request before it was written"))
+        queue.changed()
+        running = [w for key, w in queue.running.items() if keys is None or key in keys]
+        for write in running:
+            write.is_withdrawn = True
+        return running
+
     # -- running ---------------------------------------------------------------------------------
 
     def _pump(self, queue: WriteQueue) -> None:
@@ -209,7 +226,8 @@ class Spills:
         queue.running.pop(write.key, None)
         outcome = outcome_of(call, write.key)
         self._planner.spilled(write.record, tier.index, ok=outcome.ok)
-        if isinstance(call.error, Refused) and not self._is_closed:
+        waits_on = not (self._is_closed or write.is_withdrawn)
+        if isinstance(call.error, Refused) and waits_on:
             # The breaker opened before its turn came: it keeps its place, and was never tried.
             queue.wait_again(write)
         else:
@@ -287,6 +305,13 @@ class Spills:
                 guard.give_up([w.call for w in queue.running.values() if w.call is not None])
                 return Cause.DEADLINE, "not written yet"
         return None
+
+    async def settled(self, writes: Sequence[Write]) -> int:
+        """Wait for writes while their tier makes progress; how many had not ended then."""
+        for write in writes:
+            if await self._wait(write) is not None:
+                break
+        return sum(not write.ended.done() for write in writes)
 
     async def flush(self) -> None:
         """Wait until everything queued so far has been written, has failed, or cannot be written.

@@ -25,8 +25,8 @@ class Unwritten(NamedTuple):
 class Write:
     """One object on its way down to one tier: queued, then running, then ended."""
 
-    __slots__ = ("call", "ended", "key", "number", "outcome", "record", "request", "span",
-                 "tier")  # fmt: skip
+    __slots__ = ("call", "ended", "is_withdrawn", "key", "number", "outcome", "record", "request",
+                 "span", "tier")  # fmt: skip
 
     def __init__(self, span: Span, record: ObjectRecord, tier: LowerTier, number: int = 0) -> None:
         self.number = number
@@ -40,6 +40,8 @@ class Write:
         self.call: Call[Outcome] | None = None
         """Since its turn has come."""
         self.outcome: Outcome | None = None
+        self.is_withdrawn = False
+        """Its object is being removed: it is not tried again."""
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
