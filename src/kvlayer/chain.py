@@ -6,6 +6,7 @@ tokens it holds, so the same end may close a whole chunk or only what follows a 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,11 +23,16 @@ _PUBLIC = Scope()
 
 
 class Span(NamedTuple):
-    """A token range ``[start, stop)`` of one prompt that one object holds, and its end hash."""
+    """A token range ``[start, stop)`` of one prompt that one object holds, and its end hash.
+
+    ``parent`` is the hash it continues: of what lies right before it in that prompt. Empty at the
+    prompt's start, and where nobody said.
+    """
 
     start: int
     stop: int
     hash: bytes
+    parent: bytes = b""
 
     @property
     def tokens(self) -> int:
@@ -182,13 +188,15 @@ class ChunkChain:
     def span(self, index: int) -> Span:
         """Full chunk ``index`` as a span."""
         start = index * self.chunk_step
-        return Span(start, start + self.chunk_step, self.hashes[index])
+        parent = self.hashes[index - 1] if index else b""
+        return Span(start, start + self.chunk_step, self.hashes[index], parent)
 
     def spans(self, count: int) -> list[Span]:
         """The first ``count`` full chunks as spans."""
         step = self.chunk_step
         starts, stops = range(0, count * step, step), range(step, (count + 1) * step, step)
-        return [*map(Span._make, zip(starts, stops, self.hashes, strict=False))]
+        fields = zip(starts, stops, self.hashes, itertools.chain((b"",), self.hashes), strict=False)
+        return [*map(Span._make, fields)]
 
     def ends(self, start: int) -> list[Span]:
         """Every span that may start at ``start``, a multiple of a link; longest first.
@@ -198,8 +206,10 @@ class ChunkChain:
         """
         step, last = self.tail_step, start - start % self.chunk_step + self.chunk_step
         first, stop = start // step, min(last // step, len(self.links))
+        parent = self.parent(start)
         return [
-            Span(start, (at + 1) * step, self.links[at]) for at in range(stop - 1, first - 1, -1)
+            Span(start, (at + 1) * step, self.links[at], parent)
+            for at in range(stop - 1, first - 1, -1)
         ]
 
     def tails(self, index: int) -> list[Span]:

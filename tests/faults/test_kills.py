@@ -148,7 +148,7 @@ def test_a_kill_while_room_is_made_leaves_the_capacity_exact(
 ) -> None:
     rng, wanted, kills = random.Random(SEED + 1), dose(2, 20), 0
     capacity = 1 << 20  # of seven chunks and some tails: a store has to evict from the second on
-    directory = Directory(tmp_path, zygote, f"&capacity={capacity}&policy=lru")
+    directory = Directory(tmp_path, zygote, f"&capacity={capacity}")
     while kills < wanted:
         kills += at_a_system_call(directory, rng) is not None
         found = directory.examine()

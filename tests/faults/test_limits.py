@@ -125,7 +125,7 @@ async def test_a_clock_that_jumps_back_changes_neither_the_order_of_use_nor_the_
     monkeypatch.setattr(time, "time", lambda: clock() / 1e9)
     monkeypatch.setattr(uses.Uses.__init__, "__defaults__", (clock,))
     capacity = 12 * OBJECTS * (132 << 10)  # more than there is at first
-    async with ordeal(tmp_path / "kv", options=f"&capacity={capacity}&policy=lru") as kv:
+    async with ordeal(tmp_path / "kv", options=f"&capacity={capacity}") as kv:
         before = {path.name: path.stat().st_mtime_ns for path in stored_files(tmp_path / "kv")}
         jumped = HOUR_NS
         for seed in range(10, 13):
@@ -135,7 +135,7 @@ async def test_a_clock_that_jumps_back_changes_neither_the_order_of_use_nor_the_
         assert min(path.stat().st_mtime_ns for path in new) > max(before.values())
         assert all([await kv.loads(seed) for seed in (0, 1, 2, 3, 10, 11, 12)])
         await kv.check_accounts()
-    async with ordeal(tmp_path / "kv", options=f"&capacity={capacity}&policy=lru") as kv:
+    async with ordeal(tmp_path / "kv", options=f"&capacity={capacity}") as kv:
         # Another process, an hour before what it finds was used.
         assert all([await kv.loads(seed) for seed in (0, 1, 2, 3, 10, 11, 12)])
         for seed in range(20, 40):  # evicts

@@ -34,7 +34,7 @@ def unfinished(directory: Path) -> dict[str, int]:
     return {p.name: p.stat().st_size for p in directory.glob("v2/tmp/*/*.part")}
 
 
-@pytest.mark.parametrize("options", ["", "&capacity=1MiB&policy=lru"])
+@pytest.mark.parametrize("options", ["", "&capacity=1MiB"])
 def test_a_janitor_stopped_anywhere_in_a_store_holds_nobody_up_and_goes_on_after(
     tmp_path: Path, zygote: Zygote, dose: Any, figures: Any, options: str
 ) -> None:

@@ -191,7 +191,7 @@ def test_a_chain_tells_its_parents_spans_and_bytes() -> None:
     assert chain.parent(0) == b""
     assert chain.parent(16) == chain.hashes[1]
     assert chain.parent(10) == chain.links[4]
-    assert chain.span(1) == Span(8, 16, chain.hashes[1])
+    assert chain.span(1) == Span(8, 16, chain.hashes[1], chain.hashes[0])
     assert chain.span(1).tokens == 8
     assert chain.token_bytes(chain.span(1)) == np.array(range_[8:16], "<u4").tobytes()
 

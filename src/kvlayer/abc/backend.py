@@ -63,7 +63,9 @@ class Write:
 
     The rest is for a backend that chooses what to keep: the object holds ``tokens`` tokens of a
     prompt from ``first_token`` on (no tokens: nobody said), and ``retention`` is what the request
-    asked for.
+    asked for. ``parent`` is the end hash (32 bytes) of what comes right before it in that prompt;
+    it is empty at the prompt's start, and where nobody said. Without what ends there an object
+    serves nobody, so a backend should give up the object first.
     """
 
     key: ObjectKey
@@ -71,6 +73,7 @@ class Write:
     first_token: int = 0
     tokens: int = 0
     retention: Retention = ORDINARY
+    parent: bytes = b""
 
     @property
     def nbytes(self) -> int:

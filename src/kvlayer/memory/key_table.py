@@ -39,8 +39,8 @@ class KeyTable:
     """A mapping of keys to row numbers that somebody else hands out, and from those back to keys.
 
     Of a key it keeps the chunk hash, and once for all keys that share it the text around it. Keys
-    of one namespace and part are a family: within it they can be found by their hash alone. Other
-    threads may ask for keys while one changes the table.
+    of one namespace are a family: within it they can be found by their hash alone. Other threads
+    may ask for keys while one changes the table.
     """
 
     __slots__ = ("_count", "_digests", "_families", "_frame_count", "_frame_ids", "_frames",
@@ -135,9 +135,13 @@ class KeyTable:
     # -- families --------------------------------------------------------------------------------
 
     @staticmethod
-    def family(key: str) -> int:
-        """The family of any key: 64 bits, the same for all keys of its namespace and part."""
-        return _family(_cut(key)[0])
+    def place(key: str) -> tuple[int, int]:
+        """The family of any key, and the first 64 bits of its hash.
+
+        A family is a number of 64 bits, the same for all keys of one namespace.
+        """
+        frame, digest = _cut(key)
+        return _family(frame), _prefix(digest)
 
     def family_of(self, row: int) -> int:
         """The family of a row that has a key."""
@@ -149,7 +153,7 @@ class KeyTable:
         return int(prefix)
 
     def ending(self, family: int, prefix: int) -> list[int]:
-        """The rows of a family whose hash begins so, whatever their zone, tokens and encoding."""
+        """The rows of a family whose hash begins so, whatever else their keys say."""
         segment, at = _place(family, prefix)
         slots = self._segments[segment]
         mask, found = len(slots) - 1, list[int]()
@@ -166,12 +170,12 @@ class KeyTable:
         """Where a key stands: the slots, which of them, and its row."""
         segment, at = _place(family, _prefix(digest))
         slots = self._segments[segment]
-        mask, digests = len(slots) - 1, self._digests
+        mask, digests, frames = len(slots) - 1, self._digests, self._of_row
         while slot := slots[at & mask]:
             if slot >= _ROWS:
                 row = slot - _ROWS
                 start = row * _DIGEST
-                if digests[start : start + _DIGEST] == digest and self._of_row[row] == number:
+                if frames[row] == number and digests[start : start + _DIGEST] == digest:
                     return slots, at & mask, row
             at += 1
         return None
@@ -229,9 +233,7 @@ def _prefix(digest: bytes) -> int:
 
 def _family(frame: Frame) -> int:
     head, tail = frame
-    if tail is None:
-        return hash(head) & _WORD
-    return hash((head.partition("/")[0], *tail.split("/")[1:2])) & _WORD
+    return hash(head if tail is None else head.partition("/")[0]) & _WORD
 
 
 def _cut(key: str) -> tuple[Frame, bytes]:

@@ -71,6 +71,8 @@ class Job:
     fault: tuple[Cause, str] | None = None
     """What was wrong with them."""
     version: Version = None
+    parent: bytes = b""
+    """The end hash of what comes right before it in its prompt, where that is known."""
     _is_given_up: bool = False
     _copying: Lock | None = None
     _freed: asyncio.Future[None] | None = None

@@ -136,7 +136,8 @@ class Matcher:
                 groups = self._directory.covers_of(record)
                 known = ways.get(end.stop)
                 if self._has_every(groups) and (known is None or len(before) + 1 < len(known)):
-                    span = Span(end.stop - record.tokens, end.stop, end.hash)
+                    at = end.stop - record.tokens
+                    span = Span(at, end.stop, end.hash, chain.parent(at))
                     ways[end.stop] = (*before, (span, groups))
         del ways[start]
         return (ways[end] for end in sorted(ways, reverse=True))

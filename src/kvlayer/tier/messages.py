@@ -35,8 +35,8 @@ class Piece(NamedTuple):
     """One object and its place in the slab: what to gather, scatter, spill or fetch.
 
     ``first_token`` is the position of the object's first token in the prompt, ``num_tokens`` how
-    many it holds, ``offset`` and ``nbytes`` its slot. ``retention`` is for a tier that it is
-    written to, and does not travel to ranks.
+    many it holds, ``offset`` and ``nbytes`` its slot. ``retention`` and ``parent`` (of its span)
+    are for a tier that it is written to, and do not travel to ranks.
     """
 
     key: ObjectKey
@@ -45,6 +45,7 @@ class Piece(NamedTuple):
     offset: int
     nbytes: int
     retention: Retention = ORDINARY
+    parent: bytes = b""
 
     def to_wire(self) -> list[str | int]:
         return [str(self.key), self.first_token, self.num_tokens, self.offset, self.nbytes]

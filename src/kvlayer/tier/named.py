@@ -76,7 +76,14 @@ class Named(Backend):
     async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
         return await self.backend.put(
             [
-                Write(ObjectName.raw(w.key), w.regions, w.first_token, w.tokens, w.retention)
+                Write(
+                    ObjectName.raw(w.key),
+                    w.regions,
+                    w.first_token,
+                    w.tokens,
+                    w.retention,
+                    w.parent,
+                )
                 for w in writes
             ]
         )

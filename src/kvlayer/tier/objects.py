@@ -37,7 +37,8 @@ class Item(NamedTuple):
     """One object and the memory it is in, or goes to: any number of regions, of any alignment.
 
     They are ``payload.body_nbytes`` bytes in all: what a tier pads an object with never lies there.
-    ``lending`` says until when they may be used.
+    ``lending`` says until when they may be used. ``parent`` is the end hash of what comes right
+    before it in its prompt, empty where that is nothing or not known.
     """
 
     key: ObjectKey
@@ -46,6 +47,7 @@ class Item(NamedTuple):
     regions: tuple[memoryview, ...]
     lending: Lending = Lending.HELD
     retention: Retention = ORDINARY
+    parent: bytes = b""
 
 
 @dataclass(slots=True, eq=False)
@@ -168,6 +170,7 @@ class Objects:
             piece.retention,
             copies,
             slot,
+            parent=piece.parent,
         )
 
     async def quarantine(self, tier: int, item: Damaged) -> None:

@@ -511,6 +511,7 @@ class Planner:
                 record.offset,
                 record.nbytes,
                 record.retention,
+                span.parent,
             )
 
     def spilled(self, record: ObjectRecord, tier: int, *, ok: bool) -> None:

@@ -108,7 +108,14 @@ class Transfers:
         await self._checks.run(partial(self._encode_all, jobs), nbytes)
         jobs = [job for job in jobs if job.lent and not job.is_given_up]
         writes = [
-            Write(job.key, job.lent, job.first_token, job.payload.tokens, job.retention)
+            Write(
+                job.key,
+                job.lent,
+                job.first_token,
+                job.payload.tokens,
+                job.retention,
+                job.parent,
+            )
             for job in jobs
         ]
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from functools import partial
-from typing import Any, ClassVar, Self, TypeVar
+from typing import ClassVar, Self
 
 from kvlayer.abc.backend import (
     Backend,
@@ -23,29 +22,25 @@ from kvlayer.abc.backend import (
     WriteResult,
 )
 from kvlayer.abc.policy import PolicyMaker
-from kvlayer.errors import BackendError, ClosedError
-from kvlayer.eviction.lru import PrefixLRU
+from kvlayer.errors import ClosedError
 from kvlayer.keys import ObjectKey
 from kvlayer.local_directory import local_directory
 from kvlayer.registry import POLICIES
 from kvlayer.urls import BackendURL
 from kvlayer_backends.file import descriptions
+from kvlayer_backends.file.batches import spread
 from kvlayer_backends.file.calls import Calls
 from kvlayer_backends.file.faults import explain, readonly
 from kvlayer_backends.file.janitor import Janitor
 from kvlayer_backends.file.ledger import Ledger
 from kvlayer_backends.file.listing import counted, read
-from kvlayer_backends.file.objects import Outcome
 from kvlayer_backends.file.options import FileOptions
 from kvlayer_backends.file.room import Evicted
 from kvlayer_backends.file.site import Site
 from kvlayer_backends.file.uses import Uses
+from kvlayer_backends.file.writing import put
 
 __all__ = ["FileBackend"]
-
-T = TypeVar("T")
-
-_HOP_NBYTES = 1 << 20  # read in about the time a thread takes to begin
 
 
 class FileBackend(Backend):
@@ -75,8 +70,6 @@ class FileBackend(Backend):
         """Called on the loop with what the janitor evicted (key, bytes) and its policy's name."""
         self._policy = policy
         self._uses = Uses()
-        self._by_depth = False
-        """Whether the policy favours what lies less deep in a prompt."""
         self._site: Site | None = None
         self._calls: Calls[Site] = Calls(f"file://{root}")
         self._opening = asyncio.Lock()
@@ -97,7 +90,6 @@ class FileBackend(Backend):
             if self._calls.has_begun:
                 return
             policy = self._policy or POLICIES.load_option("policy", self.options.policy)
-            self._by_depth = getattr(policy, "name", "") == PrefixLRU.name
             site = Site(self.root, self.options, policy, self._evicted)
             await site.open()
             self._site = site
@@ -147,72 +139,20 @@ class FileBackend(Backend):
         """Small objects in one hop, one after the other; large ones on several threads at once."""
         results: list[ReadResult] = [Miss()] * len(reads)
 
-        def fill(some: Sequence[int]) -> None:
+        def fill(some: Iterable[int]) -> None:
             for at in some:
                 results[at] = site.files.read(reads[at], uses[at])
 
         hidden = site.quarantine.hidden
-        groups = _groups([None if read.key in hidden else read.nbytes for read in reads])
-        if len(groups) == 1:
-            await site.bulk.run(fill, groups[0])
-        elif groups:
-            await site.bulk.run_all([partial(fill, group) for group in groups])
+        todo = [(at, read.nbytes) for at, read in enumerate(reads) if read.key not in hidden]
+        await spread(site.bulk, fill, todo)
         return results
 
     async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
         with self._calls.running() as site:
-            janitor = site.janitor
-            if janitor is None:
+            if site.janitor is None:
                 return [readonly("put", self.root) for _ in writes]
-            firsts = [write.first_token for write in writes]
-            stamps = (
-                self._uses.written(firsts) if self._by_depth else self._uses.stamps(len(firsts))
-            )
-            keys = [write.key for write in writes]
-            present: list[tuple[int, int] | None] = [None] * len(writes)
-            if not janitor.room.has_room(sum(write.nbytes for write in writes)):
-                # Only what is not there yet may push others out: look before room is made.
-                present = await site.meta.run(site.files.present, writes)
-                present = [
-                    None if key in site.quarantine.hidden else found
-                    for key, found in zip(keys, present, strict=True)
-                ]
-            for key, found in zip(keys, present, strict=True):
-                if found is not None:
-                    janitor.found(key, *found)
-            # Before room is made: what was just stored again is not what should go.
-            self._count_use(
-                [(k, s) for k, s, p in zip(keys, stamps, present, strict=True) if p is not None]
-            )
-            results = await _all(
-                [
-                    self._put(site, janitor, write, stamp, is_present=found is not None)
-                    for write, stamp, found in zip(writes, stamps, present, strict=True)
-                ]
-            )
-            self._count_use(
-                [(k, s) for k, s, r in zip(keys, stamps, results, strict=True) if r is None]
-            )
-            return results
-
-    async def _put(
-        self, site: Site, janitor: Janitor, write: Write, used_ns: int, *, is_present: bool
-    ) -> WriteResult:
-        if is_present:
-            return None
-        granted = await janitor.room.grant(write)
-        if isinstance(granted, BackendError):
-            return granted
-        outcome = Outcome()
-        try:
-            is_damaged = write.key in site.quarantine.hidden
-            await site.bulk.run(site.files.write, write, used_ns, outcome, replace=is_damaged)
-        finally:
-            if granted is not None:
-                janitor.room.settle(granted, write, used_ns, outcome)
-        if outcome.created:
-            site.quarantine.hidden.discard(write.key)
-        return outcome.error
+            return await put(site, site.janitor, writes, self._uses.stamps(len(writes)))
 
     async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
         with self._calls.running() as site:
@@ -350,27 +290,3 @@ class FileBackend(Backend):
                     self._calls.check()
         except OSError as exc:
             raise explain(exc, "list", self.root) from None
-
-
-def _groups(sizes: Sequence[int | None]) -> list[list[int]]:
-    """Positions of what is read, in order; each group with bytes enough for a thread."""
-    groups: list[list[int]] = []
-    nbytes = _HOP_NBYTES
-    for at, size in enumerate(sizes):
-        if size is None:
-            continue
-        if nbytes >= _HOP_NBYTES:
-            groups.append([])
-            nbytes = 0
-        groups[-1].append(at)
-        nbytes += size
-    return groups
-
-
-async def _all(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run jobs concurrently; every one has ended when this returns, cancelled or not."""
-    if len(jobs) == 1:
-        return [await jobs[0]]
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(job) for job in jobs]
-    return [task.result() for task in tasks]

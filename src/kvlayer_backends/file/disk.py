@@ -15,6 +15,8 @@ import errno
 import fcntl
 import os
 import stat
+import sys
+from contextlib import suppress
 
 __all__ = [
     "UntrustedError",
@@ -31,9 +33,11 @@ __all__ = [
     "make_folder",
     "make_folders",
     "move",
+    "note_parent",
     "open_lock",
     "open_object",
     "own_folder",
+    "parent",
     "read_note",
     "remove",
     "remove_folder",
@@ -46,6 +50,10 @@ _ABSENT = frozenset({errno.ENOENT, errno.ENAMETOOLONG})
 _SAFE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a FIFO would hold its opener for ever
 _NO_FILE = frozenset({errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EACCES, errno.EISDIR})
 """What opening something else than a file of one's own may answer."""
+_HASH_NBYTES = 32
+_PARENT = "user.kvlayer.parent"
+_NO_ATTRIBUTES = frozenset({errno.ENOTSUP, errno.EPERM, errno.ENOSPC, errno.E2BIG})
+"""What noting something beside a file answers where nothing, or nothing more, can be noted."""
 _GET_GENERATION = 0x80087601  # FS_IOC_GETVERSION
 _FOLDER_MODE = 0o700
 _FILE_MODE = 0o600
@@ -273,6 +281,28 @@ def stamp(target: str | int, used_ns: int) -> None:
         os.utime(target, ns=(used_ns, used_ns))
     else:
         os.utime(target, ns=(used_ns, used_ns), follow_symlinks=False)
+
+
+def note_parent(fd: int, parent: bytes) -> None:
+    """Note beside an open file what comes before it, where the file system keeps attributes."""
+    if sys.platform == "linux":
+        try:
+            os.setxattr(fd, _PARENT, parent)
+        except OSError as exc:
+            if exc.errno not in _NO_ATTRIBUTES:
+                raise
+
+
+def parent(path: str) -> bytes:
+    """What comes before a file, as it was noted beside it; empty where nothing was, or can be.
+
+    It helps to choose what to give up and nothing else, so a note that cannot be read is none.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError):
+            noted = os.getxattr(path, _PARENT, follow_symlinks=False)
+            return noted if len(noted) == _HASH_NBYTES else b""
+    return b""
 
 
 def sync_folder(path: str) -> None:

@@ -7,10 +7,11 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from time import monotonic
+from operator import attrgetter
 from typing import ParamSpec, TypeVar
 
 from kvlayer._offload import Offload
+from kvlayer.abc.backend import Write
 from kvlayer.abc.policy import PolicyMaker
 from kvlayer.keys import ObjectKey
 from kvlayer_backends.file.ledger import Ledger
@@ -20,7 +21,7 @@ from kvlayer_backends.file.options import FileOptions
 from kvlayer_backends.file.paths import Paths, Shard
 from kvlayer_backends.file.quarantine import keep
 from kvlayer_backends.file.room import Evicted, Room
-from kvlayer_backends.file.scan import Scan, Visit
+from kvlayer_backends.file.scan import Found, Scan, Visit
 from kvlayer_backends.file.scratch import Reaped, reap
 from kvlayer_backends.file.sweep import sweep
 
@@ -178,7 +179,7 @@ class Janitor:
         return self.room.ledger
 
     def _take_office(self, expected_nbytes: int) -> None:
-        self.room.ledger = Ledger(self._policy, self._options.capacity, monotonic)
+        self.room.ledger = Ledger(self._policy, self._options.capacity)
         self.room.ledger.unlisted_nbytes = expected_nbytes
         self._visits, self._scan = {}, None
         self.room.recovered.clear()
@@ -237,20 +238,28 @@ class Janitor:
         await self._progress.wait()
 
     async def _take_in(self, ledger: Ledger, scan: Scan) -> None:
+        found: list[Found] = []
         while (part := await self._pool.run(scan.more, _SLICE)) is not None:
             for shard, present in part.read.items():
                 ledger.reconcile(shard, present)
-            ledger.discover(part.new)
+            if self.is_recovered:
+                found += part.new
+            else:  # nothing is given up meanwhile, and a listing is drawn from it
+                ledger.discover(part.new)
             self._progress.set()
             self._progress = asyncio.Event()
             await asyncio.sleep(0)
         for shard in ledger.shards():
             if not scan.may_exist(shard):
                 ledger.reconcile(shard, set())
-        used = ledger.by_use()
-        while batch := await self._pool.run(lambda: tuple(itertools.islice(used, _SLICE))):
-            ledger.sort(batch)
-            await asyncio.sleep(0)
+        async with self.room.making:  # what was written just now goes not before what was found
+            for at in range(0, len(found), _SLICE):
+                ledger.discover(sorted(found[at : at + _SLICE], key=attrgetter("used_ns")))
+                await asyncio.sleep(0)
+            used = ledger.by_use()
+            while batch := await self._pool.run(lambda: tuple(itertools.islice(used, _SLICE))):
+                ledger.sort(batch)
+                await asyncio.sleep(0)
         if scan.error is None:
             ledger.unlisted_nbytes = 0
 
@@ -280,10 +289,10 @@ class Janitor:
         if self.room.ledger is not None:
             self.room.ledger.use(path, stamps)
 
-    def found(self, key: ObjectKey, nbytes: int, used_ns: int) -> None:
-        """An object is there, whoever wrote it."""
+    def found(self, write: Write, nbytes: int, used_ns: int) -> None:
+        """The object of a write is there, whoever wrote it."""
         if self.room.ledger is not None:
-            self.room.ledger.add(key, nbytes, used_ns)
+            self.room.ledger.add(write.key, nbytes, used_ns, write)
 
     def lost(self, keys: Iterable[ObjectKey]) -> None:
         """Objects are not there any more."""

@@ -3,91 +3,62 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import merge
-from typing import NamedTuple
 
 from kvlayer.abc.backend import Listed, Write
 from kvlayer.abc.policy import PolicyMaker
-from kvlayer.errors import BackendError
 from kvlayer.eviction.lru import PrefixLRU
 from kvlayer.eviction.order import EvictionOrder
 from kvlayer.keys import ObjectKey
 from kvlayer.memory.key_table import KeyTable
-from kvlayer_backends.file.depths import Depths
+from kvlayer_backends.file.lineage import Lineage
 from kvlayer_backends.file.paths import Shard
+from kvlayer_backends.file.refusals import Refusals
+from kvlayer_backends.file.runs import Run
+from kvlayer_backends.file.shards import Shards
+from kvlayer_backends.file.victims import Eviction, Victim
 
-__all__ = ["Eviction", "Ledger", "Victim"]
+__all__ = ["Ledger"]
 
-_NOBODY = -1
 _AT_ONCE = 256
 """Victims taken in one go: they are removed within milliseconds, and others get a turn."""
-
-
-class Victim(NamedTuple):
-    """An object chosen to go, unless its file says it was used after ``used_ns``."""
-
-    key: ObjectKey
-    nbytes: int
-    used_ns: int
-    entry: int
-    """The ledger's number of it when it was chosen: a file written since has another."""
-
-
-@dataclass(slots=True)
-class Eviction:
-    """What became of victims. A thread fills it, so that a cancelled wait loses nothing."""
-
-    gone: list[Victim] = field(default_factory=list[Victim])
-    lost: list[Victim] = field(default_factory=list[Victim])
-    """Somebody else had deleted them."""
-    spared: list[tuple[Victim, int]] = field(default_factory=list[tuple[Victim, int]])
-    """Another process used them, at that time (ns)."""
-    failed: list[Victim] = field(default_factory=list[Victim])
-    error: BackendError | None = None
-    freed_nbytes: int = 0
-    """Bytes of those that are gone or lost."""
-
-    def go(self, victim: Victim) -> None:
-        """It was removed."""
-        self.gone.append(victim)
-        self.freed_nbytes += victim.nbytes
-
-    def lose(self, victim: Victim) -> None:
-        """It was not there."""
-        self.lost.append(victim)
-        self.freed_nbytes += victim.nbytes
+_LOOKS = 4_096  # objects passed over for what follows them before the loop gets a turn
 
 
 class Ledger:
     """The objects of one directory as its janitor counts them.
 
     Bytes are counted from the moment room is granted for them until their file is gone, so what
-    lies on disk is never more than what is counted. Some 300 bytes an object, in flat arrays.
+    lies on disk is never more than what is counted. Some 200 bytes an object, in flat arrays.
+
+    With ``prefix-lru`` an object goes only when nothing follows it in a prompt. One whose turn
+    comes before *waits*, out of the policy's order, and goes next once its last follower has gone.
     """
 
-    def __init__(
-        self, policy: PolicyMaker, capacity: int, clock: Callable[[], float] = float
-    ) -> None:
-        """``clock``: monotonic seconds. By default time stands still."""
+    def __init__(self, policy: PolicyMaker, capacity: int) -> None:
         self.order = EvictionOrder(policy)
-        self._depths = Depths(self.order.rows, clock)
         self.capacity = capacity
         self.quarantined_nbytes = 0
         self.granted_nbytes = 0
         """Room given to writes that have not ended yet."""
         self.unlisted_nbytes = 0
         """What should lie there and was not found yet, while the directory is first listed."""
+        self.has_more = False
+        """Whether the last ``take`` stopped before it had looked at everything."""
         self._keys = KeyTable()
+        self._lineage = Lineage(self._keys)
+        self._waiting = bytearray()
+        """By row, whether it waits for its followers to go."""
+        self._refusals = Refusals(self._lineage)
         self._used_ns = array("q")
         self._entries = array("Q")
         """By row, which of all objects ever counted it is; 0 where there is none."""
         self._entry = 0
         self._stored_nbytes = 0
-        self._shards = _Shards()
+        self._shards = Shards()
         self._changed: dict[str, None] | None = None
-        self._runs: list[_Run] = []
+        self._runs: list[Run] = []
 
     @property
     def used_nbytes(self) -> int:
@@ -105,13 +76,25 @@ class Ledger:
     def add(self, key: ObjectKey, nbytes: int, used_ns: int, write: Write | None = None) -> None:
         """Count an object; ``write`` says what it holds. A known one stays as it is."""
         if key not in self._keys:
-            self._add(key, nbytes, used_ns, write)
+            self._add(key, nbytes, used_ns, write=write)
             self._note(key)
+        elif write is not None and write.parent:
+            row = self._keys.row(key)
+            assert row is not None
+            self._lineage.learn(row, write.parent)
 
-    def _add(self, key: ObjectKey, nbytes: int, used_ns: int, write: Write | None = None) -> int:
+    def _add(
+        self,
+        key: ObjectKey,
+        nbytes: int,
+        used_ns: int,
+        parent: bytes = b"",
+        write: Write | None = None,
+    ) -> int:
         if write is None:
             row = self.order.add(hash(key), nbytes)
         else:
+            parent = write.parent
             row = self.order.add(
                 hash(key),
                 nbytes,
@@ -122,12 +105,13 @@ class Ledger:
         if row == len(self._used_ns):
             self._used_ns.append(0)
             self._entries.append(0)
+            self._waiting.append(0)
         self._entry += 1
         self._used_ns[row], self._entries[row] = used_ns, self._entry
         self._keys.add(key, row)
         self._shards.add(Shard.of(key), row)
+        self._lineage.add(row, parent)
         self._stored_nbytes += nbytes
-        self._depths.add((row,))
         return row
 
     def create(self, key: ObjectKey, nbytes: int, used_ns: int, write: Write | None = None) -> None:
@@ -137,13 +121,15 @@ class Ledger:
 
     def forget(self, key: ObjectKey, *, evicted: bool = False) -> None:
         """The file is gone; ``evicted``: to make room. Unknown keys are ignored."""
-        row = self._keys.pop(key)
+        row = self._keys.row(key)
         if row is not None:
+            exposed = self._lineage.discard(row)
+            self._keys.pop(key)
             self._stored_nbytes -= self.order.rows.nbytes[row]
             self._shards.discard(Shard.of(key), row)
-            self._entries[row] = 0
-            self._depths.discard(row)
+            self._entries[row] = self._waiting[row] = 0
             self.order.remove(row, evicted=evicted)
+            self._rejoin(exposed)
         self._note(key)  # also an unknown one: a scan under way may have seen it
 
     def use(self, path: Sequence[ObjectKey], stamps: Iterable[int]) -> None:
@@ -154,34 +140,82 @@ class Ledger:
             if row is not None:
                 self._used_ns[row] = max(self._used_ns[row], used_ns)
                 used.append(row)
+        self._rejoin(used)
         self.order.touch(used)
-        self._depths.add(used)
 
-    def take(
-        self, nbytes: int, at_least: int, now: float, write: Write | None = None
-    ) -> list[Victim]:
+    # -- making room -----------------------------------------------------------------------------
+
+    def expect(self, writes: Iterable[Write]) -> None:
+        """Objects are about to be written: what comes before them stays until ``expect_no_more``.
+
+        Else room for an object might be made at the cost of what it is of no use without.
+        """
+        for write in writes:
+            self._lineage.expect(write)
+
+    def expect_no_more(self, writes: Iterable[Write]) -> None:
+        """They were written, or not."""
+        for write in writes:
+            for row in self._lineage.expect_no_more(write):
+                self._expose(row)
+
+    def refuse(self, write: Write) -> None:
+        """There is no room for an object, nor for what would follow it."""
+        if self.order.name == PrefixLRU.name:
+            self._refusals.add(write)
+
+    def is_of_no_use(self, write: Write) -> bool:
+        """Whether an object follows one that was refused and has not come since."""
+        return self._refusals.is_behind(write)
+
+    def take(self, nbytes: int, at_least: int, now: float) -> list[Victim]:
         """The next victims, enough for ``nbytes`` and ``at_least`` so many if there are.
 
-        None that may come before ``write``, for which they make room: without it that were dead.
-
-        Never more than can be removed and accounted for without holding others up: ask again. They
-        stay counted and are not named again until ``settle``. ``now``: Unix seconds.
+        Never more than can be removed and accounted for without holding others up: ask again, also
+        where there are none and ``has_more`` is set. They stay counted and are not named again
+        until ``settle``. ``now``: Unix seconds.
         """
         victims: list[Victim] = []
+        looks, self.has_more = _LOOKS, False
         while (nbytes > 0 or len(victims) < at_least) and len(victims) < _AT_ONCE:
             row = self.order.victim(now)
             if row is None:
                 break
-            if self.order.name == PrefixLRU.name:
-                row = self._depths.instead_of(row)
-                if write is not None and self._depths.lies_before(row, write):
-                    break
-            self._depths.discard(row)
             self.order.pin((row,))
+            if self.order.name == PrefixLRU.name and self._lineage.is_followed(row):
+                self._waiting[row] = 1
+                looks -= 1
+                if not looks:
+                    self.has_more = True
+                    break
+                continue
+            before = tuple(self._entries[other] for other in self._lineage.before(row))
             size, used_ns = self.order.rows.nbytes[row], self._used_ns[row]
-            victims.append(Victim(self._keys.key(row), size, used_ns, self._entries[row]))
+            victims.append(Victim(self._keys.key(row), size, used_ns, self._entries[row], before))
             nbytes -= size
+            for exposed in self._lineage.leave(row):
+                self._expose(exposed, row, now)
         return victims
+
+    def _expose(self, row: int, follower: int | None = None, now: float = 0.0) -> None:
+        """Nothing follows a row any more: where it waited for that, it is the next to go.
+
+        Unless it is to be kept for longer than its last ``follower``.
+        """
+        if not self._waiting[row]:
+            return
+        self._waiting[row] = 0
+        rows = self.order.rows
+        if follower is None or rows.retention(row).rank(now) <= rows.retention(follower).rank(now):
+            self.order.demote(row)
+        self.order.unpin((row,), used=False)
+
+    def _rejoin(self, rows: Iterable[int]) -> None:
+        """Those of some rows that waited are recent, whatever follows them."""
+        for row in rows:
+            if self._waiting[row]:
+                self._waiting[row] = 0
+                self.order.unpin((row,), used=False)
 
     def settle(self, victims: Sequence[Victim], eviction: Eviction) -> None:
         """Account for taken victims: those that nothing happened to are as before.
@@ -201,7 +235,10 @@ class Ledger:
         others = {victim.key for victim, _ in eviction.spared}
         others.update(victim.key for victim in eviction.failed)
         for victim in victims:  # demoted ones go in the order in which they were
-            if victim.key not in others and (row := self._row(victim)) is not None:
+            if (row := self._row(victim)) is None:
+                continue
+            self._lineage.come_back(row)
+            if victim.key not in others:
                 self.order.demote(row)
                 self.order.unpin((row,), used=False)
 
@@ -231,15 +268,17 @@ class Ledger:
             if key not in present and not self._is_newer(key):
                 self.forget(key)
 
-    def discover(self, found: Sequence[tuple[ObjectKey, int, int]]) -> None:
+    def discover(self, found: Sequence[tuple[ObjectKey, int, int, bytes]]) -> None:
         """Add what a part of a scan found and nobody here had written, least recently used first.
+
+        Of each: key, bytes, time of use (ns) and parent.
 
         Where it stands among the others is settled by ``sort``.
         """
-        run = _Run()
-        for key, nbytes, used_ns in found:
+        run = Run()
+        for key, nbytes, used_ns, parent in found:
             if key not in self._keys and not self._is_newer(key):
-                row = self._add(key, nbytes, used_ns)
+                row = self._add(key, nbytes, used_ns, parent)
                 self.unlisted_nbytes = max(self.unlisted_nbytes - nbytes, 0)
                 run.append(used_ns, row, self._entries[row])
         self._runs.append(run)
@@ -250,7 +289,7 @@ class Ledger:
         Nothing in it changes the ledger, so a thread may draw from it.
         """
         rows = [row for key in self._changed or () if (row := self._keys.row(key)) is not None]
-        mine = _Run()
+        mine = Run()
         for row in sorted(rows, key=self._used_ns.__getitem__):
             mine.append(self._used_ns[row], row, self._entries[row])
         return merge(*self._runs, mine)
@@ -259,6 +298,7 @@ class Ledger:
         """Put the next of ``by_use`` in order. What was used since stays as it is."""
         for used_ns, row, entry in used:
             if self._entries[row] == entry and self._used_ns[row] == used_ns:
+                self._rejoin((row,))
                 self.order.refresh((row,))
 
     def shards(self) -> list[Shard]:
@@ -312,71 +352,3 @@ class Ledger:
 
     def _is_newer(self, key: ObjectKey) -> bool:
         return self._changed is not None and key in self._changed
-
-
-class _Run:
-    """Objects by time of use, the earliest first, in flat arrays: (ns, row, entry) each."""
-
-    def __init__(self) -> None:
-        self._used_ns = array("q")
-        self._rows = array("I")
-        self._entries = array("Q")
-
-    def append(self, used_ns: int, row: int, entry: int) -> None:
-        self._used_ns.append(used_ns)
-        self._rows.append(row)
-        self._entries.append(entry)
-
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        return zip(self._used_ns, self._rows, self._entries, strict=True)
-
-
-class _Shards:
-    """Which rows lie in which shard: a list for each, linked through flat arrays.
-
-    A shard that has become empty stays known until it is dropped.
-    """
-
-    def __init__(self) -> None:
-        self._first: dict[Shard, int] = {}
-        self._next = array("i")
-        self._previous = array("i")
-
-    def add(self, shard: Shard, row: int) -> None:
-        more = row + 1 - len(self._next)
-        if more > 0:
-            self._next.frombytes(bytes(more * self._next.itemsize))
-            self._previous.frombytes(bytes(more * self._previous.itemsize))
-        after = self._first.get(shard, _NOBODY)
-        self._first[shard] = row
-        self._previous[row], self._next[row] = _NOBODY, after
-        if after != _NOBODY:
-            self._previous[after] = row
-
-    def discard(self, shard: Shard, row: int) -> None:
-        before, after = self._previous[row], self._next[row]
-        if after != _NOBODY:
-            self._previous[after] = before
-        if before != _NOBODY:
-            self._next[before] = after
-        else:
-            self._first[shard] = after
-
-    def rows(self, shard: Shard) -> list[int]:
-        """Those of one shard, which is known from now on."""
-        rows: list[int] = []
-        row = self._first.setdefault(shard, _NOBODY)
-        while row != _NOBODY:
-            rows.append(row)
-            row = self._next[row]
-        return rows
-
-    def known(self) -> list[Shard]:
-        return list(self._first)
-
-    def is_empty(self, shard: Shard) -> bool:
-        return self._first.get(shard, _NOBODY) == _NOBODY
-
-    def drop(self, shard: Shard) -> None:
-        if self.is_empty(shard):
-            self._first.pop(shard, None)

@@ -29,10 +29,10 @@ from kvlayer.payload import ALIGNMENT
 from kvlayer_backends.file import descriptions, disk
 from kvlayer_backends.file.directio import O_DIRECT, drain, fill, suits_direct
 from kvlayer_backends.file.faults import explain
-from kvlayer_backends.file.ledger import Eviction, Victim
 from kvlayer_backends.file.paths import Paths
 from kvlayer_backends.file.pulse import Pulse
 from kvlayer_backends.file.scratch import Scratch
+from kvlayer_backends.file.victims import Eviction, Victim
 
 __all__ = ["ObjectFiles", "Outcome"]
 
@@ -48,6 +48,8 @@ _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 class Outcome:
     """What a write did. The thread fills it, so that a cancelled wait loses nothing."""
 
+    replaces: bool = False
+    """What is there is known to be damaged."""
     created: bool = False
     found: tuple[int, int] | None = None
     """Size and last use (ns) of the object that was there already: nothing was written."""
@@ -65,7 +67,7 @@ class ObjectFiles:
         self._paths = paths
         self._scratch = scratch
         self._pulse = pulse
-        self._fsync = fsync
+        self.fsync = fsync
         self.direct = False
         self.descriptions: dict[str, bytes] = {}
         """What namespaces stand for: written beside the first of their objects."""
@@ -110,52 +112,49 @@ class ObjectFiles:
             opened = disk.open_object(path)
         return None if opened is None else opened[0]
 
-    def write(self, write: Write, used_ns: int, outcome: Outcome, *, replace: bool = False) -> None:
-        """Make the whole object appear, unless it is there already. Leaves nothing half-done.
-
-        ``replace``: what is there is known to be damaged.
-        """
+    def write(self, write: Write, used_ns: int, outcome: Outcome) -> None:
+        """Make the whole object appear, unless it is there already. Leaves nothing half-done."""
         try:
             path = self._paths.object(ObjectName.parse(write.key))
         except ValueError as exc:
             outcome.error = BackendError(f"file://: {exc}", hint="name objects with ObjectName")
             return
         try:
-            outcome.found = None if replace else self._found(path, write.nbytes)
+            outcome.found = None if outcome.replaces else self._found(path, write.nbytes)
             if outcome.found is not None:
                 return
             self._pulse.check()
             try:
-                self._write(path, write, used_ns, outcome, replace=replace)
+                self._write(path, write, used_ns, outcome)
             except FileNotFoundError:  # our private directory was deleted
                 self._scratch.open()
-                self._write(path, write, used_ns, outcome, replace=replace)
+                self._write(path, write, used_ns, outcome)
         except OSError as exc:
             outcome.error = explain(exc, "write", path)
 
-    def _write(
-        self, path: str, write: Write, used_ns: int, outcome: Outcome, *, replace: bool
-    ) -> None:
+    def _write(self, path: str, write: Write, used_ns: int, outcome: Outcome) -> None:
         temporary = self._scratch.file()
         direct = O_DIRECT if self.direct and suits_direct(write.regions) else 0
         try:
             fd = disk.create(temporary, direct)
             try:
                 drain(fd, write.regions)
+                if write.parent:
+                    disk.note_parent(fd, write.parent)
                 disk.stamp(fd, used_ns)
-                if self._fsync:
+                if self.fsync:
                     os.fsync(fd)
             finally:
                 os.close(fd)
             outcome.created = self._publish(temporary, path)
             if not outcome.created:
-                outcome.found = None if replace else self._found(path, write.nbytes)
+                outcome.found = None if outcome.replaces else self._found(path, write.nbytes)
                 if outcome.found is None:  # what has the name is not the object
                     disk.replace(temporary, path)
                     outcome.created = True
         finally:
             disk.remove(temporary)
-        if self._fsync:
+        if self.fsync:
             disk.sync_folder(_folder(path))
 
     def _publish(self, temporary: str, path: str) -> bool:
@@ -165,7 +164,7 @@ class ObjectFiles:
         except FileNotFoundError:
             folder = _folder(path)
             self._paths.make(folder)
-            if self._fsync:  # the new folders are names in their parents
+            if self.fsync:  # the new folders are names in their parents
                 disk.sync_folder(_folder(folder))
                 disk.sync_folder(self._paths.folder)
             self.describe(_folder(folder).rpartition("/")[2])
@@ -254,6 +253,8 @@ class ObjectFiles:
         for victim in victims:
             if eviction.freed_nbytes >= nbytes:
                 return
+            if eviction.keeps(victim):
+                continue
             path = self._paths.object(victim.key)
             try:
                 self._pulse.check()
@@ -261,13 +262,13 @@ class ObjectFiles:
                 if status is None:
                     eviction.lose(victim)
                 elif 0 <= victim.used_ns < status.st_mtime_ns:
-                    eviction.spared.append((victim, status.st_mtime_ns))
+                    eviction.spare(victim, status.st_mtime_ns)
                 elif disk.remove(path):
                     eviction.go(victim)
                 else:
                     eviction.lose(victim)
             except OSError as exc:
-                eviction.failed.append(victim)
+                eviction.fail(victim)
                 eviction.error = explain(exc, "evict", path)
 
 

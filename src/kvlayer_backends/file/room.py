@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import time
 from typing import TypeAlias
 
@@ -11,11 +11,12 @@ from kvlayer._offload import Offload
 from kvlayer.abc.backend import Write
 from kvlayer.errors import BackendError, NoRoomError
 from kvlayer.keys import ObjectKey
-from kvlayer_backends.file.ledger import Eviction, Ledger, Victim
+from kvlayer_backends.file.ledger import Ledger
 from kvlayer_backends.file.objects import ObjectFiles, Outcome
 from kvlayer_backends.file.options import FileOptions
 from kvlayer_backends.file.paths import Paths
 from kvlayer_backends.file.quarantine import keep
+from kvlayer_backends.file.victims import Eviction, Victim
 
 __all__ = ["Evicted", "Room"]
 
@@ -60,33 +61,58 @@ class Room:
         """What the capacity may be exceeded by: something only while the directory is listed."""
         return 0 if self.recovered.is_set() else self._options.capacity // _SLACK
 
-    async def grant(self, write: Write) -> Ledger | BackendError | None:
-        """Make room for a write and count its bytes; give the answer to ``settle``.
+    def is_too_large(self, write: Write) -> BackendError | None:
+        """Why an object could not be kept if nothing else was."""
+        capacity = self._options.capacity
+        if not capacity or write.nbytes <= capacity:
+            return None
+        return BackendError(
+            f"file://: an object of {write.nbytes} bytes is larger than the capacity of "
+            f"{capacity} bytes of {self._paths.root}",
+            hint="raise capacity, or use smaller chunks",
+        )
+
+    async def grant(self, writes: Sequence[Write]) -> Ledger | BackendError | None:
+        """Make room for some writes, all of them, and count their bytes; then ``settle`` each.
 
         None when nobody counts here. Waits for writes that hold all the room, and, while the
-        directory is being listed, once that has used up what it may be exceeded by.
+        directory is being listed, once that has used up what it may be exceeded by. Where there is
+        no room for several it says so without having tried each: there may be for some.
         """
-        capacity, nbytes = self._options.capacity, write.nbytes
-        if capacity and nbytes > capacity:
-            return BackendError(
-                f"file://: an object of {nbytes} bytes is larger than the capacity of "
-                f"{capacity} bytes of {self._paths.root}",
-                hint="raise capacity, or use smaller chunks",
-            )
+        nbytes = sum(write.nbytes for write in writes)
         if not self.has_room(nbytes):
+            if len(writes) > 1 and not self.recovered.is_set():
+                return self._no_room("while it is listed", nbytes)
             await self.recovered.wait()
         ledger = self.ledger
         if ledger is None:
             return None
-        if capacity and ledger.excess(nbytes) > self._slack:
-            async with self.making:
-                error = await self.make(ledger, nbytes, write)
-                if error is not None:
-                    return error
+        is_granted = False
+        ledger.expect(writes)
+        try:
+            if self._options.capacity and ledger.excess(nbytes) > self._slack:
+                if any(map(ledger.is_of_no_use, writes)):
+                    return self._no_room("what comes before this found none", nbytes)
+                async with self.making:
+                    error = await self.make(ledger, nbytes)
+                    if error is not None:
+                        return error
+                    ledger.granted_nbytes += nbytes
+            else:
                 ledger.granted_nbytes += nbytes
-        else:
-            ledger.granted_nbytes += nbytes
+            is_granted = True
+        finally:
+            if not is_granted:
+                ledger.expect_no_more(writes)
         return ledger
+
+    def refused(self, write: Write, error: BackendError) -> None:
+        """Remember a write that found no room: what follows it would serve nobody."""
+        if self.ledger is not None and isinstance(error, NoRoomError):
+            self.ledger.refuse(write)
+
+    def _no_room(self, why: str, nbytes: int) -> NoRoomError:
+        return NoRoomError(f"file://: no room for {nbytes} bytes in {self._paths.root}: {why}")
 
     def settle(self, ledger: Ledger, write: Write, used_ns: int, outcome: Outcome) -> None:
         """End a grant: the object counts if it was created, or the room is free again."""
@@ -95,13 +121,13 @@ class Room:
             ledger.create(write.key, write.nbytes, used_ns, write)
         elif outcome.found is not None:
             ledger.add(write.key, *outcome.found, write)
+        ledger.expect_no_more((write,))
         self.given_back.set()
 
     async def make(
         self,
         ledger: Ledger,
         nbytes: int,
-        write: Write | None = None,
         *,
         slices: int | None = None,
     ) -> BackendError | None:
@@ -114,12 +140,14 @@ class Room:
                     if slices == 0:
                         break
                     slices -= 1
-                victims = ledger.take(excess, candidates, time(), write)
+                victims = ledger.take(excess, candidates, time())
                 if victims:
                     eviction = await self._evict(ledger, victims, excess, spared)
                     if eviction.error is not None and not eviction.freed_nbytes:
                         return eviction.error
                     candidates = 2 * candidates if eviction.spared else 1
+                elif ledger.has_more:
+                    await asyncio.sleep(0)
                 elif any(key in ledger for key in spared):
                     ledger.spare(spared)  # all are in use: the least recently used goes after all
                 elif ledger.quarantined_nbytes:  # evidence never stands in the way of service
@@ -130,10 +158,8 @@ class Room:
                     self.given_back.clear()
                     await self.given_back.wait()
                 else:
-                    return NoRoomError(
-                        f"file://: no room in {self._paths.root}: "
-                        f"{ledger.order.name!r} gives up none of {len(ledger)} objects for this"
-                    )
+                    name, count = ledger.order.name, len(ledger)
+                    return self._no_room(f"{name!r} gives up none of {count} objects", nbytes)
             return None
         finally:
             ledger.spare(spared)

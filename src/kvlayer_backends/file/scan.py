@@ -24,6 +24,8 @@ class Found(NamedTuple):
     key: ObjectKey
     nbytes: int
     used_ns: int
+    parent: bytes
+    """The end hash of what comes right before it; empty where nobody noted it."""
 
 
 class Visit(NamedTuple):
@@ -174,7 +176,8 @@ class Scan:
                 status = disk.look_at_object(f"{folder}/{name}")
                 if status is not None:
                     present.add(key)
-                    found.append(Found(key, status.st_size, status.st_mtime_ns))
+                    parent = disk.parent(f"{folder}/{name}")
+                    found.append(Found(key, status.st_size, status.st_mtime_ns, parent))
         new += found
         return present
 

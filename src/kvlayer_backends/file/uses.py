@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 from kvlayer.keys import ObjectKey
-from kvlayer_backends.file.epochs import Epochs
 
 __all__ = ["Uses"]
 
@@ -28,8 +27,6 @@ class Uses:
     def __init__(self, clock: Callable[[], int] = time.time_ns) -> None:
         self._clock = clock
         self._last = 0
-        self._epochs = Epochs()
-        self._epoch_ns = 0
         self._touched: OrderedDict[ObjectKey, int] = OrderedDict()
 
     def stamps(self, count: int) -> Sequence[int]:
@@ -37,19 +34,6 @@ class Uses:
         first = max(self._clock(), self._last) + _STEP_NS
         self._last = first + count * _STEP_NS
         return range(self._last, first, -_STEP_NS)
-
-    def written(self, first_tokens: Sequence[int]) -> Sequence[int]:
-        """Times for objects that are written now, each at its depth in a prompt, root first.
-
-        A prompt is written root first, which would leave its root the oldest. So all that is
-        written within one epoch gets the time at which that began, less its depth: whoever reads
-        the times finds what comes before an object more recent, however long the writing takes.
-        """
-        is_root = 0 in first_tokens
-        if self._epochs.begins(self._clock() / 1e9, is_root=is_root):
-            self._epoch_ns = self.stamps(1)[0]
-        depths = [max(first, n) for n, first in enumerate(first_tokens)]
-        return [self._epoch_ns - _STEP_NS * depth for depth in depths]
 
     def touched(self, keys: Iterable[ObjectKey]) -> None:
         """Remember that a whole path was touched just now."""

@@ -124,7 +124,7 @@ async def test_what_is_used_in_host_memory_stays_on_disk_too(tmp_path: Path) -> 
     engine = Engine(layout(), 64)
     slots = engine.slots(32)
     # 8 KiB per object, header included: the disk has room for four.
-    settings = config(tmp_path, file_options="&capacity=32KiB&policy=lru")
+    settings = config(tmp_path, file_options="&capacity=32KiB")
     async with Cache.open(settings, layout()) as cache:
         for seed in (1, 2):
             await cache.store(tokens(32, seed), engine.view(slots))

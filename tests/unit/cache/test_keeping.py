@@ -50,9 +50,7 @@ async def test_a_later_request_can_wish_more_of_what_is_there() -> None:
 
 @pytest.mark.asyncio
 async def test_a_directory_keeps_what_a_request_wished_to_be_kept(tmp_path: Path) -> None:
-    settings = config(
-        tmp_path, file_options="&capacity=32KiB&policy=lru"
-    )  # four chunks with their headers
+    settings = config(tmp_path, file_options="&capacity=32KiB")  # four chunks with their headers
     async with Cache.open(settings, layout()) as cache:
         await store(cache, 0, KEPT)
         for seed in range(1, 5):

@@ -102,7 +102,7 @@ def test_a_key_costs_some_fifty_five_bytes_and_the_garbage_collector_nothing() -
 
 
 def test_keys_are_found_by_their_hash_alone() -> None:
-    """Of one namespace and part, whatever zone, tokens and encoding say."""
+    """Of one namespace, whatever zone, tokens, part and encoding say."""
     table = KeyTable()
     tails = ("-16/g0.l0-4", "-32/g0.l0-4", "-16/g0.l0-4/2.raw", "-16/g1.l0-4", "/x")
     keys = [
@@ -115,12 +115,11 @@ def test_keys_are_found_by_their_hash_alone() -> None:
     for row, key in enumerate(keys):
         table.add(key, row)
     for row, key in enumerate(keys):
-        same = [k for k in keys if k[:64] == key[:64] and HASH in k and "/g0" in k]
-        family = table.family(f"{key[:64]}/0/{OTHER}-8/g0.l0-4")
-        found = table.ending(family, int.from_bytes(bytes.fromhex(HASH)[:8], "little"))
+        same = [k for k in keys if k[:64] == key[:64] and HASH in k]
+        found = table.ending(*table.place(f"{key[:64]}/0/{HASH}-8/g0.l0-4"))
         assert sorted(table.key(row) for row in found) == sorted(same)
-        assert table.family(key) == table.family_of(row)
-    assert table.ending(table.family("none"), 1) == []
+        assert table.place(key) == (table.family_of(row), table.prefix(row))
+    assert table.ending(*table.place("none")) == []
 
 
 def test_the_hash_table_keeps_up_with_churn() -> None:
