@@ -57,7 +57,8 @@ class Ledger:
         self._entry = 0
         self._stored_nbytes = 0
         self._shards = Shards()
-        self._changed: dict[str, None] | None = None
+        self._changed: dict[str, None] | None = {}
+        """What changed since the scan under way began, or before the first."""
         self._runs: list[Run] = []
 
     @property
@@ -258,7 +259,8 @@ class Ledger:
 
     def begin_scan(self) -> None:
         """From here on what changes is newer than what a scan sees."""
-        self._changed = {}
+        if self._changed is None:
+            self._changed = {}
         self._runs = []
 
     def reconcile(self, shard: Shard, present: set[str]) -> None:

@@ -6,6 +6,10 @@ from kvlayer.eviction.lru import PrefixLRU
 from kvlayer.keys import ObjectKey, ObjectName, Part
 from kvlayer_backends.file.ledger import Eviction, Ledger
 
+OTHER, THIRD = (
+    ObjectName.raw(ObjectKey.of("ab" * 32, "0", bytes([n] * 32), 16, Part(0, (0, 1), (0, 1))))
+    for n in (1, 2)
+)
 KEY = ObjectName.raw(ObjectKey.of("ab" * 32, "0", bytes(32), 16, Part(0, (0, 1), (0, 1))))
 
 
@@ -21,6 +25,16 @@ def test_a_file_made_anew_while_its_old_self_was_evicted_stays_counted() -> None
     ledger.settle([victim], Eviction(gone=[victim]))
     assert (ledger.used_nbytes, len(ledger)) == (40, 1)
     assert [victim.key for victim in ledger.take(1, 1, 0.0)] == [KEY]
+
+
+def test_what_is_written_before_the_first_scan_begins_is_newer_than_what_it_finds() -> None:
+    ledger = Ledger(PrefixLRU, 100)
+    ledger.create(KEY, 40, 9)
+    ledger.begin_scan()
+    ledger.discover([(OTHER, 40, 5, b""), (THIRD, 40, 7, b"")])
+    ledger.sort(ledger.by_use())
+    ledger.end_scan()
+    assert [victim.key for victim in ledger.take(120, 1, 0.0)] == [OTHER, THIRD, KEY]
 
 
 def test_an_evicted_file_is_forgotten() -> None:
