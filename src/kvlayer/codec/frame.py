@@ -38,6 +38,7 @@ __all__ = [
     "pack_rows",
     "read_header",
     "read_rows",
+    "stands_for",
     "write_header",
 ]
 
@@ -201,6 +202,23 @@ def contradicts_header(head: bytes | memoryview, nbytes: int) -> bool:
     return bool(rows) and nbytes != HEADER_NBYTES + align(Header(rows, fields).body_nbytes)
 
 
+def stands_for(head: bytes | memoryview, written: bytes | memoryview) -> bool:
+    """Whether ``head`` is a header of the object that ``written`` is the header of.
+
+    Each is an object's first 4 KiB. False for zeros, garbage and another object's; True where
+    nobody can tell: ``written`` is no header that this build reads, or ``head`` is a later one.
+    """
+    try:
+        wanted = _fields(memoryview(written)[:HEADER_NBYTES])
+    except FrameError:
+        return True
+    try:
+        found = _fields(memoryview(head)[:HEADER_NBYTES])
+    except FrameError as exc:
+        return exc.cause is Cause.FOREIGN_VERSION
+    return found.get("name") == wanted.get("name")
+
+
 # -- raw: the encoded bytes are the payload --------------------------------------------------------
 
 
@@ -304,6 +322,8 @@ def _checksum(prefix: bytes, packed: bytes | memoryview) -> int:
 
 def _fields(header: memoryview) -> dict[str, object]:
     """What a header's map holds. Raises ``FrameError``."""
+    if len(header) < HEADER_NBYTES:
+        raise FrameError(Cause.TRUNCATED, f"{len(header)} bytes are less than a header")
     prefix = bytes(header[: _PREFIX.size])
     magic, version, _, length = _PREFIX.unpack(prefix)
     if magic != MAGIC:

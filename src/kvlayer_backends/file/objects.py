@@ -22,6 +22,7 @@ from kvlayer.abc.backend import (
     SizeResult,
     Write,
     contradicts_header,
+    stands_for,
 )
 from kvlayer.errors import BackendError
 from kvlayer.keys import ObjectKey, ObjectName
@@ -59,8 +60,8 @@ class Outcome:
 class ObjectFiles:
     """The object files of one directory. ``direct`` is settled when the backend opens.
 
-    What is no file of this user is no object. Nor is one whose length contradicts its own header:
-    such a one is replaced.
+    What is no file of this user is no object. Nor is one whose length contradicts its own header,
+    nor one without the header that is about to be written there: such a one is replaced.
     """
 
     def __init__(self, paths: Paths, scratch: Scratch, pulse: Pulse, *, fsync: bool) -> None:
@@ -120,7 +121,7 @@ class ObjectFiles:
             outcome.error = BackendError(f"file://: {exc}", hint="name objects with ObjectName")
             return
         try:
-            outcome.found = None if outcome.replaces else self._found(path, write.nbytes)
+            outcome.found = None if outcome.replaces else self._found(path, write)
             if outcome.found is not None:
                 return
             self._pulse.check()
@@ -148,7 +149,7 @@ class ObjectFiles:
                 os.close(fd)
             outcome.created = self._publish(temporary, path)
             if not outcome.created:
-                outcome.found = None if outcome.replaces else self._found(path, write.nbytes)
+                outcome.found = None if outcome.replaces else self._found(path, write)
                 if outcome.found is None:  # what has the name is not the object
                     disk.replace(temporary, path)
                     outcome.created = True
@@ -186,21 +187,22 @@ class ObjectFiles:
         found: list[tuple[int, int] | None] = []
         for write in writes:
             try:
-                found.append(self._found(self._paths.object(write.key), write.nbytes))
+                found.append(self._found(self._paths.object(write.key), write))
             except (OSError, ValueError):  # the write itself will say what is wrong
                 found.append(None)
         return found
 
     @staticmethod
-    def _found(path: str, nbytes: int) -> tuple[int, int] | None:
-        """Size and last use of an object; the header is looked at where its size is unexpected."""
+    def _found(path: str, write: Write) -> tuple[int, int] | None:
+        """Size and last use of an object. Of what a power failure leaves only the size is right."""
         status = disk.look_at_object(path)
         if status is None:
             return None
-        if status.st_size != nbytes:
-            header = disk.read_note(path, ALIGNMENT)
-            if header is None or contradicts_header(header, status.st_size):
-                return None
+        header = disk.read_note(path, ALIGNMENT)
+        if header is None or contradicts_header(header, status.st_size):
+            return None
+        if write.regions and not stands_for(header, write.regions[0]):
+            return None
         return status.st_size, status.st_mtime_ns
 
     def sizes(self, keys: Iterable[ObjectKey]) -> list[SizeResult]:

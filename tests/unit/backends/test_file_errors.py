@@ -201,6 +201,34 @@ async def test_a_file_that_contradicts_its_own_header_gives_way(
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("capacity", [0, 4 * PAGE])
+@pytest.mark.parametrize("kind", ["zeros", "garbage", "a bit", "another object"])
+async def test_a_file_of_the_right_size_that_does_not_begin_as_the_object_gives_way(
+    tmp_path: Path, kind: str, capacity: int
+) -> None:
+    content = framed(KEYS[0], bytes([7]) * 2 * PAGE)
+    damaged = bytearray(content)
+    damaged[100] ^= 1
+    found = {
+        "zeros": bytes(len(content)),
+        "garbage": b"x" * len(content),
+        "a bit": bytes(damaged),
+        "another object": framed(KEYS[1], bytes([7]) * 2 * PAGE),
+    }
+    path = Path(Paths(str(tmp_path)).object(KEYS[0]))
+    async with backend(tmp_path, capacity=capacity) as files:
+        whole = memoryview(mmap(-1, len(content)))
+        whole[:] = content
+        assert await files.put([Write(KEYS[0], (whole,))]) == [None]
+        path.write_bytes(found[kind])
+        assert await files.put([Write(KEYS[0], (whole,))]) == [None]
+        memory = page(pages=3)
+        assert await files.get([Read(KEYS[0], (memory,))]) == [Hit(len(content))]
+        assert bytes(memory) == content
+        assert (files.objects, files.used_nbytes) == (1, len(content))
+
+
+@pytest.mark.asyncio
 @pytest.mark.parametrize("is_running", [True, False])
 async def test_a_cancelled_quarantine_hides_nothing_that_is_stored_later(
     tmp_path: Path, is_running: bool

@@ -26,6 +26,7 @@ from kvlayer.codec.frame import (
     pack_rows,
     read_header,
     read_rows,
+    stands_for,
     write_header,
 )
 from kvlayer.keys import Encoding, ObjectKey, ObjectName, Part
@@ -538,3 +539,19 @@ def test_overlapping_or_distant_segments_are_no_object_of_ours() -> None:
         changed[at][2] += by
         written.rewrite(pack({**fields, "segments": changed}))
         assert written.cause() is Cause.FOREIGN_VERSION
+
+
+def test_a_header_stands_for_its_object_alone() -> None:
+    written, other = Written(shape()), Written(shape(tokens=24))
+    head = bytes(written.header)
+    assert stands_for(head, head)
+    assert stands_for(head + bytes(100), memoryview(head))
+    assert not stands_for(bytes(HEADER_NBYTES), head)
+    assert not stands_for(b"x" * HEADER_NBYTES, head)
+    assert not stands_for(head[:100], head)
+    assert not stands_for(b"", head)
+    assert stands_for(b"x", b"what somebody else frames otherwise")
+    damaged = bytearray(head)
+    damaged[40] ^= 1
+    assert not stands_for(damaged, head)
+    assert not stands_for(bytes(other.header), head)
