@@ -6,6 +6,7 @@ otherwise), which names the argument, what was expected and what was found.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from enum import StrEnum
 from math import inf, isfinite
@@ -18,6 +19,7 @@ from kvlayer.errors import ArgumentError, KVLayerError
 from kvlayer.urls import nearest, shown_text
 
 __all__ = [
+    "called",
     "callee",
     "choice",
     "flag",
@@ -38,6 +40,7 @@ E = TypeVar("E", bound=StrEnum)
 Error = type[KVLayerError]
 
 _MOST = (1 << 63) - 1
+_LAZY = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 
 
 def shown_value(value: object) -> str:
@@ -178,16 +181,28 @@ def functions(what: str, value: Iterable[T]) -> tuple[T, ...]:
     """Any number of things that can be called; a single one is one."""
     given: object = value
     if callable(given):
-        return (cast(T, given),)
+        return (called("a function of " + what, cast(T, given)),)
     found = listed(given)
     if found is None:
         raise ArgumentError(
             f"{what} must be a list of functions, found {shown_value(given)}",
             hint="leave it out for none",
         )
-    return tuple(callee(f"each of {what}", cast(T, each)) for each in found)
+    return tuple(called(f"each of {what}", cast(T, each)) for each in found)
 
 
 def function(what: str, value: T) -> T:
-    """Something that can be called, or None."""
-    return value if value is None else callee(what, value)
+    """Something whose call does its work, or None."""
+    return value if value is None else called(what, value)
+
+
+def called(what: str, value: T) -> T:
+    """Something whose call does its work: of a coroutine or generator function none would begin."""
+    callee(what, value)
+    calls = (value, getattr(value, "__call__", None))  # noqa: B004  # of an instance: its method
+    if any(is_lazy(each) for each in calls for is_lazy in _LAZY):
+        raise ArgumentError(
+            f"{what} must be a plain function, found one that is to be awaited or iterated over",
+            hint="pass a function that starts it: lambda: asyncio.ensure_future(...)",
+        )
+    return value

@@ -15,7 +15,13 @@ from kvlayer.abc.backend import Backend
 from kvlayer.abc.stager import Landed, MakeStager
 from kvlayer.config import CacheConfig
 from kvlayer.control import Control
-from kvlayer.errors import ClosedError, ForkedError, IdentityError, LayoutError
+from kvlayer.errors import (
+    ClosedError,
+    ForkedError,
+    IdentityError,
+    LayoutError,
+    UnsupportedError,
+)
 from kvlayer.events import PrefetchDone, RetrieveDone, Sink, StoreDone
 from kvlayer.hit import PrefixHit
 from kvlayer.keys import ChunkChain, Scope, Span, Tokens, token_bytes
@@ -58,6 +64,7 @@ class Cache:
         self._emit = parts.emit
         self._clock = parts.clock
         self._pid = os.getpid()
+        self._loop = asyncio.get_running_loop()
         self._closed = False
         self.namespace = parts.namespace
         self.config = parts.config
@@ -144,7 +151,7 @@ class Cache:
         ``LayoutError`` and ``TokensError``. From an id of 2^30 or more on a prompt has no names:
         what comes before it is stored, the rest is reported as failed (``Cause.NO_NAME``).
         """
-        started = self._begin()
+        started = self.check_loop()
         window = self._window(kv, first_token)
         flag("tail", tail)
         function("on_gathered", on_gathered)
@@ -182,7 +189,7 @@ class Cache:
 
         Raises ``TokensError``.
         """
-        self._begin()
+        self.check_loop()
         hit = await self._lookups.find(tokens, scope)
         assert hit.lease is not None
         try:
@@ -196,7 +203,7 @@ class Cache:
         Where the directory alone can answer it is answered when this returns. Raises
         ``TokensError``.
         """
-        self._begin()
+        self.check_loop()
         return self._lookups.begin(tokens, scope, self._spawn, _call)
 
     def _spawn(self, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
@@ -230,7 +237,7 @@ class Cache:
         The view may be written beyond ``report.tokens``, never outside its slots. Cancelling
         returns once the view is untouched. Raises ``LayoutError``.
         """
-        started = self._begin()
+        started = self.check_loop()
         window = self._window(kv, first_token)
         deadline = waiting("deadline", deadline)
         function("on_layer", on_layer)
@@ -270,7 +277,7 @@ class Cache:
         The prefix stays pinned for ``deadline`` seconds (default ``lease_seconds``), whether or
         not anyone asks for it. Raises ``TokensError``.
         """
-        started = self._begin()
+        started = self.check_loop()
         chain = self.chain(tokens, scope)
         seconds = self.config.lease_seconds if deadline is None else lease_seconds(deadline)
         return Prefetch(
@@ -304,7 +311,7 @@ class Cache:
         copies them without a tier in between. Abandoned ``deadline`` seconds from now, and when a
         tier missed its own. Raises ``LayoutError`` for a hit of another cache.
         """
-        started = self._begin()
+        started = self.check_loop()
         deadline = waiting("deadline", deadline)
         instance("hit", hit, PrefixHit, hint=_HIT)
         with self._emit.request("prefetch", hit.owner, hit.tokens):
@@ -335,7 +342,7 @@ class Cache:
         A tier with ``write = "demote"`` is written when objects leave host memory: of that it waits
         for what is on its way.
         """
-        self._begin()
+        self.check_loop()
         await self._stack.flush()
 
     async def recovered(self) -> None:
@@ -344,7 +351,7 @@ class Cache:
         Lookups need not wait: they ask a tier for what is not listed yet. Only objects that were
         cut into other parts than this rank's are found through the listing alone.
         """
-        self._begin()
+        self.check_loop()
         await self._stack.recovered()
 
     # -- shared with control and Portal ----------------------------------------------------------
@@ -426,6 +433,24 @@ class Cache:
     def by_tier(self, match: Match) -> dict[str, int]:
         """Tokens of a match by the name of the farthest tier each span needs."""
         return self._planner.by_tier(match)
+
+    def check_loop(self) -> float:
+        """The time, on the cache's own loop. For the control API.
+
+        Raises ``UnsupportedError`` on another loop or none: what is awaited there would never be
+        told of its end. ``ClosedError`` and ``ForkedError`` come first.
+        """
+        now = self._begin()
+        try:
+            is_here = asyncio.get_running_loop() is self._loop
+        except RuntimeError:  # there is none
+            is_here = False
+        if not is_here:
+            raise UnsupportedError(
+                "the cache was opened on another event loop, or this thread runs none",
+                hint="call it where it was opened; kvlayer.Portal serves other threads and loops",
+            )
+        return now
 
     def _begin(self) -> float:
         if self._closed:

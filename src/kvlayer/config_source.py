@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -25,6 +26,7 @@ __all__ = ["CONFIG_VARIABLE", "PREFIX", "LoadedConfig", "load_config"]
 PREFIX = "KVLAYER_"
 CONFIG_VARIABLE = "KVLAYER_CONFIG"
 DEFAULT = "default"
+_MOST_NBYTES = 1 << 20  # of a file
 
 # Kubernetes sets these in every pod beside a service whose name is "kvlayer" or begins with
 # "kvlayer-"; nobody typed them.
@@ -186,12 +188,19 @@ def _expanded(file: str | Path) -> Path:
 
 def _read(path: Path, said_by: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        content = _content(path)
     except OSError as exc:
         raise ConfigError(
             f"cannot read the configuration file {path}{said_by}: {exc.strerror}",
             hint="give the path of a TOML file, or leave it out to use the defaults",
         ) from None
+    if isinstance(content, str):
+        raise ConfigError(
+            f"the configuration file {path}{said_by} is {content}",
+            hint="give the path of a TOML file, or leave it out to use the defaults",
+        )
+    try:
+        return tomllib.loads(content.decode())
     except UnicodeDecodeError as exc:
         raise ConfigError(
             f"the configuration file {path}{said_by} is not UTF-8: {exc.reason} at byte "
@@ -203,6 +212,18 @@ def _read(path: Path, said_by: str) -> dict[str, Any]:
             f"the configuration file {path}{said_by} is not TOML: {exc}",
             hint="docs/configuration.md shows a complete file",
         ) from None
+
+
+def _content(path: Path) -> bytes | str:
+    """What a regular file of bearable size holds, or what the file is instead, in words.
+
+    A pipe in its place is not waited for. Raises ``OSError``.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return "no regular file"
+        content = file.read(_MOST_NBYTES + 1)
+    return content if len(content) <= _MOST_NBYTES else f"larger than {_MOST_NBYTES} bytes"
 
 
 def _from_environment(env: Mapping[str, str]) -> _Settings:

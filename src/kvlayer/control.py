@@ -54,6 +54,7 @@ class Control:
         Pins bind this process; other processes sharing a tier may still evict their copies. Raises
         ``TokensError`` and ``ArgumentError``.
         """
+        self._cache.check_loop()
         chain = self._cache.chain(tokens, scope)
         owner = instance("owner", owner, str, hint="a name as text, or leave it out")
         lease, report = await self._cache.stack.hold(
@@ -77,6 +78,7 @@ class Control:
 
     async def explain(self, tokens: Tokens, *, scope: Scope = _PUBLIC) -> Explanation:
         """What of a prompt is usable, from where, and the cause of every miss."""
+        self._cache.check_loop()
         return await explain(self._cache, tokens, scope)
 
     async def evict(
@@ -90,6 +92,7 @@ class Control:
         Raises ``BackendError``, once all that can be removed is, when a tier did not answer or kept
         some of them: it says how many.
         """
+        self._cache.check_loop()
         stack = self._cache.stack
         lower = self._lower(tier)
         chain = self._cache.chain(tokens, scope)
@@ -119,6 +122,7 @@ class Control:
         namespaces are not touched. Raises ``BackendError``, once all that can be removed is, when a
         tier did not answer or kept some of it: it says how many objects.
         """
+        self._cache.check_loop()
         stack = self._cache.stack
         removal = Removal(stack.planner, stack.objects)
 
@@ -218,12 +222,12 @@ class Control:
             replace(
                 tier.stats(
                     counts[tier.index],
-                    getattr(tier.backend, "used_nbytes", 0),
-                    getattr(tier.backend, "capacity_nbytes", None),
+                    tier.figure("used_nbytes") or 0,
+                    tier.figure("capacity_nbytes"),
                 ),
-                policies_replaced=getattr(tier.backend, "policies_replaced", 0),
+                policies_replaced=tier.figure("policies_replaced") or 0,
                 queued=stack.spills.queued(tier.index),
-                left_unfinished=getattr(tier.backend, "left_unfinished", 0),
+                left_unfinished=tier.figure("left_unfinished") or 0,
             )
             for tier in stack.lower
         ]

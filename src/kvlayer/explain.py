@@ -7,6 +7,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
+from kvlayer.errors import IdentityError
 from kvlayer.keys import ChunkChain, ObjectKey, Scope, Span, Tokens
 from kvlayer.namespace import Namespace
 from kvlayer.results import Cause, Explanation, MissedChunk
@@ -151,13 +152,17 @@ async def _held_elsewhere(
     for digest, canonical in (await cache.stack.objects.namespaces(tier.index)).items():
         if digest == cache.namespace.digest:
             continue
+        try:
+            theirs = Namespace.from_canonical(canonical)
+        except IdentityError:  # of a later release, say: that is no reason to miss the others
+            continue
         keys = [
             ObjectKey.of(digest, chain.zone(span), span.hash, span.tokens, part)
             for span in spans
             for part in cache.stack.planner.directory.needs
         ]
         sizes = await cache.stack.objects.contains(tier.index, keys)
-        differing = ", ".join(cache.namespace.differences(Namespace.from_canonical(canonical)))
+        differing = ", ".join(cache.namespace.differences(theirs))
         detail = f"stored on {tier.name} for another setup: {differing}"
         there = (key for key, size in zip(keys, sizes, strict=True) if isinstance(size, int))
         found.update((key.end_hash, detail) for key in there)

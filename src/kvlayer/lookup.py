@@ -15,7 +15,7 @@ from typing import Any, Self, TypeAlias
 
 from kvlayer._foreign import awaited
 from kvlayer._values import instance, waiting
-from kvlayer.errors import PendingError, UnsupportedError
+from kvlayer.errors import ArgumentError, PendingError, UnsupportedError
 from kvlayer.events import LookupDone
 from kvlayer.hit import PrefixHit
 from kvlayer.job import Job
@@ -131,6 +131,10 @@ class Lookup:
     ) -> None:
         self.release()
 
+    def is_of(self, planner: Planner) -> bool:
+        """Whether it is of the cache that has this planner."""
+        return self._planner is planner
+
     def begin(self, search: Search) -> None:
         """Something looks for the answer. For the cache."""
         self._search = search
@@ -192,7 +196,13 @@ class Lookups:
 
     def renew(self, lookup: Lookup) -> Lookup:
         """What the directory still has of an answer, leased anew. In any thread."""
-        hit = instance("lookup", lookup, Lookup, hint="what portal.lookup(...) returned").hit
+        instance("lookup", lookup, Lookup, hint="what portal.lookup(...) returned")
+        if not lookup.is_of(self._planner):
+            raise ArgumentError(
+                "this lookup is another cache's",
+                hint="renew it with the portal whose lookup returned it",
+            )
+        hit = lookup.hit
         if hit.match is not None:
             with self._planner.lock:
                 hit = self._leased(self._stack.finder.known(hit.match.chain))

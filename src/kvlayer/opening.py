@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 
-from kvlayer._foreign import bounded, words
+from kvlayer._foreign import awaited, bounded, words
 from kvlayer._offload import Offload
 from kvlayer._values import callee, functions, instance
 from kvlayer._version import version
@@ -69,7 +69,7 @@ async def build(
         _check_sharing(namespace, backends)
         backends[1:] = map(Named, backends[1:])
         emit = Emitter(sinks)
-        await resources.enter_async_context(backends[0])
+        await awaited(partial(resources.enter_async_context, backends[0]))
         top, lower = _tiers(config, backends, emit, max_nbytes=host.slab.nbytes // 2)
         planner = _make_planner(
             config,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from math import inf
 
 from kvlayer._values import waiting
@@ -16,7 +17,7 @@ class Patience:
 
     Room comes as lower tiers write what host memory holds; where none would, nothing waits.
     :meth:`end` ends the waiting at once: an engine calls it when it wants its blocks back. Any
-    thread may.
+    thread may. Several stores, on any loops, may have the same one: all of them end then.
     """
 
     def __init__(self, seconds: float | None = None) -> None:
@@ -24,7 +25,8 @@ class Patience:
         self._seconds = inf if limit is None else limit
         self._has_ended = False
         self._until: float | None = None
-        self._wake: Callable[[], None] | None = None
+        self._wakes: list[Callable[[], None]] = []
+        """Of each store that waits now. Threads look at it, too."""
 
     @classmethod
     def of(cls, patience: Patience | float | None) -> Patience:
@@ -34,8 +36,7 @@ class Patience:
     def end(self) -> None:
         """Wait no more."""
         self._has_ended = True
-        wake = self._wake
-        if wake is not None:
+        for wake in tuple(self._wakes):
             wake()
 
     def left(self, now: float) -> float:
@@ -56,9 +57,10 @@ class Patience:
                 ended.set_result(False)
 
         def wake() -> None:
-            loop.call_soon_threadsafe(end)
+            with suppress(RuntimeError):  # its loop has closed: it waits no more
+                loop.call_soon_threadsafe(end)
 
-        self._wake = wake
+        self._wakes.append(wake)
         try:
             left = self.left(now)
             await asyncio.wait(
@@ -68,6 +70,6 @@ class Patience:
             )
             return work.done() and work.result()
         finally:
-            self._wake = None
+            self._wakes.remove(wake)
             ended.cancel()
             work.cancel()

@@ -138,7 +138,9 @@ class Registry(Generic[T]):
         plugin = _plugin(entry)
         try:
             loaded: object = entry.load()
-        except Exception as exc:  # foreign code: whatever it raises has one owner
+        except KeyboardInterrupt:
+            raise
+        except BaseException as exc:  # foreign code: whatever it raises has one owner
             raise PluginError(
                 f"the {self.noun} {entry.name!r} of {plugin} failed to import: "
                 f"{type(exc).__name__}: {exc}",
@@ -220,7 +222,9 @@ def open_backend(url: str | BackendURL, *, backends: Registry[type[Backend]] = B
         if (said, exc.hint) == (str(exc), parsed.masked(exc.hint or "") or None):
             raise
         raise ConfigError(said, hint=parsed.masked(exc.hint or "")) from None
-    except Exception as exc:  # noqa: BLE001  # foreign code: whatever it raises has one owner
+    except KeyboardInterrupt:
+        raise
+    except BaseException as exc:  # noqa: BLE001  # foreign code: whatever it raises has one owner
         said = parsed.masked(f"{type(exc).__name__}: {exc}")
         raise PluginError(
             f"the backend {parsed.scheme!r} could not be built from {parsed}: {said}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -424,3 +425,21 @@ def test_every_configuration_error_is_one_of_ours_and_a_value_error():
     assert issubclass(kvlayer.config.FieldError, ConfigError)
     assert issubclass(ConfigError, KVLayerError)
     assert issubclass(ConfigError, ValueError)
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a folder", "a device"])
+def test_a_file_that_is_no_regular_one_is_refused_and_not_waited_for(tmp_path, kind):
+    path = {"a pipe": tmp_path / "pipe", "a folder": tmp_path, "a device": Path("/dev/zero")}[kind]
+    if kind == "a pipe":
+        os.mkfifo(path)
+    error = refused(path)
+    assert str(path) in str(error)
+    assert "regular file" in str(error) or "directory" in str(error)
+    assert error.hint
+
+
+def test_a_file_larger_than_any_configuration_is_refused(tmp_path):
+    path = tmp_path / "kv.toml"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    assert "larger than" in str(refused(path))

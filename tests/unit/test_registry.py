@@ -120,3 +120,37 @@ def test_the_registries_keep_no_state_between_calls(monkeypatch, tmp_path):
     assert ADAPTERS.installed() == sorted([*before, late], key=lambda p: p.name)
     with pytest.raises(PluginError, match=r"late 2\.0 failed to import"):
         ADAPTERS.load("late")
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit(3), GeneratorExit(), type("Own", (BaseException,), {})()]
+)
+def test_a_plugin_that_leaves_leaves_alone(monkeypatch, tmp_path, error):
+    """``sys.exit`` on import, or while it is built, is an error that names the plugin."""
+
+    class Leaving(_Remembering):
+        @classmethod
+        def from_url(cls, url, /):
+            raise error
+
+    backends = BACKENDS.extended({"leaving": Leaving})
+    with pytest.raises(PluginError, match=type(error).__name__):
+        open_backend("leaving://", backends=backends)
+    info = tmp_path / "leaving-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: leaving\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[kvlayer.adapters]\nleaving = leaving_on_import:X\n")
+    (tmp_path / "leaving_on_import.py").write_text("raise SystemExit(4)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PluginError, match=r"leaving 1\.0 failed to import: SystemExit: 4"):
+        ADAPTERS.load("leaving")
+
+
+def test_an_interrupt_while_a_backend_is_built_passes():
+    class Slow(_Remembering):
+        @classmethod
+        def from_url(cls, url, /):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        open_backend("slow://", backends=BACKENDS.extended({"slow": Slow}))

@@ -42,7 +42,7 @@ from kvlayer import (
     TierConfig,
     _values,
 )
-from kvlayer.errors import ArgumentError, LayoutError
+from kvlayer.errors import ArgumentError, LayoutError, UnsupportedError
 from kvlayer.layout import MLA_BLOCKS, NHD, STATE_BLOCKS
 
 NAN, INF = float("nan"), float("inf")
@@ -440,5 +440,81 @@ def test_a_deadline_may_have_passed_or_never_come(deadline: Any) -> None:
             async with cache.lookup(prompt) as hit:
                 report = await cache.retrieve(hit, view, deadline=deadline)
                 assert report.tokens == 64  # all in host memory: there is nothing to wait for
+
+    asyncio.run(main())
+
+
+async def _coroutine(*_: object) -> None: ...
+
+
+def _generator(*_: object):  # type: ignore[no-untyped-def]
+    yield
+
+
+async def _generated(*_: object):  # type: ignore[no-untyped-def]
+    yield
+
+
+class _Called:
+    async def __call__(self, *_: object) -> None: ...
+
+
+@pytest.mark.parametrize("lazy", [_coroutine, _generator, _generated, _Called()])
+def test_a_callback_whose_call_would_do_nothing_is_refused(lazy: Any) -> None:
+    async def use() -> None:
+        engine = Engine(layout(), 32)
+        view = engine.view(engine.slots(32))
+        with pytest.raises(ArgumentError, match="of sinks must be a plain function"):
+            async with Cache.open(config(), layout(), sinks=[lazy]):
+                pass
+        with pytest.raises(ArgumentError, match="of sinks must be a plain function"):
+            async with Cache.open(config(), layout(), sinks=lazy):
+                pass
+        async with Cache.open(config(), layout()) as cache:
+            with pytest.raises(ArgumentError, match="on_gathered must be a plain function"):
+                await cache.store(tokens(32), view, on_gathered=lazy)
+            await cache.store(tokens(32), view)
+            async with cache.lookup(tokens(32)) as hit:
+                with pytest.raises(ArgumentError, match="on_layer must be a plain function"):
+                    await cache.retrieve(hit, view, on_layer=lazy)
+
+    asyncio.run(use())
+
+
+def test_a_lookup_of_another_cache_is_not_renewed() -> None:
+    with Portal.open(config(), layout()) as one, Portal.open(config(), layout()) as other:
+        lookup = one.lookup(tokens(32))
+        with pytest.raises(ArgumentError, match="another cache's") as caught:
+            other.renew(lookup)
+        assert caught.value.hint
+
+
+def test_a_cache_on_another_loop_is_refused_and_not_waited_for() -> None:
+    async def use(cache: Cache) -> None:
+        engine = Engine(layout(), 32)
+        view = engine.view(engine.slots(32))
+        calls: list[Callable[[], Any]] = [
+            lambda: cache.store(tokens(32), view),
+            cache.flush,
+            cache.recovered,
+            lambda: cache.lookup(tokens(32)).__aenter__(),
+            lambda: cache.control.explain(tokens(32)),
+            lambda: cache.control.pin(tokens(32), seconds=1.0),
+            lambda: cache.control.evict(tokens(32)),
+            cache.control.clear,
+        ]
+        for call in calls:
+            with pytest.raises(UnsupportedError, match="another event loop"):
+                await call()
+        for start in (cache.prefetch, cache.begin_lookup):
+            with pytest.raises(UnsupportedError, match="another event loop"):
+                start(tokens(32))
+        assert cache.control.health().ok and cache.control.stats().lookups == 0
+
+    async def main() -> None:
+        async with Cache.open(config(), layout()) as cache:
+            await asyncio.to_thread(asyncio.run, use(cache))
+            with pytest.raises(UnsupportedError, match="this thread runs none"):
+                await asyncio.to_thread(cache.begin_lookup, tokens(32))
 
     asyncio.run(main())

@@ -42,6 +42,12 @@ class _Recent(Generic[K, V]):
     def get(self, key: K) -> V | None:
         return self._entries.get(key)
 
+    def __contains__(self, key: K) -> bool:
+        return key in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
     def pop(self, key: K) -> None:
         self._entries.pop(key, None)
 
@@ -60,8 +66,10 @@ class Journal:
 
     def __init__(self, limit: int = 65536) -> None:
         self._losses: _Recent[tuple[bytes, int], Loss] = _Recent(limit)
-        self._owners: _Recent[tuple[bytes, int], frozenset[str]] = _Recent(limit)
-        """Who has stored a span, lately."""
+        self._stored: _Recent[tuple[bytes, int], None] = _Recent(limit)
+        """Spans that somebody has stored, lately."""
+        self._owners: _Recent[tuple[bytes, int, str], None] = _Recent(limit)
+        """The same, with who it was: a span may have any number of owners."""
         self._children: _Recent[tuple[bytes, _View], bytes] = _Recent(max(limit // 16, 1))
         self._unscoped: _Recent[tuple[bytes, _View], tuple[bytes, str]] = _Recent(limit)
 
@@ -74,7 +82,8 @@ class Journal:
         prints, scope, owner = chain.fingerprints(), describe(chain), chain.scope.owner
         for span in (*spans, *known):
             name = span.hash, span.tokens
-            self._owners[name] = (self._owners.get(name) or frozenset()) | {owner}
+            self._stored[name] = None
+            self._owners[*name, owner] = None
             view = owner, _zones(chain, span.stop)
             self._children[chain.parent(span.start), view] = chain.token_bytes(span)
             index = span.start // chain.chunk_step
@@ -85,10 +94,10 @@ class Journal:
 
     def is_own(self, chain: ChunkChain, span: Span) -> bool:
         """Whether whoever asks about the prompt may be told of this span."""
-        owners = self._owners.get((span.hash, span.tokens))
-        if owners is None:
-            return not chain.scope.owner or chain.zone(span) != PUBLIC_ZONE
-        return chain.scope.owner in owners
+        name, owner = (span.hash, span.tokens), chain.scope.owner
+        if name not in self._stored:
+            return not owner or chain.zone(span) != PUBLIC_ZONE
+        return (*name, owner) in self._owners
 
     def loss(self, chain: ChunkChain, span: Span) -> Loss | None:
         """How the span was lost, as far as it is the asker's."""

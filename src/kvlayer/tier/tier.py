@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from kvlayer._foreign import words
 from kvlayer.abc.backend import Backend
 from kvlayer.events import (
     Emitter,
@@ -24,6 +26,8 @@ from kvlayer.tier.guard import Call, Guard, Lane, Refused
 from kvlayer.tier.messages import Outcome
 
 __all__ = ["LowerTier", "Tier"]
+
+_log = logging.getLogger(__name__)
 
 _TRIES = 3  # failures in a row of one object at which it is set aside
 _MAX_FAILING = 1024  # objects whose failures are counted; the oldest is forgotten first
@@ -153,6 +157,20 @@ class LowerTier(Tier):
             oldest_call=oldest_call,
             oldest_call_seconds=seconds,
         )
+
+    def figure(self, name: str) -> int | None:
+        """What the backend says of itself, in a property; None where it says no whole number.
+
+        Foreign code that any thread runs: whatever it raises is no figure.
+        """
+        try:
+            value: object = getattr(self.backend, name, None)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as exc:  # noqa: BLE001  # the boundary
+            _log.debug("%s cannot say its %s: %s", self.name, name, words(exc))
+            return None
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
 
     def works(self, lane: Lane = Lane.READS, key: ObjectKey | None = None) -> None:
         """A call succeeded in time; ``key``: what it was about, where that was one object."""

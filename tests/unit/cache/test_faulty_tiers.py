@@ -130,7 +130,7 @@ async def _open(
     # Short only where it is meant to pass: a busy machine must not turn an error into a deadline.
     deadline = 0.05 if shelf.fault.endswith("hangs") or more.pop("hurry", False) else 30.0
     settings = CacheConfig(
-        model=ModelConfig(weights=WEIGHTS),
+        model=more.pop("model", ModelConfig(weights=WEIGHTS)),
         tiers=(
             TierConfig(url="cpu://?capacity=1MiB"),
             TierConfig(
@@ -479,3 +479,45 @@ async def test_what_one_tier_cannot_deliver_the_next_one_does(
         async with cache.lookup(tokens(64)) as hit:
             assert (await cache.retrieve(hit, other.view(slots))).tokens == 0
     assert same(engine.read(slots), other.read(slots))
+
+
+@pytest.mark.parametrize(
+    "says", [SystemExit(3), ValueError("?"), "many", True, float("nan"), None], ids=str
+)
+@in_virtual_time
+async def test_figures_that_a_tier_cannot_give_are_none(shelf: type[Shelf], says: object) -> None:
+    def figure(_: Shelf) -> object:
+        if isinstance(says, BaseException):
+            raise says
+        return says
+
+    class Vague(shelf):  # type: ignore[misc, valid-type]
+        used_nbytes = capacity_nbytes = policies_replaced = left_unfinished = property(figure)
+
+    async with _open(Vague) as cache:
+        stats = cache.control.stats().tiers[1]
+        assert (stats.used_nbytes, stats.capacity_nbytes) == (0, None)
+        assert (stats.policies_replaced, stats.left_unfinished) == (0, 0)
+
+
+@in_virtual_time
+async def test_a_namespace_that_cannot_be_read_hides_no_other(shelf: type[Shelf]) -> None:
+    described: dict[str, bytes] = {}
+
+    class Described(shelf):  # type: ignore[misc, valid-type]
+        async def describe(self, namespace: str, canonical: bytes, /) -> None:
+            described[namespace] = canonical
+
+        async def namespaces(self) -> dict[str, bytes]:
+            return {"00" * 32: b"of a later release", **described}
+
+    engine = Engine(layout(), 32)
+    async with _open(
+        Described, model=ModelConfig(weights=WEIGHTS, compute_dtype="float32")
+    ) as cache:
+        await cache.store(tokens(32), engine.view(engine.slots(32)))
+        await cache.flush()
+    async with _open(Described) as cache:
+        (missed,) = (await cache.control.explain(tokens(32))).misses
+        assert missed.cause is Cause.OTHER_NAMESPACE
+        assert "compute_dtype" in missed.detail

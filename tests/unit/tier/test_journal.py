@@ -142,3 +142,19 @@ def test_a_stored_tail_is_what_followed_its_parent() -> None:
     journal = Journal()
     journal.stored(prompt, [prompt.span(0), tail])
     assert journal.divergence(chain([*range(9), 99, 99, 99]), 8) is None  # another parent
+
+
+def test_a_span_of_any_number_of_owners_costs_each_of_them_the_same() -> None:
+    """A system prompt is everybody's: who has stored it is remembered in as many entries."""
+    limit = 64
+    journal = Journal(limit)
+    for number in range(10 * limit):
+        prompt = chain(list(range(8)), Scope(owner=f"owner {number}"))
+        journal.stored(prompt, [], spans(prompt))
+        assert journal.is_own(prompt, prompt.span(0))
+    assert len(journal._owners) == limit
+    latest, first = (chain(list(range(8)), Scope(owner=f"owner {n}")) for n in (10 * limit - 1, 0))
+    assert journal.is_own(latest, latest.span(0))
+    assert not journal.is_own(first, first.span(0))  # forgotten; told too little, never too much
+    stranger = chain(list(range(8)), Scope(owner="stranger"))
+    assert not journal.is_own(stranger, stranger.span(0))
