@@ -13,6 +13,7 @@ from kvlayer.abc.backend import (
     Write,
     WriteResult,
 )
+from kvlayer.errors import BackendError
 from kvlayer.keys import ObjectKey
 from kvlayer.testing.suite import Outcome
 
@@ -113,6 +114,28 @@ class ClosesForEverybody(HonestBackend):
 class CountsWhatItHasAfterwards(HonestBackend):
     def make_room(self, nbytes: int) -> None:
         super().make_room(0)
+
+
+@breaks("a full tier takes writes after a restart and stays within bounds")
+class CountsNothingAfterARestart(HonestBackend):
+    async def open(self) -> None:
+        await super().open()
+        self.is_fresh = not self.place.objects
+
+    def make_room(self, nbytes: int) -> None:
+        if self.is_fresh:
+            super().make_room(nbytes)
+
+
+@breaks("a full tier takes writes after a restart and stays within bounds")
+class RefusesUntilItHasFoundOut(HonestBackend):
+    async def open(self) -> None:
+        await super().open()
+        self.left = len(self.place.objects) // 32  # a look at each takes a while
+
+    async def put_one(self, write: Write) -> WriteResult:
+        self.left -= 1
+        return BackendError("not yet") if self.left >= 0 else await super().put_one(write)
 
 
 @breaks("who evicts tells the owner")

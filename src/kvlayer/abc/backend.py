@@ -162,7 +162,9 @@ class Backend(ABC):
     align with inputs and carry the error. Names are content, so two writers of one key write the
     same bytes and the first wins. An object whose length contradicts its own header is no object:
     ``put`` replaces it (:func:`contradicts_header` looks at a header). One with a capacity never
-    holds more, and makes room for what is new.
+    holds more, and makes room for what is new. While it still finds out what lies there, after
+    ``open``, it takes writes and may hold a sixteenth of the capacity more, and what was written
+    by a process that was killed before it noted that; writes beyond that wait.
 
     Cancelling a call leaves every object whole or absent, and the call returns only once every
     buffer it was lent is untouched: memory is reused the moment it does.

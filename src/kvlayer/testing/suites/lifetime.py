@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from itertools import chain
 from typing import Any
 
 from kvlayer.abc.backend import Capability, Hit, Miss
@@ -156,8 +157,32 @@ class LifetimePromises(BackendPlace):
         await side_by_side(batch)
         await self._fits(trial, capacity, range(128))
 
-    async def _fits(self, trial: Trial, capacity: int, numbers: range) -> None:
-        sizes = await trial.backend.contains(trial.numbered(numbers))
+    @promise(
+        "While it still finds out what lies there, after open, it takes writes and may hold a "
+        "sixteenth of the capacity more; writes beyond that wait.",
+        Need.SMALL,
+        Need.PERSISTENT,
+        Need.DISPOSABLE,
+    )
+    async def test_a_full_tier_takes_writes_after_a_restart_and_stays_within_bounds(
+        self, trial: Trial
+    ) -> None:
+        capacity = self.small_capacity_nbytes
+        nbytes = capacity // 32 // PAGE * PAGE
+        numbers = range(32)
+        await side_by_side(trial.put(trial.key(n), noise(n, nbytes)) for n in numbers)
+        await trial.reopen()
+        for number in range(100, 132):
+            stored = await trial.put(trial.key(number), noise(number, nbytes))
+            expect(stored, None, "the result of put() to a full tier after a restart")
+            held = range(100, number + 1)
+            await self._fits(trial, capacity + capacity // 16, numbers, held)
+        # More than may be exceeded was written: what lies there is known by now.
+        await trial.put(trial.key(200), noise(200, nbytes))
+        await self._fits(trial, capacity, numbers, range(100, 201))
+
+    async def _fits(self, trial: Trial, capacity: int, *numbers: range) -> None:
+        sizes = await trial.backend.contains(trial.numbered(chain.from_iterable(numbers)))
         held = sum(size for size in sizes if isinstance(size, int))
         if not 0 < held <= capacity:
             broken(f"some bytes held, and {capacity} at most", f"{held}")
