@@ -149,7 +149,7 @@ class Control:
         with planner.lock:
             known = planner.directory.chunk
             chunks = [known(span.hash, span.tokens, chain.zone(span)) for span in spans]
-            return [found for chunk in chunks if chunk for found in chunk.objects.values()]
+            return [found for chunk in chunks if chunk for found in chunk.objects]
 
     def _resident(self) -> list[ObjectRecord]:
         """What is in host memory, or on its way there."""
@@ -185,7 +185,7 @@ class Control:
         for at in range(0, len(chunks), _SLICE):
             with planner.lock:
                 for chunk in chunks[at : at + _SLICE]:
-                    records += chunk.objects.values()
+                    records += chunk.objects
             await asyncio.sleep(0)
         return records
 

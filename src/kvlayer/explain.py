@@ -85,7 +85,7 @@ def _missed(  # noqa: PLR0911  # one return per cause, most telling first
         filling = (
             is_own
             and record is not None
-            and any(found.host is Host.FILLING for found in record.objects.values())
+            and any(found.host is Host.FILLING for found in record.objects)
         )
         loss = planner.journal.loss(chain, span)
         elsewhere = planner.journal.elsewhere(chain, span.start // chain.chunk_step)

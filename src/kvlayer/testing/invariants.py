@@ -67,7 +67,7 @@ def nothing_lost(cache: Cache, committed: Iterable[bytes]) -> None:
     """
     directory = cache.stack.planner.directory
     for chunk_hash in committed:
-        objects = [o for record in directory.ending(chunk_hash) for o in record.objects.values()]
+        objects = [o for record in directory.ending(chunk_hash) for o in record.objects]
         _hold(
             bool(objects) and all(found.is_ready for found in objects),
             f"chunk {chunk_hash.hex()[:12]} was committed, nothing took it away, and it is gone",

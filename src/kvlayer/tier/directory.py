@@ -33,20 +33,70 @@ class Host(Enum):
     READY = 2
 
 
-class ObjectRecord:
-    """One object: where it lies and who holds it. ``pins`` > 0 keeps it in host memory."""
+class ChunkRecord:
+    """One span of tokens: an :class:`ObjectRecord`, or :class:`Several` of them."""
 
-    __slots__ = ("chunk", "held", "host", "is_whole", "key", "nbytes", "offset", "part", "pins",
-                 "retention", "row", "tiers", "writing")  # fmt: skip
+    __slots__ = ("__weakref__", "hash", "is_resting", "namespace", "other", "parent", "start",
+                 "tokens", "zone")  # fmt: skip
+
+    def __init__(self, namespace: str, end_hash: bytes, tokens: int, zone: str) -> None:
+        self.namespace = namespace
+        self.hash = end_hash
+        self.tokens = tokens
+        self.zone = zone
+        self.start = -1
+        """Where it stands in its prompts; known once any of its bytes were in host memory."""
+        self.parent = b""
+        """The end hash of what comes right before it, known as long."""
+        self.other: ChunkRecord | None = None
+        """The next record with the same end: another number of tokens, or a zone that somebody's
+        listing made up. A hash tells the zone (see ``docs/object-format.md``), a listing may lie.
+        """
+        self.is_resting = False
+
+    @property
+    def objects(self) -> tuple[ObjectRecord, ...]:
+        """What of it is known."""
+        raise NotImplementedError
+
+    @property
+    def span(self) -> Span | None:
+        """Where it stands in its prompts, if that is known."""
+        if self.start < 0:
+            return None
+        return Span(self.start, self.start + self.tokens, self.hash, self.parent)
+
+    @span.setter
+    def span(self, span: Span) -> None:
+        self.start, self.parent = span.start, span.parent
+
+
+class ObjectRecord(ChunkRecord):
+    """One object: where it lies and who holds it. ``pins`` > 0 keeps it in host memory.
+
+    Nearly every span has one object, and there may be millions: then this is the span's record,
+    too, so that the garbage collector has one thing to look at and a lookup one to read.
+    """
+
+    __slots__ = ("_key", "_several", "held", "host", "is_whole", "nbytes", "offset", "part",
+                 "pins", "retention", "row", "tiers", "writing")  # fmt: skip
 
     def __init__(
-        self, key: ObjectKey, part: Part, chunk: ChunkRecord, *, is_whole: bool = False
+        self,
+        namespace: str,
+        end_hash: bytes,
+        tokens: int,
+        zone: str,
+        part: Part,
+        *,
+        is_whole: bool = False,
     ) -> None:
-        self.key = key
+        super().__init__(namespace, end_hash, tokens, zone)
         self.part = part
-        self.chunk = chunk
         self.is_whole = is_whole
         """Whether it alone is all that this rank needs of its group."""
+        self._several: Several | None = None
+        self._key: ObjectKey | None = None
         self.host = Host.ABSENT
         self.offset = -1
         self.nbytes = 0
@@ -63,6 +113,22 @@ class ObjectRecord:
         """Bit t: being written to tier t."""
 
     @property
+    def chunk(self) -> ChunkRecord:
+        """The record of its span: itself where it is the only one."""
+        return self if self._several is None else self._several
+
+    @property
+    def objects(self) -> tuple[ObjectRecord, ...]:
+        return (self,)
+
+    @property
+    def key(self) -> ObjectKey:
+        """Its name; remembered while it moves, see :meth:`Directory.ready`."""
+        if self._key is None:
+            self._key = ObjectKey.of(self.namespace, self.zone, self.hash, self.tokens, self.part)
+        return self._key
+
+    @property
     def is_ready(self) -> bool:
         """Whether the object can be served from somewhere."""
         return self.host is Host.READY or self.tiers != 0
@@ -75,29 +141,35 @@ class ObjectRecord:
         return (self.tiers & -self.tiers).bit_length() - 1
 
 
-class ChunkRecord:
-    """One span of tokens and its objects. ``covers`` caches, per group, what serves this rank.
+class Several(ChunkRecord):
+    """A span with several objects: parts of it, or what several KV groups have.
 
-    ``span``: where it stands in its prompts; known once any of its bytes were in host memory.
+    ``covers`` caches, per group, what serves this rank.
     """
 
-    __slots__ = ("__weakref__", "covers", "hash", "is_resting", "objects", "other", "span",
-                 "tokens", "zone")  # fmt: skip
+    __slots__ = ("covers", "parts")
 
-    def __init__(
-        self, end_hash: bytes, tokens: int, zone: str, other: ChunkRecord | None = None
-    ) -> None:
-        self.hash = end_hash
-        self.tokens = tokens
-        self.zone = zone
-        self.other = other
-        """The next record with the same end: another number of tokens, or a zone that somebody's
-        listing made up. A hash tells the zone (see ``docs/object-format.md``), a listing may lie.
-        """
-        self.is_resting = False
-        self.span: Span | None = None
-        self.objects: dict[Part, ObjectRecord] = {}
+    def __init__(self, first: ObjectRecord) -> None:
+        super().__init__(first.namespace, first.hash, first.tokens, first.zone)
+        self.start, self.parent = first.start, first.parent
+        self.parts: tuple[ObjectRecord, ...] = ()
         self.covers: list[tuple[ObjectRecord, ...] | None] | None = None
+        self.join(first)
+
+    @property
+    def objects(self) -> tuple[ObjectRecord, ...]:
+        return self.parts
+
+    def join(self, found: ObjectRecord) -> None:
+        """One more object."""
+        found._several = self
+        self.parts = (*self.parts, found)
+        self.covers = None
+
+    def leave(self, found: ObjectRecord) -> None:
+        """An object that is known no more."""
+        self.parts = tuple(each for each in self.parts if each is not found)
+        self.covers = None
 
 
 _MOST_BELOW = 4_000_000  # a gigabyte of them
@@ -169,6 +241,8 @@ class Directory:
 
     def covers_of(self, record: ChunkRecord) -> list[tuple[ObjectRecord, ...] | None]:
         """:meth:`covers` of a record that is at hand."""
+        if not isinstance(record, Several):
+            return [self._cover(record, need) for need in self.needs]
         if record.covers is None:
             record.covers = [self._cover(record, need) for need in self.needs]
         return record.covers
@@ -176,33 +250,54 @@ class Directory:
     @staticmethod
     def _cover(record: ChunkRecord, need: Part) -> tuple[ObjectRecord, ...] | None:
         # Almost always there is one object and it is all that is needed: lookups live on this path.
-        is_alone = len(record.objects) == 1
-        for found in record.objects.values():
+        objects = record.objects
+        for found in objects:
             if found.is_whole and found.part.group == need.group:
-                if found.host is Host.READY or (is_alone and found.tiers):
+                if found.host is Host.READY or (len(objects) == 1 and found.tiers):
                     return (found,)
                 break
-        ready = sorted((o for o in record.objects.values() if o.is_ready), key=lambda o: o.tier)
+        ready = sorted((o for o in objects if o.is_ready), key=lambda o: o.tier)
         by_part = {o.part: o for o in ready}
         chosen = plan.cover(need, by_part)
         return None if chosen is None else tuple(by_part[part] for part in chosen)
+
+    def leading(self, hashes: Sequence[bytes], tokens: int, zone: str) -> list[ObjectRecord]:
+        """What serves the first of these spans, as far as one object in host memory is enough.
+
+        The quick way to what :meth:`covers` says; where it ends, more may be there.
+        """
+        found: list[ObjectRecord] = []
+        if len(self.needs) > 1:
+            return found
+        ready = Host.READY
+        for record in map(self._chunks.get, hashes):
+            if (
+                type(record) is not ObjectRecord
+                or record.host is not ready
+                or not record.is_whole
+                or record.tokens != tokens
+                or record.zone != zone
+            ):
+                break
+            found.append(record)
+        return found
 
     def find(self, key: ObjectKey) -> ObjectRecord | None:
         """The record of an object; ``key`` is of this namespace."""
         zone, end_hash, tokens, part = key.fields()
         record = self.chunk(end_hash, tokens, zone)
-        return None if record is None else record.objects.get(part)
+        return None if record is None else _of_part(record, part)
 
     def ensure(self, span: Span, zone: str, part: Part) -> ObjectRecord:
         """The object's record, made if it is new."""
-        return self._ensure(span.hash, span.tokens, zone, part, None)
+        return self._ensure(span.hash, span.tokens, zone, part)
 
     def note(self, key: ObjectKey, tier: int) -> None:
         """Record that a lower tier has an object, as its listing says."""
         zone, end_hash, tokens, part = key.fields()
         name = (end_hash, tokens, zone)
         if self._active(*name) is not None or name in self._awake:
-            self.add_tier(self._ensure(end_hash, tokens, zone, part, key), tier)
+            self.add_tier(self._ensure(end_hash, tokens, zone, part), tier)
             return
         tiers = self._below.tiers(name, part)  # nobody has a record: none has to be made
         if not tiers:
@@ -212,21 +307,40 @@ class Directory:
             self._below.hold(name, part, tier)
         self._held[tier] += not tiers >> tier & 1
 
-    def _ensure(
-        self, end_hash: bytes, tokens: int, zone: str, part: Part, key: ObjectKey | None
-    ) -> ObjectRecord:
+    def _ensure(self, end_hash: bytes, tokens: int, zone: str, part: Part) -> ObjectRecord:
         record = self.chunk(end_hash, tokens, zone)
+        found = None if record is None else _of_part(record, part)
+        if found is not None:
+            return found
+        found = self._record((end_hash, tokens, zone), part)
         if record is None:
-            other = self._chunks.get(end_hash)
-            record = self._chunks[end_hash] = ChunkRecord(end_hash, tokens, zone, other)
+            found.other = self._chunks.get(end_hash)
+            self._chunks[end_hash] = found
             self._count += 1
-        found = record.objects.get(part)
-        if found is None:
-            self._rise(record)
-            key = key or ObjectKey.of(self.namespace, zone, end_hash, tokens, part)
-            found = ObjectRecord(key, part, record, is_whole=part in self.needs)
-            record.objects[part] = found
+            return found
+        self._rise(record)
+        if isinstance(record, ObjectRecord):
+            record = self._part_off(record)
+        assert isinstance(record, Several)
+        record.join(found)
         return found
+
+    def _record(self, name: SpanName, part: Part) -> ObjectRecord:
+        return ObjectRecord(self.namespace, *name, part, is_whole=part in self.needs)
+
+    def _part_off(self, alone: ObjectRecord) -> Several:
+        """Give a span a record of its own, that its object was until now."""
+        record = Several(alone)
+        record.other, alone.other = alone.other, None
+        at = self._chunks[alone.hash]
+        if at is alone:
+            self._chunks[alone.hash] = record
+            return record
+        while at.other is not alone:
+            assert at.other is not None
+            at = at.other
+        at.other = record
+        return record
 
     # -- state changes ---------------------------------------------------------------------------
 
@@ -240,8 +354,8 @@ class Directory:
         """filling -> ready: the bytes are there and verified."""
         assert found.host is Host.FILLING, found.key
         found.host = Host.READY
-        is_all = found.is_whole and len(self.needs) == 1
-        found.chunk.covers = [(found,)] if is_all else None  # or the first lookup would find out
+        found._key = None
+        _stale(found)
 
     def drop_host(self, found: ObjectRecord) -> int:
         """filling or ready -> absent. Returns the slab offset that became free."""
@@ -256,7 +370,8 @@ class Directory:
         if not found.tiers >> tier & 1:
             self._held[tier] += 1
         found.tiers |= 1 << tier
-        found.chunk.covers = None
+        found._key = None
+        _stale(found)
         self._rest(found.chunk)
 
     def drop_tier(self, found: ObjectRecord, tier: int) -> None:
@@ -268,18 +383,18 @@ class Directory:
         self._changed(found)
 
     def _changed(self, found: ObjectRecord) -> None:
-        found.chunk.covers = None
+        _stale(found)
         self.forget(found)
 
     def forget(self, found: ObjectRecord) -> None:
         """Drop a record nothing refers to any more."""
         record = found.chunk
         if not (found.is_ready or found.host is Host.FILLING or found.pins or found.writing):
-            if record.objects.get(found.part) is found:
+            if found in record.objects:
                 self._rise(record)
-                del record.objects[found.part]
-                record.covers = None
-            if not record.objects:
+                if isinstance(record, Several):
+                    record.leave(found)
+            if record is found or not record.objects:
                 self._unlink(record)
                 return
         self._rest(record)
@@ -294,16 +409,21 @@ class Directory:
         known = self._below.read(name)
         if not known:
             return None
-        end_hash, tokens, zone = name
-        record = ChunkRecord(end_hash, tokens, zone)
-        record.is_resting = True
+        objects: list[ObjectRecord] = []
         for part, tiers, first_token, retention in known:
-            key = ObjectKey.of(self.namespace, zone, end_hash, tokens, part)
-            found = ObjectRecord(key, part, record, is_whole=part in self.needs)
+            found = self._record(name, part)
             found.tiers, found.retention = tiers, retention
-            record.objects[part] = found
             if first_token is not None:
-                record.span = Span(first_token, first_token + tokens, end_hash)
+                found.start = first_token
+            objects.append(found)
+        record = objects[0]
+        if len(objects) > 1:
+            several = Several(objects[0])
+            for found in objects[1:]:
+                several.join(found)
+                several.start = max(several.start, found.start)
+            record = several
+        record.is_resting = True
         self._awake[name] = record
         return record
 
@@ -320,7 +440,7 @@ class Directory:
 
     def _rest(self, record: ChunkRecord) -> None:
         """Let a span rest if nothing but lower tiers has any of it."""
-        for found in record.objects.values():
+        for found in record.objects:
             if found.host is not Host.ABSENT or not found.tiers or found.writing:
                 return
         name = (record.hash, record.tokens, record.zone)
@@ -328,9 +448,9 @@ class Directory:
             return  # what was forgotten and is known anew is another record's
         self._unlink(record)
         record.is_resting = True
-        first_token = None if record.span is None else record.span.start
-        for part, found in record.objects.items():
-            self._below.add(name, Known(part, found.tiers, first_token, found.retention))
+        first_token = None if record.start < 0 else record.start
+        for found in record.objects:
+            self._below.add(name, Known(found.part, found.tiers, first_token, found.retention))
         self._awake[name] = record
         self._forget_oldest()
 
@@ -341,12 +461,13 @@ class Directory:
                 return
             known, record = self._below.read(name), self._awake.get(name)
             if record is not None:
-                if any(found.pins for found in record.objects.values()):
+                if any(found.pins for found in record.objects):
                     continue  # reading it made it the most recent
-                for found in record.objects.values():
+                for found in record.objects:
                     found.tiers = 0
-                record.objects.clear()
-                record.covers, record.is_resting = None, False
+                    if isinstance(record, Several):
+                        record.leave(found)
+                record.is_resting = False
                 del self._awake[name]
             self._below.remove(name)
             self.forgotten += len(known)
@@ -384,10 +505,23 @@ class Directory:
         for record in self._chunks.values():
             chunk: ChunkRecord | None = record
             while chunk is not None:
-                yield from chunk.objects.values()
+                yield from chunk.objects
                 chunk = chunk.other
 
     def objects(self) -> Iterator[ObjectRecord]:
         """Every object's record. Do not change states while iterating."""
         for record in self.chunks():
-            yield from record.objects.values()
+            yield from record.objects
+
+
+def _of_part(record: ChunkRecord, part: Part) -> ObjectRecord | None:
+    for found in record.objects:
+        if found.part is part or found.part == part:
+            return found
+    return None
+
+
+def _stale(found: ObjectRecord) -> None:
+    """What serves its span may be other objects now."""
+    if isinstance(found.chunk, Several):
+        found.chunk.covers = None

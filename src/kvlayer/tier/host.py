@@ -16,7 +16,7 @@ from kvlayer.eviction.order import EvictionOrder
 from kvlayer.memory.extents import Extents
 from kvlayer.payload import align
 from kvlayer.retention import ORDINARY, Retention
-from kvlayer.tier.directory import Directory, ObjectRecord
+from kvlayer.tier.directory import Directory, Host, ObjectRecord
 
 __all__ = ["HostTier"]
 
@@ -84,13 +84,12 @@ class HostTier:
         for found in path:
             self.directory.ready(found)
             self._filling -= 1
-            span = found.chunk.span
-            first_token, tokens = (span.start, span.tokens) if span is not None else (0, 0)
+            start = found.chunk.start
             row = found.row = self.order.add(
-                hash(found.key),
+                hash((found.hash, found.tokens, found.part)),
                 align(found.nbytes),
-                first_token=first_token,
-                tokens=tokens,
+                first_token=max(start, 0),
+                tokens=found.tokens if start >= 0 else 0,
                 retention=found.retention,
             )
             if row == len(self._records):
@@ -113,7 +112,7 @@ class HostTier:
         if row < 0:
             self._filling -= 1
         else:
-            self._leave_aside(found)
+            self._leave_aside(row)
             self._arriving.discard(row)
             self.order.remove(row, evicted=evicted)
             self._records[row] = None
@@ -132,23 +131,37 @@ class HostTier:
 
     # -- pins ------------------------------------------------------------------------------------
 
-    def pin(self, path: Sequence[ObjectRecord]) -> None:
-        """Lease these objects, host-resident or not; a pin on an absent one holds its record."""
+    def pin(self, path: Sequence[ObjectRecord]) -> int:
+        """Lease these objects, host-resident or not; a pin on an absent one holds its record.
+
+        Returns the bytes that are in host memory.
+        """
         rows: list[int] = []
+        absent, nbytes, known = Host.ABSENT, 0, self.pinned_nbytes
         for found in path:
-            found.pins += 1
-            if found.offset < 0:
+            pins = found.pins = found.pins + 1
+            if found.host is absent:
                 continue
-            if found.pins == 1:
-                self.pinned_nbytes += found.nbytes
-            if found.pins - found.held == 1 and found.row >= 0 and not self._leave_aside(found):
-                rows.append(found.row)
+            nbytes += found.nbytes
+            if pins == 1:
+                known += found.nbytes
+            if pins - found.held == 1 and (row := found.row) >= 0:
+                rows.append(row)
+        self.pinned_nbytes = known
+        if self._aside:
+            rows = [row for row in rows if not self._leave_aside(row)]
         self.order.pin(rows)
+        return nbytes
 
     def unpin(self, path: Sequence[ObjectRecord]) -> None:
         """Let go of one lease on each, root first; counts as one use of the path."""
-        free = [found for found in path if self._let_go(found) == found.held]
-        rows = [found.row for found in free if found.row >= 0]
+        rows: list[int] = []
+        for found in path:
+            pins = found.pins = found.pins - 1
+            if not pins:
+                self._is_free(found)
+            if pins == found.held and (row := found.row) >= 0:
+                rows.append(row)
         if self._arriving.isdisjoint(rows):
             self.order.unpin(rows, used=True)
             return
@@ -163,7 +176,7 @@ class HostTier:
         for found in path:
             found.pins += 1
             found.held += 1
-            if found.pins == 1 and found.offset >= 0:
+            if found.pins == 1 and found.host is not Host.ABSENT:
                 self.pinned_nbytes += found.nbytes
 
     def let_go(self, path: Sequence[ObjectRecord]) -> None:
@@ -171,22 +184,21 @@ class HostTier:
         back: list[tuple[int, int]] = []
         for found in path:
             found.held -= 1
-            self._let_go(found)
-            if not found.held and (turn := self._leave_aside(found)):
+            found.pins -= 1
+            if not found.pins:
+                self._is_free(found)
+            if not found.held and (turn := self._leave_aside(found.row)):
                 back.append((turn, found.row))
         for _, row in sorted(back):  # as the policy had named them
             self.order.demote(row)
             self.order.unpin((row,), used=False)
 
-    def _let_go(self, found: ObjectRecord) -> int:
-        """Take one pin back; how many are left."""
-        found.pins -= 1
-        if not found.pins:
-            if found.offset >= 0:
-                self.pinned_nbytes -= found.nbytes
-            else:
-                self.directory.forget(found)
-        return found.pins
+    def _is_free(self, found: ObjectRecord) -> None:
+        """Its last pin was taken back."""
+        if found.host is not Host.ABSENT:
+            self.pinned_nbytes -= found.nbytes
+        else:
+            self.directory.forget(found)
 
     def refresh(self, path: Sequence[ObjectRecord], retention: Retention = ORDINARY) -> None:
         """A prompt (root first) was stored, or stored again: its objects are recent now."""
@@ -217,9 +229,9 @@ class HostTier:
         self._aside[found.row] = self._turn
         self.aside_nbytes += align(found.nbytes)
 
-    def _leave_aside(self, found: ObjectRecord) -> int:
+    def _leave_aside(self, row: int) -> int:
         """It is wanted, free or gone: its turn, or 0. The order still has it pinned."""
-        turn = self._aside.pop(found.row, 0)
+        turn = self._aside.pop(row, 0)
         if turn:
-            self.aside_nbytes -= align(found.nbytes)
+            self.aside_nbytes -= self.order.rows.nbytes[row]
         return turn

@@ -76,10 +76,9 @@ class LeaseTable:
                 f"a lease needs a deadline, found {deadline} s",
                 hint="hold objects for a finite number of seconds, and again when those are over",
             )
-        nbytes = sum([found.nbytes for found in path if found.offset >= 0])
+        nbytes = self._host.pin(path)
         lease = Lease(self._next, owner, deadline, path, nbytes, self, is_holding)
         self._next += 1
-        self._host.pin(path)
         leases, held = self._owners.get(owner, (0, 0))
         self._owners[owner] = (leases + 1, held + nbytes)
         self._leases[lease.number] = lease

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias, cast
 
 from kvlayer.keys import ChunkChain, ObjectKey, Part, Span
@@ -20,16 +19,42 @@ Covers: TypeAlias = list[tuple[ObjectRecord, ...] | None]
 _MAX_PARTS = 1024  # bounds what is remembered about parts that others name
 
 
-@dataclass(slots=True)
 class Match:
     """The longest usable prefix of a prompt. ``covers[i][g]``: what serves span i for group g.
 
     Whoever reads it changes nothing: the directory shares what it remembers.
     """
 
-    chain: ChunkChain
-    spans: list[Span]
-    covers: list[list[tuple[ObjectRecord, ...]]]
+    __slots__ = ("_alone", "_covers", "chain", "spans")
+
+    def __init__(
+        self,
+        chain: ChunkChain,
+        spans: list[Span],
+        covers: list[list[tuple[ObjectRecord, ...]]] | None = None,
+        *,
+        alone: list[ObjectRecord] | None = None,
+    ) -> None:
+        """``alone`` instead of covers: each in host memory, and all that serves its span."""
+        self.chain = chain
+        self.spans = spans
+        self._covers = covers
+        self._alone = alone
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Match):
+            return NotImplemented
+        mine, its = (self.chain, self.spans), (other.chain, other.spans)
+        return mine == its and self.covers == other.covers
+
+    def __hash__(self) -> int:
+        return hash((self.chain, len(self.spans)))
+
+    @property
+    def covers(self) -> list[list[tuple[ObjectRecord, ...]]]:
+        if self._covers is None:
+            self._covers = [[(found,)] for found in self._alone or ()]
+        return self._covers
 
     @property
     def tokens(self) -> int:
@@ -37,12 +62,20 @@ class Match:
 
     def path(self) -> list[ObjectRecord]:
         """Every object of the match, root first."""
+        if self._alone is not None:
+            return self._alone
         return [found for groups in self.covers for cover in groups for found in cover]
+
+    def first(self, count: int) -> Match:
+        """The first ``count`` spans of it, where a hit may end anywhere."""
+        if self._alone is not None:
+            return Match(self.chain, self.spans[:count], alone=self._alone[:count])
+        return Match(self.chain, self.spans[:count], self.covers[:count])
 
     def by_tier(self, count: int) -> list[int]:
         """Tokens by the farthest of ``count`` tiers that each span needs."""
-        needed = (found for groups in self.covers for cover in groups for found in cover)
-        if all(found.host is Host.READY for found in needed):  # nearly always: keep it quick
+        # Nearly always all of it is in host memory: keep that quick.
+        if self._alone is not None or all(found.host is Host.READY for found in self.path()):
             return [self.tokens] + [0] * (count - 1)
         tokens = [0] * count
         for span, covers in zip(self.spans, self.covers, strict=True):
@@ -74,7 +107,11 @@ class Matcher:
 
     def match(self, chain: ChunkChain, stop: int) -> Match:
         """The longest usable prefix of at most ``stop`` tokens."""
-        spans, found = self._chunks(chain, stop)
+        alone = self._alone(chain, stop)
+        reached = len(alone) * chain.chunk_step
+        if min(stop, chain.named_tokens) - reached < chain.tail_step:  # there is no more of it
+            return Match(chain, chain.spans(len(alone)), alone=alone)
+        spans, found = self._chunks(chain, stop, alone)
         reached = spans[-1].stop if spans else 0
         for path in self._paths(chain, reached, stop):
             longer = [*spans, *(span for span, _ in path)]
@@ -92,15 +129,27 @@ class Matcher:
         stops = [span.stop for span in spans]
         return plan.prefix(stops, self._groups, lambda i, g: found[i][g] is not None)
 
-    def _chunks(self, chain: ChunkChain, stop: int) -> tuple[list[Span], list[Covers]]:
+    def _alone(self, chain: ChunkChain, stop: int) -> list[ObjectRecord]:
+        """What serves the first full chunks, as far as each is one object in host memory."""
+        step, hashes = chain.chunk_step, chain.hashes
+        if stop < chain.num_tokens:
+            hashes = hashes[: stop // step]
+        # Where another zone begins, this ends: zones only follow each other.
+        return self._directory.leading(hashes, step, chain.zone_before(step))
+
+    def _chunks(
+        self, chain: ChunkChain, stop: int, alone: Sequence[ObjectRecord]
+    ) -> tuple[list[Span], list[Covers]]:
         """Spans from the start that every-chunk groups have, up to a chunk's end, and covers.
 
         Mostly full chunks; where one is missing, shorter spans may reach its end together.
+        ``alone``: what is known to serve the first.
         """
         covers, step, spans = self._directory.covers, chain.chunk_step, list[Span]()
-        found: list[Covers] = []
+        found: list[Covers] = [[(each,)] for each in alone]
         listed = 0  # full chunks that ``spans`` has, or has pieces of
-        for index, end_hash in enumerate(chain.hashes[: stop // step]):
+        for index in range(len(alone), min(stop // step, len(chain))):
+            end_hash = chain.hashes[index]
             groups = covers(end_hash, step, chain.zone_before((index + 1) * step))
             if self._has_every(groups):
                 found.append(groups)
@@ -175,7 +224,8 @@ class Matcher:
         return keys
 
     def _reached(self, chain: ChunkChain) -> int:
-        spans, _ = self._chunks(chain, chain.num_tokens)
+        alone = self._alone(chain, chain.num_tokens)
+        spans, _ = self._chunks(chain, chain.num_tokens, alone)
         return spans[-1].stop if spans else 0
 
     def tail_probes(self, chain: ChunkChain) -> list[ObjectKey]:

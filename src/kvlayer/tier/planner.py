@@ -189,11 +189,10 @@ class Planner:
 
     def shortened(self, match: Match, count: int) -> Match:
         """The longest usable prefix within the first ``count`` spans of ``match``."""
-        spans = match.spans[:count]
-        if self._matcher.is_plain or not spans:
-            return Match(match.chain, spans, match.covers[:count])
+        if self._matcher.is_plain or not count or not match.spans:
+            return match.first(count)
         with self.lock:
-            return self._matcher.match(match.chain, spans[-1].stop)
+            return self._matcher.match(match.chain, match.spans[:count][-1].stop)
 
     def release(self, number: int) -> bool:
         """Give a lease back; False when it had expired."""
@@ -312,7 +311,7 @@ class Planner:
     def _resident(self, chain: ChunkChain) -> list[ObjectRecord]:
         """What host memory holds of a prompt's full chunks, root first."""
         chunks = self._matcher.leading(chain)
-        records = [found for chunk in chunks for found in chunk.objects.values()]
+        records = [found for chunk in chunks for found in chunk.objects]
         return [found for found in records if found.host is Host.READY]
 
     def _plan_span(
@@ -364,7 +363,7 @@ class Planner:
         for shorter in chain.tails(span.start // chain.chunk_step):
             record = self.directory.chunk(shorter.hash, shorter.tokens, chain.zone(shorter))
             if record is not None and shorter.stop < span.stop:
-                for found in record.objects.values():
+                for found in record.objects:
                     self.host.demote(found)
 
     def _reserve(
@@ -451,7 +450,7 @@ class Planner:
                 for s in slots[-1:]
             )
             found = dict.fromkeys([*self._matcher.leading(chain), *last])
-            path = [o for record in found if record for o in record.objects.values()]
+            path = [o for record in found if record for o in record.objects]
             self.host.refresh(path, chain.scope.retention)
             return path
 

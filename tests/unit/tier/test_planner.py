@@ -50,7 +50,7 @@ def stops(match: Match) -> list[int]:
 
 def records(planner: Planner, chain: ChunkChain, index: int) -> list[ObjectRecord]:
     chunk = planner.directory.chunk(chain.hashes[index], CHUNK, "0")
-    return [] if chunk is None else list(chunk.objects.values())
+    return [] if chunk is None else list(chunk.objects)
 
 
 # -- lookup -------------------------------------------------------------------------------------
@@ -105,7 +105,8 @@ def test_a_tail_without_its_state_gives_way_to_a_shorter_one_that_has_it() -> No
     tail = chain.tails(1)[0]
     longest = planner.directory.chunk(tail.hash, tail.tokens, "0")
     assert longest is not None
-    planner.evict([longest.objects[STATE]], Cause.CLEARED, "")
+    state = [found for found in longest.objects if found.part == STATE]
+    planner.evict(state, Cause.CLEARED, "")
     assert planner.match(chain).tokens == 20
 
 

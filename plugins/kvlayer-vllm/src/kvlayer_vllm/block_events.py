@@ -281,7 +281,7 @@ def _places(cache: Cache, name: Name) -> list[Place]:
     tiers = cache.stack.lower
     host = cache.stack.host.name
     records = cache.stack.planner.directory.ending(end_hash)
-    objects = [o for record in records if record.tokens == tokens for o in record.objects.values()]
+    objects = [o for record in records if record.tokens == tokens for o in record.objects]
     return [
         *(Place(host, found.part.group) for found in objects if found.host is Host.READY),
         *(
