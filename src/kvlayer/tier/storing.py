@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Stored", "Storing", "moved"]
 
 _SLICE = 16  # spans planned per turn of the loop: some 20 us each
+_VAIN = 3  # waits for room in a row that bring none: no tier takes what host memory keeps for it
 
 
 @dataclass(slots=True)
@@ -73,6 +74,8 @@ class Storing:
         self._writes: list[Write] = []
         """Those a tier with ``write = "through"`` is to commit."""
         self._stored = Stored()
+        self._vain = 0
+        """Waits in a row in which writes ended and no tier had taken anything."""
 
     async def run(self, on_gathered: Callable[[], None] | None) -> Stored:
         """Store it all, or as much as there is room for. ``on_gathered``: the view is free."""
@@ -194,12 +197,19 @@ class Storing:
     async def _news(self) -> bool:
         """Whether some writes have ended: several where they come fast, or planning would cost."""
         spills, demotion = self._stack.spills, self._stack.demotion
-        has_news = await demotion.make_room()
+        taken = self._taken()
+        has_news = has_room = await demotion.make_room()
         for _ in range(_SLICE):
             if not spills.is_busy or not await spills.change():
                 break
             has_news = True
-        return has_news
+        # A tier that refuses what it is offered is offered it again by the next planning.
+        self._vain = 0 if has_room or self._taken() > taken else self._vain + 1
+        return has_news and self._vain < _VAIN
+
+    def _taken(self) -> int:
+        """How many objects lower tiers have taken so far."""
+        return sum(tier.stored for tier in self._stack.lower)
 
     def _now(self) -> float:
         return self._stack.clock()

@@ -25,7 +25,7 @@ from kvlayer.abc.backend import (
     Write,
     WriteResult,
 )
-from kvlayer.errors import BackendError, BackendTimeoutError
+from kvlayer.errors import BackendError, BackendTimeoutError, NoRoomError
 from kvlayer.keys import ObjectKey
 from kvlayer.registry import BACKENDS
 from kvlayer.testing.sim import VirtualTimeLoop, in_virtual_time
@@ -98,6 +98,8 @@ class Shelf(Backend):
         await self._misbehave("put")
         if self.fault == "put reports an error":
             return [BackendError("full") for _ in writes]
+        if self.fault == "put has no room":
+            return [NoRoomError("full, and well") for _ in writes]
         for write in writes:
             self.objects[write.key] = b"".join(write.regions)
         return [None] * len(writes)
@@ -125,14 +127,19 @@ def shelf() -> type[Shelf]:
 
 @asynccontextmanager
 async def _open(
-    shelf: type[Shelf], *, write: Any = "through", max_inflight: int = 4, **more: Any
+    shelf: type[Shelf],
+    *,
+    write: Any = "through",
+    max_inflight: int = 4,
+    host: str = "1MiB",
+    **more: Any,
 ) -> AsyncIterator[Cache]:
     # Short only where it is meant to pass: a busy machine must not turn an error into a deadline.
     deadline = 0.05 if shelf.fault.endswith("hangs") or more.pop("hurry", False) else 30.0
     settings = CacheConfig(
         model=more.pop("model", ModelConfig(weights=WEIGHTS)),
         tiers=(
-            TierConfig(url="cpu://?capacity=1MiB"),
+            TierConfig(url=f"cpu://?capacity={host}"),
             TierConfig(
                 url="shelf://",
                 write=write,
@@ -291,6 +298,25 @@ async def test_flush_waits_past_the_deadline_while_a_tier_makes_progress(
         await cache.flush()
         assert len(shelf.objects) == 8
         assert asyncio.get_running_loop().time() - began > 0.1  # twice the deadline
+
+
+@pytest.mark.parametrize("write", ["through", "back", "demote"])
+@in_virtual_time
+async def test_a_store_does_not_wait_for_a_tier_that_takes_nothing(
+    shelf: type[Shelf], write: str
+) -> None:
+    """One that is well, answers at once, and has no room: its answers are no progress."""
+    engine, other = Engine(layout(), 64, 1), Engine(layout(), 64, 2)
+    async with _open(shelf, write=write, host="32KiB") as cache:
+        shelf.fault = "put has no room"
+        for seed in range(4):  # four objects each, and eight fit
+            slots = engine.slots(64, seed=seed)
+            report = await cache.store(tokens(64, seed), engine.view(slots))
+            assert (report.stored, report.dropped) == (4, 0)
+        assert shelf.calls < 200  # not again and again
+        async with cache.lookup(tokens(64, 3)) as hit:
+            assert (await cache.retrieve(hit, other.view(slots))).tokens == 64
+        assert same(engine.read(slots), other.read(slots))
 
 
 @pytest.mark.parametrize("call", ["describe", "touch"])
