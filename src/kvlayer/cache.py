@@ -184,13 +184,21 @@ class Cache:
         return report
 
     @asynccontextmanager
-    async def lookup(self, tokens: Tokens, *, scope: Scope = PUBLIC) -> AsyncGenerator[PrefixHit]:
+    async def lookup(
+        self, tokens: Tokens, *, scope: Scope = PUBLIC, presume: bool = True
+    ) -> AsyncGenerator[PrefixHit]:
         """The longest usable prefix, pinned until the block ends (or ``lease_seconds`` pass).
+
+        A tier that may hold more than is known here is asked about a few chunks of a long prompt:
+        those between two that are there are presumed to be there, too. Where one is not,
+        :meth:`retrieve` loads what comes before it, and names it in its report. With ``presume``
+        False the tier is asked about every chunk, so a hit holds what was seen and nothing else.
 
         Raises ``TokensError``.
         """
         self.check_loop()
-        hit = await self._lookups.find(tokens, scope)
+        flag("presume", presume)
+        hit = await self._lookups.find(tokens, scope, presume=presume)
         assert hit.lease is not None
         try:
             yield hit

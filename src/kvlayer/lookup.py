@@ -21,6 +21,7 @@ from kvlayer.hit import PrefixHit
 from kvlayer.job import Job
 from kvlayer.keys import ChunkChain, Scope, Tokens
 from kvlayer.parts import Parts
+from kvlayer.tier.lease import Lease
 from kvlayer.tier.matcher import Match
 from kvlayer.tier.planner import Planner
 
@@ -167,10 +168,10 @@ class Lookups:
         self._clock = parts.clock
         self._lease_seconds = parts.config.lease_seconds
 
-    async def find(self, tokens: Tokens, scope: Scope) -> PrefixHit:
+    async def find(self, tokens: Tokens, scope: Scope, *, presume: bool = True) -> PrefixHit:
         """The longest usable prefix, leased. On the loop. Raises ``TokensError``."""
         started = self._clock()
-        return await self._find(self._chain(tokens, scope), started)
+        return await self._find(self._chain(tokens, scope), started, presume=presume)
 
     def begin(self, tokens: Tokens, scope: Scope, spawn: Spawn, tell: Tell) -> Lookup:
         """Answer now if the directory can, else start looking. In any thread."""
@@ -204,22 +205,28 @@ class Lookups:
             )
         hit = lookup.hit
         if hit.match is not None:
-            with self._planner.lock:
-                hit = self._leased(self._stack.finder.known(hit.match.chain))
+            match, lease = self._stack.finder.lease_known(
+                hit.match.chain, hit.match.runs, owner=hit.owner, seconds=self._lease_seconds
+            )
+            hit = self._hit(match, lease)
         return Lookup(self._planner, hit.owner, hit)
 
-    async def _find(self, chain: ChunkChain, started: float) -> PrefixHit:
+    async def _find(self, chain: ChunkChain, started: float, *, presume: bool = True) -> PrefixHit:
         with self._emit.request("lookup", chain.scope.owner, chain.num_tokens):
-            hit = self._leased(await self._stack.finder.find(chain))
+            match, lease = await self._stack.finder.lease(
+                chain, owner=chain.scope.owner, seconds=self._lease_seconds, presume=presume
+            )
+            hit = self._hit(match, lease)
             self._count(chain, hit)
             if self._emit:
                 self._report(chain, hit, self._clock() - started)
         return hit
 
     def _at_once(self, chain: ChunkChain) -> PrefixHit | None:
-        with self._planner.lock:  # nothing may go between being found and being leased
-            match = self._stack.finder.find_at_once(chain)
-            return None if match is None else self._leased(match)
+        leased = self._stack.finder.lease_at_once(
+            chain, owner=chain.scope.owner, seconds=self._lease_seconds
+        )
+        return None if leased is None else self._hit(*leased)
 
     async def _settle_named(
         self,
@@ -240,15 +247,15 @@ class Lookups:
             hit = await self._find(chain, started)
         except Exception:  # noqa: BLE001  # a cache fails only into a miss
             _log.exception("a lookup failed and is answered as a miss")
-            hit = self._leased(Match(chain, [], []))
+            owner = chain.scope.owner
+            match = Match(chain, [], [])
+            lease = self._planner.lease(match, owner=owner, seconds=self._lease_seconds)
+            hit = self._hit(match, lease)
         lookup.settle(hit)
 
-    def _leased(self, match: Match) -> PrefixHit:
-        owner = match.chain.scope.owner
-        with self._planner.lock:
-            lease = self._planner.lease(match, owner=owner, seconds=self._lease_seconds)
-            by_tier = self._planner.by_tier(match)
-        return PrefixHit(match.tokens, tuple(match.spans), by_tier, owner, match, lease)
+    def _hit(self, match: Match, lease: Lease) -> PrefixHit:
+        by_tier = self._planner.by_tier(match)
+        return PrefixHit(match.tokens, tuple(match.spans), by_tier, lease.owner, match, lease)
 
     def _count(self, chain: ChunkChain, hit: PrefixHit) -> None:
         self._parts.count_lookup(chain.num_tokens, hit.tokens)

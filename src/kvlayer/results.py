@@ -179,6 +179,9 @@ class TierStats:
     like others."""
     set_aside: int = 0
     """Objects that failed three times in a row: not offered until they are written anew."""
+    questions: int = 0
+    """Calls by which lookups asked whether objects are there; ``asked_keys`` counts the objects."""
+    asked_keys: int = 0
 
 
 @dataclass(frozen=True, slots=True)

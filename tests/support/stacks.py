@@ -158,6 +158,21 @@ def store(
     return todo
 
 
+def probes(planner: Planner, chain: ChunkChain) -> list[ObjectKey]:
+    """What a search that presumes nothing asks about full chunks."""
+    return [key for key in _first_round(planner, chain) if key.tokens == CHUNK]
+
+
+def tail_probes(planner: Planner, chain: ChunkChain) -> list[ObjectKey]:
+    """What it asks about tails at the first gap."""
+    return [key for key in _first_round(planner, chain) if key.tokens < CHUNK]
+
+
+def _first_round(planner: Planner, chain: ChunkChain) -> list[ObjectKey]:
+    asked = planner.questions(planner.search(chain, every=True), 1 << 1, 0.0)
+    return [key for _, keys in asked for key in keys]
+
+
 class MemoryBackend(Honest):
     """Objects in a dict, and switches for faults that no real backend produces on demand."""
 

@@ -68,7 +68,7 @@ class _Full:
         started = time.perf_counter()
         slot = self._planner.plan_fetch(span, record, evicted)
         if slot is not None:
-            self._planner.fetched(slot, ok=True)
+            self._planner.fetched(slot, 1, ok=True)
         seconds = time.perf_counter() - started
         if len(evicted) != 1:
             raise CapacityError(f"{len(evicted)} objects were evicted to make room for one")

@@ -79,7 +79,7 @@ class ObjectRecord(ChunkRecord):
     """
 
     __slots__ = ("_key", "_several", "held", "host", "is_whole", "nbytes", "offset", "part",
-                 "pins", "retention", "row", "tiers", "writing")  # fmt: skip
+                 "pins", "presumed", "retention", "row", "tiers", "writing")  # fmt: skip
 
     def __init__(
         self,
@@ -109,6 +109,8 @@ class ObjectRecord(ChunkRecord):
         """How many of the pins are a move's, which is no use of the object."""
         self.tiers = 0
         """Bit t: ready on tier t (t >= 1)."""
+        self.presumed = 0
+        """Bit t: tier t was not asked about it, but may hold it. Only reads go by this."""
         self.writing = 0
         """Bit t: being written to tier t."""
 
@@ -138,7 +140,12 @@ class ObjectRecord(ChunkRecord):
         """The nearest tier it can be served from; -1 when there is none."""
         if self.host is Host.READY:
             return 0
-        return (self.tiers & -self.tiers).bit_length() - 1
+        return (self.readable & -self.readable).bit_length() - 1
+
+    @property
+    def readable(self) -> int:
+        """Bit t: worth reading from tier t, which holds it or is presumed to."""
+        return self.tiers | self.presumed
 
 
 class Several(ChunkRecord):
@@ -253,10 +260,10 @@ class Directory:
         objects = record.objects
         for found in objects:
             if found.is_whole and found.part.group == need.group:
-                if found.host is Host.READY or (len(objects) == 1 and found.tiers):
+                if found.host is Host.READY or (len(objects) == 1 and found.readable):
                     return (found,)
                 break
-        ready = sorted((o for o in objects if o.is_ready), key=lambda o: o.tier)
+        ready = sorted((o for o in objects if o.tier >= 0), key=lambda o: o.tier)
         by_part = {o.part: o for o in ready}
         chosen = plan.cover(need, by_part)
         return None if chosen is None else tuple(by_part[part] for part in chosen)
@@ -342,6 +349,28 @@ class Directory:
         at.other = record
         return record
 
+    def presume(self, span: Span, zone: str, part: Part, tiers: int) -> ObjectRecord | None:
+        """Presume that lower ``tiers``, which were not asked, hold an object while it is pinned.
+
+        None where more is known of it. Whoever does not pin it calls :meth:`forget`.
+        """
+        found = self.ensure(span, zone, part)
+        if found.is_ready or found.host is Host.FILLING:
+            return None
+        found.presumed |= tiers
+        found.chunk.span = span
+        _stale(found)
+        return found
+
+    def deny(self, key: ObjectKey, tier: int) -> None:
+        """A lower tier said that it does not hold an object: it is presumed there no more."""
+        zone, end_hash, tokens, part = key.fields()
+        record = self._active(end_hash, tokens, zone)
+        found = None if record is None else _of_part(record, part)
+        if found is not None and found.presumed >> tier & 1:
+            found.presumed &= ~(1 << tier)
+            _stale(found)
+
     # -- state changes ---------------------------------------------------------------------------
 
     def fill(self, found: ObjectRecord, offset: int, nbytes: int) -> None:
@@ -370,6 +399,7 @@ class Directory:
         if not found.tiers >> tier & 1:
             self._held[tier] += 1
         found.tiers |= 1 << tier
+        found.presumed = 0
         found._key = None
         _stale(found)
         self._rest(found.chunk)
@@ -380,6 +410,7 @@ class Directory:
         if found.tiers >> tier & 1:
             self._held[tier] -= 1
         found.tiers &= ~(1 << tier)
+        found.presumed &= ~(1 << tier)
         self._changed(found)
 
     def _changed(self, found: ObjectRecord) -> None:
@@ -394,6 +425,7 @@ class Directory:
                 self._rise(record)
                 if isinstance(record, Several):
                     record.leave(found)
+            found.presumed = 0
             if record is found or not record.objects:
                 self._unlink(record)
                 return

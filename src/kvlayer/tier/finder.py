@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from kvlayer._foreign import words
-from kvlayer.abc.backend import SizeResult
-from kvlayer.errors import BackendError
 from kvlayer.keys import ChunkChain, ObjectKey
-from kvlayer.results import Cause
 from kvlayer.tier import plan
 from kvlayer.tier.directory import Host
 from kvlayer.tier.estimate import Rate
-from kvlayer.tier.guard import Call, Refused
+from kvlayer.tier.lease import Lease
 from kvlayer.tier.loads import Loads, Wanted, down, wanted_of
-from kvlayer.tier.matcher import Match
+from kvlayer.tier.matcher import Match, Run
 from kvlayer.tier.objects import Objects
 from kvlayer.tier.planner import Planner
+from kvlayer.tier.questions import Questions
 from kvlayer.tier.tier import LowerTier
 
 __all__ = ["Finder"]
@@ -38,94 +35,120 @@ class Finder:
         clock: Callable[[], float],
     ) -> None:
         self._planner = planner
-        self._objects = objects
         self._loads = loads
         self._lower = tuple(lower)
         self._prefill = prefill
         self._clock = clock
+        self._questions = {tier.index: Questions(tier, planner, objects, clock) for tier in lower}
 
     async def find(self, chain: ChunkChain, *, at_any_price: bool = False) -> Match:
-        """The longest prefix worth loading. Asks lower tiers what the directory does not know.
+        """The longest prefix worth loading of what was seen: tiers are asked about every chunk.
 
-        Tiers are asked side by side, so a lookup pays one deadline at most, the longest.
         ``at_any_price``: nobody waits for the loading, so that it is worth any time.
         """
-        asked = [tier for tier in self._lower if tier.must_ask or self._planner.has_forgotten]
-        if asked and self._planner.match(chain).tokens == chain.named_tokens:
-            asked = []  # there is no more of it
-        until = self._clock() + max((tier.guard.deadline for tier in asked), default=0.0)
-        for probes in (self._planner.probes, self._planner.tail_probes):
-            if asked and (keys := probes(chain)):
-                asked = await self._ask(asked, keys, until)
-        rate = None if at_any_price else self._prefill.tokens_per_second
-        return self._worth_loading(self._planner.match(chain), rate)
+        await self._learn(chain, every=True)
+        return self._worth_loading(self._seen(self._planner.match(chain)), self._rate(at_any_price))
 
-    def find_at_once(self, chain: ChunkChain) -> Match | None:
-        """What :meth:`find` would answer, or None when a tier must be asked first.
+    async def lease(
+        self,
+        chain: ChunkChain,
+        *,
+        owner: str,
+        seconds: float,
+        presume: bool = True,
+        at_any_price: bool = False,
+        is_holding: bool = False,
+    ) -> tuple[Match, Lease]:
+        """The longest prefix worth loading, leased. Asks tiers what the directory does not know.
 
-        In any thread, with the planner's lock held until the match is leased.
+        ``presume``: not about every chunk, see :mod:`kvlayer.tier.asking`. Tiers are asked side by
+        side, so a lookup pays one deadline at most, the longest.
         """
-        match = self._planner.match(chain)
-        has_forgotten = self._planner.has_forgotten
-        must_ask = any(
-            (tier.must_ask or has_forgotten) and tier.guard.serves for tier in self._lower
-        )
-        if must_ask and not self._planner.is_final(match):
-            return None
-        return self._worth_loading(match, self._prefill.tokens_per_second)
+        runs = await self._learn(chain, every=not presume)
+        rate = self._rate(at_any_price)
 
-    def known(self, chain: ChunkChain) -> Match:
-        """What of it is known, whatever tiers could add. Locked like :meth:`find_at_once`."""
-        return self._worth_loading(self._planner.match(chain), self._prefill.tokens_per_second)
+        def choose(match: Match) -> Match:
+            return self._worth_loading(match if presume else self._seen(match), rate)
+
+        leased = self._planner.lease_match(
+            chain, runs, choose, owner=owner, seconds=seconds, is_holding=is_holding
+        )
+        assert leased is not None
+        return leased
+
+    def lease_at_once(
+        self, chain: ChunkChain, *, owner: str, seconds: float
+    ) -> tuple[Match, Lease] | None:
+        """What :meth:`lease` would answer, or None when a tier must be asked first.
+
+        In any thread.
+        """
+        has_forgotten = self._planner.has_forgotten
+        tiers = _bits(t for t in self._lower if t.guard.serves and _must_ask(t, has_forgotten))
+        rate = self._rate()
+
+        def choose(match: Match) -> Match | None:
+            if tiers and not match.is_whole:
+                search = self._planner.search(chain, every=False)
+                if self._planner.questions(search, tiers, self._clock()):
+                    return None
+            return self._worth_loading(match, rate)
+
+        return self._planner.lease_match(chain, (), choose, owner=owner, seconds=seconds)
+
+    def lease_known(
+        self, chain: ChunkChain, runs: Sequence[Run] = (), *, owner: str, seconds: float
+    ) -> tuple[Match, Lease]:
+        """What is known of a prompt, or presumed (``runs``), leased. In any thread."""
+        rate = self._rate()
+        leased = self._planner.lease_match(
+            chain, runs, partial(self._worth_loading, rate=rate), owner=owner, seconds=seconds
+        )
+        assert leased is not None
+        return leased
+
+    async def _learn(self, chain: ChunkChain, *, every: bool) -> Sequence[Run]:
+        """Ask lower tiers about a prompt, round by round; what may be presumed of it."""
+        has_forgotten = self._planner.has_forgotten
+        asked = {tier.index: tier for tier in self._lower if _must_ask(tier, has_forgotten)}
+        search = self._planner.search(chain, every=every)
+        until = self._clock() + max((t.guard.deadline for t in asked.values()), default=0.0)
+        while asked:
+            round_ = self._planner.questions(search, _bits(asked.values()), self._clock())
+            if not round_:
+                break
+            for tier in await self._ask([(asked[index], keys) for index, keys in round_], until):
+                del asked[tier.index]
+        return search.runs
 
     async def _ask(
-        self, tiers: Sequence[LowerTier], keys: Sequence[ObjectKey], until: float
+        self, asked: Sequence[tuple[LowerTier, Sequence[ObjectKey]]], until: float
     ) -> list[LowerTier]:
-        """Note what tiers hold of ``keys``; those that answered."""
-        calls: list[tuple[LowerTier, Call[list[SizeResult]]]] = []
-        answered: list[LowerTier] = []
+        """Ask tiers side by side, and note what they hold; those that did not answer."""
+        questions = [
+            (tier, question)
+            for tier, keys in asked
+            for question in self._questions[tier.index].ask(keys)
+        ]
         try:
-            for tier in tiers:
-                try:
-                    ask = partial(self._objects.contains, tier.index, keys)
-                    calls.append((tier, tier.guard.start(ask)))
-                except Refused as no:
-                    tier.refused(no.cause)
             patience = until - self._clock()
-            ended = await asyncio.gather(*(t.guard.wait(call, patience) for t, call in calls))
-            for (tier, call), in_time in zip(calls, ended, strict=True):
-                if not in_time:
-                    if call.was_late:
-                        tier.fails(Cause.DEADLINE, f"no answer within {tier.guard.deadline} s")
-                    else:
-                        tier.refused(Cause.DEADLINE)  # the first question took most of the time
-                elif isinstance(call.error, Refused):
-                    tier.refused(call.error.cause)
-                elif call.error is not None:
-                    tier.fails(Cause.TIER_DOWN, words(call.error))
-                elif self._note(tier, keys, call.result()):
-                    answered.append(tier)
+            waits = (self._questions[tier.index].wait(q, patience) for tier, q in questions)
+            answered = await asyncio.gather(*waits)
         finally:
-            for _, call in calls:
-                call.cancel()
-        return answered
+            for tier, question in questions:
+                self._questions[tier.index].leave(question)
+        heard = {tier.index for (tier, _), ok in zip(questions, answered, strict=True) if ok}
+        return [tier for tier, _ in asked if tier.index not in heard]
 
-    def _note(
-        self, tier: LowerTier, keys: Sequence[ObjectKey], sizes: Sequence[SizeResult]
-    ) -> bool:
-        """Note what a tier holds; whether it answered for any key. An error is not an absence."""
-        errors = [size for size in sizes if isinstance(size, BackendError)]
-        if errors and len(errors) == len(keys):
-            tier.fails(Cause.TIER_DOWN, words(errors[0]))
-            return False
-        tier.works()
-        there = [key for key, size in zip(keys, sizes, strict=True) if isinstance(size, int)]
-        self._planner.note(there, tier.index)
-        if errors:
-            tier.complains(
-                Cause.TIER_DOWN, f"{len(errors)} of {len(keys)} keys: {words(errors[0])}"
-            )
-        return True
+    def _seen(self, match: Match) -> Match:
+        """What of it somebody has seen; another request may presume more of it."""
+        for count, records in enumerate(found for _, found in wanted_of(match)):
+            if not all(record.is_ready for record in records):
+                return self._planner.shortened(match, count)
+        return match
+
+    def _rate(self, at_any_price: bool = False) -> float | None:
+        return None if at_any_price else self._prefill.tokens_per_second
 
     def _worth_loading(self, match: Match, rate: float | None) -> Match:
         """``match`` cut where a tier is not asked for now, or where recomputing is faster."""
@@ -154,7 +177,7 @@ class Finder:
             for record in records:
                 if record.host is Host.READY:
                     continue
-                live = record.tiers & ~dead
+                live = record.readable & ~dead
                 if not live or self._loads.stuck(record):
                     return needs
                 tier = (live & -live).bit_length() - 1
@@ -184,3 +207,11 @@ class Finder:
 def _no_time(_tier: int, _nbytes: int) -> float:
     """What loading takes where nobody knows what computing takes."""
     return 0.0
+
+
+def _must_ask(tier: LowerTier, has_forgotten: bool) -> bool:
+    return tier.must_ask or has_forgotten
+
+
+def _bits(tiers: Iterable[LowerTier]) -> int:
+    return sum(1 << tier.index for tier in tiers)

@@ -275,7 +275,7 @@ class Loads:
                 nbytes=slot.piece.nbytes,
             )
         except Refused as refused:
-            self._planner.fetched(slot, ok=False)
+            self._planner.fetched(slot, tier.index, ok=False)
             tier.refused(refused.cause)
             return Failure(span, refused.cause, tier.name, refused.detail)
         tier.begins("load", record.key, slot.piece.nbytes)
@@ -296,7 +296,7 @@ class Loads:
 
     def _source(self, span: Span, record: ObjectRecord, after: int) -> LowerTier | Failure:
         """The nearest tier below ``after`` that has the object and is asked at all."""
-        below = record.tiers >> (after + 1) << (after + 1)
+        below = record.readable >> (after + 1) << (after + 1)
         if not below:
             return Failure(span, Cause.VANISHED, self._host.name, "gone since the lookup")
         serving = below & ~down(self._lower.values())
@@ -313,7 +313,7 @@ class Loads:
         flight = self._flights.land(slot.record.key)
         outcome = outcome_of(call, slot.record.key)
         is_wanted = flight is None or not flight.is_forsaken
-        self._planner.fetched(slot, ok=outcome.ok and is_wanted)
+        self._planner.fetched(slot, tier.index, ok=outcome.ok and is_wanted)
         tier.transferred("load", outcome, call)
         if trip is not None:
             trip.landed(self._clock(), outcome)
@@ -342,9 +342,9 @@ class Loads:
             if record.tier == 0:
                 return None  # stored anew while the damaged copy was taken away
             # A tier that failed but may still hold the object is not asked again by this request.
-            failed = record.tiers >> tier.index & 1 and not flight.was_given_up
+            failed = record.readable >> tier.index & 1 and not flight.was_given_up
             after = tier.index if failed else 0
-            if not record.tiers >> (after + 1):
+            if not record.readable >> (after + 1):
                 cause = outcome.cause or Cause.VANISHED
                 return Failure(span, cause, tier.name, outcome.detail)
             again = self._fly(span, record, after)
@@ -373,7 +373,7 @@ class Loads:
         replace it, and every prompt that needs it would fail again.
         """
         cause = outcome.cause
-        if cause is None or not record.tiers >> tier.index & 1:
+        if cause is None or not record.readable >> tier.index & 1:
             return  # another request was faster
         is_hopeless = tier.is_hopeless(Lane.READS, record.key)
         is_foreign = cause is Cause.FOREIGN_VERSION  # another release serves it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 from kvlayer.keys import ChunkChain, ObjectKey, Part, Span
 from kvlayer.layout import HitRule, KVGroup
@@ -11,10 +11,22 @@ from kvlayer.payload import Payload
 from kvlayer.tier import plan
 from kvlayer.tier.directory import ChunkRecord, Directory, Host, ObjectRecord
 
-__all__ = ["Match", "Matcher"]
+__all__ = ["Match", "Matcher", "Run"]
 
 Covers: TypeAlias = list[tuple[ObjectRecord, ...] | None]
 """Per group, what serves a span; None where nothing does."""
+
+
+class Run(NamedTuple):
+    """Chunks ``[first, stop)`` of a prompt, presumed on ``tiers`` where nothing is known of them.
+
+    Bit t stands for tier t: it has said that it holds chunk ``stop``.
+    """
+
+    first: int
+    stop: int
+    tiers: int
+
 
 _MAX_PARTS = 1024  # bounds what is remembered about parts that others name
 
@@ -25,7 +37,7 @@ class Match:
     Whoever reads it changes nothing: the directory shares what it remembers.
     """
 
-    __slots__ = ("_alone", "_covers", "chain", "spans")
+    __slots__ = ("_alone", "_covers", "chain", "runs", "spans")
 
     def __init__(
         self,
@@ -38,6 +50,8 @@ class Match:
         """``alone`` instead of covers: each in host memory, and all that serves its span."""
         self.chain = chain
         self.spans = spans
+        self.runs: Sequence[Run] = ()
+        """What of it was presumed, for whoever matches it again."""
         self._covers = covers
         self._alone = alone
 
@@ -60,6 +74,11 @@ class Match:
     def tokens(self) -> int:
         return self.spans[-1].stop if self.spans else 0
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of the prompt that has a name."""
+        return self.tokens == self.chain.named_tokens
+
     def path(self) -> list[ObjectRecord]:
         """Every object of the match, root first."""
         if self._alone is not None:
@@ -70,7 +89,9 @@ class Match:
         """The first ``count`` spans of it, where a hit may end anywhere."""
         if self._alone is not None:
             return Match(self.chain, self.spans[:count], alone=self._alone[:count])
-        return Match(self.chain, self.spans[:count], self.covers[:count])
+        match = Match(self.chain, self.spans[:count], self.covers[:count])
+        match.runs = self.runs
+        return match
 
     def by_tier(self, count: int) -> list[int]:
         """Tokens by the farthest of ``count`` tiers that each span needs."""
@@ -208,33 +229,76 @@ class Matcher:
             for span, groups in zip(spans, found, strict=False)
         ]
 
+    # -- what is not known -----------------------------------------------------------------------
+
+    def lacking(self, chain: ChunkChain, *, seen: bool = False) -> list[int]:
+        """Full chunks that every-chunk groups lack, from the first gap on.
+
+        ``seen``: what is only presumed counts as lacking.
+        """
+        return [
+            index
+            for index in range(self._reached(chain, seen=seen) // chain.chunk_step, len(chain))
+            if self.holders(chain, index, seen=seen) is None
+        ]
+
+    def holders(self, chain: ChunkChain, index: int, *, seen: bool = False) -> int | None:
+        """Lower tiers (bit t: tier t) that hold any of a full chunk.
+
+        None where every-chunk groups lack it. ``seen``: also where it is only presumed.
+        """
+        covers, tiers = self._covers(chain, index), 0
+        for g in self._every:
+            cover = covers[g]
+            if cover is None or (seen and not _is_seen(cover)):
+                return None
+            for found in cover:
+                tiers |= found.readable
+        return tiers
+
+    def lacks(self, chain: ChunkChain, index: int, group: int) -> bool:
+        """Whether a group lacks a full chunk."""
+        return self._covers(chain, index)[group] is None
+
+    def lacked(self, chain: ChunkChain, index: int, group: int) -> list[ObjectKey]:
+        """The objects to ask about where a group lacks a full chunk; none where it does not."""
+        if not self.lacks(chain, index, group):
+            return []
+        return self._keys(chain, chain.span(index), group)
+
+    def _covers(self, chain: ChunkChain, index: int) -> Covers:
+        step = chain.chunk_step
+        zone = chain.zone_before((index + 1) * step)
+        return self._directory.covers(chain.hashes[index], step, zone)
+
     def probes(self, chain: ChunkChain) -> list[ObjectKey]:
-        """Full-chunk objects the directory does not know, from the first gap on."""
+        """Full-chunk objects that nobody has seen, from the first gap on."""
         keys: list[ObjectKey] = []
-        reached = self._reached(chain)
-        for i, end_hash in enumerate(chain.hashes):
-            stop = (i + 1) * chain.chunk_step
-            groups = self._directory.covers(end_hash, chain.chunk_step, chain.zone_before(stop))
-            gap = stop > reached
-            if not gap and not self._has_every(groups):
+        reached = self._reached(chain, seen=True)
+        for i in range(len(chain)):
+            gap = (i + 1) * chain.chunk_step > reached
+            if not gap and self.holders(chain, i, seen=True) is None:
                 continue  # shorter spans stand in its place
-            for g, cover in enumerate(groups):
-                if cover is None and (gap or g not in self._every):
+            for g, cover in enumerate(self._covers(chain, i)):
+                if (cover is None or not _is_seen(cover)) and (gap or g not in self._every):
                     keys += self._keys(chain, chain.span(i), g)
         return keys
 
-    def _reached(self, chain: ChunkChain) -> int:
-        alone = self._alone(chain, chain.num_tokens)
-        spans, _ = self._chunks(chain, chain.num_tokens, alone)
+    def _reached(self, chain: ChunkChain, *, seen: bool) -> int:
+        spans, found = self._chunks(chain, chain.num_tokens, self._alone(chain, chain.num_tokens))
+        if seen:
+            for span, groups in zip(spans, found, strict=True):
+                if not all(_is_seen(groups[g] or ()) for g in self._every):
+                    return span.start
         return spans[-1].stop if spans else 0
 
-    def tail_probes(self, chain: ChunkChain) -> list[ObjectKey]:
-        """Objects of the tails that may stand at the first missing chunk, longest first.
+    def tail_probes(self, chain: ChunkChain, index: int) -> list[ObjectKey]:
+        """Objects of the tails that may stand in the place of a full chunk, longest first.
 
         None below a tail that is there: a shorter one adds nothing to it.
         """
         keys: list[ObjectKey] = []
-        for tail in chain.tails(self._reached(chain) // chain.chunk_step):
+        for tail in chain.tails(index):
             groups = self._directory.covers(tail.hash, tail.tokens, chain.zone(tail))
             missing = [g for g, cover in enumerate(groups) if cover is None]
             if not missing:
@@ -259,12 +323,19 @@ class Matcher:
                     assert piece is not None
                     yield piece
 
-    def is_final(self, match: Match) -> bool:
-        """Whether nothing that a lower tier could still say would make a match longer."""
-        chain = match.chain
-        if match.tokens == chain.named_tokens:
-            return True
-        return not (self.probes(chain) or self.tail_probes(chain))
+    def presume(self, chain: ChunkChain, run: Run) -> list[ObjectRecord]:
+        """Take it that the run's tiers hold what every-chunk groups lack of its chunks."""
+        presumed: list[ObjectRecord] = []
+        for index in range(run.first, run.stop):
+            span = chain.span(index)
+            for g in self._every:
+                if not self.lacks(chain, index, g):
+                    continue
+                for part in self._cuts[g]:
+                    found = self._directory.presume(span, chain.zone(span), part, run.tiers)
+                    if found is not None:
+                        presumed.append(found)
+        return presumed
 
     def _keys(self, chain: ChunkChain, span: Span, group: int) -> list[ObjectKey]:
         zone, space = chain.zone(span), self._directory.namespace
@@ -293,3 +364,8 @@ class Matcher:
             if len(self._parts) < _MAX_PARTS:
                 self._parts[text] = known
         return known
+
+
+def _is_seen(cover: tuple[ObjectRecord, ...]) -> bool:
+    """Whether nothing of it is only presumed."""
+    return all(found.is_ready for found in cover)

@@ -22,12 +22,14 @@ from kvlayer.layout import HitRule, KVLayout
 from kvlayer.payload import Payload
 from kvlayer.results import Cause, Failure
 from kvlayer.tier import plan
+from kvlayer.tier.absences import Absences
+from kvlayer.tier.asking import Search
 from kvlayer.tier.directory import Directory, Host, ObjectRecord
 from kvlayer.tier.host import HostTier
 from kvlayer.tier.journal import Journal, Loss
 from kvlayer.tier.lease import Lease, LeaseTable
 from kvlayer.tier.leaving import Leaving, Outlets, plan_leaving
-from kvlayer.tier.matcher import Match, Matcher
+from kvlayer.tier.matcher import Match, Matcher, Run
 from kvlayer.tier.messages import Outcome, Piece
 from kvlayer.tier.promises import Promise, Promises
 from kvlayer.tier.store_plan import Reservation, StorePlan
@@ -83,6 +85,7 @@ class Planner:
         self.leases = LeaseTable(self.host)
         self.journal = Journal()
         self.promises = Promises(namespace)
+        self._absences = Absences()
         self._is_retired = False
         chunk = sum(
             self.payload(part, tokens_per_chunk).nbytes for cut in self._cuts for part in cut
@@ -113,20 +116,70 @@ class Planner:
         with self.lock:
             return self._matcher.match(chain, chain.num_tokens)
 
-    def probes(self, chain: ChunkChain) -> list[ObjectKey]:
-        """Full-chunk objects the directory does not know, from the first gap on."""
-        with self.lock:
-            return self._matcher.probes(chain)
+    def search(self, chain: ChunkChain, *, every: bool) -> Search:
+        """What to ask the tiers about a prompt; ``every``: about every chunk of it."""
+        return Search(self._matcher, self._groups, chain, every=every)
 
-    def tail_probes(self, chain: ChunkChain) -> list[ObjectKey]:
-        """Objects of the tails that may stand at the first missing chunk, longest first."""
-        with self.lock:
-            return self._matcher.tail_probes(chain)
+    def questions(
+        self, search: Search, tiers: int, now: float
+    ) -> list[tuple[int, list[ObjectKey]]]:
+        """The next round of a search: what to ask which of ``tiers`` (bits); empty: it is over.
 
-    def is_final(self, match: Match) -> bool:
-        """Whether nothing that a lower tier could still say would make a match longer."""
+        What a tier has just said to be absent is not asked about again.
+        """
+        while True:
+            with self.lock:
+                keys = search.next(tiers)
+                if not keys:
+                    return []
+                asked = (
+                    (tier, self._absences.open(tier, keys, now))
+                    for tier in range(1, tiers.bit_length())
+                    if tiers >> tier & 1
+                )
+                if questions := [(tier, left) for tier, left in asked if left]:
+                    return questions
+
+    def lease_match(
+        self,
+        chain: ChunkChain,
+        runs: Sequence[Run],
+        choose: Callable[[Match], Match | None],
+        *,
+        owner: str,
+        seconds: float,
+        is_holding: bool = False,
+    ) -> tuple[Match, Lease] | None:
+        """Match a prompt by what is known and presumed (``runs``), and lease what is chosen of it.
+
+        In any thread. Nothing can go between being found and being leased. None if ``choose``
+        chooses none.
+        """
         with self.lock:
-            return self._matcher.is_final(match)
+            presumed = self._presume(chain, runs)
+            try:
+                match = choose(self._match(chain, chain.num_tokens, runs))
+                if match is None:
+                    return None
+                return match, self.lease(match, owner=owner, seconds=seconds, is_holding=is_holding)
+            finally:
+                self._forget_unpinned(presumed)
+
+    def _match(self, chain: ChunkChain, stop: int, runs: Sequence[Run]) -> Match:
+        match = self._matcher.match(chain, stop)
+        match.runs = runs
+        return match
+
+    def _presume(self, chain: ChunkChain, runs: Sequence[Run]) -> list[ObjectRecord]:
+        presumed: list[ObjectRecord] = []
+        for run in runs:
+            presumed += self._matcher.presume(chain, run)
+        return presumed
+
+    def _forget_unpinned(self, presumed: Sequence[ObjectRecord]) -> None:
+        for found in presumed:
+            if not found.pins:
+                self.directory.forget(found)
 
     def by_tier(self, match: Match) -> dict[str, int]:
         """Tokens of a match by the name of the farthest tier each span needs."""
@@ -141,7 +194,15 @@ class Planner:
                 if key in withdrawn or (tier, key) in self._aside:
                     continue
                 if self._matcher.can_exist(key):
+                    self._absences.withdraw(tier, key)
                     self.directory.note(key, tier)
+
+    def absent(self, keys: Iterable[ObjectKey], tier: int, now: float) -> None:
+        """A lower tier said that it holds none of these: believed for a second."""
+        with self.lock:
+            self._absences.believe(tier, keys, now)
+            for key in keys:
+                self.directory.deny(key, tier)
 
     def listing(self, tier: int, *, started: bool) -> None:
         """A tier is being listed: what is withdrawn meanwhile must not come back with the list."""
@@ -171,9 +232,13 @@ class Planner:
         """
         with self.lock:
             self.leases.expire(self._clock())
-            if not self.leases.holds(lease.number):
-                match = self._matcher.match(match.chain, match.tokens)
+            if self.leases.holds(lease.number):
+                self.host.pin(match.path())
+                return match
+            presumed = self._presume(match.chain, match.runs)
+            match = self._match(match.chain, match.tokens, match.runs)
             self.host.pin(match.path())
+            self._forget_unpinned(presumed)
             return match
 
     def bounded(self, match: Match, stop: int) -> Match:
@@ -185,14 +250,14 @@ class Planner:
         if match.tokens <= stop or self._matcher.is_plain:
             return match
         with self.lock:
-            return self._matcher.match(match.chain, stop)
+            return self._match(match.chain, stop, match.runs)
 
     def shortened(self, match: Match, count: int) -> Match:
         """The longest usable prefix within the first ``count`` spans of ``match``."""
         if self._matcher.is_plain or not count or not match.spans:
             return match.first(count)
         with self.lock:
-            return self._matcher.match(match.chain, match.spans[:count][-1].stop)
+            return self._match(match.chain, match.spans[:count][-1].stop, match.runs)
 
     def release(self, number: int) -> bool:
         """Give a lease back; False when it had expired."""
@@ -486,11 +551,16 @@ class Planner:
             self.leases.expire(self._clock())
             return self._reserve(span, record, evicted)
 
-    def fetched(self, slot: Reservation, *, ok: bool) -> None:
-        """The fetch into this slot ended: serve it or give the memory back. Lets go of its pin."""
+    def fetched(self, slot: Reservation, tier: int, *, ok: bool) -> None:
+        """The fetch into this slot ended: serve it or give the memory back. Lets go of its pin.
+
+        ``tier`` has held it if ``ok``, which may have been presumed.
+        """
         with self.lock:
             if ok:
                 self.host.commit((slot.record,))
+                if slot.record.presumed:
+                    self.directory.add_tier(slot.record, tier)
                 self.host.let_go((slot.record,))
             else:
                 self._abandon(slot)
@@ -519,6 +589,7 @@ class Planner:
             record.writing &= ~(1 << tier)
             if ok:
                 self.directory.add_tier(record, tier)
+                self._absences.withdraw(tier, record.key)
                 self._aside.pop((tier, record.key), None)
             self.host.let_go((record,))
 
@@ -535,8 +606,9 @@ class Planner:
                 if len(self._aside) > _MAX_ASIDE:
                     del self._aside[next(iter(self._aside))]
             self._withdraw(record.key, tier)
+            was_seen = bool(record.tiers)
             self.directory.drop_tier(record, tier)
-            if not record.is_ready:
+            if was_seen and not record.is_ready:
                 self.lost(record.key, cause, tier, detail)
 
     def _withdraw(self, key: ObjectKey, tier: int) -> None:

@@ -196,8 +196,9 @@ class Stack:
 
         Nothing stays leased when this raises or is cancelled.
         """
-        match = await self.finder.find(chain, at_any_price=True)
-        lease = self.planner.lease(match, owner=owner, seconds=seconds, is_holding=True)
+        match, lease = await self.finder.lease(
+            chain, owner=owner, seconds=seconds, at_any_price=True, is_holding=True
+        )
         held = False
         try:
             report = await self.promote(match)

@@ -119,6 +119,9 @@ class LowerTier(Tier):
     """Writes that were given up because host memory itself was needed."""
     set_aside: int = 0
     """Objects that failed several times in a row and are not offered until they are rewritten."""
+    questions: int = 0
+    """Calls that asked whether objects are there; ``asked_keys`` counts those objects."""
+    asked_keys: int = 0
     on_opened: Callable[[], None] | None = None
     """Told when a breaker has opened."""
     _troubles: dict[Lane, str] = field(default_factory=dict[Lane, str])
@@ -147,6 +150,8 @@ class LowerTier(Tier):
             foreign=getattr(self.backend, "foreign", 0),
             set_aside=self.set_aside,
             dropped_writes=self.dropped,
+            questions=self.questions,
+            asked_keys=self.asked_keys,
             inflight=self.guard.inflight,
             inflight_nbytes=self.guard.inflight_nbytes,
             orphans=self.guard.orphans,
@@ -262,6 +267,11 @@ class LowerTier(Tier):
                     detail=outcome.detail,
                 )
             )
+
+    def asks(self, keys: int) -> None:
+        """A call was admitted that asks whether ``keys`` objects are there."""
+        self.questions += 1
+        self.asked_keys += keys
 
     def begins(self, direction: str, key: ObjectKey, nbytes: int) -> None:
         """A call was admitted that moves one object."""

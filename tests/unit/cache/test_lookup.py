@@ -312,10 +312,10 @@ def test_a_lookup_that_breaks_is_a_miss_and_says_so(
 ) -> None:
     with Portal.open(config(tmp_path), layout()) as portal:
 
-        async def broken(*_: object) -> None:
+        async def broken(*_: object, **__: object) -> None:
             raise ZeroDivisionError
 
-        monkeypatch.setattr(portal.cache.stack.finder, "find", broken)
+        monkeypatch.setattr(portal.cache.stack.finder, "lease", broken)
         with portal.lookup(tokens(48)) as lookup:
             assert lookup.wait(HANG).tokens == 0
             assert lookup.state is LookupState.MISS
@@ -399,7 +399,8 @@ def test_a_lookup_is_renewed_in_the_callers_thread_and_asks_nobody(tmp_path: Pat
             with busy(portal), portal.renew(first) as second:
                 assert first.release()
                 assert second.state is LookupState.HIT and second.hit.tokens == 48
-            with pytest.raises(PendingError), busy(portal), portal.lookup(asked) as pending:
+            other_end = [*tokens(48), *tokens(16, 2)]  # of this nothing has been said yet
+            with pytest.raises(PendingError), busy(portal), portal.lookup(other_end) as pending:
                 portal.renew(pending)
             assert portal.call(stats)[3] == 0
         second = portal.renew(first)

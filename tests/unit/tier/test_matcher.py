@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stacks import CHUNK, NAMESPACE, TAIL, chain_of, hybrid_layout, make_planner
+from stacks import (
+    CHUNK,
+    NAMESPACE,
+    TAIL,
+    chain_of,
+    hybrid_layout,
+    make_planner,
+    probes,
+    tail_probes,
+)
 
 from kvlayer.keys import ChunkChain, ObjectKey, Part, Salt, Scope, Span
 from kvlayer.tier.planner import Planner
@@ -82,7 +91,7 @@ def test_the_same_end_with_other_tokens_is_another_object() -> None:
     planner, chain = make_planner(), chain_of(16)
     lies(planner, chain, (12, 16))
     assert planner.match(chain).tokens == 0
-    assert key(chain, 0, 16) in planner.probes(chain)
+    assert key(chain, 0, 16) in probes(planner, chain)
     lies(planner, chain, (0, 16))
     assert len(planner.directory) == 2
     assert found(planner, chain) == [(0, 16)]
@@ -123,8 +132,8 @@ def test_a_length_that_no_object_has_is_not_believed(tokens: int) -> None:
 def test_chunks_behind_short_spans_are_not_asked_for_again() -> None:
     planner, chain = make_planner(), chain_of(64)
     lies(planner, chain, (0, 16), (16, 24), (24, 32), (32, 48))
-    assert planner.probes(chain) == [key(chain, 48, 64)]
-    assert [k.tokens for k in planner.tail_probes(chain)] == [12, 8, 4]
+    assert probes(planner, chain) == [key(chain, 48, 64)]
+    assert [k.tokens for k in tail_probes(planner, chain)] == [12, 8, 4]
 
 
 def test_a_window_and_a_state_may_end_at_a_cut() -> None:

@@ -19,7 +19,9 @@ from stacks import (
     check_accounts,
     hybrid_layout,
     make_planner,
+    probes,
     store,
+    tail_probes,
 )
 
 from kvlayer.abc.policy import EvictionPolicy
@@ -121,19 +123,19 @@ def test_a_model_of_states_alone_finds_a_tail_that_is_not_the_longest() -> None:
 def test_probes_are_what_the_directory_does_not_know_from_the_gap_on() -> None:
     planner, chain = make_planner(), chain_of(64)
     store(planner, chain)
-    assert planner.probes(chain) == []
+    assert probes(planner, chain) == []
     planner.evict([r for i in (1, 3) for r in records(planner, chain, i)], Cause.CLEARED, "")
-    assert planner.probes(chain) == [key(chain, 1), key(chain, 3)]
-    assert planner.probes(chain_of(15)) == []
+    assert probes(planner, chain) == [key(chain, 1), key(chain, 3)]
+    assert probes(planner, chain_of(15)) == []
 
 
 def test_a_hybrid_probe_asks_for_every_missing_part() -> None:
     planner, chain = make_planner(layout=hybrid_layout(20)), chain_of(32)
-    assert planner.probes(chain) == [
+    assert probes(planner, chain) == [
         key(chain, i, part) for i in (0, 1) for part in (FULL, WINDOW, STATE)
     ]
     planner.note([key(chain, 0, FULL), key(chain, 1, FULL)], 1)
-    assert planner.probes(chain) == [
+    assert probes(planner, chain) == [
         key(chain, i, part) for i in (0, 1) for part in (WINDOW, STATE)
     ]
 
@@ -141,7 +143,7 @@ def test_a_hybrid_probe_asks_for_every_missing_part() -> None:
 def test_tail_probes_are_longest_first_at_the_first_missing_chunk() -> None:
     planner, chain = make_planner(), chain_of(64)
     store(planner, chain_of(16))
-    keys = planner.tail_probes(chain)
+    keys = tail_probes(planner, chain)
     assert [k.end_hash for k in keys] == [tail.hash for tail in chain.tails(1)]
     assert len(keys) == 3
 
@@ -151,26 +153,26 @@ def test_nothing_is_asked_below_a_tail_that_is_there() -> None:
     store(planner, chain_of(16))
     longest, middle, _ = chain.tails(1)
     planner.note([ObjectKey.of(NAMESPACE, "0", middle.hash, middle.tokens, FULL)], 1)
-    assert [k.end_hash for k in planner.tail_probes(chain)] == [longest.hash]
-    assert not planner.is_final(planner.match(chain))
+    assert [k.end_hash for k in tail_probes(planner, chain)] == [longest.hash]
+    assert planner.search(chain, every=False).next(0)
     planner.note([ObjectKey.of(NAMESPACE, "0", longest.hash, longest.tokens, FULL)], 1)
-    assert planner.tail_probes(chain) == []
-    assert planner.is_final(planner.match(chain))
+    assert tail_probes(planner, chain) == []
+    assert not planner.search(chain, every=False).next(0)
 
 
 @pytest.mark.parametrize("count", [0, 3, 4, 15, 16, 18, 30, 32])
 def test_a_match_of_all_that_has_a_name_is_final(count: int) -> None:
     planner, chain = make_planner(), chain_of(count)
-    assert planner.is_final(planner.match(chain)) == (count < TAIL)
+    assert (planner.search(chain, every=False).next(0) == []) == (count < TAIL)
     store(planner, chain, tail=True)
     match = planner.match(chain)
     assert match.tokens == chain.named_tokens == count // TAIL * TAIL
-    assert planner.is_final(match)
+    assert not planner.search(chain, every=False).next(0)
 
 
 def test_shards_of_other_ranks_are_probed_as_this_rank_cuts() -> None:
     planner, chain = make_planner(head_shards=2), chain_of(16)
-    keys = planner.probes(chain)
+    keys = probes(planner, chain)
     assert keys == [key(chain, 0, Part(0, (0, 2), (h, h + 1))) for h in (0, 1)]
     planner.note(keys[:1], 1)
     assert planner.match(chain).tokens == 0
@@ -414,7 +416,7 @@ def test_a_load_finds_the_room_of_a_lease_that_ran_out() -> None:
     clock.now += 30.0
     slot = planner.plan_fetch(wanted.span(0), record, [])
     assert slot is not None
-    planner.fetched(slot, ok=True)
+    planner.fetched(slot, 1, ok=True)
     check_accounts(planner, idle=True)
 
 
@@ -504,7 +506,7 @@ def test_a_fetch_leaves_no_pin_however_it_ends(ok: bool) -> None:
     slot = planner.plan_fetch(chain.span(0), found, [])
     assert slot is not None
     assert [found.host] == [Host.FILLING]
-    planner.fetched(slot, ok=ok)
+    planner.fetched(slot, 1, ok=ok)
     assert found.host is (Host.READY if ok else Host.ABSENT)
     assert found.tiers == 2
     check_accounts(planner, idle=True)
@@ -520,7 +522,7 @@ def test_a_store_of_what_a_fetch_brings_up_waits_for_nothing_and_reserves_nothin
     assert todo.skipped == [(chain.span(0), (found,))]
     planner.stored(todo.gathers, ok=True)
     planner.settle(chain, todo.gathers)
-    planner.fetched(slot, ok=False)
+    planner.fetched(slot, 1, ok=False)
     check_accounts(planner, idle=True)
 
 
@@ -590,8 +592,8 @@ def test_lookups_from_another_thread_never_see_half_a_change() -> None:
                 match = planner.match(chain)
                 lease = planner.lease(match, owner="thread", seconds=1e9)
                 assert match.tokens in (0, 16, 32, 48, 64)
-                planner.probes(chain)
-                planner.tail_probes(chain)
+                probes(planner, chain)
+                tail_probes(planner, chain)
                 planner.release(lease.number)
         except BaseException as error:  # noqa: BLE001  # carried to the test's thread
             trouble.append(error)
@@ -664,7 +666,7 @@ class PlannerMachine(RuleBasedStateMachine):
     @rule(ok=st.booleans(), choice=st.randoms(use_true_random=False))
     def end_fetch(self, ok: bool, choice: random.Random) -> None:
         if self.fetches:
-            self.planner.fetched(self.fetches.pop(choice.randrange(len(self.fetches))), ok=ok)
+            self.planner.fetched(self.fetches.pop(choice.randrange(len(self.fetches))), 1, ok=ok)
 
     @rule(n=st.integers(0, 3), tier=st.integers(1, 2))
     def begin_spill(self, n: int, tier: int) -> None:
@@ -755,7 +757,7 @@ class PlannerMachine(RuleBasedStateMachine):
 
     @rule(n=st.integers(0, 3), tier=st.integers(1, 2))
     def learn(self, n: int, tier: int) -> None:
-        keys = self.planner.probes(self.chains[n]) + self.planner.tail_probes(self.chains[n])
+        keys = probes(self.planner, self.chains[n]) + tail_probes(self.planner, self.chains[n])
         assert len(set(keys)) == len(keys)
         self.planner.note(keys[::2], tier)
 
@@ -796,7 +798,7 @@ class PlannerMachine(RuleBasedStateMachine):
         for slots in self.stores:
             self.planner.stored(slots, ok=False)
         for slot in self.fetches:
-            self.planner.fetched(slot, ok=False)
+            self.planner.fetched(slot, 1, ok=False)
         for found, tier in self.spills:
             self.planner.spilled(found, tier, ok=False)
         for path in self.pins:
@@ -817,7 +819,7 @@ TestPlannerMachine: Any = PlannerMachine.TestCase
 
 def test_what_is_withdrawn_while_a_tier_is_listed_does_not_come_back_with_the_list() -> None:
     planner, chain = make_planner(), chain_of(32)
-    keys = planner.probes(chain)
+    keys = probes(planner, chain)
     planner.listing(1, started=True)
     planner.note(keys, 1)
     damaged = planner.match(chain).covers[1][0][0]
