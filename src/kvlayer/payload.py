@@ -8,7 +8,7 @@ can be written to and read from a disk directly.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvlayer.errors import LayoutError
@@ -53,6 +53,15 @@ class Payload:
     num_layers: int
     layer_nbytes: int
     layers_per_segment: int
+    body_nbytes: int = field(init=False, repr=False, compare=False)
+    """Bytes of all layers."""
+    nbytes: int = field(init=False, repr=False, compare=False)
+    """Bytes in host memory and, uncompressed, in a frame: padded to 4 KiB."""
+
+    def __post_init__(self) -> None:
+        body_nbytes = self.num_layers * self.layer_nbytes
+        object.__setattr__(self, "body_nbytes", body_nbytes)  # asked for many times an object
+        object.__setattr__(self, "nbytes", align(body_nbytes))
 
     @classmethod
     def of(cls, group: KVGroup, part: Part, tokens: int) -> Payload:
@@ -85,16 +94,6 @@ class Payload:
     def num_heads(self) -> int:
         """KV heads of the part; 1 where heads mean nothing."""
         return _num_heads(self.part)
-
-    @property
-    def body_nbytes(self) -> int:
-        """Bytes of all layers."""
-        return self.num_layers * self.layer_nbytes
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in host memory and, uncompressed, in a frame: padded to 4 KiB."""
-        return align(self.body_nbytes)
 
     def layer_offset(self, layer: int) -> int:
         """Where layer ``layer`` (counted from the part's first) starts."""

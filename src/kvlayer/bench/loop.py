@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from functools import partial
+from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any, TypeAlias
 
@@ -18,6 +19,7 @@ from xxhash import xxh3_64_intdigest
 from kvlayer.bench.heartbeat import Heartbeat
 from kvlayer.bench.host import BLOCK, LLAMA, NBYTES_PER_TOKEN, prompt_of
 from kvlayer.bench.measure import Row
+from kvlayer.bench.objects import object_rows
 from kvlayer.cache import Cache
 from kvlayer.config import CacheConfig, ModelConfig, TierConfig
 from kvlayer.layout import NHD, KVLayout, KVView
@@ -28,6 +30,7 @@ __all__ = ["LongestCallback", "loop_rows"]
 _SOON = 0.001  # seconds a prefetch stays
 _TURN = 500  # beats, then the other's turn
 _ROUNDS = 3
+_OBJECT_ROUNDS = 20
 _FILE_THREADS = 8
 _CHUNK = 256  # tokens, and an object
 _WEIGHTS = "sha256:" + 64 * "0"  # what leaves the process must name its model
@@ -72,7 +75,8 @@ async def loop_rows(
     ``loop.wall``: the 99th percentile of the time until the loop hears ``samples`` beats of another
     process, and of as many on a loop with nothing to do, while plain threads (as many) copy as
     much memory, or write, read and checksum files of as many bytes past the page cache.
-    ``directory`` is where files go, by default the system's place for temporary ones.
+    ``directory`` is where files go, by default the system's place for temporary ones. Then come
+    ``loop.put.*`` and ``loop.get.*`` (:func:`~kvlayer.bench.objects.object_rows`).
     """
     tokens = max(nbytes // NBYTES_PER_TOKEN // _CHUNK, 1) * _CHUNK
     layout = KVLayout.single(LLAMA, NHD, tokens_per_block=BLOCK)
@@ -85,6 +89,7 @@ async def loop_rows(
         ):
             async with opened as (traffic, bare):
                 rows += await _measure(name, traffic, bare, samples)
+        rows += await object_rows(_OBJECT_ROUNDS, Path(folder, "objects"))
     return rows
 
 

@@ -11,27 +11,32 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import accumulate, pairwise
 
 from kvlayer.memory.extents import Extents
-from kvlayer.payload import ALIGNMENT
+from kvlayer.payload import align
 
 __all__ = ["Arena", "Scratch"]
 
 
 class Scratch:
-    """Memory that was taken, until :meth:`give_back`. ``memory`` is whole pages."""
+    """One stretch that was taken for a batch, until :meth:`give_back`.
 
-    __slots__ = ("_arena", "_offset", "memory")
+    ``parts`` are whole pages, one part for each object that there was room for.
+    """
 
-    def __init__(self, arena: Arena, offset: int, memory: memoryview) -> None:
+    __slots__ = ("_arena", "_offset", "parts")
+
+    def __init__(self, arena: Arena, offset: int, parts: Sequence[memoryview]) -> None:
         self._arena = arena
         self._offset = offset
-        self.memory = memory
+        self.parts = parts
 
     def give_back(self) -> None:
         """Once, when nobody uses it any more."""
-        with suppress(BufferError):  # a backend has made something of it that it keeps
-            self.memory.release()
+        for part in self.parts:
+            with suppress(BufferError):  # a backend has made something of it that it keeps
+                part.release()
         self._arena.take_back(self._offset)
 
 
@@ -56,23 +61,19 @@ class Arena:
         """Let go of the memory: what is out keeps its own part of it. Idempotent."""
         self._memory.release()
 
-    def take(self, nbytes: int) -> Scratch | None:
-        """``nbytes`` rounded up to pages, or None when there is no such stretch now."""
-        offset = self._extents.allocate(nbytes)
-        if offset is None:
-            return None
-        pages = -(-nbytes // ALIGNMENT) * ALIGNMENT
-        return Scratch(self, offset, self._memory[offset : offset + pages])
+    def take(self, sizes: Sequence[int]) -> Scratch | None:
+        """Room for as many objects, from the first on, as there is a stretch for now, or None.
 
-    def take_some(self, sizes: Sequence[int]) -> list[Scratch]:
-        """As many of ``sizes``, from the first on, as fit now."""
-        taken: list[Scratch] = []
-        for nbytes in sizes:
-            scratch = self.take(nbytes)
-            if scratch is None:
-                break
-            taken.append(scratch)
-        return taken
+        ``sizes`` in bytes, each rounded up to pages.
+        """
+        pages = [align(nbytes) for nbytes in sizes]
+        while pages:
+            offset = self._extents.allocate(sum(pages))
+            if offset is not None:
+                ends = list(accumulate(pages, initial=offset))
+                return Scratch(self, offset, [self._memory[a:b] for a, b in pairwise(ends)])
+            del pages[len(pages) // 2 :]  # half of it, and none where there is no room for one
+        return None
 
     async def given_back(self) -> None:
         """Wait until something is given back. Only for who holds nothing of it.

@@ -86,6 +86,12 @@ class Breaker:
             return False
         return self._open(now, reason)
 
+    @property
+    def is_untroubled(self) -> bool:
+        """Whether :meth:`succeeded` would change nothing."""
+        is_quiet = self.state is BreakerState.CLOSED and not self._failed
+        return is_quiet and self._pause == self._first_pause
+
     def succeeded(self, now: float) -> None:
         """A call of a user succeeded in time.
 

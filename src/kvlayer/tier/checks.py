@@ -11,11 +11,14 @@ from kvlayer._offload import Offload
 __all__ = ["Checks"]
 
 
+_AT_ONCE_NBYTES = 16 << 10  # an object or two: waking a thread and being woken takes longer
+
+
 class Checks:
     """Runs work over so many bytes on its threads, in the order it came.
 
     At most ``max_nbytes`` are under way, or one work that alone is larger; the rest waits here,
-    where cancelling it costs nothing.
+    where cancelling it costs nothing. What is done sooner than a thread is woken is done at once.
     """
 
     def __init__(self, threads: int, max_nbytes: int) -> None:
@@ -37,6 +40,9 @@ class Checks:
 
         Raises what the work raises.
         """
+        if nbytes <= _AT_ONCE_NBYTES:
+            work()
+            return
         if self._waiting or not self._fits(nbytes):
             await self._turn(nbytes)
         else:

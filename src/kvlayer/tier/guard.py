@@ -22,10 +22,10 @@ from typing import Any, TypeVar
 from kvlayer._foreign import awaited, words
 from kvlayer.results import Cause
 from kvlayer.tier.breaker import Breaker
-from kvlayer.tier.call import Call, Lane, Refused
+from kvlayer.tier.call import Call, Lane, Refused, Ride, TaskRide
 from kvlayer.tier.turns import Turns
 
-__all__ = ["Call", "Guard", "Lane", "Refused"]
+__all__ = ["Call", "Guard", "Lane", "Refused", "Ride"]
 
 T = TypeVar("T")
 
@@ -54,17 +54,15 @@ class Guard:
         self.max_write_nbytes = max_write_nbytes
         jitter = Random().random  # noqa: S311  # not a secret
         kept = max(max_inflight // 8, 1)  # for writes; nothing can be kept of a single turn
-        self._lanes = {
-            Lane.READS: Turns(max(max_inflight - kept, 1), Breaker(pause=pause, jitter=jitter)),
-            Lane.WRITES: Turns(max(max_inflight // 4, 1), Breaker(pause=pause, jitter=jitter)),
-        }
+        reads, writes = max(max_inflight - kept, 1), max(max_inflight // 4, 1)
+        self._reads = Turns(Lane.READS, reads, Breaker(pause=pause, jitter=jitter))
+        self._writes = Turns(Lane.WRITES, writes, Breaker(pause=pause, jitter=jitter))
         self._max_inflight = max_inflight
         self._max_queued = max_queued
         # In the order they came, so that what happens to all of them has an order, too.
         self._orphans: dict[Call[Any], None] = {}
         self._calls: dict[Call[Any], None] = {}
         self._is_closing = False
-        self._timers: dict[Lane, asyncio.TimerHandle] = {}
         self._probing: asyncio.Task[None] | None = None
         self.probe: Callable[[], Coroutine[Any, Any, object]] | None = None
         self.on_opened: Callable[[Lane, str], None] | None = None
@@ -87,19 +85,22 @@ class Guard:
     @property
     def inflight_nbytes(self) -> int:
         """Payload bytes of the calls running or waiting for their turn."""
-        return sum(turns.nbytes for turns in self._lanes.values())
+        return self._reads.nbytes + self._writes.nbytes
 
     @property
     def running(self) -> int:
         """Calls whose turn has come and that have not ended."""
-        return sum(turns.running for turns in self._lanes.values())
+        return self._reads.running + self._writes.running
 
     def held_nbytes(self, lane: Lane) -> int:
         """Payload bytes of one lane's calls, running or waiting for their turn."""
-        return self._lanes[lane].nbytes
+        return self._lane(lane).nbytes
+
+    def _lane(self, lane: Lane) -> Turns:
+        return self._reads if lane is Lane.READS else self._writes
 
     def breaker(self, lane: Lane) -> Breaker:
-        return self._lanes[lane].breaker
+        return self._lane(lane).breaker
 
     def oldest(self) -> tuple[str, float]:
         """The lane of the call that has not ended for longest, and its age in seconds.
@@ -113,20 +114,20 @@ class Guard:
                 continue
             if call is None:
                 return "", 0.0
-            return call.lane.value, max(call.clock() - call.since, 0.0)
+            return call.lane.value, call.age()
 
     @property
     def serves(self) -> bool:
         """Whether a read would be admitted, as far as the breaker goes."""
-        return self._lanes[Lane.READS].breaker.is_closed
+        return self._reads.breaker.is_closed
 
     def has_room(self, lane: Lane, nbytes: int) -> bool:
         """Whether a call would be admitted now and run soon: for whoever keeps a queue of his own.
 
         As many may wait here as may run, so that a turn that ends finds the next call ready.
         """
-        turns, now = self._lanes[lane], asyncio.get_running_loop().time()
-        if self._is_closing or not (turns.breaker.is_closed or turns.breaker.is_due(now)):
+        turns, loop = self._lane(lane), asyncio.get_running_loop()
+        if not (turns.breaker.is_closed or turns.breaker.is_due(loop.time())) or self._is_closing:
             return False
         if turns.late >= turns.limit or len(self._orphans) >= self._max_inflight:
             return False
@@ -139,7 +140,7 @@ class Guard:
 
         A call that is waited for is not worth waiting for then.
         """
-        turns = self._lanes[lane]
+        turns = self._lane(lane)
         is_stuck = turns.late >= turns.limit or len(self._orphans) >= self._max_inflight
         return self._is_closing or is_stuck or not turns.breaker.is_closed
 
@@ -153,7 +154,21 @@ class Guard:
         lane: Lane = Lane.READS,
         nbytes: int = 0,
     ) -> Call[T]:
-        """Run ``call()`` when it is its turn. ``nbytes`` are what it moves.
+        """Run ``call()`` in a task of its own when it is its turn; see :meth:`send`."""
+        return self.send(TaskRide(call), booked, lane=lane, nbytes=nbytes)
+
+    def send(
+        self,
+        ride: Ride[T],
+        booked: Callable[[Call[T]], None] | None = None,
+        *,
+        lane: Lane = Lane.READS,
+        nbytes: int = 0,
+    ) -> Call[T]:
+        """Begin ``ride`` when it is its turn. ``nbytes`` are what it moves.
+
+        Rides that begin together may travel together: each is admitted, has its turn, ends and is
+        late by itself.
 
         Raises :class:`Refused` when too much waits, while the breaker is open, and once
         :meth:`aclose` was called. A call that still waits when the breaker opens ends with
@@ -162,53 +177,43 @@ class Guard:
         ``booked`` is called once when the call is over, in whatever way, before anyone who waits
         for it goes on: the place to give memory back.
         """
-        loop, turns = asyncio.get_running_loop(), self._lanes[lane]
-        is_trial = self._admit(lane, turns, nbytes, loop.time())
-        began = inf
-
-        async def run() -> T:
-            nonlocal began
-            await self._turn(turns)
-            began = loop.time()
-            try:
-                return await awaited(call)
-            finally:
-                self._end_turn(turns)
-
-        def book(ended: Call[T]) -> None:
-            self._forget(ended, turns)
-            if loop.time() - began > self.deadline:
-                ended.was_late = True  # whether or not somebody waited for so long
-            try:
-                if booked is not None:
-                    booked(ended)
-            finally:
-                if turns.trial is ended:
-                    self._conclude(ended, turns)
-                if self.on_freed is not None:
-                    self.on_freed()
-
-        started = Call(
-            loop.create_task(run()),
-            book,
-            self._passed_over,
-            lane=lane,
-            nbytes=nbytes,
-            patience=self.deadline,
-            clock=loop.time,
-        )
-        self._calls[started] = None
+        loop, turns = asyncio.get_running_loop(), self._lane(lane)
+        now = loop.time()
+        is_trial = self._admit(turns, nbytes, now)
+        call: Call[T] = Call(ride, self, turns, booked=booked, nbytes=nbytes, loop=loop, now=now)
+        self._calls[call] = None
         turns.calls += 1
         turns.nbytes += nbytes
         if is_trial:
-            turns.trial = started
-        return started
+            turns.trial = call
+        turns.waiting[call] = None
+        self._take_turns(now)
+        return call
 
-    def _admit(self, lane: Lane, turns: Turns, nbytes: int, now: float) -> bool:
+    def book(self, ended: Call[Any]) -> None:
+        """For a call that is over: give back what it held, and tell."""
+        turns, now = ended.turns, asyncio.get_running_loop().time()
+        self._forget(ended, turns)
+        if ended.has_begun:
+            turns.running -= 1
+            turns.progress_at = now
+        if now - ended.began_at > self.deadline:
+            ended.was_late = True  # whether or not somebody waited for so long
+        try:
+            if ended.booked is not None:
+                ended.booked(ended)
+        finally:
+            if turns.trial is ended:
+                self._conclude(ended, turns)
+            self._take_turns(now)
+            if self.on_freed is not None:
+                self.on_freed()
+
+    def _admit(self, turns: Turns, nbytes: int, now: float) -> bool:
         """Whether the call is the one that tries a tier out. Raises :class:`Refused`."""
         if self._is_closing:
             raise Refused(Cause.BUSY, "the tier is being closed")
-        breaker = turns.breaker
+        lane, breaker = turns.lane, turns.breaker
         # Where nothing probes, a user's call is the trial. Writes are rarely waited for.
         may_try = lane is Lane.WRITES or self.probe is None
         if not breaker.is_closed and not (may_try and breaker.is_due(now)):
@@ -244,35 +249,20 @@ class Guard:
         else:
             self.failed(trial.lane, words(error))
 
-    async def _turn(self, turns: Turns) -> None:
-        """Wait until the call may run."""
-        turn = turns.queue()
-        self._take_turns()
-        try:
-            await turn
-        except CancelledError:
-            if turns.leave(turn):
-                self._end_turn(turns)  # it was cancelled just as its turn came
-            raise
-
-    def _take_turns(self) -> None:
-        reads, writes = self._lanes[Lane.READS], self._lanes[Lane.WRITES]
-        while reads.running + writes.running < self._max_inflight:
-            turns, turn = reads, reads.next()  # somebody waits for a read
-            if turn is None:
-                turns, turn = writes, writes.next()
-            if turn is None:
+    def _take_turns(self, now: float) -> None:
+        reads, writes = self._reads, self._writes
+        for _ in range(self._max_inflight - reads.running - writes.running):
+            if reads.waiting and reads.running < reads.limit:  # somebody waits for a read
+                turns = reads
+            elif writes.waiting and writes.running < writes.limit:
+                turns = writes
+            else:
                 return
-            turns.running += 1
-            turns.progress_at = asyncio.get_running_loop().time()
-            turn.set_result(None)
+            call = turns.next()
+            turns.progress_at = now
             if turns is writes:
                 self._watch_writes()
-
-    def _end_turn(self, turns: Turns) -> None:
-        turns.running -= 1
-        turns.progress_at = asyncio.get_running_loop().time()
-        self._take_turns()
+            call.begin(now)
 
     def hint(self, call: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """Run ``call()`` for no one: not at all when busy, cancelled at the deadline."""
@@ -312,7 +302,7 @@ class Guard:
         """
         left = [call for call in calls if not call.has_ended]
         for call in left:
-            turns = self._lanes[call.lane]
+            turns = call.turns
             while not call.has_ended:
                 seen = turns.progress_at
                 if not await call.ended(self.deadline) and turns.progress_at == seen:
@@ -332,33 +322,35 @@ class Guard:
         call.was_late = True
         if call not in self._orphans:
             self._orphans[call] = None
-            self._lanes[call.lane].late += 1
+            call.turns.late += 1
             call.left_alone(cancel=True)  # an answer that is lost must not hold its turn for ever
 
-    def _passed_over(self, call: Call[Any]) -> None:
-        """Nobody waits for it and it has not ended within a deadline."""
+    def passed_over(self, call: Call[Any]) -> None:
+        """For a call that nobody waits for and that has not ended within a deadline."""
         self._orphan(call)
-        if self._lanes[call.lane].trial is call:
+        if call.turns.trial is call:
             self.missed(call.lane, f"the call that tried it did not end within {self.deadline} s")
 
     # -- the breaker -----------------------------------------------------------------------------
 
     def missed(self, lane: Lane, reason: str) -> None:
         """A deadline was missed: ask no more for now, and refuse what waits in the lane."""
-        if self._lanes[lane].breaker.missed(asyncio.get_running_loop().time(), reason):
+        if self._lane(lane).breaker.missed(asyncio.get_running_loop().time(), reason):
             self._opened(lane)
 
     def failed(self, lane: Lane, reason: str, about: Hashable = None) -> None:
         """The tier answered with an error, ``about`` one object or (None) about itself."""
-        if self._lanes[lane].breaker.failed(asyncio.get_running_loop().time(), reason, about):
+        if self._lane(lane).breaker.failed(asyncio.get_running_loop().time(), reason, about):
             self._opened(lane)
 
     def succeeded(self, lane: Lane) -> None:
         """A call succeeded within its deadline."""
-        self._lanes[lane].breaker.succeeded(asyncio.get_running_loop().time())
+        breaker = self._lane(lane).breaker
+        if not breaker.is_untroubled:
+            breaker.succeeded(asyncio.get_running_loop().time())
 
     def _opened(self, lane: Lane) -> None:
-        turns = self._lanes[lane]
+        turns = self._lane(lane)
         turns.refuse_waiting(f"not asked for now: {turns.breaker.reason}")
         if lane is Lane.READS:
             self._probe_later()
@@ -367,8 +359,8 @@ class Guard:
 
     def _probe_later(self) -> None:
         if not self._is_closing and self.probe is not None:
-            at = self._lanes[Lane.READS].breaker.trial_at
-            self._set_timer(Lane.READS, at, self._start_probe)
+            at = self._reads.breaker.trial_at
+            self._set_timer(self._reads, at, self._start_probe)
 
     def _start_probe(self) -> None:
         if self._probing is None:  # else it says itself when the next one is due
@@ -378,7 +370,7 @@ class Guard:
 
     async def _probe(self) -> None:
         """Ask the tier something small. One that never lets go is never asked a second time."""
-        breaker, loop = self._lanes[Lane.READS].breaker, asyncio.get_running_loop()
+        breaker, loop = self._reads.breaker, asyncio.get_running_loop()
         if breaker.try_now(loop.time()):
             trouble = await self._trouble()
             if trouble is not None:
@@ -390,7 +382,7 @@ class Guard:
         self._probing = None
         if not probing.cancelled() and (error := probing.exception()) is not None:
             _log.error("a probe failed", exc_info=error)
-        breaker = self._lanes[Lane.READS].breaker
+        breaker = self._reads.breaker
         breaker.untried()  # where it ended without a verdict: half-open would be for ever
         if not breaker.is_closed:
             self._probe_later()
@@ -414,32 +406,31 @@ class Guard:
         return f"no answer to a probe within {self.deadline} s" if expiry.expired() else None
 
     def _watch_writes(self) -> None:
-        if Lane.WRITES not in self._timers and not self._is_closing:
-            at = self._lanes[Lane.WRITES].progress_at + self.deadline
-            self._set_timer(Lane.WRITES, at, self._check_writes)
+        if self._writes.timer is None and not self._is_closing:
+            at = self._writes.progress_at + self.deadline
+            self._set_timer(self._writes, at, self._check_writes)
 
     def _check_writes(self) -> None:
         """Nobody waits for written-back objects, so their lane is watched for progress."""
-        writes = self._lanes[Lane.WRITES]
+        writes = self._writes
         if not writes.running:
             return
         if asyncio.get_running_loop().time() < writes.progress_at + self.deadline:
             self._watch_writes()
             return
         for call in self._calls:
-            if call.lane is Lane.WRITES:
+            if call.turns is writes:
                 self._orphan(call)
         self.missed(Lane.WRITES, f"no write ended within {self.deadline} s")
 
-    def _set_timer(self, lane: Lane, at: float, what: Callable[[], None]) -> None:
+    def _set_timer(self, turns: Turns, at: float, what: Callable[[], None]) -> None:
         def ring() -> None:
-            self._timers.pop(lane, None)
+            turns.timer = None
             what()
 
-        earlier = self._timers.get(lane)
-        if earlier is not None:
-            earlier.cancel()
-        self._timers[lane] = asyncio.get_running_loop().call_at(at, ring)
+        if turns.timer is not None:
+            turns.timer.cancel()
+        turns.timer = asyncio.get_running_loop().call_at(at, ring)
 
     async def aclose(self, seconds: float | None = None) -> int:
         """Admit nothing more, cancel everything in flight, wait until all lent memory is back.
@@ -450,9 +441,10 @@ class Guard:
         self._is_closing = True
         loop = asyncio.get_running_loop()
         until = inf if seconds is None else loop.time() + seconds
-        for timer in self._timers.values():
-            timer.cancel()
-        self._timers.clear()
+        for turns in (self._reads, self._writes):
+            if turns.timer is not None:
+                turns.timer.cancel()
+                turns.timer = None
         while self._calls:
             call = next(iter(self._calls))
             for each in self._calls:

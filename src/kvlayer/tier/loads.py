@@ -193,11 +193,12 @@ class Loads:
                 while at + len(batch) < request.started:
                     span, records = wanted[at + len(batch)]
                     absent = [r for r in records if r.host is not Host.READY]
-                    if batch and not all(flights[r.key].has_ended for r in absent):
-                        break
-                    missed = await self._bring_all(span, absent, request)
-                    if missed is not None:
-                        break
+                    if absent:
+                        if batch and not all(flights[r.key].has_ended for r in absent):
+                            break
+                        missed = await self._bring_all(span, absent, request)
+                        if missed is not None:
+                            break
                     batch.append((span, records))
                 at += len(batch)
                 if batch:
@@ -262,15 +263,18 @@ class Loads:
             return tier
         evicted: list[ObjectRecord] = []
         slot = self._planner.plan_fetch(span, record, evicted)
-        self._evicted(evicted)
+        if evicted:
+            self._evicted(evicted)
         if slot is None:
             return Failure(span, Cause.NO_ROOM, self._host.name, "host memory is all in use")
         trip: _Trip | None = None
         if trips is not None:
-            trip = trips.setdefault(tier.index, _Trip(tier, self._clock()))
+            trip = trips.get(tier.index)
+            if trip is None:
+                trip = trips[tier.index] = _Trip(tier, self._clock())
         try:
-            call = tier.guard.start(
-                partial(self._objects.get, tier.index, slot.piece),
+            call = tier.guard.send(
+                self._objects.reading(tier.index, slot.piece),
                 partial(self._landed, tier, slot, trip),
                 nbytes=slot.piece.nbytes,
             )
@@ -299,13 +303,16 @@ class Loads:
         below = record.readable >> (after + 1) << (after + 1)
         if not below:
             return Failure(span, Cause.VANISHED, self._host.name, "gone since the lookup")
-        serving = below & ~down(self._lower.values())
-        nearest = serving or below
-        tier = self._lower[(nearest & -nearest).bit_length() - 1]
-        if serving:
-            return tier
-        tier.refused(Cause.TIER_DOWN)
-        return Failure(span, Cause.TIER_DOWN, tier.name, tier.trouble or "not asked for now")
+        silent: LowerTier | None = None
+        for tier in self._lower.values():  # the nearest first
+            if below >> tier.index & 1:
+                if tier.guard.serves:
+                    return tier
+                silent = silent or tier
+        assert silent is not None, record.key
+        silent.refused(Cause.TIER_DOWN)
+        detail = silent.trouble or "not asked for now"
+        return Failure(span, Cause.TIER_DOWN, silent.name, detail)
 
     def _landed(
         self, tier: LowerTier, slot: Reservation, trip: _Trip | None, call: Call[Outcome]

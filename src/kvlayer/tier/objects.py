@@ -7,7 +7,6 @@ Nothing above knows how an object is coded.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -98,7 +97,7 @@ class Objects:
                 build=build,
             )
             revocable = Capability.REVOCABLE in backend.capabilities
-            reads, writes = Batcher(transfers.read), Batcher(transfers.write)
+            reads, writes = Batcher(transfers.read, clock), Batcher(transfers.write, clock)
             return _Tier(backend, retry, revocable, reads, writes)
 
         self._tiers = [
@@ -128,49 +127,54 @@ class Objects:
         its = self._of(tier)
         return await its.retry.batch(its.backend.contains, keys)
 
-    async def put(self, tier: int, piece: Piece | Item) -> Outcome:
+    async def put(self, tier: int, item: Item) -> Outcome:
         """Put one object on a tier, framed. Failures are outcomes."""
-        its = self._of(tier)
-        job = self._job(its, piece)
-        its.writes.add(job)
-        return await job.outcome()
+        return await self.writing(tier, item).outcome()
 
-    async def get(self, tier: int, piece: Piece | Item) -> Outcome:
+    async def get(self, tier: int, item: Item) -> Outcome:
         """Bring one object from a tier and verify it. Failures are outcomes, never wrong bytes.
 
         After a failure the memory may hold anything.
         """
-        its = self._of(tier)
-        job = self._job(its, piece)
-        its.reads.add(job)
-        return await job.outcome()
+        return await self.reading(tier, item).outcome()
 
-    def _job(self, its: _Tier, piece: Piece | Item) -> Job:
-        done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        slot: memoryview | None = None
-        if isinstance(piece, Piece):
-            payload = self._shape(piece.key.part, piece.num_tokens)
-            slot = self._slab.view(piece.offset, payload.nbytes)
-            regions: tuple[memoryview, ...] = (slot,)
-            lending = Lending.HELD
-        else:
-            payload, regions, lending = piece.payload, piece.regions, piece.lending
-            nbytes = sum(region.nbytes for region in regions)
-            if nbytes != payload.body_nbytes:
-                raise ValueError(f"{piece.key}: {nbytes} bytes, expected {payload.body_nbytes}")
-        copies = lending is Lending.CALL and not its.is_revocable
+    def writing(self, tier: int, item: Piece | Item) -> Job:
+        """:meth:`put`, to begin when its turn comes: with what else begins then it travels."""
+        its = self._of(tier)
+        return self._job(its, its.writes, item)
+
+    def reading(self, tier: int, item: Piece | Item) -> Job:
+        """:meth:`get`, to begin when its turn comes: with what else begins then it travels."""
+        its = self._of(tier)
+        return self._job(its, its.reads, item)
+
+    def _job(self, its: _Tier, batcher: Batcher, item: Piece | Item) -> Job:
+        if isinstance(item, Piece):
+            payload = self._shape(item.key.part, item.num_tokens)
+            return Job(
+                batcher,
+                item.key,
+                payload,
+                item.first_token,
+                lambda: (self._slab.view(item.offset, payload.nbytes),),
+                is_ours=True,
+                copies=False,
+                retention=item.retention,
+                parent=item.parent,
+            )
+        nbytes = sum(region.nbytes for region in item.regions)
+        if nbytes != item.payload.body_nbytes:
+            raise ValueError(f"{item.key}: {nbytes} bytes, expected {item.payload.body_nbytes}")
         return Job(
-            piece.key,
-            payload,
-            piece.first_token,
-            regions,
-            lending,
-            self._clock(),
-            done,
-            piece.retention,
-            copies,
-            slot,
-            parent=piece.parent,
+            batcher,
+            item.key,
+            item.payload,
+            item.first_token,
+            lambda: item.regions,
+            is_ours=False,
+            copies=item.lending is Lending.CALL and not its.is_revocable,
+            retention=item.retention,
+            parent=item.parent,
         )
 
     async def quarantine(self, tier: int, item: Damaged) -> None:

@@ -56,11 +56,21 @@ class Retry:
 
     async def call(self, call: Callable[[], Awaitable[R]]) -> R:
         """``call()``, repeated while it raises a transient error. Raises the last one."""
-        if not self.retries:
+        try:
             return await call()
+        except BackendError as exc:
+            if not self.retries or not exc.transient:
+                raise
+            failed: list[BackendError] = [exc]
         if self._retrying is None:
             self._retrying = _retrying(self.retries)
-        return await self._retrying(call)
+
+        async def again() -> R:
+            if failed:
+                raise failed.pop()  # the first try: what succeeds at once needs none of this
+            return await call()
+
+        return await self._retrying(again)
 
 
 class _SomeFailed(BackendError):  # noqa: N818  # never seen outside

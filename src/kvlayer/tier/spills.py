@@ -154,7 +154,7 @@ class Spills:
 
     def _pump(self, queue: WriteQueue) -> None:
         """Begin what the tier has room for; a few now, the rest in the loop's next turns."""
-        if queue.is_pumping or self._is_closed:
+        if not queue.waiting or queue.is_pumping or self._is_closed:
             return
         for _ in range(_AT_ONCE):
             if not self._begin_next(queue):
@@ -208,8 +208,8 @@ class Spills:
             return
         try:
             with tier.emit.within(write.request):  # not of whoever's turn has just ended
-                write.call = tier.guard.start(
-                    partial(self._objects.put, tier.index, piece),
+                write.call = tier.guard.send(
+                    self._objects.writing(tier.index, piece),
                     partial(self._ended, queue, write),
                     lane=Lane.WRITES,
                     nbytes=piece.nbytes,
@@ -251,18 +251,19 @@ class Spills:
 
     async def change(self) -> bool:
         """Wait until a write ends on any tier; False when none did for as long as a deadline."""
-        busy = [*self._busy()]
-        waits = [asyncio.ensure_future(queue.change(queue.tier.guard.deadline)) for queue in busy]
+        watched = {queue: queue.watch() for queue in self._busy()}
+        if not watched:
+            return False
         try:
-            while waits and not any(wait.done() and wait.result() for wait in waits):
-                left = [wait for wait in waits if not wait.done()]
-                if not left:
-                    return False
-                await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(
+                watched.values(),
+                timeout=max(queue.tier.guard.deadline for queue in watched),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            return bool(done)
         finally:
-            for wait in waits:
-                wait.cancel()
-        return bool(waits)
+            for queue, watcher in watched.items():
+                queue.watchers.pop(watcher, None)
 
     async def committed(self, through: Sequence[Write]) -> list[Failure]:
         """Wait for "through" writes while their tier makes progress.

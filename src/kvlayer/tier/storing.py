@@ -76,6 +76,8 @@ class Storing:
         self._stored = Stored()
         self._vain = 0
         """Waits in a row in which writes ended and no tier had taken anything."""
+        self._seen = 0
+        """Objects that tiers had taken when it was last planned: what came since is news."""
 
     async def run(self, on_gathered: Callable[[], None] | None) -> Stored:
         """Store it all, or as much as there is room for. ``on_gathered``: the view is free."""
@@ -121,6 +123,7 @@ class Storing:
                 await asyncio.sleep(0)
                 planner.plan_more(self._chain, todo, self._holds, _SLICE, keeps)
                 stack.evicted(_taken(todo))
+            self._seen = self._taken()
             pieces = [slot.piece for slot in todo.gathers]
             if len(pieces) > _SLICE:
                 await asyncio.sleep(0)
@@ -198,6 +201,9 @@ class Storing:
         """Whether some writes have ended: several where they come fast, or planning would cost."""
         spills, demotion = self._stack.spills, self._stack.demotion
         taken = self._taken()
+        if taken > self._seen:  # since it was planned, and before anybody waited for it
+            self._vain = 0
+            return True
         has_news = has_room = await demotion.make_room()
         for _ in range(_SLICE):
             if not spills.is_busy or not await spills.change():

@@ -179,10 +179,11 @@ class LowerTier(Tier):
 
     def works(self, lane: Lane = Lane.READS, key: ObjectKey | None = None) -> None:
         """A call succeeded in time; ``key``: what it was about, where that was one object."""
-        if key is not None:
+        if self._failing and key is not None:
             self._failing.pop((lane, key), None)
         self.guard.succeeded(lane)
-        self._cleared(lane, "a call succeeded")
+        if self._troubles:
+            self._cleared(lane, "a call succeeded")
 
     def fails(
         self,

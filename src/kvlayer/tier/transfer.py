@@ -140,7 +140,7 @@ class Transfers:
                         job.key,
                         job.payload,
                         job.regions,
-                        job.scratch.memory,
+                        job.scratch,
                         copies=job.copies,
                         first_token=job.first_token,
                         created=self._wall_clock(),
@@ -160,11 +160,12 @@ class Transfers:
                 jobs[0].end(self._clock(), (Cause.NO_ROOM, detail))
                 jobs, sizes = jobs[1:], sizes[1:]
                 continue
-            taken = arena.take_some(sizes)
-            for job, scratch in zip(jobs, taken, strict=False):
-                job.scratch = scratch
-            if taken:
-                return jobs[: len(taken)], jobs[len(taken) :]
+            scratch = arena.take(sizes)
+            if scratch is not None:
+                assert jobs[0].batch is not None
+                jobs[0].batch.equip(jobs, scratch)
+                count = len(scratch.parts)
+                return jobs[:count], jobs[count:]
             await arena.given_back()
         return [], []
 
@@ -212,8 +213,8 @@ def _check_all(landing: _Landing, silent: Sequence[tuple[Job, int]]) -> None:
 
 def _into(job: Job) -> tuple[memoryview, ...]:
     """What a read is lent."""
-    assert job.scratch is not None
-    memory = job.scratch.memory
+    memory = job.scratch
+    assert memory is not None
     if job.copies:
         return (memory[: coding.frame_nbytes(job.payload)],)
     lent = [memory[:HEADER_NBYTES], *(region[:] for region in job.regions)]
@@ -225,8 +226,8 @@ def _into(job: Job) -> tuple[memoryview, ...]:
 
 def _deliver(job: Job, nbytes: int) -> None:
     """Verify what arrived; copy it to the caller where it was read into scratch."""
-    assert job.scratch is not None
-    memory = job.scratch.memory
+    memory = job.scratch
+    assert memory is not None
     body = (memory[HEADER_NBYTES : coding.frame_nbytes(job.payload)],)
     coding.verify(
         job.key,

@@ -84,15 +84,22 @@ class WriteQueue:
 
     def changed(self) -> None:
         """Tell whoever watches that a write has begun or ended, or that none can."""
+        if not self.watchers:
+            return
         watchers, self.watchers = self.watchers, {}
         for watcher in watchers:
             if not watcher.done():
                 watcher.set_result(None)
 
-    async def change(self, seconds: float | None) -> bool:
-        """Wait for the next change; False when there was none for so long."""
+    def watch(self) -> asyncio.Future[None]:
+        """Done with the next change from now on."""
         watcher: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.watchers[watcher] = None
+        return watcher
+
+    async def change(self, seconds: float | None) -> bool:
+        """Wait for the next change; False when there was none for so long."""
+        watcher = self.watch()
         try:
             done, _ = await asyncio.wait({watcher}, timeout=seconds)
         finally:

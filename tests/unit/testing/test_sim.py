@@ -117,7 +117,7 @@ def test_what_would_hang_is_an_error() -> None:
 def test_chance_and_the_pauses_of_guards_follow_from_the_seed() -> None:
     async def main() -> list[float]:
         guard = Guard(1.0, 1)
-        breakers = [turns.breaker for turns in guard._lanes.values()]
+        breakers = [turns.breaker for turns in (guard._reads, guard._writes)]
         return [random.random(), *(breaker._jitter() for breaker in breakers)]
 
     random.seed(99)

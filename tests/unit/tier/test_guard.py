@@ -12,7 +12,6 @@ import pytest
 from kvlayer.results import Cause
 from kvlayer.testing.sim import in_virtual_time
 from kvlayer.tier.guard import Call, Guard, Lane, Refused
-from kvlayer.tier.turns import Turns
 
 SOON = 2.0
 NEVER = 3600.0
@@ -204,28 +203,18 @@ async def test_cancelling_a_waiter_leaves_the_call_alone() -> None:
 
 @pytest.mark.parametrize("lane", Lane)
 @in_virtual_time
-async def test_a_turn_that_comes_just_as_its_call_is_cancelled_is_the_next_ones(
-    lane: Lane, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_turn_that_comes_just_as_its_call_is_cancelled_is_the_next_ones(lane: Lane) -> None:
     """The turn has been given and the call has not run since: nobody but it could give it back."""
     guard, works = Guard(NEVER, 1), [Work() for _ in range(3)]
     first, second, third = (guard.start(work, lane=lane) for work in works)
-    queue = Turns.queue
-
-    def cancelling(turns: Turns) -> asyncio.Future[None]:
-        turn = queue(turns)
-        if turns.running:  # the second's: before the call itself hears of its turn
-            monkeypatch.undo()
-            turn.add_done_callback(lambda _: second.cancel())
-        return turn
-
-    monkeypatch.setattr(Turns, "queue", cancelling)
     await works[0].began.wait()
+    guard.on_freed = lambda: second.cancel() if second.has_begun else None
     works[0].gate.set()
     await third_begins(works[2])
     assert isinstance(second.error, asyncio.CancelledError) and not works[1].began.is_set()
     works[2].gate.set()
     assert await guard.wait(third) and third.result() == first.result() == "done"
+    assert second.has_begun
     assert (guard.running, guard.inflight) == (0, 0)
 
 
@@ -379,7 +368,7 @@ async def test_calls_that_left_the_queue_are_forgotten_though_no_turn_comes() ->
             call.cancel()
             await call.ended()
     assert guard.inflight == 1
-    assert len(guard._lanes[Lane.READS]._waiting) == 0
+    assert len(guard._reads.waiting) == 0
     stuck.gate.set()
     await guard.aclose()
 
