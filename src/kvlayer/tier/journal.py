@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeAlias, TypeVar
+from typing import TypeAlias
 
 from kvlayer.keys import PUBLIC_ZONE, ChunkChain, Span
 from kvlayer.results import Cause
+from kvlayer.tier.recent import Recent
 
 __all__ = ["Journal", "Loss"]
-
-K = TypeVar("K")
-V = TypeVar("V")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,32 +21,6 @@ class Loss:
     tier: str
     when: float
     detail: str
-
-
-class _Recent(Generic[K, V]):
-    """A mapping that keeps the ``limit`` entries set last."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._entries: OrderedDict[K, V] = OrderedDict()
-
-    def __setitem__(self, key: K, value: V) -> None:
-        self._entries[key] = value
-        self._entries.move_to_end(key)
-        while len(self._entries) > self._limit:
-            self._entries.popitem(last=False)
-
-    def get(self, key: K) -> V | None:
-        return self._entries.get(key)
-
-    def __contains__(self, key: K) -> bool:
-        return key in self._entries
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def pop(self, key: K) -> None:
-        self._entries.pop(key, None)
 
 
 class Journal:
@@ -65,13 +36,13 @@ class Journal:
     """
 
     def __init__(self, limit: int = 65536) -> None:
-        self._losses: _Recent[tuple[bytes, int], Loss] = _Recent(limit)
-        self._stored: _Recent[tuple[bytes, int], None] = _Recent(limit)
+        self._losses: Recent[tuple[bytes, int], Loss] = Recent(limit)
+        self._stored: Recent[tuple[bytes, int], None] = Recent(limit)
         """Spans that somebody has stored, lately."""
-        self._owners: _Recent[tuple[bytes, int, str], None] = _Recent(limit)
+        self._owners: Recent[tuple[bytes, int, str], None] = Recent(limit)
         """The same, with who it was: a span may have any number of owners."""
-        self._children: _Recent[tuple[bytes, _View], bytes] = _Recent(max(limit // 16, 1))
-        self._unscoped: _Recent[tuple[bytes, _View], tuple[bytes, str]] = _Recent(limit)
+        self._children: Recent[tuple[bytes, _View], bytes] = Recent(max(limit // 16, 1))
+        self._unscoped: Recent[tuple[bytes, _View], tuple[bytes, str]] = Recent(limit)
 
     def lost(self, end_hash: bytes, tokens: int, loss: Loss) -> None:
         """An object of this span is gone."""

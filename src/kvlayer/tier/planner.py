@@ -32,11 +32,14 @@ from kvlayer.tier.leaving import Leaving, Outlets, plan_leaving
 from kvlayer.tier.matcher import Match, Matcher, Run
 from kvlayer.tier.messages import Outcome, Piece
 from kvlayer.tier.promises import Promise, Promises
+from kvlayer.tier.recent import Recent
 from kvlayer.tier.store_plan import Reservation, StorePlan
 
 __all__ = ["Planner", "Reservation", "StorePlan"]
 
 _MAX_ASIDE = 4096  # objects set aside that are remembered
+_MAX_WITHDRAWN = 65_536  # objects that went while their tier is listed
+_MAX_SHAPES = 4096
 _BELIEVED_SECONDS = 60.0  # a promise whose holder has not been heard of
 
 Keeps: TypeAlias = Callable[[ObjectRecord], bool]
@@ -74,9 +77,11 @@ class Planner:
         self._groups = [g.group for g in layout.groups]
         needs = [plan.rank_part(i, g) for i, g in enumerate(layout.groups)]
         self._cuts = plan.cuts(layout, ranks or (layout,), head_shards)
-        self._withdrawn: dict[int, set[ObjectKey]] = {}
-        self._aside: dict[tuple[int, ObjectKey], None] = {}
-        """What a tier may hold but could not deliver; the first is forgotten first."""
+        self._withdrawn: dict[int, Recent[ObjectKey, None]] = {}
+        """By tier that is being listed, what has gone from it meanwhile. What is forgotten may be
+        noted although it has gone: a read then finds it missing."""
+        self._aside: Recent[tuple[int, ObjectKey], None] = Recent(_MAX_ASIDE)
+        """What a tier may hold but could not deliver."""
         self._payloads: dict[tuple[Part, int], Payload] = {}
         self.directory = Directory(namespace, needs)
         lengths = range(tokens_per_tail, tokens_per_chunk + 1, tokens_per_tail)
@@ -97,10 +102,12 @@ class Planner:
             )
 
     def payload(self, part: Part, tokens: int) -> Payload:
-        """The shape of an object; the same object every time."""
+        """The shape of an object."""
         shape = self._payloads.get((part, tokens))
         if shape is None:
             shape = Payload.of(self._groups[part.group], part, tokens)
+            if len(self._payloads) >= _MAX_SHAPES:  # others name any number of parts
+                self._payloads.clear()
             self._payloads[part, tokens] = shape
         return shape
 
@@ -208,7 +215,7 @@ class Planner:
         """A tier is being listed: what is withdrawn meanwhile must not come back with the list."""
         with self.lock:
             if started:
-                self._withdrawn[tier] = set()
+                self._withdrawn[tier] = Recent(_MAX_WITHDRAWN)
             else:
                 self._withdrawn.pop(tier, None)
 
@@ -590,7 +597,7 @@ class Planner:
             if ok:
                 self.directory.add_tier(record, tier)
                 self._absences.withdraw(tier, record.key)
-                self._aside.pop((tier, record.key), None)
+                self._aside.pop((tier, record.key))
             self.host.let_go((record,))
 
     def missing(
@@ -603,8 +610,6 @@ class Planner:
         with self.lock:
             if aside:
                 self._aside[tier, record.key] = None
-                if len(self._aside) > _MAX_ASIDE:
-                    del self._aside[next(iter(self._aside))]
             self._withdraw(record.key, tier)
             was_seen = bool(record.tiers)
             self.directory.drop_tier(record, tier)
@@ -613,7 +618,7 @@ class Planner:
 
     def _withdraw(self, key: ObjectKey, tier: int) -> None:
         if tier in self._withdrawn:
-            self._withdrawn[tier].add(key)
+            self._withdrawn[tier][key] = None
 
     def vanished(
         self, keys: Iterable[ObjectKey], tier: int, detail: str, cause: Cause = Cause.EVICTED
