@@ -16,7 +16,7 @@ from threading import TIMEOUT_MAX
 from typing import Any, TypeVar, cast
 
 from kvlayer.errors import ArgumentError, KVLayerError
-from kvlayer.urls import nearest, shown_text
+from kvlayer.urls import is_text, nearest, shown_text
 
 __all__ = [
     "called",
@@ -31,6 +31,7 @@ __all__ = [
     "listed",
     "number",
     "shown_value",
+    "text",
     "waiting",
     "whole",
 ]
@@ -152,6 +153,14 @@ def listed(value: object) -> list[object] | None:
         return [*value]
     except TypeError:  # an array without an axis says that it is iterable
         return None
+
+
+def text(what: str, value: object, *, hint: str, error: Error = ArgumentError) -> str:
+    """Text that can be written anywhere: logs, metrics, messages."""
+    found = instance(what, value, str, hint=hint, error=error)
+    if not is_text(found):
+        raise error(f"{what} must be valid Unicode text, found a lone surrogate", hint=hint)
+    return found
 
 
 def items(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from kvlayer._foreign import words
-from kvlayer._values import instance
+from kvlayer._values import instance, text
 from kvlayer.abc.backend import Capability
 from kvlayer.errors import ArgumentError, ConfigError
 from kvlayer.explain import explain
@@ -56,7 +56,7 @@ class Control:
         """
         self._cache.check_loop()
         chain = self._cache.chain(tokens, scope)
-        owner = instance("owner", owner, str, hint="a name as text, or leave it out")
+        owner = text("owner", owner, hint="a name as text, or leave it out")
         lease, report = await self._cache.stack.hold(
             chain, owner=owner or chain.scope.owner, seconds=lease_seconds(seconds)
         )

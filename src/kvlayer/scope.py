@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from hashlib import sha256
 
-from kvlayer._values import given, instance, items, whole
+from kvlayer._values import given, instance, items, text, whole
 from kvlayer.errors import ConfigError, IdentityError
 from kvlayer.retention import ORDINARY, Retention
 
@@ -117,7 +117,7 @@ class Scope:
         contents = items("contents", self.contents, Content, hint=_CONTENT, error=IdentityError)
         owner = given(self.owner)
         hint = "pass a name as text, or leave it out"
-        owner = instance("owner", "" if owner is None else owner, str, hint=hint)
+        owner = text("owner", "" if owner is None else owner, hint=hint)
         hint = "pass kvlayer.Retention(priority=1), or leave it out"
         instance("a scope's retention", self.retention, Retention, hint=hint, error=ConfigError)
         for name, value in (("salts", salts), ("contents", contents), ("owner", owner)):

@@ -16,6 +16,7 @@ from kvlayer.errors import ConfigError
 __all__ = [
     "BackendURL",
     "format_bytes",
+    "is_text",
     "nearest",
     "parse_bool",
     "parse_bytes",
@@ -36,14 +37,15 @@ _SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]*)\s*")
 def parse_bytes(text: str | int) -> int:
     """``"8GiB"`` -> 8589934592, exactly. ``GB`` is decimal, ``G`` and ``GiB`` binary.
 
-    A fraction of a byte is dropped. Raises ``ConfigError``.
+    A fraction of a byte is dropped; less than one byte is no size. Raises ``ConfigError``.
     """
     if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
         return text
     match = _SIZE.fullmatch(text) if isinstance(text, str) else None
-    if match is None or match[2] not in _UNITS:
+    found = Fraction(match[1]) * _UNITS[match[2]] if match and match[2] in _UNITS else None
+    if found is None or 0 < found < 1:
         raise ConfigError("not a size", hint="try 512MiB, 8GiB or 1TiB")
-    return int(Fraction(match[1]) * _UNITS[match[2]])
+    return int(found)
 
 
 def format_bytes(nbytes: int) -> str:
@@ -129,7 +131,7 @@ class BackendURL:
         No message repeats a part of the text in which a secret could stand: who refuses a
         credential must not print it.
         """
-        if _SCHEME.match(text) is None or _CONTROL.search(text):
+        if _SCHEME.match(text) is None or _CONTROL.search(text) or not is_text(text):
             shown = f", found {text!r}" if _HARMLESS.fullmatch(text) else ""
             raise ConfigError(f"not a backend URL: expected scheme://location{shown}", hint=_TRY)
         parts, port = _split(text)
@@ -198,6 +200,15 @@ class BackendURL:
                 hint=f"add {'&' if self.options else '?'}{missing[0]}=...",
             )
         return cls(**values)
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be encoded: what the environment holds in other bytes cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _split(text: str) -> tuple[SplitResult, int | None]:

@@ -72,7 +72,7 @@ def test_urls_can_be_compared_and_kept_in_sets() -> None:
         "", "/mnt/nvme/kv", "file:/mnt/kv", "://x", "1x://y", "s3://host:port/x", "s3://[::1/x",
         "s3://host:99999/x", "file:///a\nb", "file:///a%00b", "file:///a%0ab", "file:///a%ffb",
         "cpu://?capacity", "cpu://?a=%ff", "cpu://?=&", "file:///kv#1?capacity=1GiB",
-        "cpu://?a=1&a=2",
+        "cpu://?a=1&a=2", "file:///mnt/\udcff", "cpu://?policy=\ud800",
     ],
 )  # fmt: skip
 def test_what_is_no_usable_url_is_refused_with_a_hint(text: str) -> None:
@@ -328,6 +328,8 @@ def test_a_size_is_shown_as_a_person_would_write_it(nbytes: int, text: str) -> N
         "٣GiB",
         "8GiB!",
         "0x10",
+        "0.5B",
+        "0.0001KiB",
         -1,
         True,
         1.5,

@@ -518,3 +518,15 @@ def test_a_cache_on_another_loop_is_refused_and_not_waited_for() -> None:
                 await asyncio.to_thread(cache.begin_lookup, tokens(32))
 
     asyncio.run(main())
+
+
+def test_an_owner_that_no_log_or_metric_can_write_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="owner must be valid Unicode text"):
+        Scope(owner="\ud800")
+
+    async def use() -> None:
+        async with Cache.open(config(), layout()) as cache:
+            with pytest.raises(ArgumentError, match="owner must be valid Unicode text"):
+                await cache.control.pin(tokens(32), seconds=1.0, owner="\udcff")
+
+    asyncio.run(use())

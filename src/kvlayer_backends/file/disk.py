@@ -7,7 +7,7 @@ An error is never an absence: a name that is not there is None, everything else 
 Blocking calls on threads. Paths are text: pathlib costs several times more.
 """
 
-# ruff: noqa: PTH102, PTH103, PTH104, PTH106, PTH108, PTH208
+# ruff: noqa: PTH102, PTH104, PTH106, PTH108, PTH208
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import sys
 from contextlib import suppress
 
 __all__ = [
+    "LATEST_NS",
     "UntrustedError",
     "check_folder",
     "check_private",
@@ -44,6 +45,7 @@ __all__ = [
     "replace",
     "stamp",
     "sync_folder",
+    "used_ns",
 ]
 
 _ABSENT = frozenset({errno.ENOENT, errno.ENAMETOOLONG})
@@ -54,8 +56,11 @@ _HASH_NBYTES = 32
 _PARENT = "user.kvlayer.parent"
 _NO_ATTRIBUTES = frozenset({errno.ENOTSUP, errno.EPERM, errno.ENOSPC, errno.E2BIG})
 """What noting something beside a file answers where nothing, or nothing more, can be noted."""
+LATEST_NS = (1 << 63) - 1
+"""In the year 2262. What a clock that jumped says beyond that is as late as any."""
 _GET_GENERATION = 0x80087601  # FS_IOC_GETVERSION
 _FOLDER_MODE = 0o700
+_DEEPEST = 2048  # folders of one letter that fit the 4,096 bytes of a path
 _FILE_MODE = 0o600
 
 
@@ -100,6 +105,11 @@ def look_at_folder(path: str) -> os.stat_result | None:
     """The folder of this user with this name; None when there is none."""
     status = look(path)
     return status if status is not None and _is_own_folder(status) else None
+
+
+def used_ns(status: os.stat_result) -> int:
+    """When an object was last used (Unix nanoseconds), in 64 bits: files may be of any year."""
+    return min(status.st_mtime_ns, LATEST_NS)
 
 
 def list_folder(path: str) -> list[str] | None:
@@ -231,7 +241,20 @@ def make_folder(path: str) -> bool:
 
 def make_folders(path: str) -> None:
     """Make a folder, which no other may write, and what is missing above it."""
-    os.makedirs(path, 0o755, exist_ok=True)
+    missing = [path]
+    while missing:
+        try:
+            os.mkdir(missing[-1], 0o755)
+        except FileNotFoundError:
+            above = missing[-1].rstrip("/").rpartition("/")[0]
+            if not above or len(missing) > _DEEPEST:
+                raise
+            missing.append(above)
+        except FileExistsError:
+            if not os.path.isdir(missing.pop()):  # noqa: PTH112
+                raise
+        else:
+            missing.pop()
 
 
 def link(source: str, target: str) -> None:
@@ -277,6 +300,7 @@ def remove_folder(path: str) -> bool:
 
 def stamp(target: str | int, used_ns: int) -> None:
     """Give a file, named or open, its time of use (Unix nanoseconds)."""
+    used_ns = min(used_ns, LATEST_NS)
     if isinstance(target, int):
         os.utime(target, ns=(used_ns, used_ns))
     else:

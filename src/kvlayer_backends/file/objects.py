@@ -203,7 +203,7 @@ class ObjectFiles:
             return None
         if write.regions and not stands_for(header, write.regions[0]):
             return None
-        return status.st_size, status.st_mtime_ns
+        return status.st_size, disk.used_ns(status)
 
     def sizes(self, keys: Iterable[ObjectKey]) -> list[SizeResult]:
         """Size of each object, None where there is none, or the error that hides it."""
@@ -263,8 +263,8 @@ class ObjectFiles:
                 status = disk.look(path)
                 if status is None:
                     eviction.lose(victim)
-                elif 0 <= victim.used_ns < status.st_mtime_ns:
-                    eviction.spare(victim, status.st_mtime_ns)
+                elif 0 <= victim.used_ns < disk.used_ns(status):
+                    eviction.spare(victim, disk.used_ns(status))
                 elif disk.remove(path):
                     eviction.go(victim)
                 else:

@@ -20,6 +20,7 @@ __all__ = ["Pulse"]
 _PATIENCE_SECONDS = 1.0
 """What a snapshot may take before writers are refused instead of held."""
 _POLL_SECONDS = 0.02
+_MARK_NS = 1_000_000_000  # every file system that keeps times keeps whole seconds
 _NO_ATIMES = getattr(os, "ST_NOATIME", 0) | os.ST_RDONLY
 """Mount options with which a read tells nothing."""
 
@@ -28,7 +29,8 @@ class Pulse:
     """A file of this user, whose time of access is set back to 0 after each look.
 
     Blocking calls, from any thread. Where there is no such file yet, where it cannot be read any
-    more, and where times of access are not kept, it finds nothing wrong.
+    more, and where times of access are not kept, it finds nothing wrong: only who has seen a read
+    move the time sets it back. Network file systems answer reads from memory, and move none.
     """
 
     def __init__(self, path: str) -> None:
@@ -36,13 +38,22 @@ class Pulse:
         self._lock = Lock()
         self._fd = -1
         self._stalled_at: float | None = None
+        self._is_telling = False
+        """Whether a read was seen to move the time of access."""
 
     def begin(self) -> None:
-        """Set the time back for the first time. Raises ``OSError``."""
+        """Find out whether a read tells, and if so set the time back. Raises ``OSError``.
+
+        Something was changed just now: the disk takes changes.
+        """
         with self._lock:
             self._look()
             if self._fd >= 0:
-                self._set_back()
+                self._set_back(_MARK_NS)
+                os.pread(self._fd, 1, 0)
+                self._is_telling = os.fstat(self._fd).st_atime_ns != _MARK_NS
+                if self._is_telling:
+                    self._set_back()
 
     def check(self) -> None:
         """Return when the disk takes changes.
@@ -71,14 +82,15 @@ class Pulse:
             os.pread(self._fd, 1, 0)
             if os.fstat(self._fd).st_atime_ns == 0:
                 return bool(os.fstatvfs(self._fd).f_flag & _NO_ATIMES)
-            self._set_back()
+            if self._is_telling:
+                self._set_back()
         except OSError:
             # This disk has died, and another may lie in its place: the change itself finds out.
             self._drop()
         return True
 
-    def _set_back(self) -> None:
-        os.utime(self._fd, ns=(0, os.fstat(self._fd).st_mtime_ns))
+    def _set_back(self, atime_ns: int = 0) -> None:
+        os.utime(self._fd, ns=(atime_ns, disk.used_ns(os.fstat(self._fd))))
 
     def close(self) -> None:
         """Idempotent."""

@@ -177,7 +177,7 @@ class Scan:
                 if status is not None:
                     present.add(key)
                     parent = disk.parent(f"{folder}/{name}")
-                    found.append(Found(key, status.st_size, status.st_mtime_ns, parent))
+                    found.append(Found(key, status.st_size, disk.used_ns(status), parent))
         new += found
         return present
 

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 from kvlayer.keys import ObjectKey
+from kvlayer_backends.file import disk
 
 __all__ = ["Uses"]
 
@@ -32,6 +33,7 @@ class Uses:
     def stamps(self, count: int) -> Sequence[int]:
         """Times in Unix nanoseconds for a path of ``count`` objects: the root's is the latest."""
         first = max(self._clock(), self._last) + _STEP_NS
+        first = min(first, disk.LATEST_NS - (count + 1) * _STEP_NS)
         self._last = first + count * _STEP_NS
         return range(self._last, first, -_STEP_NS)
 

@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import random
+import subprocess
 import threading
 import uuid
 from collections.abc import AsyncIterator
@@ -645,3 +646,38 @@ def test_victims_that_nothing_happened_to_keep_their_order() -> None:
     victims = ledger.take(4, 0, 0.0)
     ledger.settle(victims, Eviction(gone=[victims[1]]))
     assert [v.key for v in ledger.take(9, 0, 0.0)] == [KEYS[n] for n in (0, 2, 3, 4, 5)]
+
+
+@pytest.mark.asyncio
+async def test_files_of_any_year_are_counted_used_and_evicted(tmp_path: Path) -> None:
+    """A clock that jumped has stamped one: it is that object's trouble alone."""
+    async with opened(tmp_path) as files:
+        assert await put(files, *range(4)) == ([None] * 4)
+    paths = [Paths(str(tmp_path)).object(key) for key in KEYS[:3]]
+    _stamp(paths[0], "2400-01-01")
+    _stamp(paths[1], "1902-01-01")
+    if os.stat(paths[0]).st_mtime_ns < 1 << 63:
+        pytest.skip("this file system keeps no such times")
+    async with opened(tmp_path, capacity=6 * PAGE) as files:
+        assert files.objects == 4
+        assert await put(files, *range(3)) == [None] * 3
+        assert len([entry async for entry in files.list()]) == 4
+        _stamp(paths[2], "2400-01-01")  # while it is open
+        results = await put(files, *range(10, 30))
+        assert results == [None] * 20
+        assert files.used_nbytes <= 6 * PAGE
+
+
+@pytest.mark.asyncio
+async def test_a_clock_of_a_later_century_stamps_what_can_be_read(tmp_path: Path) -> None:
+    uses = Uses(lambda: 1 << 63)
+    stamps = [*uses.stamps(3), *uses.stamps(2)]
+    assert all(0 < stamp < 1 << 63 for stamp in stamps)
+    async with opened(tmp_path, capacity=6 * PAGE) as files:
+        files._uses = Uses(lambda: 1 << 64)
+        assert await put(files, *range(20)) == [None] * 20
+        assert files.used_nbytes <= 6 * PAGE
+
+
+def _stamp(path: str, date: str) -> None:
+    subprocess.run(["touch", "-d", date, path], check=True)  # Python's own does not go so far

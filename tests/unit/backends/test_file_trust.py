@@ -212,3 +212,17 @@ def test_every_call_to_the_disk_goes_through_one_door() -> None:
             if name is not None and (is_os or is_plain):
                 found.append(f"{path.relative_to(package)}:{name.lineno}")
     assert found == []
+
+
+@pytest.mark.parametrize("path", ["/a" * 3000, "/" + "a" * 300, "/a/" + "b" * 5000 + "/c"])
+@pytest.mark.asyncio
+async def test_a_path_longer_than_any_is_an_error_of_ours(tmp_path: Path, path: str) -> None:
+    with pytest.raises(BackendError, match="ENAMETOOLONG"):
+        await FileBackend(f"{tmp_path}{path}").open()
+
+
+@pytest.mark.asyncio
+async def test_folders_are_made_however_many_are_missing(tmp_path: Path) -> None:
+    root = f"{tmp_path}{'/a' * 300}"
+    async with FileBackend(root):
+        assert os.path.isdir(root)

@@ -334,3 +334,37 @@ def test_every_error_of_the_system_that_may_pass_is_transient() -> None:
 
     assert explain(OSError(errno.ETIMEDOUT, "x"), "write", "y").transient
     assert not explain(OSError(errno.EACCES, "x"), "write", "y").transient
+
+
+@pytest.mark.asyncio
+async def test_where_reads_move_no_time_nothing_is_taken_for_frozen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system answers a read from the client's memory: its server sees none."""
+    pread = os.pread
+
+    def unseen(fd: int, nbytes: int, offset: int) -> bytes:
+        before = os.fstat(fd)
+        read = pread(fd, nbytes, offset)
+        os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return read
+
+    monkeypatch.setattr("kvlayer_backends.file.pulse._PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr("kvlayer_backends.file.pulse.os.pread", unseen)
+    for number in range(2):  # the second finds what the first has left
+        async with FileBackend(str(tmp_path), FileOptions(interval=3600.0)) as files:
+            for again in range(3):
+                end = bytes([number, again]) * 16
+                key = ObjectName.raw(ObjectKey.of("ab" * 32, "0", end, 16, Part(0, (0, 4), (0, 8))))
+                assert await files.put([Write(key, (page(),))]) == [None]
+
+
+def test_who_only_looks_sets_no_time_back(tmp_path: Path) -> None:
+    """Before anything was changed nobody knows whether a read tells: the next may believe it."""
+    path = tmp_path / "file"
+    path.touch(mode=0o600)
+    pulse = Pulse(str(path))
+    pulse.check()
+    pulse.check()
+    assert path.stat().st_atime_ns > 0
+    pulse.close()
