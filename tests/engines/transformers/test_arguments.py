@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BatchEncoding, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    BatchEncoding,
+    BertConfig,
+    BertLMHeadModel,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.generation import MaxLengthCriteria, MinLengthLogitsProcessor
 
 from kvlayer.errors import TokensError, UnsupportedError
@@ -291,3 +300,87 @@ def test_an_encoding_of_more_than_text_is_refused_by_the_field_that_is_more(
     for call in (session.generate, session.load):
         with pytest.raises(UnsupportedError, match="pixel_values"):
             call(image)
+
+
+def test_use_cache_none_says_nothing(llama: Any, open_session: OpenSession, prompt: Prompt) -> None:
+    """transformers takes it for False, and would feed the past its own prompt again."""
+    rows = torch.tensor([prompt(40)])
+    expected = llama.generate(rows, **NEW)
+    session = open_session(llama)
+    for loaded in (0, 32):
+        found = session.generate(rows, use_cache=None, **NEW)
+        assert (found.loaded, session.troubles) == (loaded, 0)
+        assert torch.equal(found.sequences, expected)
+    llama.generation_config.use_cache = False
+    try:
+        with pytest.raises(UnsupportedError, match="use_cache=False"):
+            session.generate(rows, use_cache=None, **NEW)
+    finally:
+        llama.generation_config.use_cache = True
+
+
+def test_token_types_that_are_all_zero_pass_where_they_mean_nothing(
+    llama: Any, open_session: OpenSession, prompt: Prompt
+) -> None:
+    """GPT-2 looks them up in its table of words; a Llama does not know them, BERT adds type 0."""
+    rows = torch.tensor([prompt(40)])
+    zeros = torch.zeros_like(rows)
+    gpt2 = open_session(_gpt2())
+    with pytest.raises(UnsupportedError, match="another answer with token_type_ids=<zeros>"):
+        gpt2.generate(rows, token_type_ids=zeros, **NEW)
+    with pytest.raises(UnsupportedError, match="token_type_ids"):
+        gpt2.load({"input_ids": rows, "token_type_ids": zeros})
+    for model in (llama, _bert()):
+        session = open_session(model)
+        session.generate(rows, token_type_ids=zeros, **NEW)
+        found = session.generate(rows, token_type_ids=zeros, **NEW)
+        assert found.loaded == 32
+        assert torch.equal(found.sequences, model.generate(rows, **NEW))
+
+
+def _gpt2() -> Any:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=512, n_positions=256, n_embd=64, n_layer=2, n_head=4, bos_token_id=1
+    )
+    config.eos_token_id = None
+    return GPT2LMHeadModel(config).eval()
+
+
+def _bert() -> Any:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=512,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        is_decoder=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return BertLMHeadModel(config).eval()
+
+
+def test_padding_is_guessed_as_transformers_guesses_it(
+    llama: Any, open_session: OpenSession, prompt: Prompt
+) -> None:
+    """Id 0 is the padding of this model; an end token is never taken for padding."""
+    session = open_session(llama, exact=False)
+    alone = session.generate(prompt(40), **NEW)
+    padded = torch.tensor([[0] * 9 + prompt(40)])
+    found = session.generate(padded, **NEW)
+    assert found.loaded == 41
+    assert torch.equal(found.sequences, llama.generate(padded, **NEW))
+    assert torch.equal(found.sequences[:, 9:], alone.sequences)
+    inside = torch.tensor([prompt(40)])
+    inside[0, 20] = 0
+    with pytest.raises(TokensError, match="takes id 0 for padding") as caught:
+        session.generate(inside, **NEW)
+    assert "attention_mask=" in str(caught.value.hint)
+    for more in ({"eos_token_id": [5, 0]}, {"pad_token_id": 3}, {"pad_token_id": None}):
+        found = session.generate(inside, **NEW, **more)
+        assert torch.equal(found.sequences, llama.generate(inside, **NEW, **more))
+    found = session.generate(inside, torch.ones_like(inside), **NEW)
+    expected = llama.generate(inside, attention_mask=torch.ones_like(inside), **NEW)
+    assert torch.equal(found.sequences, expected)

@@ -15,7 +15,7 @@ import torch
 from kvlayer.errors import UnsupportedError
 from kvlayer_transformers.engine import GenerationConfig, Model
 
-__all__ = ["answer_ends", "checked_arguments", "eos_ids"]
+__all__ = ["answer_ends", "checked_arguments", "eos_ids", "guessed_padding", "zero_types"]
 
 # Fields of a generation config that choose the next token or say when to stop. They read the KV.
 _FREE: Final = frozenset(
@@ -104,11 +104,14 @@ def checked_arguments(model: Model, arguments: Mapping[str, Any]) -> dict[str, A
     """The arguments for ``model.generate``; raises ``UnsupportedError`` for the first that harms.
 
     Looks at the arguments, at ``generation_config`` and at the model's own generation config,
-    which fills what both leave open. What is None or all zeros and means nothing is left out.
+    which fills what both leave open. What is None or all zeros and means nothing is left out;
+    that zeros mean nothing is for the caller to know: see :func:`zero_types`.
     """
     given: dict[str, Any] = GenerationConfig().__dict__
     kept: dict[str, Any] = {}
     for name, value in arguments.items():
+        if name == "use_cache" and value is None:
+            continue  # transformers would take it for False, and feed a past its own prompt again
         if name in _CALLS or name in given:
             kept[name] = value
         elif not (value is None or (name in _UNUSED and value is False) or _is_blank(name, value)):
@@ -134,14 +137,20 @@ def checked_arguments(model: Model, arguments: Mapping[str, Any]) -> dict[str, A
     return kept
 
 
+def zero_types(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of token types that are all 0. Some families (GPT-2) add an embedding for them."""
+    return tuple(name for name, value in arguments.items() if _is_blank(name, value))
+
+
 def eos_ids(model: Model, arguments: Mapping[str, Any]) -> frozenset[int]:
     """The ids that end an answer, as ``model.generate`` with these arguments sees them."""
-    stated = arguments.get("generation_config")
-    found = _merged("eos_token_id", arguments, stated, model.generation_config)
-    if found is None:
-        return frozenset()
-    ids: Any = torch.as_tensor(found).view(-1)  # torch leaves the type of tolist() open
-    return frozenset(ids.tolist())
+    return _ids("eos_token_id", model, arguments)
+
+
+def guessed_padding(model: Model, arguments: Mapping[str, Any]) -> frozenset[int]:
+    """The ids that ``model.generate`` takes for padding where it is given no mask; mostly none."""
+    padding = _ids("pad_token_id", model, arguments)
+    return frozenset() if padding & eos_ids(model, arguments) else padding
 
 
 def answer_ends(sequences: torch.Tensor, start: int, eos: frozenset[int]) -> list[int]:
@@ -153,6 +162,15 @@ def answer_ends(sequences: torch.Tensor, start: int, eos: frozenset[int]) -> lis
         found = next((at for at, token in enumerate(row) if token in eos), len(row) - 1)
         ends.append(start + found + 1)
     return ends
+
+
+def _ids(name: str, model: Model, arguments: Mapping[str, Any]) -> frozenset[int]:
+    stated = arguments.get("generation_config")
+    found = _merged(name, arguments, stated, model.generation_config)
+    if found is None:
+        return frozenset()
+    ids: Any = torch.as_tensor(found).view(-1)  # torch leaves the type of tolist() open
+    return frozenset(ids.tolist())
 
 
 def _merged(name: str, arguments: Mapping[str, Any], stated: Any, published: Any) -> Any:

@@ -13,6 +13,7 @@ from kvlayer_transformers.engine import Model
 
 __all__ = [
     "attributes",
+    "called",
     "code_digest",
     "foreign_digest",
     "own_modules",
@@ -111,6 +112,12 @@ def own_modules(model: Model) -> Iterator[tuple[str, Any]]:
             adapted.append(f"{name}.")
             continue
         yield parts.replace(".base_layer", ""), module
+
+
+def called(model: Model) -> Any:
+    """The module that ``model.generate`` calls: without PEFT's and the compiler's wrappers."""
+    own = next((module for name, module in own_modules(model) if not name), model)
+    return getattr(own, "_orig_mod", own)
 
 
 def attributes(module: Any) -> dict[str, Any]:

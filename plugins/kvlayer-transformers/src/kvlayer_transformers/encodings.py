@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from kvlayer.errors import TokensError
@@ -14,13 +14,16 @@ _HINT = "pass the ids once: as input_ids, or the whole of what the tokenizer ret
 
 
 def read_prompts(
-    input_ids: PromptIds, attention_mask: Any, arguments: Mapping[str, Any]
+    input_ids: PromptIds,
+    attention_mask: Any,
+    arguments: Mapping[str, Any],
+    padding: Callable[[Mapping[str, Any]], frozenset[int]] | None = None,
 ) -> tuple[Prompts, dict[str, Any]]:
     """The prompts, and the arguments that are none of theirs.
 
     ``input_ids`` may be what a tokenizer returned (a mapping with ``input_ids``), whose further
-    fields count as arguments; ``inputs`` is another name for it, as in transformers. Raises
-    ``TokensError``.
+    fields count as arguments; ``inputs`` is another name for it, as in transformers. Where no
+    mask is given, ``padding(arguments)`` says which ids are padding. Raises ``TokensError``.
     """
     rest = dict(arguments)
     inputs = rest.pop("inputs", None)
@@ -47,4 +50,5 @@ def read_prompts(
         # One text's encoding from the tokenizers library.
         attention_mask = input_ids.attention_mask if attention_mask is None else attention_mask
         input_ids = input_ids.ids
-    return Prompts.of(input_ids, attention_mask), rest
+    guessed = frozenset[int]() if padding is None else padding(rest)
+    return Prompts.of(input_ids, attention_mask, padding=guessed), rest

@@ -28,8 +28,14 @@ class Prompts:
     pads: tuple[int, ...]
 
     @classmethod
-    def of(cls, ids: PromptIds, attention_mask: Any = None) -> Prompts:
-        """Raises ``TokensError`` for anything that is not integers in left-padded rows."""
+    def of(
+        cls, ids: PromptIds, attention_mask: Any = None, *, padding: frozenset[int] = frozenset()
+    ) -> Prompts:
+        """Raises ``TokensError`` for anything that is not integers in left-padded rows.
+
+        Without a mask, ids in ``padding`` are taken for padding. The ids are copied: what the
+        caller's tensor becomes later changes nothing.
+        """
         tensor = _tensor("input_ids", ids)
         integers = not (tensor.is_floating_point() or tensor.dtype is torch.bool)
         if not integers or tensor.ndim not in (1, 2) or 0 in tensor.shape:
@@ -38,9 +44,9 @@ class Prompts:
                 f"{tuple(tensor.shape)} of {tensor.dtype}",
                 hint=_HINT,
             )
-        tensor = tensor.to(torch.long).reshape(-1, tensor.shape[-1])
+        tensor = tensor.to(torch.long, copy=True).reshape(-1, tensor.shape[-1])
         if attention_mask is None:
-            return cls(tensor, (0,) * tensor.shape[0])
+            return cls(tensor, _guessed_pads(tensor, padding))
         return cls(tensor, _pads(_tensor("attention_mask", attention_mask), tuple(tensor.shape)))
 
     @property
@@ -90,6 +96,20 @@ def _tensor(name: str, value: Any) -> torch.Tensor:
             hint="rows must have one length: tokenize with padding=True and padding_side='left'"
             if ragged
             else _HINT,
+        ) from None
+
+
+def _guessed_pads(ids: torch.Tensor, padding: frozenset[int]) -> tuple[int, ...]:
+    """Padding as ``model.generate`` guesses it from the ids alone."""
+    mask = ~torch.isin(ids, torch.tensor(sorted(padding), dtype=ids.dtype))
+    if bool(mask.all()):
+        return (0,) * len(ids)
+    try:
+        return _pads(mask, tuple(ids.shape))
+    except TokensError as exc:
+        raise TokensError(
+            f"without an attention_mask transformers takes id {min(padding)} for padding: {exc}",
+            hint="pass attention_mask=, all 1 if it is a token of the prompt",
         ) from None
 
 

@@ -8,6 +8,7 @@ prompt at once, as the model answers by itself, against passes that continue ano
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from typing import Any, Final
 
 import torch
 
+from kvlayer_transformers.contents import called
 from kvlayer_transformers.engine import DynamicCache, GenerationConfig, Model, Past, quiet
 from kvlayer_transformers.prefill import generate, last_start, prefill
 from kvlayer_transformers.prompts import Prompts
 from kvlayer_transformers.twin import PROMPT_IDS, twin_of
 
-__all__ = ["RECIPE", "TooSlow", "Verdict", "of_family", "of_model"]
+__all__ = ["RECIPE", "TooSlow", "Verdict", "of_family", "of_model", "zeros_mean_nothing"]
 
 RECIPE: Final = 1
 """Raise it whenever a trial would judge otherwise."""
@@ -107,6 +109,21 @@ def of_model(model: Model, *, padding: bool) -> Verdict:
         return Verdict()
     where = "in two padded passes" if padding else "in two passes"
     return Verdict(pieces=f"what is computed {where} differs by {apart:.0%} from one pass")
+
+
+def zeros_mean_nothing(model: Model, name: str) -> bool:
+    """Whether ``name=zeros`` leaves what a model computes as it is, or is nothing it knows.
+
+    Two passes of 16 tokens. Raises what the model raises.
+    """
+    accepted = inspect.signature(called(model).forward).parameters
+    if name not in accepted:
+        return True
+    ids = _ids(model, _WIDTH, seed=3).to(model.device)
+    with torch.no_grad(), quiet():
+        without = model(input_ids=ids, use_cache=False).logits[0]
+        given = model(input_ids=ids, use_cache=False, **{name: torch.zeros_like(ids)}).logits[0]
+    return _worst([given.float()], [without.float()]) <= _TOLERANCE
 
 
 def _judge(twin: Model) -> Verdict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,10 +15,17 @@ from kvlayer import CacheConfig, Portal, Scope, StoreReport
 from kvlayer.errors import LayoutError, UnsupportedError
 from kvlayer.events import Sink
 from kvlayer_transformers.adapters import Adapters
-from kvlayer_transformers.arguments import answer_ends, checked_arguments, eos_ids
+from kvlayer_transformers.arguments import (
+    answer_ends,
+    checked_arguments,
+    eos_ids,
+    guessed_padding,
+    zero_types,
+)
 from kvlayer_transformers.carrier import Carrier, Loading, Scopes
 from kvlayer_transformers.encodings import read_prompts
 from kvlayer_transformers.engine import Model, Past
+from kvlayer_transformers.feed import Feed
 from kvlayer_transformers.generation import Generation, Loaded
 from kvlayer_transformers.geometry import Geometry
 from kvlayer_transformers.identity import identity_of
@@ -220,38 +228,48 @@ class Session:
         ``arguments`` go to ``model.generate`` (``max_new_tokens``, ``do_sample``, ``streamer``
         and so on); those not known to go together with stored KV are refused with
         ``UnsupportedError``. ``input_ids`` may be what a tokenizer returned. Without
-        ``attention_mask`` every id counts as a token: padding is never guessed. ``load`` and
-        ``save`` switch either half off.
+        ``attention_mask`` padding is guessed as ``model.generate`` does it: where the padding id
+        of the generation config is no end token, it counts as padding. ``load`` and ``save``
+        switch either half off.
 
         Whatever ends the call early (an error, a streamer or ``on_pass`` that raises,
         ``KeyboardInterrupt``) is raised once the KV of the prompt, as far as it was computed, has
         been stored.
         """
-        prompts, rest = read_prompts(input_ids, attention_mask, arguments)
-        rest = checked_arguments(self.model, rest)
-        self._suitability.check()
-        self._suitability.check_prompts(prompts)
+        prompts, rest = read_prompts(
+            input_ids, attention_mask, arguments, partial(guessed_padding, self.model)
+        )
+        rest = self._checked(prompts, rest)
         loading = self._load(prompts, scope) if load else Loading(as_cache([], 0))
         past = loading.past
+        feed = Feed(self.model, prompts)
         try:
             self._compute(prompts, past, loading.columns, on_pass)
-            sequences: torch.Tensor = generate(self.model, prompts, past, **rest)
+            with feed.after(past.get_seq_length()):
+                sequences: torch.Tensor = generate(self.model, prompts, past, **rest)
         except BaseException:
             if save:
-                self._save_prompts(prompts, past, scope, loaded=loading.columns)
+                self._save_prompts(prompts, feed, past, scope, loaded=loading.columns)
             raise
         stored: tuple[StoreReport, ...] = ()
         if save:
-            stored = self._save(prompts, sequences, past, scope, rest, loaded=loading.columns)
+            stored = self._save(prompts, feed, past, scope, rest, loaded=loading.columns)
         return Generation(sequences, loading.columns, loading.failed, stored)
 
     def _prompts(self, input_ids: PromptIds, attention_mask: Any) -> Prompts:
         """The prompts of a call without generation. Raises what the checks raise."""
         prompts, rest = read_prompts(input_ids, attention_mask, {})
-        checked_arguments(self.model, rest)
+        self._checked(prompts, rest)
+        return prompts
+
+    def _checked(self, prompts: Prompts, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments for ``model.generate``; raises where they or the model do not suit."""
+        kept = checked_arguments(self.model, arguments)
         self._suitability.check()
         self._suitability.check_prompts(prompts)
-        return prompts
+        for name in zero_types(arguments):
+            self._suitability.check_zeros(name)
+        return kept
 
     def _load(self, prompts: Prompts, scope: Scopes) -> Loading:
         return self._carrier.load(prompts, scope, step=self.pass_tokens if self.exact else 1)
@@ -271,7 +289,7 @@ class Session:
     def _save(
         self,
         prompts: Prompts,
-        sequences: torch.Tensor,
+        feed: Feed,
         past: Past,
         scope: Scopes,
         arguments: Mapping[str, Any],
@@ -279,27 +297,27 @@ class Session:
         loaded: int,
     ) -> tuple[StoreReport, ...]:
         """Store prompts and, if asked for, answers up to each row's end, if fed."""
-        answers = Prompts(sequences.cpu(), prompts.pads)
-        fed = answers.columns - 1  # the last token never was
+        fed = feed.ids
         held = computed_columns(past, self.geometry)
-        if held != fed:
-            self._carrier.trouble(f"the past has {held} columns, expected {fed}")
-            return ()
-        if not torch.equal(answers.ids[:, : prompts.columns], prompts.ids):
-            self._carrier.trouble("something in generate() changed the ids of the prompt in place")
+        columns = 0 if fed is None else fed.shape[1]
+        if fed is None or columns != held:
+            self._carrier.trouble(f"the past has {held} columns, expected {columns}")
             return ()
         ends = [prompts.columns] * prompts.rows
         if self.keep_answers:
-            eos = eos_ids(self.model, arguments)
-            ends = answer_ends(answers.ids, prompts.columns, eos)
-        return self._store(answers, past, scope, [min(end, fed) for end in ends], loaded)
+            ends = answer_ends(fed, prompts.columns, eos_ids(self.model, arguments))
+        return self._store(Prompts(fed, prompts.pads), past, scope, ends, loaded)
 
-    def _save_prompts(self, prompts: Prompts, past: Past, scope: Scopes, *, loaded: int) -> None:
+    def _save_prompts(
+        self, prompts: Prompts, feed: Feed, past: Past, scope: Scopes, *, loaded: int
+    ) -> None:
         """Store what was computed of prompts whose generation failed; troubles are counted."""
         try:
+            fed = feed.ids
             end = min(prompts.columns, computed_columns(past, self.geometry))
-            if end > loaded:
-                self._store(prompts, past, scope, [max(end, pad) for pad in prompts.pads], loaded)
+            if fed is not None and end > loaded:
+                ends = [max(end, pad) for pad in prompts.pads]
+                self._store(Prompts(fed, prompts.pads), past, scope, ends, loaded)
         except Exception as exc:  # noqa: BLE001  # the caller is to see what ended generation
             self._carrier.trouble(f"{type(exc).__name__}: {exc}", exc)
 

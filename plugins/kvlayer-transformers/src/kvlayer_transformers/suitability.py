@@ -10,7 +10,7 @@ from kvlayer.errors import TokensError, UnsupportedError
 from kvlayer_transformers.adapters import Adapters
 from kvlayer_transformers.engine import Model
 from kvlayer_transformers.prompts import Prompts
-from kvlayer_transformers.proof import Verdict
+from kvlayer_transformers.proof import Verdict, zeros_mean_nothing
 from kvlayer_transformers.verdicts import verdict_of
 from kvlayer_transformers.watch import Watch
 
@@ -26,6 +26,7 @@ class Suitability:
         self._adapters = adapters
         self._prove = prove
         self._verdicts: dict[bytes, Verdict] = {}
+        self._zeros: dict[str, bool] = {}
         self._verdict()
         self._watch = Watch(model)
         self._vocabulary = _vocabulary(model)
@@ -50,6 +51,16 @@ class Suitability:
                 f"token id {low if low < 0 else high} is not in the model's vocabulary of "
                 f"{self._vocabulary} ids",
                 hint="tokenize with the tokenizer of this model",
+            )
+
+    def check_zeros(self, name: str) -> None:
+        """Whether token types of this name that are all 0 are the same as none: tried once."""
+        if name not in self._zeros:
+            self._zeros[name] = zeros_mean_nothing(self._model, name)
+        if not self._zeros[name]:
+            raise UnsupportedError(
+                f"{_name(self._model)} computes another answer with {name}=<zeros> than without",
+                hint=f"leave {name} out, or call model.generate() without the session",
             )
 
     def _verdict(self) -> Verdict:

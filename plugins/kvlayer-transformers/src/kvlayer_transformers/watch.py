@@ -22,7 +22,10 @@ __all__ = ["Watch", "check_ready"]
 _SAMPLE: Final = 1 << 18
 """Elements compared at each call: all of a tiny model, evenly spread ones of a large model."""
 _LEAST: Final = 64
-_TRUSTED: Final = ("torch.", "transformers.", "peft.", "accelerate.", "kernels.", "liger_kernel.")
+_TRUSTED: Final = (
+    *("torch.", "transformers.", "peft.", "accelerate.", "kernels.", "liger_kernel."),
+    "kvlayer_transformers.",
+)
 """Whose hooks and replaced forwards are known to leave KV as the weights say."""
 _DROPS_OUT: Final = ("transformers", "torch.nn.modules.dropout")
 """Whose modules read ``training``. Layers of quantisers are always in training mode."""
