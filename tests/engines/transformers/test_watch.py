@@ -118,7 +118,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "forward that was replaced": another_forward,
     "is now a Louder": another_class,
     "bias has come": a_buffer_more,
-    "another forward": other_code,
+    "another function was put in the place of LlamaMLP.forward": other_code,
     "another scaling": lambda m: setattr(m.model.layers[1].self_attn, "scaling", 2.0),
     "another is_causal": lambda m: setattr(m.model.layers[1].self_attn, "is_causal", False),
     "rms_norm_eps": lambda m: setattr(m.config, "rms_norm_eps", 0.1),

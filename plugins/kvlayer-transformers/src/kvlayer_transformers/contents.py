@@ -14,7 +14,6 @@ from kvlayer_transformers.engine import Model
 __all__ = [
     "attributes",
     "called",
-    "code_digest",
     "foreign_digest",
     "own_modules",
     "spread",
@@ -26,27 +25,15 @@ _SAMPLE: Final = 4096
 _PLAIN: Final = (torch.Tensor, torch.nn.Parameter)
 
 
-def code_digest(model: Model) -> str:
-    """A digest of what the model is made of: the kinds of its modules and their code."""
-    parts: set[str] = set()
-    kinds: set[Any] = {type(module) for module in model.modules()}
-    for kind in kinds:
-        code: Any = getattr(getattr(kind, "forward", None), "__code__", None)
-        text = b"" if code is None else code.co_code + repr(code.co_names).encode()
-        parts.add(f"{kind.__module__}.{kind.__qualname__}:{sha256(text).hexdigest()}")
-    return sha256("\n".join(sorted(parts)).encode()).hexdigest()
-
-
 def foreign_digest(model: Model) -> str | None:
     """A digest of what replaced the layers of the model's class (torchao, quanto); None if nothing.
 
     Covers kinds, settings as far as they are printed, and up to 4,096 elements of each tensor.
     """
-    own = type(model).__module__.split(".")[0]
     found: list[bytes] = []
     for name, module in own_modules(model):
         kind: Any = module.__class__
-        plain = kind.__module__.split(".")[0] in ("transformers", "transformers_modules", own)
+        plain = kind.__module__.split(".")[0] in ("transformers", "transformers_modules")
         if not (plain or kind.__module__.startswith("torch.nn.modules.")):
             found.append(f"{name} {kind.__module__}.{kind.__qualname__} {module!r}".encode())
     for name, tensor, _ in tensors_of(model):

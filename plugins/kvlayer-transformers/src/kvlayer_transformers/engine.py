@@ -11,11 +11,14 @@ from contextlib import contextmanager
 from typing import Any, Final, TypeAlias
 
 import transformers
-from transformers import cache_utils
+from transformers import cache_utils, masking_utils, modeling_utils
 
 from kvlayer.errors import UnsupportedError
 
 __all__ = [
+    "ATTENTION",
+    "CACHES",
+    "MASKS",
     "TESTED",
     "VERSION",
     "AutoConfig",
@@ -45,6 +48,11 @@ DynamicCache: Final[Any] = transformers.DynamicCache
 GenerationConfig: Final[Any] = transformers.GenerationConfig
 DynamicLayer: Final[Any] = cache_utils.DynamicLayer
 DynamicSlidingWindowLayer: Final[Any] = cache_utils.DynamicSlidingWindowLayer
+
+CACHES: Final[tuple[Any, ...]] = (DynamicCache, DynamicLayer, DynamicSlidingWindowLayer)
+ATTENTION: Final[Any] = modeling_utils.ALL_ATTENTION_FUNCTIONS
+"""Ways to compute attention by their names in a configuration."""
+MASKS: Final[Any] = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
 
 
 def check_version(version: str = VERSION) -> None:

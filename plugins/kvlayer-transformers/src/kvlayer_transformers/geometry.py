@@ -16,6 +16,7 @@ import torch
 
 from kvlayer.errors import UnsupportedError
 from kvlayer.layout import DENSE, AttentionKind, GroupLayout, KVGroup, KVLayout
+from kvlayer_transformers.code import Code
 from kvlayer_transformers.contents import foreign_digest
 from kvlayer_transformers.engine import (
     AutoConfig,
@@ -141,6 +142,7 @@ def overrides_of(model: Model, folder: str) -> dict[str, Scalar]:
 
     Layers and tensors that replaced the class's own without a word in the configuration (torchao's
     ``quantize_``, quanto) are named by a digest of their kinds and of samples of their content.
+    Functions that are neither transformers' nor torch's, by a digest of their code.
 
     ``folder`` holds the files the weights digest was made of; when it is empty, the place the
     model says it came from is used. Without either the whole configuration is named by its
@@ -150,6 +152,9 @@ def overrides_of(model: Model, folder: str) -> dict[str, Scalar]:
     published = _published(folder or model.config.name_or_path)
     foreign = None if config.get("quantization_config") else foreign_digest(model)
     added: dict[str, Scalar] = {} if foreign is None else {"modules": f"sha256:{foreign}"}
+    code = Code(model).foreign()
+    if code is not None:
+        added["code"] = f"sha256:{code}"
     if published is None:
         return {"config": f"sha256:{config_digest(model)}", **added}
     return added | {

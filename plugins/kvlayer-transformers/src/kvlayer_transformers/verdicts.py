@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 
 from kvlayer.errors import UnsupportedError
-from kvlayer_transformers.contents import code_digest
+from kvlayer_transformers.code import Code
 from kvlayer_transformers.engine import VERSION, Model
 from kvlayer_transformers.geometry import config_digest
 from kvlayer_transformers.proof import RECIPE, TooSlow, Verdict, of_family, of_model
@@ -21,10 +21,6 @@ _log = logging.getLogger(__name__)
 
 _FAMILIES: dict[tuple[type[Any], str], Verdict | None] = {}
 _MODELS: dict[tuple[type[Any], str], Verdict] = {}
-_BUILT_IN: Final = frozenset(
-    {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"}
-)
-"""Ways to compute attention that are transformers' own: one name, one function."""
 _UNPROVEN: Final = "no small twin of this class can be built to try padding"
 
 
@@ -39,13 +35,14 @@ def verdict_of(model: Model, *, remembered: Remembered | None = None) -> Verdict
     """
     kind: Any = model.__class__
     config, attention = config_digest(model), model.config._attn_implementation
-    family_key = (kind, f"{RECIPE}/{config}/{code_digest(model)}/{attention}")
+    code = Code(model)
+    family_key = (kind, f"{RECIPE}/{config}/{code.digest()}/{attention}")
     dtypes = sorted({f"{type(p).__qualname__}:{p.dtype}" for p in model.parameters()})
     key = (kind, "/".join([family_key[1], model.device.type, *dtypes]))
     if key in _MODELS:
         return _MODELS[key]
     name = f"{kind.__module__}.{kind.__qualname__}/{VERSION}/{torch.__version__}/{key[1]}"
-    shared = kind.__module__.startswith("transformers.models.") and attention in _BUILT_IN
+    shared = kind.__module__.startswith("transformers.models.") and code.foreign() is None
     remembered = Remembered() if remembered is None else remembered
     known = remembered.get(name) if shared else None
     verdict, is_whole = (known, True) if known is not None else _try(model, family_key)

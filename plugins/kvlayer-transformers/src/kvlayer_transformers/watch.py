@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, Final
 
 import torch
 
 from kvlayer.errors import UnsupportedError
+from kvlayer_transformers.code import Code, origin
 from kvlayer_transformers.contents import attributes, own_modules, spread, tensors_of
 from kvlayer_transformers.engine import Model
 
@@ -23,25 +25,29 @@ _SAMPLE: Final = 1 << 18
 """Elements compared at each call: all of a tiny model, evenly spread ones of a large model."""
 _LEAST: Final = 64
 _TRUSTED: Final = (
-    *("torch.", "transformers.", "peft.", "accelerate.", "kernels.", "liger_kernel."),
-    "kvlayer_transformers.",
+    *("torch", "transformers", "peft", "accelerate", "kernels", "liger_kernel"),
+    "kvlayer_transformers",
 )
 """Whose hooks and replaced forwards are known to leave KV as the weights say."""
 _DROPS_OUT: Final = ("transformers", "torch.nn.modules.dropout")
 """Whose modules read ``training``. Layers of quantisers are always in training mode."""
+_NUMBERS: Final = (
+    *(int, float, str, bool, torch.dtype, FunctionType, MethodType, BuiltinFunctionType),
+)
 
 
 def check_ready(model: Model) -> None:
     """Refuse a state in which what the model computes is not what its weights say.
 
-    Training mode, autocast, weights that are not on the device, hooks of unknown origin. Raises
-    ``UnsupportedError``. Costs a walk over the modules.
+    Training mode, autocast, weights that are not on the device, hooks, torch modes and replaced
+    methods of unknown origin. Raises ``UnsupportedError``. Costs a walk over the modules.
     """
     device = getattr(model, "device", None)
     kind = getattr(device, "type", "cpu")
+    drops_out = (*_DROPS_OUT, type(model).__module__.split(".")[0])
     for name, module in model.named_modules():
         place = name or "the model"
-        if module.training and (not name or type(module).__module__.startswith(_DROPS_OUT)):
+        if module.training and (not name or type(module).__module__.startswith(drops_out)):
             raise UnsupportedError(
                 f"{place} is in training mode: dropout would be part of its KV",
                 hint="call model.eval() first",
@@ -59,6 +65,12 @@ def check_ready(model: Model) -> None:
                 f"{place} has {foreign}, which may change KV in a way that nothing names",
                 hint="remove it, or call model.generate() without the session",
             )
+    everywhere = next(_foreign_everywhere(), None)
+    if everywhere is not None:
+        raise UnsupportedError(
+            f"{everywhere} is active, which may change KV in a way that nothing names",
+            hint="remove it, or call model.generate() without the session",
+        )
     if kind != "meta" and torch.is_autocast_enabled(kind):
         raise UnsupportedError(
             "autocast is on: keys and values would be computed in another dtype than the model's",
@@ -75,6 +87,7 @@ class Watch:
         self._model = model
         self._config = _config_of(model)
         self._modules = _modules_of(model)
+        self._code = Code(model)
         self._tensors = {name: _Mark(tensor) for name, tensor, _ in tensors_of(model)}
         self._each = max(_LEAST, _SAMPLE // max(len(self._tensors), 1))
         self._sample = self._take()
@@ -97,6 +110,9 @@ class Watch:
         modules = _modules_of(self._model)
         if modules != self._modules:
             return _first_difference(modules, self._modules)
+        replaced = self._code.changed()
+        if replaced is not None:
+            return f"another function was put in the place of {replaced}"
         found = {name: (tensor, kept) for name, tensor, kept in tensors_of(self._model)}
         if found.keys() != self._tensors.keys():
             name = min(found.keys() ^ self._tensors.keys())
@@ -166,26 +182,21 @@ def _pointer(tensor: torch.Tensor) -> int | None:
 
 
 def _modules_of(model: Model) -> dict[str, tuple[object, ...]]:
-    """Type, code and public numbers of every module: a window, a scale, whether it is causal."""
+    """Type and public numbers of every module: a window, a scale, whether it is causal.
+
+    Functions that a module holds count as numbers do.
+    """
     return {
         name: (
             type(module),
-            ("forward", _code_of(module)),
             *(
                 (key, value)
                 for key, value in attributes(module).items()
-                if isinstance(value, int | float | str | bool)
-                and not key.startswith("_")
-                and key != "training"
+                if isinstance(value, _NUMBERS) and not key.startswith("_") and key != "training"
             ),
         )
         for name, module in own_modules(model)
     }
-
-
-def _code_of(module: Any) -> object:
-    kind: Any = module.__class__
-    return getattr(kind, "forward", None)
 
 
 def _first_difference(now: dict[str, Any], before: dict[str, Any]) -> str:
@@ -211,20 +222,40 @@ def _foreign_code(module: Any) -> Iterator[str]:
         ("forward hook", module._forward_hooks),
         ("forward pre-hook", module._forward_pre_hooks),
     ):
-        for hook in hooks.values():
+        for hook in list(hooks.values()):
             if not _is_trusted(hook):
-                yield f"a {kind} ({_origin(hook)})"
-    replaced = attributes(module).get("forward")
-    if replaced is not None and not _is_trusted(replaced):
-        yield f"a forward that was replaced ({_origin(replaced)})"
+                yield f"a {kind} ({_shown(hook)})"
+    own_hook = attributes(module).get("_hf_hook")  # accelerate's, which calls it
+    for hook in (own_hook, *getattr(own_hook, "hooks", ())):
+        if hook is not None and not _is_trusted(hook):
+            yield f"a hook ({_shown(hook)})"
+    for name, value in attributes(module).items():
+        if callable(value) and hasattr(type(module), name) and not _is_trusted(value):
+            yield f"a {name} that was replaced ({_shown(value)})"
+
+
+def _foreign_everywhere() -> Iterator[str]:
+    """What reaches into every module or every operation of the process or the thread."""
+    modules: Any = torch.nn.modules.module
+    for hooks in (modules._global_forward_hooks, modules._global_forward_pre_hooks):
+        for hook in list(hooks.values()):
+            if not _is_trusted(hook):
+                yield f"a global forward hook ({_shown(hook)})"
+    overrides: Any = torch.overrides
+    dispatch: Any = torch.utils._python_dispatch
+    for mode in (
+        *overrides._get_current_function_mode_stack(),
+        *dispatch._get_current_dispatch_mode_stack(),
+    ):
+        if not _is_trusted(mode):
+            yield f"a torch mode ({_shown(mode)})"
 
 
 def _is_trusted(function: Any) -> bool:
-    return f"{_origin(function)}.".startswith(_TRUSTED)
+    return origin(function).split(".")[0] in _TRUSTED
 
 
-def _origin(function: Any) -> str:
+def _shown(function: Any) -> str:
     while hasattr(function, "func"):  # functools.partial
         function = function.func
-    owner = getattr(function, "__module__", None) or type(function).__module__
-    return f"{owner}.{getattr(function, '__qualname__', type(function).__name__)}"
+    return f"{origin(function)}.{getattr(function, '__qualname__', type(function).__name__)}"
