@@ -187,6 +187,10 @@ class EvictionOrder:
         self._tell(tell)
         self.rows.give_back(row)
 
+    def rank(self, row: int) -> int:
+        """Where an object stands by what was wished of it; of two, the lower goes first."""
+        return self._ranks[row]
+
     def victim(self, now: float) -> int | None:
         """The object to give up next, or None when nothing is evictable. Does not remove it.
 

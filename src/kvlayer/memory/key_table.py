@@ -154,14 +154,19 @@ class KeyTable:
 
     def ending(self, family: int, prefix: int) -> list[int]:
         """The rows of a family whose hash begins so, whatever else their keys say."""
-        segment, at = _place(family, prefix)
-        slots = self._segments[segment]
+        mixed = (family ^ prefix) * _MULTIPLIER & _WORD
+        slots = self._segments[mixed >> _SEGMENT_SHIFT]
         mask, found = len(slots) - 1, list[int]()
-        while slot := slots[at & mask]:
+        at = mixed >> _SLOT_SHIFT & mask
+        if not slots[at]:
+            return found
+        digests, read = self._digests, _WORDS.unpack_from
+        while slot := slots[at]:
             row = slot - _ROWS
-            if slot >= _ROWS and self.prefix(row) == prefix and self.family_of(row) == family:
+            is_same = row >= 0 and read(digests, row * _DIGEST)[0] == prefix
+            if is_same and self._families[self._of_row[row]] == family:
                 found.append(row)
-            at += 1
+            at = (at + 1) & mask
         return found
 
     # -- the hash table --------------------------------------------------------------------------

@@ -31,7 +31,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
-_SLICE = 1_000  # objects taken into the books before the loop gets a turn
+_SLICE = 256  # objects taken into the books before the loop gets a turn
 
 
 class Janitor:

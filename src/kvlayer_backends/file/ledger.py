@@ -21,9 +21,9 @@ from kvlayer_backends.file.victims import Eviction, Victim
 
 __all__ = ["Ledger"]
 
-_AT_ONCE = 256
+_AT_ONCE = 64
 """Victims taken in one go: they are removed within milliseconds, and others get a turn."""
-_LOOKS = 4_096  # objects passed over for what follows them before the loop gets a turn
+_LOOKS = 512  # objects passed over for what follows them before the loop gets a turn
 
 
 class Ledger:
@@ -195,10 +195,10 @@ class Ledger:
             victims.append(Victim(self._keys.key(row), size, used_ns, self._entries[row], before))
             nbytes -= size
             for exposed in self._lineage.leave(row):
-                self._expose(exposed, row, now)
+                self._expose(exposed, row)
         return victims
 
-    def _expose(self, row: int, follower: int | None = None, now: float = 0.0) -> None:
+    def _expose(self, row: int, follower: int | None = None) -> None:
         """Nothing follows a row any more: where it waited for that, it is the next to go.
 
         Unless it is to be kept for longer than its last ``follower``.
@@ -206,10 +206,10 @@ class Ledger:
         if not self._waiting[row]:
             return
         self._waiting[row] = 0
-        rows = self.order.rows
-        if follower is None or rows.retention(row).rank(now) <= rows.retention(follower).rank(now):
-            self.order.demote(row)
-        self.order.unpin((row,), used=False)
+        order = self.order
+        if follower is None or order.rank(row) <= order.rank(follower):
+            order.demote(row)
+        order.unpin((row,), used=False)
 
     def _rejoin(self, rows: Iterable[int]) -> None:
         """Those of some rows that waited are recent, whatever follows them."""

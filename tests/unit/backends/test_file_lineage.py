@@ -335,8 +335,8 @@ def test_what_a_write_follows_stays_until_it_has_ended() -> None:
 
 
 def test_passing_over_much_is_done_in_slices() -> None:
-    wide: list[Node] = [(n,) for n in range(5000)]
-    books = ledger([*wide, *((n, 0) for n in range(5000))])
+    wide: list[Node] = [(n,) for n in range(600)]
+    books = ledger([*wide, *((n, 0) for n in range(600))])
     assert taken(books, 1) == [] and books.has_more
     assert taken(books, 1) == [key((0, 0))] and not books.has_more
 
