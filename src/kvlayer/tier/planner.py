@@ -531,6 +531,16 @@ class Planner:
         with self.lock:
             self.host.pin(records)
 
+    def has_room(self, wanted: Iterable[tuple[Span, Sequence[ObjectRecord]]]) -> bool:
+        """Whether host memory has room for all of these, with what is pinned."""
+        with self.lock:
+            left = self.host.extents.capacity - self.host.pinned_nbytes
+            for span, records in wanted:
+                for record in records:
+                    if record.host is Host.ABSENT:
+                        left -= self.payload(record.part, span.tokens).nbytes
+            return left >= 0
+
     def scattered(self, records: Sequence[ObjectRecord], lease: Lease | None) -> None:
         """A load has scattered these: it lets go of them, and so does a lease that only reads."""
         with self.lock:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kvlayer.tier.directory import Host, ObjectRecord
 from kvlayer.tier.lease import Lease
-from kvlayer.tier.loads import Wanted
+from kvlayer.tier.loads import Wanted, wanted_of
 from kvlayer.tier.matcher import Match
 from kvlayer.tier.planner import Planner
 
@@ -33,6 +33,26 @@ class Reading:
         for record in records:
             del self._left[record]
         self._batches += 1
+        self._planner.scattered(records, self._lease)
+
+    def within(self, start: int, stop: int) -> Wanted:
+        """What of the match tokens ``[start, stop)`` need; of the rest it holds less from now on.
+
+        What lies before them the engine has: it is let go of where a lower tier has it, too. What
+        comes after them may be wanted next, and is let go of where there is no room otherwise.
+        """
+        every = wanted_of(self.match)
+        self._spare([each for each in every if each[0].stop <= start])
+        wanted = [each for each in every if each[0].start < stop and each[0].stop > start]
+        if not self._planner.has_room(wanted):
+            self._spare([each for each in every if each[0].start >= stop])
+        return wanted
+
+    def _spare(self, spans: Wanted) -> None:
+        records = [r for _, found in spans for r in found if r.tiers and r in self._left]
+        for record in records:
+            del self._left[record]
+        self._batches += bool(records)
         self._planner.scattered(records, self._lease)
 
     def need(self, records: Sequence[ObjectRecord]) -> None:

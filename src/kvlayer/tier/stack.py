@@ -136,11 +136,7 @@ class Stack:
         match = reading.match
         stop = min(match.tokens, window.stop)
         bound = Window(window.start, stop - stop % self._native_step)
-        wanted = [
-            (span, records)
-            for span, records in wanted_of(match)
-            if span.start < bound.stop and span.stop > bound.start
-        ]
+        wanted = reading.within(bound.start, bound.stop)
         trouble: list[Failure] = []
         done = 0
         until = self.finder.budget(wanted, deadline)

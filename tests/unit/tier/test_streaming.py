@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from stacks import Rig, chain_of, check_accounts, make_rig
@@ -109,6 +110,33 @@ async def test_what_was_scattered_is_free_although_it_is_leased() -> None:
     )
     assert report.tokens == 160
     assert rig.planner.host.pinned_nbytes == 0
+    assert rig.planner.release(lease.number)
+    check_accounts(rig.planner, idle=True)
+    await rig.aclose()
+
+
+@pytest.mark.parametrize("is_one_lease", [True, False])
+@in_virtual_time
+async def test_a_prompt_is_read_piece_by_piece_through_memory_that_holds_few_of_them(
+    is_one_lease: bool,
+) -> None:
+    """What lies before a piece the engine has: neither the lease nor the load keeps it."""
+    rig, chain = make_rig(write="back", pages=4), chain_of(16 * 12)
+    await below(rig, chain)
+
+    def leased() -> tuple[Any, Any]:
+        match = rig.planner.match(chain)
+        return match, rig.planner.leases.grant(match.path(), owner="", deadline=1e6)
+
+    match, lease = leased()
+    for start in range(0, 16 * 12, 32):
+        claimed = rig.planner.claim(match, lease)
+        view = KVView([], [range(32)])
+        report = await rig.stack.retrieve(claimed, view, Window(start, start + 32), lease=lease)
+        assert (report.tokens, report.failed) == (start + 32, ())
+        if not is_one_lease:
+            assert rig.planner.release(lease.number)
+            match, lease = leased()
     assert rig.planner.release(lease.number)
     check_accounts(rig.planner, idle=True)
     await rig.aclose()
