@@ -182,3 +182,58 @@ def test_weights_below_an_adapter_are_watched(
     model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.data.mul_(2)
     with pytest.raises(UnsupportedError, match=r"layers\.0\.self_attn\.q_proj\.weight"):
         session.generate(ids, scope=A, **NEW)
+
+
+@pytest.mark.parametrize("through", ["data", "numpy"])
+def test_an_adapter_whose_weights_are_swapped_behind_autograd_is_another(
+    tiny: Tiny, open_session: OpenSession, prompt: Prompt, through: str
+) -> None:
+    """As PEFT's hot swap does it where a model is compiled."""
+    model, ids = wrapped(tiny, "first"), prompt(70)
+    session = open_session(model)
+    session.generate(ids, scope=A, **NEW)
+    weights = {n: p for n, p in model.named_parameters() if "lora_B" in n}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    for name, weight in weights.items():
+        if through == "data":
+            weight.data.copy_(-before[name])
+        else:
+            weight.detach().numpy()[...] *= -1
+    with pytest.raises(UnsupportedError, match="other weights"):
+        session.generate(ids, scope=A, **NEW)
+    swapped = session.generate(ids, scope=B, **NEW)
+    assert swapped.loaded == 0
+    assert torch.equal(swapped.sequences, answer(model, ids))
+    for name, weight in weights.items():
+        weight.data.copy_(before[name])
+    assert session.load(ids, scope=A).columns == 64
+
+
+def test_modules_that_an_adapter_saves_whole_are_part_of_it(
+    tiny: Tiny, open_session: OpenSession, prompt: Prompt
+) -> None:
+    fields = {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]}
+    model, ids = peft.get_peft_model(tiny(), lora(**fields), adapter_name="first"), prompt(70)
+    model.add_adapter("second", lora(**fields))
+    model.eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, each in model.named_parameters():
+            if "lora_" in name:
+                each.zero_()
+            if "modules_to_save.second" in name:
+                each.copy_(torch.randn(each.shape, generator=generator))
+    session = open_session(model)
+    session.generate(ids, scope=A, **NEW)
+    model.set_adapter("second")
+    with pytest.raises(UnsupportedError, match="other weights"):
+        session.generate(ids, scope=A, **NEW)
+    found = session.generate(ids, scope=B, **NEW)
+    assert torch.equal(found.sequences, answer(model, ids))
+    with model.disable_adapter():
+        found = session.generate(ids, **NEW)
+        assert torch.equal(found.sequences, answer(model, ids))
+    later = lora(**fields)
+    model.add_adapter("third", later)
+    model.set_adapter("first")
+    assert session.load(ids, scope=A).columns == 64

@@ -10,9 +10,10 @@ import torch
 
 from kvlayer import Scope
 from kvlayer.errors import UnsupportedError
+from kvlayer_transformers.contents import is_tuner, spread
 from kvlayer_transformers.engine import Model
 
-__all__ = ["Adapters", "is_tuner"]
+__all__ = ["Adapters"]
 
 # Kinds that add the same change to a layer whatever the prompt is. Others put columns of their own
 # in front, weigh experts by the whole prompt, or begin at a word inside it.
@@ -24,13 +25,21 @@ _STATIC_KINDS: Final = frozenset(
     }
 )
 
+_BASES: Final = ("base_layer", "original_module")
+_SAMPLE: Final = 1 << 18
+"""Elements compared at each call: all of a small adapter, evenly spread ones of a large one."""
+
 
 class Adapters:
-    """Reads a model's adapters at every call; content is hashed once per change."""
+    """Reads a model's adapters at every call; content is hashed once per change.
+
+    What PEFT's hot swap writes behind autograd's back moves no counter: samples show it.
+    """
 
     def __init__(self, model: Model) -> None:
         self._model = model
         self._marks: tuple[object, ...] = ()
+        self._samples: list[torch.Tensor] = []
         self._digest = b""
         self._bound: dict[bytes, bytes] = {}
 
@@ -94,8 +103,10 @@ class Adapters:
             for name, value in parts
         )
         known = all(mark[1] is not None or len(mark) == 2 for mark in marks)
-        if not known or marks != self._marks or not self._digest:
-            self._digest, self._marks = _digest(parts), marks
+        samples = _samples(parts)
+        same = len(samples) == len(self._samples) and all(map(torch.equal, samples, self._samples))
+        if not (known and same and marks == self._marks and self._digest):
+            self._digest, self._marks, self._samples = _digest(parts), marks, samples
         return self._digest
 
     @staticmethod
@@ -114,14 +125,6 @@ class Adapters:
                 )
 
 
-def is_tuner(module: Any) -> bool:
-    """Whether a module is a layer of PEFT around (or in place of) a layer of the model."""
-    return any(
-        base.__module__.startswith("peft.tuners") and base.__name__ == "BaseTunerLayer"
-        for base in type(module).__mro__
-    )
-
-
 def _active_names(module: Any) -> list[str]:
     active: Any = getattr(module, "active_adapters", ())
     return [active] if isinstance(active, str) else list(active)
@@ -130,8 +133,8 @@ def _active_names(module: Any) -> list[str]:
 def _parts(place: str, module: Any, active: list[str]) -> Iterator[tuple[str, object]]:
     """The tensors and numbers that a layer's active adapters add, without the adapters' names."""
     owned = [
-        *((n, p) for n, p in module.named_parameters() if not n.startswith("base_layer")),
-        *((n, b) for n, b in module.named_buffers() if not n.startswith("base_layer")),
+        *((n, p) for n, p in module.named_parameters() if not n.startswith(_BASES)),
+        *((n, b) for n, b in module.named_buffers() if not n.startswith(_BASES)),
     ]
     for order, name in enumerate(active):
         for key, tensor in owned:
@@ -147,6 +150,13 @@ def _parts(place: str, module: Any, active: list[str]) -> Iterator[tuple[str, ob
             inner = held.get(name)
             if isinstance(inner, int | float | str | bool):
                 yield f"{place}.{key}.{order}", inner
+
+
+def _samples(parts: list[tuple[str, object]]) -> list[torch.Tensor]:
+    tensors = [value for _, value in parts if isinstance(value, torch.Tensor)]
+    each = max(64, _SAMPLE // max(len(tensors), 1))
+    found = (spread(tensor, each, tensor.numel()) for tensor in tensors)
+    return [sample for sample in found if sample is not None]
 
 
 def _plain(name: str) -> str:

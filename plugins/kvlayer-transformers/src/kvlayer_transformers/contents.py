@@ -8,13 +8,13 @@ from typing import Any, Final
 
 import torch
 
-from kvlayer_transformers.adapters import is_tuner
 from kvlayer_transformers.engine import Model
 
 __all__ = [
     "attributes",
     "called",
     "foreign_digest",
+    "is_tuner",
     "own_modules",
     "spread",
     "tensors_of",
@@ -22,6 +22,8 @@ __all__ = [
 
 _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SAMPLE: Final = 4096
+_BASES: Final = (".base_layer", ".original_module")
+_WRAPPERS: Final = ("BaseTunerLayer", "AuxiliaryTrainingWrapper")
 _PLAIN: Final = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -93,12 +95,23 @@ def own_modules(model: Model) -> Iterator[tuple[str, Any]]:
             if name == "base_model.model":
                 yield "", module
             continue
-        if any(name.startswith(prefix) and ".base_layer" not in name for prefix in adapted):
+        inner = any(name.startswith(prefix) for prefix in adapted)
+        if inner and not any(base in name for base in _BASES):
             continue
         if is_tuner(module):
             adapted.append(f"{name}.")
             continue
-        yield parts.replace(".base_layer", ""), module
+        for base in _BASES:
+            parts = parts.replace(base, "")
+        yield parts, module
+
+
+def is_tuner(module: Any) -> bool:
+    """Whether a module is a layer of PEFT around (or in place of) a layer of the model."""
+    return any(
+        base.__name__ in _WRAPPERS and base.__module__.startswith("peft.")
+        for base in type(module).__mro__
+    )
 
 
 def called(model: Model) -> Any:
