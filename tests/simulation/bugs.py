@@ -1,4 +1,4 @@
-"""Eight planted bugs, one for each scenario, as patches of one function each.
+"""Nine planted bugs, one for each scenario, as patches of one function each.
 
 A patch names the text it takes away, which has to be there exactly once: where the product has
 moved on, planting fails and says so, in place of proving nothing.
@@ -20,6 +20,7 @@ from kvlayer.tier.host import HostTier
 from kvlayer.tier.lease import LeaseTable
 from kvlayer.tier.planner import Planner
 from kvlayer.tier.stack import Stack
+from kvlayer.tier.storing import Storing
 from kvlayer_backends.file.ledger import Ledger
 
 __all__ = ["BUGS", "RACES", "Bug"]
@@ -105,6 +106,18 @@ BUGS = {
         Planner.missing,
         "self.directory.drop_tier(record, tier)",
         "pass",
+    ),
+    "full_memory": Bug(
+        "scratch is taken before slots: a store that waits for room holds some meanwhile",
+        Storing._room,
+        "return await self._patience.wait(asyncio.ensure_future(self._news()), self._now())",
+        """arena = self._stack.objects._arenas.writes
+    taken = arena.take([arena.nbytes - arena.used_nbytes])
+    try:
+        return await self._patience.wait(asyncio.ensure_future(self._news()), self._now())
+    finally:
+        if taken is not None:
+            taken.give_back()""",
     ),
 }
 """By the scenario that is meant to find it."""

@@ -10,6 +10,7 @@ import cancellation
 import dying_writer
 import eviction_against_lookup
 import flapping_tier
+import full_memory
 import janitor_hand_over
 import lease_expiry
 import two_planners
@@ -26,6 +27,7 @@ SCENARIOS: dict[str, Scenario] = {
     "janitor_hand_over": janitor_hand_over.play,
     "back_pressure": back_pressure.play,
     "two_planners": two_planners.play,
+    "full_memory": full_memory.play,
 }
 
 

@@ -1,4 +1,4 @@
-"""The simulator finds bugs: each of eight that are planted, by a seed that finds it every time."""
+"""The simulator finds bugs: each of nine that are planted, by a seed that finds it every time."""
 
 from __future__ import annotations
 
