@@ -12,9 +12,9 @@ from kvlayer._values import instance, text
 from kvlayer.abc.backend import Capability
 from kvlayer.errors import ArgumentError, ConfigError
 from kvlayer.explain import explain
-from kvlayer.keys import ChunkChain, ObjectKey, Scope, Tokens
+from kvlayer.keys import ObjectKey, Scope, Tokens
 from kvlayer.results import Cause, Explanation, Health, Stats
-from kvlayer.tier.directory import Host, ObjectRecord
+from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.lease import Lease, lease_seconds
 from kvlayer.tier.listing import listed
 from kvlayer.tier.removal import Removal
@@ -101,12 +101,13 @@ class Control:
 
         async def drop() -> None:
             if tier in (None, stack.host.name):
-                removal.gone += await self._drop(self._known(chain), "evicted by request")
+                removal.gone += await self._drop(stack.planner.known(chain), "evicted by request")
 
-        await self._stop_writes(lower, removal, drop, {each.key for each in self._known(chain)})
-        with stack.planner.lock:
-            records = self._known(chain)
-            keys = [[r.key for r in records if r.tiers >> each.index & 1] for each in lower]
+        await self._stop_writes(
+            lower, removal, drop, {each.key for each in stack.planner.known(chain)}
+        )
+        records = stack.planner.known(chain)
+        keys = [[r.key for r in records if r.tiers >> each.index & 1] for each in lower]
         for each, there in zip(lower, keys, strict=True):
             if each.is_shared and not each.health().ok:  # others may have stored there
                 removal.unseen(each, each.health().detail)
@@ -128,7 +129,9 @@ class Control:
 
         async def drop() -> None:
             if tier in (None, stack.host.name):
-                removal.gone += await self._drop(self._resident(), "cleared by request")
+                removal.gone += await self._drop(
+                    self._cache.stack.planner.resident(), "cleared by request"
+                )
 
         await self._stop_writes(self._lower(tier), removal, drop)
         for lower in self._lower(tier):
@@ -141,21 +144,6 @@ class Control:
         await drop()
         removal.check()
         return removal.gone
-
-    def _known(self, chain: ChunkChain) -> list[ObjectRecord]:
-        """The objects of a prompt that the directory knows."""
-        planner = self._cache.stack.planner
-        spans = [*chain.spans(len(chain)), *chain.tails(len(chain))]
-        with planner.lock:
-            known = planner.directory.chunk
-            chunks = [known(span.hash, span.tokens, chain.zone(span)) for span in spans]
-            return [found for chunk in chunks if chunk for found in chunk.objects]
-
-    def _resident(self) -> list[ObjectRecord]:
-        """What is in host memory, or on its way there."""
-        planner = self._cache.stack.planner
-        with planner.lock:
-            return [found for found in planner.directory.active() if found.host is not Host.ABSENT]
 
     async def _stop_writes(
         self,
@@ -179,13 +167,10 @@ class Control:
     async def _records(self) -> list[ObjectRecord]:
         """Everything the directory knows, read in slices: nobody waits for the whole of it."""
         planner = self._cache.stack.planner
-        with planner.lock:
-            chunks = planner.directory.chunks()
+        chunks = planner.chunks()
         records: list[ObjectRecord] = []
         for at in range(0, len(chunks), _SLICE):
-            with planner.lock:
-                for chunk in chunks[at : at + _SLICE]:
-                    records += chunk.objects
+            records += planner.objects_of(chunks[at : at + _SLICE])
             await asyncio.sleep(0)
         return records
 
@@ -208,20 +193,17 @@ class Control:
         """
         stack, parts = self._cache.stack, self._cache.parts
         planner = stack.planner
-        with planner.lock:
-            counts = {tier.index: planner.directory.held(tier.index) for tier in stack.lower}
-            extents = planner.host.extents
-            host = replace(
-                stack.host.stats(
-                    len(planner.host), extents.used, extents.capacity, planner.host.pinned_nbytes
-                ),
-                policies_replaced=planner.host.order.replaced,
-            )
-            leases, owners = len(planner.leases), planner.leases.owners()
+        counts = planner.counts(tier.index for tier in stack.lower)
+        host = replace(
+            stack.host.stats(
+                counts.objects, counts.used_nbytes, counts.capacity_nbytes, counts.pinned_nbytes
+            ),
+            policies_replaced=counts.policies_replaced,
+        )
         lower = [
             replace(
                 tier.stats(
-                    counts[tier.index],
+                    counts.held[tier.index],
                     tier.figure("used_nbytes") or 0,
                     tier.figure("capacity_nbytes"),
                 ),
@@ -236,10 +218,10 @@ class Control:
             parts.lookups,
             parts.asked_tokens,
             parts.hit_tokens,
-            leases,
+            counts.leases,
             stack.inflight,
             stack.prefill.tokens_per_second,
-            owners,
+            counts.owners,
             stack.foreign.costs(),
             planner.directory.forgotten,
         )

@@ -76,37 +76,27 @@ def _missed(  # noqa: PLR0911  # one return per cause, most telling first
             f"{chain.tail_step}"
         )
         return MissedChunk(*at, Cause.SHORT, detail)
-    with planner.lock:
-        covers = planner.directory.covers(span.hash, span.tokens, chain.zone(span))
-        if all(cover is not None for cover in covers):
-            return _not_taken(cache, span, [found for cover in covers for found in cover or ()])
-        record = planner.directory.chunk(span.hash, span.tokens, chain.zone(span))
-        is_own = planner.journal.is_own(chain, span)
-        filling = (
-            is_own
-            and record is not None
-            and any(found.host is Host.FILLING for found in record.objects)
-        )
-        loss = planner.journal.loss(chain, span)
-        elsewhere = planner.journal.elsewhere(chain, span.start // chain.chunk_step)
-        divergent = planner.journal.divergence(chain, span.start)
-    if filling:
+    account = planner.account(chain, span)
+    if None not in account.covers:
+        return _not_taken(cache, span, [found for cover in account.covers for found in cover or ()])
+    loss = account.loss
+    if account.is_filling:
         return MissedChunk(*at, Cause.IN_FLIGHT, "on its way into host memory right now")
     if loss is not None:
         ago = max(time.time() - loss.when, 0)
         return MissedChunk(*at, loss.cause, f"{loss.detail}, {ago:.0f} s ago")
-    if elsewhere is not None:
-        detail = f"you stored the same tokens under: {elsewhere}"
+    if account.elsewhere is not None:
+        detail = f"you stored the same tokens under: {account.elsewhere}"
         return MissedChunk(*at, Cause.OTHER_SALT, detail)
-    if is_own and span.hash in others:
+    if account.is_own and span.hash in others:
         return MissedChunk(*at, Cause.OTHER_NAMESPACE, others[span.hash])
     for tier in cache.stack.lower:
         if tier.trouble:
             return MissedChunk(*at, Cause.TIER_DOWN, f"{tier.name} has trouble: {_HEALTH}")
     detail = "no record of these tokens after what precedes them"
-    if divergent is not None:
-        detail = f"a stored prompt starts alike and differs from token {divergent} on"
-    return MissedChunk(*at, Cause.NEVER_STORED, detail, divergent)
+    if account.divergent is not None:
+        detail = f"a stored prompt starts alike and differs from token {account.divergent} on"
+    return MissedChunk(*at, Cause.NEVER_STORED, detail, account.divergent)
 
 
 def _not_taken(cache: Cache, span: Span, records: list[ObjectRecord]) -> MissedChunk | None:

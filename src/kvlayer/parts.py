@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, TypeVar
 
 from kvlayer.config import CacheConfig
@@ -36,13 +37,14 @@ class Parts:
     lookups: int = 0
     asked_tokens: int = 0
     hit_tokens: int = 0
+    _counting: Lock = field(default_factory=Lock)
     _jobs: set[asyncio.Task[Any]] = field(default_factory=set)
     _flushing: asyncio.Task[None] | None = None
     _is_hurried: bool = False
 
     def count_lookup(self, asked: int, hit: int) -> None:
         """Keep the totals that ``Control.stats`` reports. In any thread."""
-        with self.stack.planner.lock:
+        with self._counting:
             self.lookups += 1
             self.asked_tokens += asked
             self.hit_tokens += hit

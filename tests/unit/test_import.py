@@ -122,3 +122,17 @@ def test_every_file_that_calls_itself_pure_is_under_the_contract():
         if PURE.search(said):
             module = ".".join(path.relative_to(root / "src").with_suffix("").parts)
             assert any(f"{module}.".startswith(f"{each}.") for each in held), module
+
+
+PLANNER = {"planner.py", "tables.py", "lookup_planner.py", "survey.py"}
+
+
+def test_only_the_planner_takes_the_planners_lock() -> None:
+    root = Path(kvlayer.__file__).parent
+    taking = {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        if re.search(r"planner\.lock\b|with self\.lock\b", path.read_text())
+        and path.relative_to(root).parts[0] != "testing"
+    }
+    assert taking == {f"tier/{name}" for name in PLANNER - {"tables.py"}}

@@ -63,8 +63,7 @@ class _Full:
         """Seconds to find a place for a new object, to evict for it and to account for both."""
         chain = self._chain(prompt(_CHUNK, 1_000_000 + number))
         span, evicted = chain.span(0), list[ObjectRecord]()
-        with self._planner.lock:
-            record = self._planner.directory.ensure(span, PUBLIC_ZONE, self._part)
+        record = self._planner.directory.ensure(span, PUBLIC_ZONE, self._part)
         started = time.perf_counter()
         slot = self._planner.plan_fetch(span, record, evicted)
         if slot is not None:

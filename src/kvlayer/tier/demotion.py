@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from kvlayer.tier.directory import Host, ObjectRecord
 from kvlayer.tier.guard import Refused
-from kvlayer.tier.leaving import Outlets, Way, end_leaving
+from kvlayer.tier.leaving import Outlets, Way
 from kvlayer.tier.planner import Planner
 from kvlayer.tier.spills import Spills, Write
 from kvlayer.tier.tier import LowerTier, Tier
@@ -98,8 +98,7 @@ class Demotion:
         """
         await self.settled()  # or a tier could seem full because of it
         outlets, given_up = replace(self.outlets, others=0), 0
-        with self._planner.lock:
-            ready = [r for r in self._planner.directory.active() if r.host is Host.READY]
+        ready = [r for r in self._planner.resident() if r.host is Host.READY]
         waiting = deque((record, wanted) for record in ready if (wanted := outlets.wanted(record)))
         while waiting:
             batch = [waiting.popleft() for _ in range(min(_AT_ONCE, len(waiting)))]
@@ -122,8 +121,7 @@ class Demotion:
             try:
                 failed, _ = await self._send(step.writes)
             finally:
-                with self._planner.lock:
-                    gone = end_leaving(self._planner.host, step.writes)
+                gone = self._planner.end_leaving(step.writes)
                 self._host.demotes(gone)
             is_going = not failed and bool(step.dropped or gone)
             await asyncio.sleep(0)

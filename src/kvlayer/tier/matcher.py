@@ -126,8 +126,13 @@ class Matcher:
         self._parts: dict[str, bool] = {}
         """Parts named in keys from outside, and whether the model has them."""
 
-    def match(self, chain: ChunkChain, stop: int) -> Match:
-        """The longest usable prefix of at most ``stop`` tokens."""
+    def match(self, chain: ChunkChain, stop: int, runs: Sequence[Run] = ()) -> Match:
+        """The longest usable prefix of at most ``stop`` tokens. ``runs``: what is presumed now."""
+        match = self._longest(chain, stop)
+        match.runs = runs
+        return match
+
+    def _longest(self, chain: ChunkChain, stop: int) -> Match:
         alone = self._alone(chain, stop)
         reached = len(alone) * chain.chunk_step
         if min(stop, chain.named_tokens) - reached < chain.tail_step:  # there is no more of it

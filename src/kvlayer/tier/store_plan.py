@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
-from kvlayer.keys import Span
+from kvlayer.keys import ChunkChain, Span
 from kvlayer.results import Failure
 from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.messages import Outcome, Piece
 from kvlayer.tier.promises import Promise
 
-__all__ = ["Reservation", "StorePlan"]
+__all__ = ["Holds", "Keeps", "Reservation", "StorePlan"]
+
+Holds: TypeAlias = Callable[[int, Span], bool]
+"""``holds(g, span)``: whether the engine still has the span for trailing group g."""
+
+Keeps: TypeAlias = Callable[[ObjectRecord], bool]
+"""Whether an object must not make room, because a tier is still to get it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +35,9 @@ class Reservation:
 class StorePlan:
     """What one store has to do, in prompt order, as far as it is planned."""
 
+    chain: ChunkChain
+    holds: Holds
+    keeps: Keeps | None = None
     dead: int = 0
     """Bit t: tier t is not asked for now. What only such tiers have is stored anew."""
     promise: Promise | None = None

@@ -121,7 +121,7 @@ class Storing:
             stack.evicted(_taken(todo))
             while todo.unplanned and not todo.is_blocked:
                 await asyncio.sleep(0)
-                planner.plan_more(self._chain, todo, self._holds, _SLICE, keeps)
+                planner.plan_more(todo, _SLICE)
                 stack.evicted(_taken(todo))
             self._seen = self._taken()
             pieces = [slot.piece for slot in todo.gathers]
