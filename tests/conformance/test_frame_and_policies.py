@@ -11,12 +11,14 @@ import pytest
 
 from kvlayer.abc.policy import EvictionPolicy
 from kvlayer.abc.rows import Rows
-from kvlayer.codec.frame import HEADER_NBYTES, FrameError, check_frame, write_header
+from kvlayer.codec.frame import HEADER_NBYTES, FrameError
 from kvlayer.eviction.arc import ARC
 from kvlayer.eviction.lfu import LFU
 from kvlayer.eviction.lru import LRU, PrefixLRU
 from kvlayer.results import Cause
 from kvlayer.testing import FrameSuite, PolicySuite, Suite
+from kvlayer.testing.loan import noise
+from kvlayer.tier.coding import encode, verify
 
 
 class TestFrame(FrameSuite):
@@ -220,23 +222,34 @@ def test_every_promise_of_a_policy_has_a_liar() -> None:
 # -- the frame -----------------------------------------------------------------------------------
 
 
-def keeps_the_page(header: memoryview, payload_bytes: memoryview, **what: Any) -> None:
-    before = bytes(header)
-    write_header(header, payload_bytes, **what)
+def keeps_the_page(*args: Any, **what: Any) -> tuple[memoryview, ...]:
+    before = bytes(args[3][:HEADER_NBYTES])
+    header, *body = encode(*args, **what)
     used = 24 + int.from_bytes(header[12:16], "little")
     header[used:] = before[used:]
+    return header, *body
 
 
-def pads_the_slot(header: memoryview, payload_bytes: memoryview, **what: Any) -> None:
-    write_header(header, payload_bytes, **what)
-    rest = payload_bytes[what["payload"].body_nbytes :]
+def pads_the_slot(*args: Any, **what: Any) -> tuple[memoryview, ...]:
+    slot = args[2][0]
+    rest = slot[args[1].body_nbytes :]
     rest[:] = bytes(rest.nbytes)
+    return encode(*args, **what)
+
+
+def keeps_the_padding(*args: Any, **what: Any) -> tuple[memoryview, ...]:
+    payload, scratch = args[1], args[3]
+    before = noise(3, payload.nbytes - payload.body_nbytes)
+    lent = encode(*args, **what)
+    if before:
+        scratch[scratch.nbytes - len(before) :] = before
+    return lent
 
 
 def ignoring(*causes: Cause) -> Callable[..., None]:
     def check(*args: Any, **what: Any) -> None:
         try:
-            check_frame(*args, **what)
+            verify(*args, **what)
         except FrameError as exc:
             if exc.cause not in causes:
                 raise
@@ -244,42 +257,35 @@ def ignoring(*causes: Cause) -> Callable[..., None]:
     return check
 
 
-def trusts_the_first_segment(
-    header: memoryview, payload_bytes: memoryview, filled: int, **what: Any
-) -> None:
+def trusts_the_first_segment(*args: Any, **what: Any) -> None:
     try:
-        check_frame(header, payload_bytes, filled, **what)
+        verify(*args, **what)
     except FrameError as exc:
         if "checksum of layers" not in exc.detail or "layers 0.." in exc.detail:
             raise
 
 
-def skips_the_maps_checksum(
-    header: memoryview, payload_bytes: memoryview, filled: int, **what: Any
-) -> None:
+def skips_the_maps_checksum(*args: Any, **what: Any) -> None:
     """What names, counts and cuts are right is as it was written, it says."""
     try:
-        check_frame(header, payload_bytes, filled, **what)
+        verify(*args, **what)
     except FrameError as exc:
-        if "header's checksum" not in exc.detail or b"created" not in bytes(header):
+        if "header's checksum" not in exc.detail or b"created" not in bytes(args[2]):
             raise
 
 
-def believes_lengths(
-    header: memoryview, payload_bytes: memoryview, filled: int, **what: Any
-) -> None:
+def believes_lengths(*args: Any, **what: Any) -> None:
+    _, _, header, regions, filled = args
     length = int.from_bytes(header[12:16], "little")
-    if filled == HEADER_NBYTES + payload_bytes.nbytes and length > HEADER_NBYTES:
+    if filled == HEADER_NBYTES + regions[0].nbytes and length > HEADER_NBYTES:
         raise MemoryError(length)
-    check_frame(header, payload_bytes, filled, **what)
+    verify(*args, **what)
 
 
-def fails_on_another_version(
-    header: memoryview, payload_bytes: memoryview, filled: int, **what: Any
-) -> None:
+def fails_on_another_version(*args: Any, **what: Any) -> None:
     """Takes what it cannot read for damage, as an older build would in a mixed fleet."""
     try:
-        check_frame(header, payload_bytes, filled, **what)
+        verify(*args, **what)
     except FrameError as exc:
         raise FrameError(
             Cause.CORRUPT if exc.cause is Cause.FOREIGN_VERSION else exc.cause, exc.detail
@@ -289,48 +295,52 @@ def fails_on_another_version(
 KEPT: list[object] = []
 
 
-def keeps_a_view(header: memoryview, payload_bytes: memoryview, filled: int, **what: Any) -> None:
-    check_frame(header, payload_bytes, filled, **what)
-    KEPT[:] = [payload_bytes[:1]]
+def keeps_a_view(*args: Any, **what: Any) -> None:
+    verify(*args, **what)
+    KEPT[:] = [args[3][0][:1]]
 
 
-def repairs(header: memoryview, payload_bytes: memoryview, filled: int, **what: Any) -> None:
-    check_frame(header, payload_bytes, filled, **what)
-    payload_bytes[0] ^= 1
+def repairs(*args: Any, **what: Any) -> None:
+    verify(*args, **what)
+    args[3][0][0] ^= 1
 
 
-FRAME_LIARS: dict[str, tuple[dict[str, Callable[..., None]], str]] = {
-    "repairs": ({"check_frame": repairs}, "what was written is accepted and unchanged"),
+FRAME_LIARS: dict[str, tuple[dict[str, Callable[..., object]], str]] = {
+    "repairs": ({"read_object": repairs}, "what was written is accepted and unchanged"),
     "keeps the page": (
-        {"write_header": keeps_the_page},
+        {"write_object": keeps_the_page},
         "nothing of a pages former content is written",
     ),
     "pads the slot": (
-        {"write_header": pads_the_slot},
+        {"write_object": pads_the_slot},
+        "nothing of a pages former content is written",
+    ),
+    "keeps the padding": (
+        {"write_object": keeps_the_padding},
         "nothing of a pages former content is written",
     ),
     "ignores a short read": (
-        {"check_frame": ignoring(Cause.TRUNCATED)},
+        {"read_object": ignoring(Cause.TRUNCATED)},
         "a frame cut anywhere is refused",
     ),
     "trusts the first segment": (
-        {"check_frame": trusts_the_first_segment},
+        {"read_object": trusts_the_first_segment},
         "a flipped bit of the payload is corrupt",
     ),
     "skips the map's checksum": (
-        {"check_frame": skips_the_maps_checksum},
+        {"read_object": skips_the_maps_checksum},
         "a flipped bit of the header is refused",
     ),
     "fails on another version": (
-        {"check_frame": fails_on_another_version},
+        {"read_object": fails_on_another_version},
         "another version is foreign",
     ),
     "ignores the key": (
-        {"check_frame": ignoring(Cause.MISPLACED)},
+        {"read_object": ignoring(Cause.MISPLACED)},
         "another objects frame is misplaced",
     ),
-    "believes lengths": ({"check_frame": believes_lengths}, "noise is refused and never an error"),
-    "keeps a view": ({"check_frame": keeps_a_view}, "it keeps no view of what it was given"),
+    "believes lengths": ({"read_object": believes_lengths}, "noise is refused and never an error"),
+    "keeps a view": ({"read_object": keeps_a_view}, "it keeps no view of what it was given"),
 }
 
 

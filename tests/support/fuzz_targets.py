@@ -28,8 +28,6 @@ from kvlayer.codec.frame import (
     MAGIC,
     VERSION,
     FrameError,
-    check_frame,
-    write_header,
 )
 from kvlayer.config import CacheConfig
 from kvlayer.config_source import load_config
@@ -44,6 +42,7 @@ from kvlayer.local_directory import local_directory
 from kvlayer.namespace import Namespace
 from kvlayer.payload import Payload
 from kvlayer.results import Cause
+from kvlayer.tier.coding import encode, verify, write_scratch
 from kvlayer.tier.messages import Completion, Greeting, Order
 from kvlayer.urls import BackendURL, format_bytes, parse_bytes
 from kvlayer.weights_cache import DigestCache, _line
@@ -113,17 +112,20 @@ _BODY_AT = 24
 
 
 def _written() -> tuple[bytes, bytes]:
-    header, body = bytearray(HEADER_NBYTES), bytearray(range(256)) * (_PAYLOAD.nbytes // 256)
-    write_header(
-        memoryview(header),
-        memoryview(body),
-        key=_KEY,
-        payload=_PAYLOAD,
-        first_token=_FIRST,
-        created=1.5,
-        build="test",
+    body = bytes(range(256)) * (_PAYLOAD.nbytes // 256)
+    stored = b"".join(
+        encode(
+            _KEY,
+            _PAYLOAD,
+            (memoryview(body),),
+            memoryview(bytearray(write_scratch(_PAYLOAD, copies=False))),
+            copies=False,
+            first_token=_FIRST,
+            created=1.5,
+            build="test",
+        )
     )
-    return bytes(header), bytes(body)
+    return stored[:HEADER_NBYTES], stored[HEADER_NBYTES:]
 
 
 _HEADER, _BODY = _written()
@@ -153,12 +155,12 @@ def frame(given: bytes) -> bool:
             (header if place < HEADER_NBYTES else body)[place % HEADER_NBYTES] ^= rest[at + 2]
     refused: FrameError | None = None
     try:
-        check_frame(
+        verify(
+            _KEY,
+            _PAYLOAD,
             memoryview(header),
-            memoryview(body),
+            (memoryview(body),),
             filled,
-            key=_KEY,
-            payload=_PAYLOAD,
             first_token=_FIRST,
         )
     except FrameError as exc:

@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from xxhash import xxh3_64, xxh3_64_intdigest
+from xxhash import xxh3_64
 
 from kvlayer._pack import as_list, as_map, is_count, pack, unpack
 from kvlayer.keys import RAW, ObjectKey, ObjectName
@@ -31,7 +31,6 @@ __all__ = [
     "FrameError",
     "Header",
     "Row",
-    "check_frame",
     "check_segment",
     "contradicts_header",
     "pack_header",
@@ -39,7 +38,6 @@ __all__ = [
     "read_header",
     "read_rows",
     "stands_for",
-    "write_header",
 ]
 
 HEADER_NBYTES = ALIGNMENT
@@ -260,55 +258,6 @@ def read_header(
     if any(row.nbytes != row.raw_nbytes or row.meta_nbytes for row in found.rows):
         raise FrameError(Cause.FOREIGN_VERSION, "segments are not cut as this build cuts them")
     return [row.checksum for row in found.rows]
-
-
-def write_header(
-    header: memoryview,
-    payload_bytes: memoryview,
-    *,
-    key: ObjectKey,
-    payload: Payload,
-    first_token: int | None,
-    created: float,
-    build: str,
-) -> None:
-    """Fill ``header`` (4 KiB) for the payload that lies in ``payload_bytes``, all of which is read.
-
-    What follows the payload is the caller's: zeros, or a slot's former content leaves the process.
-    """
-    checksums = [
-        xxh3_64_intdigest(payload_bytes[segment.offset : segment.offset + segment.nbytes])
-        for segment in payload.segments()
-    ]
-    pack_header(
-        header,
-        checksums,
-        key=key,
-        payload=payload,
-        first_token=first_token,
-        created=created,
-        build=build,
-    )
-
-
-def check_frame(
-    header: memoryview,
-    payload_bytes: memoryview,
-    filled: int,
-    *,
-    key: ObjectKey,
-    payload: Payload,
-    first_token: int | None,
-) -> None:
-    """Raise ``FrameError`` unless the first ``filled`` bytes of header and payload are the object.
-
-    ``header`` is 4 KiB, ``payload_bytes`` at least ``payload.nbytes``. Afterwards the payload is
-    exactly what was written under this key.
-    """
-    checksums = read_header(header, filled, key=key, payload=payload, first_token=first_token)
-    for segment, checksum in zip(payload.segments(), checksums, strict=True):
-        end = segment.offset + segment.nbytes
-        check_segment(segment, xxh3_64_intdigest(payload_bytes[segment.offset : end]), checksum)
 
 
 # -- the map ---------------------------------------------------------------------------------------

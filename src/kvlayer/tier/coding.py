@@ -54,7 +54,8 @@ def encode(
     """The object as a tier stores it: regions of the caller's memory between pages of scratch.
 
     Reads the caller's memory and never writes it: where the payload ends inside a page, that page
-    is made in ``scratch``. With ``copies`` all of it is, and the caller's memory is not lent on.
+    is made in ``scratch``. Header and padding are filled whole. With ``copies`` all of it is made
+    there, and the caller's memory is not lent on.
     """
     header, pages = scratch[:HEADER_NBYTES], scratch[HEADER_NBYTES:]
     body = payload.body_nbytes
@@ -86,7 +87,10 @@ def verify(
     *,
     first_token: int,
 ) -> None:
-    """Raise ``FrameError`` unless ``filled`` bytes of header and payload are the object."""
+    """Raise ``FrameError`` unless ``filled`` bytes of header and payload are the object.
+
+    Afterwards the payload is exactly what was written under this key.
+    """
     checksums = read_header(header, filled, key=key, payload=payload, first_token=first_token)
     for segment, checksum in zip(payload.segments(), checksums, strict=True):
         parts = cut(regions, segment.offset, segment.offset + segment.nbytes)

@@ -20,19 +20,18 @@ from kvlayer.codec.frame import (
     VERSION,
     FrameError,
     Row,
-    check_frame,
     contradicts_header,
     pack_header,
     pack_rows,
     read_header,
     read_rows,
     stands_for,
-    write_header,
 )
 from kvlayer.keys import Encoding, ObjectKey, ObjectName, Part
 from kvlayer.layout import AttentionKind, KVGroup
 from kvlayer.payload import ALIGNMENT, Payload
 from kvlayer.results import Cause
+from kvlayer.tier.coding import encode, verify, write_scratch
 
 NAMESPACE, CHUNK_HASH = "ab" * 32, bytes(range(32))
 
@@ -56,17 +55,21 @@ class Written:
         self.payload = payload
         self.key = make_key(payload)
         self.first_token = first_token
-        self.header = bytearray(random.Random(seed + 1).randbytes(HEADER_NBYTES))  # a reused page
-        self.body = bytearray(random.Random(seed).randbytes(payload.nbytes))  # stale slot bytes
-        write_header(
-            memoryview(self.header),
-            memoryview(self.body),
-            key=self.key,
-            payload=payload,
+        scratch = write_scratch(payload, copies=False)
+        slot = random.Random(seed).randbytes(payload.nbytes)  # stale bytes behind the payload
+        lent = encode(
+            self.key,
+            payload,
+            (memoryview(slot),),
+            memoryview(bytearray(random.Random(seed + 1).randbytes(scratch))),  # used before
+            copies=False,
             first_token=first_token,
             created=1.5,
             build="test",
         )
+        stored = b"".join(lent)
+        self.header = bytearray(stored[:HEADER_NBYTES])
+        self.body = bytearray(stored[HEADER_NBYTES:])
 
     @property
     def nbytes(self) -> int:
@@ -80,7 +83,9 @@ class Written:
             **other,
         }
         count = self.nbytes if filled is None else filled
-        check_frame(memoryview(self.header), memoryview(self.body), count, **wanted)
+        key, payload, first_token = wanted["key"], wanted["payload"], wanted["first_token"]
+        header, regions = memoryview(self.header), (memoryview(self.body),)
+        verify(key, payload, header, regions, count, first_token=first_token)
 
     def cause(self, filled: int | None = None, **other: Any) -> Cause:
         with pytest.raises(FrameError) as caught:
@@ -141,7 +146,8 @@ def test_a_payload_is_only_read_and_no_stale_byte_of_a_page_leaves_the_process(
     payload: Payload,
 ) -> None:
     written = Written(payload)
-    assert written.body == random.Random(0).randbytes(payload.nbytes)
+    body = random.Random(0).randbytes(payload.nbytes)[: payload.body_nbytes]
+    assert written.body == body + bytes(payload.nbytes - len(body))
     length = int.from_bytes(written.header[12:16], "little")
     assert not any(written.header[24 + length :])
 
@@ -190,11 +196,12 @@ def test_a_header_that_cannot_fit_is_refused() -> None:
     payload = shape()
     part = Part(0, (0, 3), (0, 2), "native:" + "x" * HEADER_NBYTES)
     with pytest.raises(ValueError, match="does not fit"):
-        write_header(
-            memoryview(bytearray(HEADER_NBYTES)),
-            memoryview(bytearray(payload.nbytes)),
-            key=make_key(payload, part),
-            payload=payload,
+        encode(
+            make_key(payload, part),
+            payload,
+            (memoryview(bytearray(payload.nbytes)),),
+            memoryview(bytearray(write_scratch(payload, copies=False))),
+            copies=False,
             first_token=0,
             created=0.0,
             build="",

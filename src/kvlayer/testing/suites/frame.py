@@ -1,8 +1,8 @@
 """The suite of an object's frame: what is written is read back, and all else has a named cause.
 
-There is one frame and no interface of codecs yet; what is held here is what any encoding of an
-object must keep towards the tiers that read it. A subclass may put other functions of the same
-signatures in place of :mod:`kvlayer.codec.frame`'s.
+What is driven is what the tiers themselves call: :mod:`kvlayer.tier.coding`. A subclass may put
+other functions of the same signatures in place of its ``encode`` and ``verify``, as
+``write_object`` and ``read_object``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from xxhash import xxh3_64_intdigest
 
-from kvlayer.codec.frame import HEADER_NBYTES, FrameError, check_frame, write_header
+from kvlayer.codec.frame import HEADER_NBYTES, FrameError
 from kvlayer.keys import ObjectKey, Part
 from kvlayer.layout import AttentionKind, KVGroup
 from kvlayer.payload import Payload
@@ -20,6 +20,7 @@ from kvlayer.results import Cause
 from kvlayer.testing.loan import Loan, noise
 from kvlayer.testing.promise import Promise, broken, expect, promise, same_bytes
 from kvlayer.testing.suite import Suite
+from kvlayer.tier.coding import encode, verify, write_scratch
 
 __all__ = ["FrameSuite", "WrittenFrame"]
 
@@ -43,23 +44,30 @@ def _payloads() -> list[Payload]:
 
 
 class WrittenFrame:
-    """One object as a backend would hold it: header, payload, and what it is read back with."""
+    """One object as a backend would hold it: header, payload, and what it is read back with.
 
-    def __init__(self, suite: FrameSuite, payload: Payload) -> None:
+    ``memory`` is what it was made from: a slot of the slab, which may be longer than the payload.
+    """
+
+    def __init__(self, suite: FrameSuite, payload: Payload, *, copies: bool) -> None:
         self._suite = suite
         self.payload = payload
         self.key = ObjectKey.of("ab" * 32, "0", _HASH, payload.tokens, payload.part)
-        self.header = bytearray(noise(1, HEADER_NBYTES))  # a page that was used before
-        self.body = bytearray(noise(2, payload.nbytes))  # as is a slot
-        suite.write_header(
-            memoryview(self.header),
-            memoryview(self.body),
-            key=self.key,
-            payload=payload,
+        self.memory = bytearray(noise(2, payload.nbytes))
+        scratch = bytearray(noise(1, write_scratch(payload, copies=copies)))  # used before
+        lent = suite.write_object(
+            self.key,
+            payload,
+            (memoryview(self.memory),),
+            memoryview(scratch),
+            copies=copies,
             first_token=_FIRST,
             created=1.5,
             build="kvlayer.testing",
         )
+        stored = b"".join(lent)
+        self.header = bytearray(stored[:HEADER_NBYTES])
+        self.body = bytearray(stored[HEADER_NBYTES:])
 
     @property
     def nbytes(self) -> int:
@@ -70,21 +78,29 @@ class WrittenFrame:
         wanted = {"key": self.key, "payload": self.payload, "first_token": _FIRST, **other}
         count = self.nbytes if filled is None else filled
         try:
-            self._suite.check_frame(memoryview(self.header), memoryview(self.body), count, **wanted)
+            self._suite.read_object(
+                wanted["key"],
+                wanted["payload"],
+                memoryview(self.header),
+                (memoryview(self.body),),
+                count,
+                first_token=wanted["first_token"],
+            )
         except FrameError as exc:
             return exc.cause
         return None
 
 
 class FrameSuite(Suite):
-    """Runs on :mod:`kvlayer.codec.frame` as it is."""
+    """Runs on :mod:`kvlayer.tier.coding` as it is."""
 
-    write_header: ClassVar[Callable[..., None]] = staticmethod(write_header)
-    check_frame: ClassVar[Callable[..., None]] = staticmethod(check_frame)
+    write_object: ClassVar[Callable[..., tuple[memoryview, ...]]] = staticmethod(encode)
+    read_object: ClassVar[Callable[..., None]] = staticmethod(verify)
 
     async def keep(self, promise: Promise, /) -> None:
         for payload in _payloads():
-            await promise.check(self, WrittenFrame(self, payload))
+            for copies in (False, True):
+                await promise.check(self, WrittenFrame(self, payload, copies=copies))
 
     @promise("Afterwards the payload is exactly what was written under this key.")
     async def test_what_was_written_is_accepted_and_unchanged(self, frame: WrittenFrame) -> None:
@@ -96,9 +112,14 @@ class FrameSuite(Suite):
             part = slice(segment.offset, segment.offset + segment.nbytes)
             same_bytes(frame.body[part], written[part], f"segment {segment.layer}")
 
-    @promise("Writing a header only reads the payload, and fills the header's page whole.")
+    @promise(
+        "Reads the caller's memory and never writes it: where the payload ends inside a page, that "
+        "page is made in ``scratch``. Header and padding are filled whole."
+    )
     async def test_nothing_of_a_pages_former_content_is_written(self, frame: WrittenFrame) -> None:
-        same_bytes(bytes(frame.body), noise(2, frame.payload.nbytes), "the payload's memory")
+        same_bytes(bytes(frame.memory), noise(2, frame.payload.nbytes), "the payload's memory")
+        padding = frame.body[frame.payload.body_nbytes :]
+        same_bytes(bytes(padding), bytes(len(padding)), "what an object is padded with")
         header, before = bytes(frame.header), noise(1, HEADER_NBYTES)
         if any(header[at : at + 16] == before[at : at + 16] for at in range(HEADER_NBYTES - 15)):
             broken("the rest of the header to be zero", "what lay in the page before")
@@ -172,12 +193,12 @@ class FrameSuite(Suite):
             Loan(HEADER_NBYTES, bytes(frame.header)),
             Loan(frame.payload.nbytes, bytes(frame.body)),
         )
-        self.check_frame(
+        self.read_object(
+            frame.key,
+            frame.payload,
             header.regions()[0],
-            body.regions()[0],
+            body.regions(),
             frame.nbytes,
-            key=frame.key,
-            payload=frame.payload,
             first_token=_FIRST,
         )
         header.guards_stand()
