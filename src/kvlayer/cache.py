@@ -45,6 +45,7 @@ PUBLIC = Scope()
 _SCOPE = 'a tenant\'s is Scope.private("...")'
 _HIT = "what `async with cache.lookup(...)` yields"
 _LONGEST_PREFILL = 1e9  # seconds
+_LONGEST_WAIT = 1e6
 _LARGEST_PREFILL = 10**12  # tokens
 
 
@@ -185,7 +186,7 @@ class Cache:
 
     @asynccontextmanager
     async def lookup(
-        self, tokens: Tokens, *, scope: Scope = PUBLIC, presume: bool = True
+        self, tokens: Tokens, *, scope: Scope = PUBLIC, presume: bool = True, patience: float = 0.0
     ) -> AsyncGenerator[PrefixHit]:
         """The longest usable prefix, pinned until the block ends (or ``lease_seconds`` pass).
 
@@ -194,11 +195,16 @@ class Cache:
         :meth:`retrieve` loads what comes before it, and names it in its report. With ``presume``
         False the tier is asked about every chunk, so a hit holds what was seen and nothing else.
 
+        Where another request is storing the chunk that comes next, this waits for it, at most
+        ``patience`` seconds in all (0: not at all), and for nothing else. Nothing is pinned
+        meanwhile. If that store fails, the hit ends before the chunk.
+
         Raises ``TokensError``.
         """
         self.check_loop()
         flag("presume", presume)
-        hit = await self._lookups.find(tokens, scope, presume=presume)
+        patience = number("patience", patience, most=_LONGEST_WAIT)
+        hit = await self._lookups.find(tokens, scope, presume=presume, patience=patience)
         assert hit.lease is not None
         try:
             yield hit

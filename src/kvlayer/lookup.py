@@ -168,10 +168,14 @@ class Lookups:
         self._clock = parts.clock
         self._lease_seconds = parts.config.lease_seconds
 
-    async def find(self, tokens: Tokens, scope: Scope, *, presume: bool = True) -> PrefixHit:
+    async def find(
+        self, tokens: Tokens, scope: Scope, *, presume: bool = True, patience: float = 0.0
+    ) -> PrefixHit:
         """The longest usable prefix, leased. On the loop. Raises ``TokensError``."""
         started = self._clock()
-        return await self._find(self._chain(tokens, scope), started, presume=presume)
+        return await self._find(
+            self._chain(tokens, scope), started, presume=presume, patience=patience
+        )
 
     def begin(self, tokens: Tokens, scope: Scope, spawn: Spawn, tell: Tell) -> Lookup:
         """Answer now if the directory can, else start looking. In any thread."""
@@ -211,10 +215,16 @@ class Lookups:
             hit = self._hit(match, lease)
         return Lookup(self._planner, hit.owner, hit)
 
-    async def _find(self, chain: ChunkChain, started: float, *, presume: bool = True) -> PrefixHit:
+    async def _find(
+        self, chain: ChunkChain, started: float, *, presume: bool = True, patience: float = 0.0
+    ) -> PrefixHit:
         with self._emit.request("lookup", chain.scope.owner, chain.num_tokens):
             match, lease = await self._stack.finder.lease(
-                chain, owner=chain.scope.owner, seconds=self._lease_seconds, presume=presume
+                chain,
+                owner=chain.scope.owner,
+                seconds=self._lease_seconds,
+                presume=presume,
+                patience=patience,
             )
             hit = self._hit(match, lease)
             self._count(chain, hit)

@@ -15,6 +15,8 @@ from kvlayer.tier.loads import Loads, Wanted, down, wanted_of
 from kvlayer.tier.matcher import Match, Run
 from kvlayer.tier.objects import Objects
 from kvlayer.tier.planner import Planner
+from kvlayer.tier.promised import settled
+from kvlayer.tier.promises import Promise
 from kvlayer.tier.questions import Questions
 from kvlayer.tier.tier import LowerTier
 
@@ -56,25 +58,39 @@ class Finder:
         owner: str,
         seconds: float,
         presume: bool = True,
+        patience: float = 0.0,
         at_any_price: bool = False,
         is_holding: bool = False,
     ) -> tuple[Match, Lease]:
         """The longest prefix worth loading, leased. Asks tiers what the directory does not know.
 
         ``presume``: not about every chunk, see :mod:`kvlayer.tier.asking`. Tiers are asked side by
-        side, so a lookup pays one deadline at most, the longest.
+        side, so a lookup pays one deadline at most, the longest. Where another request is storing
+        what comes next, that is waited for, ``patience`` seconds in all; nothing is leased
+        meanwhile.
         """
         runs = await self._learn(chain, every=not presume)
         rate = self._rate(at_any_price)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + patience
+        promised: tuple[Promise, bytes] | None = None
 
-        def choose(match: Match) -> Match:
+        def choose(match: Match) -> Match | None:
+            nonlocal promised
+            if loop.time() < until:
+                promised = self._planner.promised(match, self._clock())
+                if promised is not None:
+                    return None
             return self._worth_loading(match if presume else self._seen(match), rate)
 
-        leased = self._planner.lease_match(
-            chain, runs, choose, owner=owner, seconds=seconds, is_holding=is_holding
-        )
-        assert leased is not None
-        return leased
+        while True:
+            leased = self._planner.lease_match(
+                chain, runs, choose, owner=owner, seconds=seconds, is_holding=is_holding
+            )
+            if leased is not None:
+                return leased
+            assert promised is not None
+            await settled(*promised, until - loop.time())
 
     def lease_at_once(
         self, chain: ChunkChain, *, owner: str, seconds: float

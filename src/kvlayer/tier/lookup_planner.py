@@ -9,6 +9,7 @@ from kvlayer.keys import ChunkChain, ObjectKey
 from kvlayer.tier.asking import Search
 from kvlayer.tier.lease import Lease
 from kvlayer.tier.matcher import Match, Run
+from kvlayer.tier.promises import Promise
 from kvlayer.tier.tables import Tables
 
 __all__ = ["LookupPlanner"]
@@ -78,6 +79,17 @@ class LookupPlanner(Tables):
             for found in presumed:
                 if not found.pins:
                     self.directory.forget(found)
+
+    def promised(self, match: Match, now: float) -> tuple[Promise, bytes] | None:
+        """Who is storing what comes right after a match, and the end hash of that; None: nobody."""
+        chain = match.chain
+        index, rest = divmod(match.tokens, chain.chunk_step)
+        if rest or match.is_whole:
+            return None
+        next_ = chain.span(index) if index < len(chain) else chain.tails(index)[0]
+        with self.lock:
+            promise = self.promises.find(next_.hash, now)
+        return None if promise is None else (promise, next_.hash)
 
     def by_tier(self, match: Match) -> dict[str, int]:
         """Tokens of a match by the name of the farthest tier each span needs."""

@@ -22,6 +22,7 @@ from kvlayer.tier.guard import Lane
 from kvlayer.tier.loads import down
 from kvlayer.tier.messages import Outcome, Piece
 from kvlayer.tier.planner import Keeps, StorePlan
+from kvlayer.tier.promised import settled
 from kvlayer.tier.promises import Promise
 from kvlayer.tier.spills import Write
 
@@ -172,12 +173,8 @@ class Storing:
 
     async def _settled(self, joined: Iterable[tuple[Span, Promise]]) -> None:
         """Wait until others have stored what they were storing, or have failed to."""
-        loop = asyncio.get_running_loop()
         for span, promise in joined:
-            while span.hash in promise.hashes and (left := promise.until - self._now()) > 0:
-                changed: asyncio.Future[None] = loop.create_future()
-                promise.watch(partial(_wake, changed))
-                await asyncio.wait({changed}, timeout=left)
+            await settled(promise, span.hash, promise.until - self._now())
 
     # -- room ------------------------------------------------------------------------------------
 
@@ -225,11 +222,6 @@ def _taken(todo: StorePlan) -> list[ObjectRecord]:
     """What a plan had to evict, once."""
     gone, todo.evicted = todo.evicted, []
     return gone
-
-
-def _wake(changed: asyncio.Future[None]) -> None:
-    if not changed.done():
-        changed.set_result(None)
 
 
 async def moved(move: Awaitable[Sequence[Outcome]], pieces: Sequence[Piece]) -> Sequence[Outcome]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from stacks import Rig, chain_of, check_accounts, make_rig
@@ -334,4 +335,94 @@ async def test_what_a_breaker_sends_back_keeps_its_place_in_the_queue() -> None:
     await asyncio.sleep(60)
     hashes = [key.end_hash for name, key in rig.backend.calls if name == "put"]
     assert hashes == [span.hash for span in chain.spans(8)]
+    await rig.aclose()
+
+
+# -- lookups that wait for a promise ---------------------------------------------------------------
+
+
+def look(rig: Rig, chain: ChunkChain, patience: float) -> asyncio.Task[Any]:
+    lease = rig.stack.finder.lease(chain, owner="", seconds=1e9, patience=patience)
+    return asyncio.get_running_loop().create_task(lease)
+
+
+@in_virtual_time
+async def test_a_lookup_waits_for_what_another_request_is_storing() -> None:
+    rig, chain = make_rig(), chain_of(48)
+    rig.stager.gate = asyncio.Event()
+    storing = asyncio.create_task(store(rig, chain))
+    await rig.stager.arrived.wait()
+    (hurried, _), waits = await look(rig, chain, 0.0), look(rig, chain, 10.0)
+    assert hurried.tokens == 0
+    await asyncio.sleep(5.0)
+    assert not waits.done()
+    assert rig.planner.host.pinned_nbytes == sum(s.nbytes for s in rig.planner.resident())  # a move
+    rig.stager.gate.set()
+    match, lease = await waits
+    assert match.tokens == 48
+    await storing
+    rig.planner.release(lease.number)
+    rig.planner.leases.clear()
+    check_accounts(rig.planner, idle=True)
+    await rig.aclose()
+
+
+@in_virtual_time
+async def test_a_lookup_waits_no_longer_than_it_was_told_to() -> None:
+    rig, chain = make_rig(), chain_of(48)
+    loop = asyncio.get_running_loop()
+    rig.stager.gate = asyncio.Event()
+    storing = asyncio.create_task(store(rig, chain))
+    await rig.stager.arrived.wait()
+    began = loop.time()
+    match, _ = await look(rig, chain, 3.0)
+    assert (match.tokens, loop.time() - began) == (0, 3.0)
+    cancelled = look(rig, chain, 3.0)
+    await asyncio.sleep(1.0)
+    cancelled.cancel()
+    await asyncio.wait({cancelled})
+    rig.stager.gate.set()
+    assert len((await storing).spans) == 3
+    await rig.aclose()
+
+
+@pytest.mark.parametrize("cancels", [True, False])
+@in_virtual_time
+async def test_a_store_that_fails_ends_the_wait_of_lookups(cancels: bool) -> None:
+    rig, chain = make_rig(), chain_of(48)
+    loop = asyncio.get_running_loop()
+    rig.stager.gate = asyncio.Event()
+    storing = asyncio.create_task(store(rig, chain))
+    await rig.stager.arrived.wait()
+    waits = look(rig, chain, 1e3)
+    await asyncio.sleep(1.0)
+    if cancels:
+        storing.cancel()
+    else:
+        rig.stager.raises = RuntimeError("device lost")
+        rig.stager.gate.set()
+    match, _ = await waits
+    assert (match.tokens, loop.time()) == (0, pytest.approx(1.0))
+    await asyncio.wait({storing})
+    assert storing.cancelled() or isinstance(storing.exception(), RuntimeError)
+    await rig.aclose()
+
+
+@in_virtual_time
+async def test_a_lookup_waits_for_nothing_but_a_promise() -> None:
+    rig, chain = make_rig(), chain_of(48)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    assert (await look(rig, chain, 1e3))[0].tokens == 0  # nobody stores it
+    await rig.send_down(chain)
+    rig.backend.gate = asyncio.Event()
+    match, lease = await look(rig, chain, 1e3)
+    loading = asyncio.create_task(rig.stack.promote(match))
+    await rig.backend.arrived.wait()
+    again, _ = await look(rig, chain_of(64), 1e3)  # somebody loads it: that is no promise
+    assert again.tokens == 48
+    assert loop.time() == began
+    rig.backend.gate.set()
+    await loading
+    rig.planner.release(lease.number)
     await rig.aclose()
