@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from threading import get_ident
 from typing import TypeVar
 
 from kvlayer._values import waiting
-from kvlayer.errors import PendingError, UnsupportedError
+from kvlayer.errors import ForkedError, PendingError, UnsupportedError
 
 __all__ = ["Job"]
 
@@ -28,6 +29,7 @@ class Job(Future[T]):
         super().__init__()
         self._loop_thread = loop_thread
         self._stop = stop
+        self._pid = os.getpid()
         self.has_ended = False
         """Whether the work is over, cancelled or not: what it was lent is let go."""
 
@@ -36,13 +38,19 @@ class Job(Future[T]):
 
         Raises ``PendingError`` when the time is up: the work goes on and can be waited for again
         or cancelled. Raises ``concurrent.futures.CancelledError`` for a cancelled job, and
-        ``UnsupportedError`` on the loop's own thread, which waiting would block.
+        ``UnsupportedError`` on the loop's own thread, which waiting would block, and
+        ``ForkedError`` in a forked child, where nobody works on it.
         """
         seconds = waiting("seconds", seconds)
         if get_ident() == self._loop_thread and not self.done():
             raise UnsupportedError(
                 "waiting for a job would block the loop that runs it",
                 hint="await the cache's own methods there, or poll job.done()",
+            )
+        if os.getpid() != self._pid and not self.done():
+            raise ForkedError(
+                f"the job was submitted in process {self._pid} and is waited for in {os.getpid()}",
+                hint="open a portal in each process, after the fork",
             )
         try:
             return self.result(seconds)

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 
 from kvlayer._foreign import awaited, bounded, words
+from kvlayer._masked import Mask
 from kvlayer._offload import Offload
 from kvlayer._values import callee, functions, instance
 from kvlayer._version import version
@@ -67,9 +68,11 @@ async def build(
         backends = [open_backend(tier.url, backends=registry) for tier in config.tiers]
         host = _host_memory(config, backends)
         _check_sharing(namespace, backends)
-        backends[1:] = map(Named, backends[1:])
+        masks = _masks(config)
+        backends[1:] = map(Named, backends[1:], masks[1:])
         emit = Emitter(sinks)
-        await awaited(partial(resources.enter_async_context, backends[0]))
+        with masks[0].hiding():
+            await awaited(partial(resources.enter_async_context, backends[0]))
         top, lower = _tiers(config, backends, emit, max_nbytes=host.slab.nbytes // 2)
         planner = _make_planner(
             config,
@@ -164,6 +167,12 @@ def _check_sharing(namespace: Namespace, backends: list[Backend]) -> None:
                 "model's weights are not known",
                 hint="set model.weights to the model's folder, or to 'sha256:<64 hex digits>'",
             )
+
+
+def _masks(config: CacheConfig) -> list[Mask]:
+    """By tier, what hides its options in what its backend says."""
+    public = frozenset(POLICIES.names())
+    return [Mask(tier.url, public=public) for tier in config.tiers]
 
 
 def _host_memory(config: CacheConfig, backends: Sequence[Backend]) -> HostMemory:

@@ -603,7 +603,7 @@ def test_a_task_that_nobody_knows_and_nobody_can_cancel_keeps_nobody_waiting(
 
 def test_a_forked_child_can_neither_use_it_nor_hang_on_it() -> None:
     code = """
-import os, sys, warnings
+import asyncio, os, sys, warnings
 from contextlib import asynccontextmanager
 from kvlayer.errors import ForkedError
 from kvlayer.loop_thread import LoopThread
@@ -614,13 +614,17 @@ async def opener():
 
 async def nothing(_): pass
 
+async def lasting(_): await asyncio.sleep(3600)
+
 thread = LoopThread.start(opener)
+job = thread.submit(lasting)
 warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of threads and fork
 thread._gate.acquire()  # as any thread may hold it at this moment
 pid = os.fork()
 if not pid:
     refused = 0
-    for use in (lambda: thread.submit(nothing), lambda: thread.call(nothing), thread.close):
+    uses = (lambda: thread.submit(nothing), lambda: thread.call(nothing), thread.close, job.wait)
+    for use in uses:
         try:
             use()
         except ForkedError as error:
@@ -632,7 +636,7 @@ thread.call(nothing)
 thread.close()
 print(os.waitstatus_to_exitcode(status))
 """
-    assert _python(code) == "13\n"
+    assert _python(code) == "14\n"
 
 
 def test_an_interpreter_that_exits_without_closing_ends_cleanly() -> None:

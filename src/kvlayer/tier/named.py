@@ -6,10 +6,11 @@ There is one yet, raw. What another release has coded otherwise is counted and n
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
+from kvlayer._masked import Mask
 from kvlayer.abc.backend import (
     Backend,
     Damaged,
@@ -28,11 +29,19 @@ from kvlayer.urls import BackendURL
 
 __all__ = ["Named"]
 
+T = TypeVar("T")
+
+Answers = list
+
 
 class Named(Backend):
-    """``backend`` under the names of this build's encoding; it is open when that is."""
+    """``backend`` under the names of this build's encoding; it is open when that is.
 
-    def __init__(self, backend: Backend) -> None:
+    ``mask`` hides in its errors what the URL must not tell.
+    """
+
+    def __init__(self, backend: Backend, mask: Mask | None = None) -> None:
+        self._mask = mask or Mask()
         self.backend = backend
         """What it stands before."""
         self.scheme = backend.scheme  # type: ignore[misc]  # as is what it stands for
@@ -60,56 +69,53 @@ class Named(Backend):
             self.on_stored(ours)
 
     async def open(self) -> None:
-        await self.backend.open()
+        with self._mask.hiding():
+            await self.backend.open()
 
     async def aclose(self) -> None:
-        await self.backend.aclose()
+        with self._mask.hiding():
+            await self.backend.aclose()
 
     async def contains(self, keys: Sequence[ObjectKey], /) -> list[SizeResult]:
-        return await self.backend.contains(_names(keys))
+        return await self._answers(lambda: self.backend.contains(_names(keys)))
 
     async def get(self, reads: Sequence[Read], /) -> list[ReadResult]:
-        return await self.backend.get(
-            [Read(ObjectName.raw(r.key), r.regions, r.offset, r.landed) for r in reads]
-        )
+        named = [Read(ObjectName.raw(r.key), r.regions, r.offset, r.landed) for r in reads]
+        return await self._answers(lambda: self.backend.get(named))
 
     async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
-        return await self.backend.put(
-            [
-                Write(
-                    ObjectName.raw(w.key),
-                    w.regions,
-                    w.first_token,
-                    w.tokens,
-                    w.retention,
-                    w.parent,
-                )
-                for w in writes
-            ]
-        )
+        named = [
+            Write(ObjectName.raw(w.key), w.regions, w.first_token, w.tokens, w.retention, w.parent)
+            for w in writes
+        ]
+        return await self._answers(lambda: self.backend.put(named))
 
     async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
-        return await self.backend.delete(_names(keys))
+        return await self._answers(lambda: self.backend.delete(_names(keys)))
 
     async def quarantine(self, items: Sequence[Damaged], /) -> list[DeleteResult]:
-        return await self.backend.quarantine(
-            [Damaged(ObjectName.raw(item.key), item.version) for item in items]
-        )
+        named = [Damaged(ObjectName.raw(item.key), item.version) for item in items]
+        return await self._answers(lambda: self.backend.quarantine(named))
 
     async def touch(self, keys: Sequence[ObjectKey], /) -> None:
-        await self.backend.touch(_names(keys))
+        with self._mask.hiding():
+            await self.backend.touch(_names(keys))
 
     async def describe(self, namespace: str, canonical: bytes, /) -> None:
-        await self.backend.describe(namespace, canonical)
+        with self._mask.hiding():
+            await self.backend.describe(namespace, canonical)
 
     async def namespaces(self) -> Mapping[str, bytes]:
-        return await self.backend.namespaces()
+        with self._mask.hiding():
+            return await self.backend.namespaces()
 
     async def introduce(self, region: memoryview, /) -> None:
-        await self.backend.introduce(region)
+        with self._mask.hiding():
+            await self.backend.introduce(region)
 
     async def withdraw(self, region: memoryview, /) -> None:
-        await self.backend.withdraw(region)
+        with self._mask.hiding():
+            await self.backend.withdraw(region)
 
     def lend(
         self, keys: Sequence[ObjectKey], /
@@ -117,14 +123,24 @@ class Named(Backend):
         return self.backend.lend(_names(keys))
 
     async def list(self, prefix: str = "", /) -> AsyncIterator[Listed]:
-        async for entry in self.backend.list(prefix):
-            found = cast("object", entry)  # foreign code: it may be anything
-            if not isinstance(found, Listed):
-                yield entry  # whoever reads the listing says what is wrong with it
-            elif (key := ObjectName.readable(ObjectName(found.key))) is None:
-                self.foreign += 1
-            else:
-                yield Listed(key, found.nbytes, found.used)
+        with self._mask.hiding():
+            async for entry in self.backend.list(prefix):
+                found = cast("object", entry)  # foreign code: it may be anything
+                if not isinstance(found, Listed):
+                    yield entry  # whoever reads the listing says what is wrong with it
+                elif (key := ObjectName.readable(ObjectName(found.key))) is None:
+                    self.foreign += 1
+                else:
+                    yield Listed(key, found.nbytes, found.used)
+
+    async def _answers(self, call: Callable[[], Awaitable[Answers[T]]]) -> Answers[T]:
+        """What the backend answers; its errors without what the URL must not tell."""
+        with self._mask.hiding():
+            answers = await call()
+        given: object = answers
+        if not self._mask or not isinstance(given, Answers):
+            return answers  # whoever asked says what is wrong with it
+        return cast("Answers[T]", [self._mask.cleaned(answer) for answer in answers])
 
 
 def _names(keys: Iterable[ObjectKey]) -> list[ObjectKey]:

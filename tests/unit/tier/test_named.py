@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from hashlib import sha256
+from traceback import format_exception
 from typing import Any
 
 import pytest
 
+from kvlayer._masked import Mask
 from kvlayer.abc.backend import Damaged, Hit, Listed, Miss, Read, Write
+from kvlayer.errors import BackendError, NoRoomError
 from kvlayer.keys import Encoding, ObjectKey, ObjectName, Part
 from kvlayer.testing.loan import PAGE
 from kvlayer.testing.memory import MemoryBackend
@@ -105,3 +108,91 @@ def test_it_is_what_it_stands_for() -> None:
     assert (named.scheme, named.capabilities) == (below.scheme, below.capabilities)
     assert named.objects is below.objects
     assert not hasattr(named, "nothing_of_the_kind")
+
+
+HIDDEN = "hunter2hunter2"
+CALLS: dict[str, Any] = {
+    "open": lambda named: named.open(),
+    "aclose": lambda named: named.aclose(),
+    "contains": lambda named: named.contains([key(1)]),
+    "get": lambda named: named.get([Read(key(1), (page(),))]),
+    "put": lambda named: named.put([Write(key(1), (page(),))]),
+    "delete": lambda named: named.delete([key(1)]),
+    "quarantine": lambda named: named.quarantine([Damaged(key(1))]),
+    "touch": lambda named: named.touch([key(1)]),
+    "describe": lambda named: named.describe("ab" * 32, b""),
+    "namespaces": lambda named: named.namespaces(),
+    "introduce": lambda named: named.introduce(page()),
+    "withdraw": lambda named: named.withdraw(page()),
+    "list": lambda named: anext(named.list()),
+}
+
+
+def refusing(call: str, error: BaseException, *, is_late: bool) -> Named:
+    """A backend whose ``call`` raises: at once, or when it is awaited."""
+
+    async def late(*_: object) -> None:
+        raise error
+
+    def at_once(*_: object) -> None:
+        raise error
+
+    backend = MemoryBackend()
+    setattr(backend, call, late if is_late and call != "list" else at_once)
+    return Named(backend, Mask(f"mine://host?endpoint={HIDDEN}&capacity=1GiB"))
+
+
+@pytest.mark.parametrize("is_late", [True, False])
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.asyncio
+async def test_no_error_of_a_backend_says_what_its_url_must_not(call: str, is_late: bool) -> None:
+    ours = NoRoomError(f"no room at {HIDDEN}", hint=f"is {HIDDEN} up?")
+    ours.transient = True
+    with pytest.raises(NoRoomError, match=r"no room at \*\*\*") as caught:
+        await CALLS[call](refusing(call, ours, is_late=is_late))
+    assert caught.value.transient
+    assert HIDDEN not in "".join(format_exception(caught.value))
+    theirs = ConnectionError("refused")
+    theirs.__cause__ = OSError(f"connecting to {HIDDEN}")
+    with pytest.raises(BackendError, match="refused") as caught_theirs:
+        await CALLS[call](refusing(call, theirs, is_late=is_late))
+    assert HIDDEN not in "".join(format_exception(caught_theirs.value))
+    plain = ConnectionError("of 1GiB nothing is left")
+    with pytest.raises(ConnectionError) as caught_plain:
+        await CALLS[call](refusing(call, plain, is_late=is_late))
+    assert caught_plain.value is plain
+
+
+@pytest.mark.parametrize("call", ["contains", "get", "put", "delete", "quarantine"])
+@pytest.mark.asyncio
+async def test_no_error_in_an_answer_does_either(call: str) -> None:
+    named = Named(MemoryBackend(), Mask(f"mine://host?endpoint={HIDDEN}"))
+
+    async def answers(*_: object) -> list[object]:
+        return [BackendError(f"{HIDDEN} is full"), None]
+
+    setattr(named.backend, call, answers)
+    error, other = await CALLS[call](named)
+    assert isinstance(error, BackendError)
+    assert (str(error), other) == ("*** is full", None)
+
+
+class OwnError(BackendError):
+    """With arguments of its own."""
+
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__(f"{host}:{port} is gone")
+
+
+def test_a_mask_leaves_what_is_no_secret() -> None:
+    mask = Mask(
+        f"m://?a=1234567&b=8GiB&c=true&d=short&e=prefix-lru&f={HIDDEN}",
+        public=frozenset({"prefix-lru"}),
+    )
+    said = f"1234567 8GiB true short prefix-lru {HIDDEN}"
+    assert mask.text(said) == "1234567 8GiB true short prefix-lru ***"
+    assert not Mask("file:///kv?capacity=1GiB")
+    own = mask.cleaned(OwnError(HIDDEN, 80))
+    assert str(own) == "OwnError: ***:80 is gone"
+    untouched = OwnError("host", 80)
+    assert mask.cleaned(untouched) is untouched
