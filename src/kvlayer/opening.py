@@ -17,7 +17,13 @@ from kvlayer.abc.backend import Backend, Capability
 from kvlayer.abc.host import HostMemory
 from kvlayer.abc.stager import MakeStager, Stager
 from kvlayer.config import CacheConfig, TierConfig
-from kvlayer.errors import BackendTimeoutError, ConfigError, IdentityError
+from kvlayer.errors import (
+    BackendError,
+    BackendTimeoutError,
+    ConfigError,
+    IdentityError,
+    KVLayerError,
+)
 from kvlayer.events import Emitter, Sink
 from kvlayer.keys import PUBLIC_ZONE, ObjectKey
 from kvlayer.layout import KVLayout
@@ -243,12 +249,17 @@ async def _open_tier(tier: LowerTier) -> None:
     began = asyncio.get_running_loop().time()
     try:
         await bounded(tier.backend.open, seconds)
-    except TimeoutError as exc:
-        if asyncio.get_running_loop().time() < began + seconds:
-            raise  # the backend's own
-        raise BackendTimeoutError(
-            f"{tier.name} did not open within {seconds:g} s",
-            hint="raise the tier's deadline_seconds, or leave the tier out",
+    except KVLayerError:
+        raise
+    except Exception as exc:
+        if isinstance(exc, TimeoutError) and asyncio.get_running_loop().time() >= began + seconds:
+            raise BackendTimeoutError(
+                f"{tier.name} did not open within {seconds:g} s",
+                hint="raise the tier's deadline_seconds, or leave the tier out",
+            ) from exc
+        raise BackendError(
+            f"{tier.name} did not open: {words(exc)}",
+            hint="correct what it says, or repair the plugin: it should raise BackendError",
         ) from exc
 
 

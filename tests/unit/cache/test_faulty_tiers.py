@@ -11,7 +11,7 @@ import pytest
 from caches import WEIGHTS, layout, tokens
 from engine import Engine, same
 
-from kvlayer import Cache, CacheConfig, Cause, ModelConfig, TierConfig
+from kvlayer import Cache, CacheConfig, Cause, KVLayerError, ModelConfig, TierConfig
 from kvlayer.abc.backend import (
     Backend,
     Capability,
@@ -549,3 +549,19 @@ async def test_a_namespace_that_cannot_be_read_hides_no_other(shelf: type[Shelf]
         (missed,) = (await cache.control.explain(tokens(32))).misses
         assert missed.cause is Cause.OTHER_NAMESPACE
         assert "compute_dtype" in missed.detail
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("refused"), TimeoutError("its own"), StopIteration(), SystemExit(3)]
+)
+@in_virtual_time
+async def test_whatever_opening_a_tier_raises_is_an_error_of_ours(
+    shelf: type[Shelf], error: BaseException
+) -> None:
+    class Shut(shelf):  # type: ignore[misc, valid-type]
+        async def open(self) -> None:
+            raise error
+
+    with pytest.raises(KVLayerError, match=type(error).__name__):
+        async with _open(Shut):
+            pass
