@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+import safetensors
 import transformers
 from transformers import cache_utils, masking_utils, modeling_utils
 
-from kvlayer.errors import UnsupportedError
+from kvlayer.errors import IdentityError, UnsupportedError
 
 __all__ = [
     "ATTENTION",
@@ -30,6 +32,7 @@ __all__ = [
     "Past",
     "check_version",
     "has_adapter",
+    "open_tensors",
     "quiet",
 ]
 
@@ -69,6 +72,20 @@ def check_version(version: str = VERSION) -> None:
             f"transformers {version} is outside the tested range, {tested}",
             hint="install a tested version, or a newer kvlayer-transformers",
         )
+
+
+def open_tensors(path: Path) -> Any:
+    """A ``safetensors`` file as a context: ``keys()``, and ``get_tensor(name)``, which is mapped.
+
+    Raises ``IdentityError`` for a file that cannot be read.
+    """
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except (OSError, safetensors.SafetensorError) as exc:
+        raise IdentityError(
+            f"the weights file {path.name} cannot be read: {exc}",
+            hint="download it again, or pass weights= as a digest",
+        ) from exc
 
 
 def has_adapter(model: Model) -> bool:

@@ -7,7 +7,7 @@ every architecture; what cannot be seen in tensors (RoPE, overrides) comes from 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, NoReturn, TypeAlias, cast
@@ -27,6 +27,7 @@ from kvlayer_transformers.engine import (
     Past,
     check_version,
 )
+from kvlayer_transformers.loaded import changed_modules, changed_tensors
 from kvlayer_transformers.watch import check_ready
 
 __all__ = ["Geometry", "check_cache", "config_digest", "overrides_of"]
@@ -42,6 +43,7 @@ _DTYPES: Mapping[torch.dtype, str] = {
 # prefix does not determine its KV.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
+_QUANTISED = "quantization_config"
 # Fields of a config that say where it came from or how text is read, never what KV becomes.
 _BOOKKEEPING = frozenset(
     {
@@ -142,7 +144,9 @@ def overrides_of(model: Model, folder: str) -> dict[str, Scalar]:
 
     Layers and tensors that replaced the class's own without a word in the configuration (torchao's
     ``quantize_``, quanto) are named by a digest of their kinds and of samples of their content.
-    Functions that are neither transformers' nor torch's, by a digest of their code.
+    Functions that are neither transformers' nor torch's, by a digest of their code. Parameters that
+    are not those of the ``safetensors`` in ``folder``, and modules that are not as the class makes
+    them of the configuration, by digests of what they are: see :mod:`kvlayer_transformers.loaded`.
 
     ``folder`` holds the files the weights digest was made of; when it is empty, the place the
     model says it came from is used. Without either the whole configuration is named by its
@@ -150,11 +154,11 @@ def overrides_of(model: Model, folder: str) -> dict[str, Scalar]:
     """
     config = _shaping(model.config)
     published = _published(folder or model.config.name_or_path)
-    foreign = None if config.get("quantization_config") else foreign_digest(model)
-    added: dict[str, Scalar] = {} if foreign is None else {"modules": f"sha256:{foreign}"}
-    code = Code(model).foreign()
-    if code is not None:
-        added["code"] = f"sha256:{code}"
+    added: dict[str, Scalar] = {
+        key: f"sha256:{digest}"
+        for key, digest in _in_memory(model, folder, quantised=bool(config.get(_QUANTISED)))
+        if digest is not None
+    }
     if published is None:
         return {"config": f"sha256:{config_digest(model)}", **added}
     return added | {
@@ -162,6 +166,18 @@ def overrides_of(model: Model, folder: str) -> dict[str, Scalar]:
         for key in sorted(config.keys() | published.keys())
         if config.get(key) != published.get(key)
     }
+
+
+def _in_memory(model: Model, folder: str, *, quantised: bool) -> Iterator[tuple[str, str | None]]:
+    """Digests of what files and configuration do not say."""
+    yield "code", Code(model).foreign()
+    if quantised:
+        return
+    foreign = foreign_digest(model)
+    yield "modules", foreign
+    if foreign is None:
+        yield "tensors", changed_tensors(model, folder)
+        yield "numbers", changed_modules(model)
 
 
 def config_digest(model: Model) -> str:

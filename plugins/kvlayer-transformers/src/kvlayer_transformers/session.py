@@ -116,8 +116,8 @@ class Session:
         """A session that owns its cache: leave its ``with`` block, or :meth:`close` it.
 
         ``weights`` is the folder ``model`` was loaded from, or its ``sha256:`` digest, and
-        defaults to ``config.model.weights``. Nothing can tell whether the model in memory is still
-        the one in that folder: one that was fine-tuned in place needs a digest of its own.
+        defaults to ``config.model.weights``. With a folder of ``safetensors`` the model in memory
+        is compared with it, and what differs is part of the name; a digest is believed.
         ``geometry`` saves the one-token forward pass of ``Geometry.of(model)`` when it is known.
         """
         geometry = geometry or Geometry.of(model)

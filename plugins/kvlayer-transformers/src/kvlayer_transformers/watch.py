@@ -18,6 +18,7 @@ from kvlayer.errors import UnsupportedError
 from kvlayer_transformers.code import Code, origin
 from kvlayer_transformers.contents import attributes, own_modules, spread, tensors_of
 from kvlayer_transformers.engine import Model
+from kvlayer_transformers.loaded import numbers_of
 
 __all__ = ["Watch", "check_ready"]
 
@@ -189,11 +190,7 @@ def _modules_of(model: Model) -> dict[str, tuple[object, ...]]:
     return {
         name: (
             type(module),
-            *(
-                (key, value)
-                for key, value in attributes(module).items()
-                if isinstance(value, _NUMBERS) and not key.startswith("_") and key != "training"
-            ),
+            *numbers_of(module, _NUMBERS).items(),
         )
         for name, module in own_modules(model)
     }
