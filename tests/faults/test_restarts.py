@@ -48,7 +48,7 @@ def test_a_full_directory_serves_at_once_and_loses_nothing(
             fits=FITS,
             more=MORE,
         )
-        found = process.told()
+        found = process.told(dose(300.0, 3600.0))
         assert found["is_janitor"] and not found["refused"]
         assert found["was_unlisted"]
         if end == "killed":

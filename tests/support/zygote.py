@@ -50,9 +50,9 @@ class Victim:
         line, _, self._rest = self._rest.partition(b"\n")
         return line.decode()
 
-    def told(self) -> Any:
+    def told(self, seconds: float = _SECONDS) -> Any:
         """The next line as the JSON it must be."""
-        line = self.line()
+        line = self.line(seconds)
         assert line, f"process {self.pid} said nothing"
         return json.loads(line)
 

@@ -30,7 +30,8 @@ _SEGMENT_SHIFT = 55
 _SLOT_SHIFT = 24
 _WORD = (1 << 64) - 1
 _MULTIPLIER = randbits(64) | 1  # nobody can make keys that all meet in one place
-_FEWEST = 4  # slots of a segment
+_FEWEST = 16  # slots of a segment
+_GROWTH = 4
 _EMPTY, _GONE, _ROWS = range(3)
 """What a slot holds: nothing, what is no more, or a row and 2 added to it."""
 
@@ -44,13 +45,13 @@ class KeyTable:
     """
 
     __slots__ = ("_count", "_digests", "_families", "_frame_count", "_frame_ids", "_frames",
-                 "_of_row", "_segments", "_taken", "_uses")  # fmt: skip
+                 "_left", "_of_row", "_segments", "_uses")  # fmt: skip
 
     def __init__(self) -> None:
         self._segments = [array("I", bytes(4 * _FEWEST)) for _ in range(_SEGMENTS)]
         """Open hash tables of rows, by family and hash. One that is too full is replaced."""
-        self._taken = array("I", bytes(4 * _SEGMENTS))
-        """Slots of each segment that are not empty."""
+        self._left = array("I", (_most(n, _FEWEST) for n in range(_SEGMENTS)))
+        """How many more slots of each segment may be taken."""
         self._count = 0
         self._frame_ids: dict[Frame, int] = {}
         """Frames by number. A number is used once, or another thread might mix up two."""
@@ -96,8 +97,11 @@ class KeyTable:
             return ObjectKey(head)
         return ObjectKey(head + self._digests[row * _DIGEST : (row + 1) * _DIGEST].hex() + tail)
 
-    def add(self, key: str, row: int) -> None:
-        """Let a row stand for a key that is not known."""
+    def add(self, key: str, row: int) -> bool:
+        """Let a row stand for a key that is not known.
+
+        False where no other key of its family has its hash, as far as that was seen in passing.
+        """
         frame, digest = _cut(key)
         number = self._frame_ids.get(frame)
         if number is None:
@@ -114,7 +118,21 @@ class KeyTable:
         self._of_row[row] = number
         self._digests[row * _DIGEST : (row + 1) * _DIGEST] = digest
         self._count += 1
-        self._put(*_place(self._families[number], _prefix(digest)), row)
+        (prefix,) = _WORDS.unpack_from(digest)
+        mixed = (self._families[number] ^ prefix) * _MULTIPLIER & _WORD
+        segment = mixed >> _SEGMENT_SHIFT
+        if not self._left[segment]:
+            self._rebuild(segment)
+        slots = self._segments[segment]
+        mask = len(slots) - 1
+        at = mixed >> _SLOT_SHIFT & mask
+        is_met = bool(slots[at])
+        while slots[at] >= _ROWS:
+            at = (at + 1) & mask
+        if slots[at] == _EMPTY:
+            self._left[segment] -= 1
+        slots[at] = row + _ROWS
+        return is_met
 
     def pop(self, key: str) -> int | None:
         """Forget a key; the row it had, if it was known."""
@@ -185,40 +203,23 @@ class KeyTable:
             at += 1
         return None
 
-    def _put(self, segment: int, at: int, row: int) -> None:
-        slots = self._segments[segment]
-        if self._taken[segment] >= _most(segment, len(slots)):
-            slots = self._rebuilt(segment)
-        mask = len(slots) - 1
-        at &= mask
-        while slots[at] >= _ROWS:
-            at = (at + 1) & mask
-        if slots[at] == _EMPTY:
-            self._taken[segment] += 1
-        slots[at] = row + _ROWS
-
-    def _rebuilt(self, segment: int) -> array[int]:
-        """A segment without what has gone from it, and larger if that does not make room."""
+    def _rebuild(self, segment: int) -> None:
+        """Clear a segment of what has gone from it, and make it larger if that is not enough."""
         rows = [slot - _ROWS for slot in self._segments[segment] if slot >= _ROWS]
         size = len(self._segments[segment])
         if 2 * len(rows) >= _most(segment, size):
-            size *= 2
+            size *= _GROWTH
         slots, mask = array("I", bytes(4 * size)), size - 1
-        families, frames, digests, read = (
-            self._families,
-            self._of_row,
-            self._digests,
-            _WORDS.unpack_from,
-        )
+        families, frames, digests = self._families, self._of_row, self._digests
+        read = _WORDS.unpack_from
         for row in rows:
             (prefix,) = read(digests, row * _DIGEST)
-            at = ((families[frames[row]] ^ prefix) * _MULTIPLIER & _WORD) >> _SLOT_SHIFT
-            while slots[at & mask]:
-                at += 1
-            slots[at & mask] = row + _ROWS
-        self._taken[segment] = len(rows)
+            at = ((families[frames[row]] ^ prefix) * _MULTIPLIER & _WORD) >> _SLOT_SHIFT & mask
+            while slots[at]:
+                at = (at + 1) & mask
+            slots[at] = row + _ROWS
+        self._left[segment] = _most(segment, size) - len(rows)
         self._segments[segment] = slots  # last: another thread may be looking into the old one
-        return slots
 
 
 def _most(segment: int, size: int) -> int:

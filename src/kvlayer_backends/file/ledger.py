@@ -109,9 +109,9 @@ class Ledger:
             self._waiting.append(0)
         self._entry += 1
         self._used_ns[row], self._entries[row] = used_ns, self._entry
-        self._keys.add(key, row)
+        has_twins = self._keys.add(key, row)
         self._shards.add(Shard.of(key), row)
-        self._lineage.add(row, parent)
+        self._lineage.add(row, parent, has_twins=has_twins)
         self._stored_nbytes += nbytes
         return row
 
@@ -270,20 +270,23 @@ class Ledger:
             if key not in present and not self._is_newer(key):
                 self.forget(key)
 
-    def discover(self, found: Sequence[tuple[ObjectKey, int, int, bytes]]) -> None:
-        """Add what a part of a scan found and nobody here had written, least recently used first.
+    def begin_run(self) -> Run:
+        """For what a part of a scan found, least recently used first."""
+        run = Run()
+        self._runs.append(run)
+        return run
 
-        Of each: key, bytes, time of use (ns) and parent.
+    def discover(self, found: Sequence[tuple[ObjectKey, int, int, bytes]], run: Run) -> None:
+        """Add the next of a run that nobody here had written: key, bytes, time of use (ns), parent.
+
 
         Where it stands among the others is settled by ``sort``.
         """
-        run = Run()
         for key, nbytes, used_ns, parent in found:
             if key not in self._keys and not self._is_newer(key):
                 row = self._add(key, nbytes, used_ns, parent)
                 self.unlisted_nbytes = max(self.unlisted_nbytes - nbytes, 0)
                 run.append(used_ns, row, self._entries[row])
-        self._runs.append(run)
 
     def by_use(self) -> Iterator[tuple[int, int, int]]:
         """What was found, and what changed meanwhile, by time of use: for ``sort``.
@@ -300,7 +303,8 @@ class Ledger:
         """Put the next of ``by_use`` in order. What was used since stays as it is."""
         for used_ns, row, entry in used:
             if self._entries[row] == entry and self._used_ns[row] == used_ns:
-                self._rejoin((row,))
+                if self._waiting[row]:
+                    self._rejoin((row,))
                 self.order.refresh((row,))
 
     def shards(self) -> list[Shard]:

@@ -36,20 +36,27 @@ class Lineage:
         self._left: set[int] = set()
         """Rows that count as gone."""
 
-    def add(self, row: int, parent: bytes) -> None:
-        """A row has got its key."""
+    def add(self, row: int, parent: bytes, *, has_twins: bool = True) -> None:
+        """A row has got its key; ``has_twins``: another may end with the same hash."""
         more = row + 1 - len(self._parents)
         if more > 0:
             self._parents.frombytes(bytes(more * self._parents.itemsize))
             self._followers.frombytes(bytes(more * self._followers.itemsize))
-        place = self._place(row)
-        twin = next((other for other in self._keys.ending(*place) if other != row), None)
-        if twin is None:
-            self._followers[row] = self._awaited.pop(place, 0)
-        else:
-            self._followers[row] = self._followers[twin]
         self._parents[row] = 0
-        self.learn(row, parent)
+        self._followers[row] = self._already(row, has_twins=has_twins)
+        if parent:
+            self.learn(row, parent)
+
+    def _already(self, row: int, *, has_twins: bool) -> int:
+        """How many rows follow a new one."""
+        if not has_twins and not self._awaited:
+            return 0
+        place = self._place(row)
+        if has_twins:
+            for twin in self._keys.ending(*place):
+                if twin != row:
+                    return self._followers[twin]
+        return self._awaited.pop(place, 0)
 
     def learn(self, row: int, parent: bytes) -> None:
         """The parent of a row is known now, if it was not before."""

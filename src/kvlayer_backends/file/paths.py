@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from kvlayer.keys import PUBLIC_ZONE, ObjectKey, ObjectName
@@ -21,6 +22,25 @@ _INSIDE = re.compile(
 )
 _FILE = re.compile(r"([^.]+)\.([^/]+?)\.([0-9][^/]*)")
 """Of what an encoding is made the first is a number, which nothing is that a part is made of."""
+
+
+_DIGITS = 64
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+@lru_cache(maxsize=1024)  # a directory's objects differ in their hashes
+def _is_end(end: str) -> bool:
+    """Whether a name may go on so after its hash: ``-tokens.part.encoding``."""
+    match = _FILE.fullmatch("0" + end)
+    if match is None:
+        return False
+    name, part, encoding = match.groups()
+    zeros = "0" * _DIGITS
+    try:
+        ObjectName.parse(f"{zeros}/{PUBLIC_ZONE}/{zeros}{name[1:]}/{part}/{encoding}")
+    except ValueError:
+        return False
+    return True
 
 
 class Shard(NamedTuple):
@@ -93,10 +113,9 @@ class Paths:
     def key(cls, shard: Shard, name: str) -> ObjectName | None:
         """Inverse of ``object``; None for a name ``object`` cannot produce."""
         text = cls.text(shard, name)
-        try:
-            return None if text is None else ObjectName.parse(text)
-        except ValueError:
+        if text is None or not _HASH.match(name) or not _is_end(name[_DIGITS:]):
             return None
+        return ObjectName(text)
 
     @staticmethod
     def is_namespace(name: str) -> bool:

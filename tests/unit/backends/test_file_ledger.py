@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kvlayer.eviction.lru import PrefixLRU
 from kvlayer.keys import ObjectKey, ObjectName, Part
-from kvlayer_backends.file.ledger import Eviction, Ledger
+from kvlayer_backends.file.ledger import Ledger
+from kvlayer_backends.file.victims import Eviction
 
 OTHER, THIRD = (
     ObjectName.raw(ObjectKey.of("ab" * 32, "0", bytes([n] * 32), 16, Part(0, (0, 1), (0, 1))))
@@ -31,7 +32,7 @@ def test_what_is_written_before_the_first_scan_begins_is_newer_than_what_it_find
     ledger = Ledger(PrefixLRU, 100)
     ledger.create(KEY, 40, 9)
     ledger.begin_scan()
-    ledger.discover([(OTHER, 40, 5, b""), (THIRD, 40, 7, b"")])
+    ledger.discover([(OTHER, 40, 5, b""), (THIRD, 40, 7, b"")], ledger.begin_run())
     ledger.sort(ledger.by_use())
     ledger.end_scan()
     assert [victim.key for victim in ledger.take(120, 1, 0.0)] == [OTHER, THIRD, KEY]

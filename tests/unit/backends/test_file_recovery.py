@@ -199,7 +199,7 @@ async def test_evicting_much_goes_in_slices_and_lets_writes_in_between(
 
 
 def test_what_became_of_victims_is_added_up_once() -> None:
-    from kvlayer_backends.file.ledger import Eviction, Victim
+    from kvlayer_backends.file.victims import Eviction, Victim
 
     eviction = Eviction()
     for number in range(4):
