@@ -56,8 +56,8 @@ def test_a_bare_install_adds_less_than_20_mb(bare):
     assert 100_000 < bare.nbytes < LIMIT_NBYTES
 
 
-def test_a_bare_install_pulls_its_four_dependencies_and_no_tensor_library(bare):
-    assert bare.added == {"kvlayer-core", "click", "msgpack", "tenacity", "xxhash"}
+def test_a_bare_install_pulls_its_five_dependencies_and_no_tensor_library(bare):
+    assert bare.added == {"kvlayer-core", "aiofiles", "click", "msgpack", "tenacity", "xxhash"}
 
 
 def test_a_bare_install_has_its_types_and_its_program(bare):

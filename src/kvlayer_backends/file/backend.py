@@ -34,6 +34,7 @@ from kvlayer_backends.file.faults import explain, readonly
 from kvlayer_backends.file.janitor import Janitor
 from kvlayer_backends.file.ledger import Ledger
 from kvlayer_backends.file.listing import counted, read
+from kvlayer_backends.file.notes import Aside
 from kvlayer_backends.file.options import FileOptions
 from kvlayer_backends.file.room import Evicted
 from kvlayer_backends.file.site import Site
@@ -177,8 +178,10 @@ class FileBackend(Backend):
                 site.quarantine.hidden.update(item.key for item in items)
                 return [None] * len(items)
             gone: set[ObjectKey] = set()
+            aside: list[Aside] = []
             try:
-                answers = await site.meta.run(site.quarantine.take, items, gone)
+                answers = await site.meta.run(site.quarantine.take, items, gone, aside)
+                await site.notes.write(aside)
                 # First: for a moment they count twice, never nowhere.
                 await janitor.weigh_quarantine()
             except OSError as exc:  # of the weighing: the next pass does it

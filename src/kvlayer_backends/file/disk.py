@@ -4,7 +4,7 @@ Nothing is believed because it lies there. A file or folder counts only if it is
 FIFO), belongs to this user and cannot be written by another; what is made is closed to others.
 An error is never an absence: a name that is not there is None, everything else raises ``OSError``.
 
-Blocking calls on threads. Paths are text: pathlib costs several times more.
+Blocking calls on threads, but for ``write_note``. Paths are text: pathlib costs several times more.
 """
 
 # ruff: noqa: PTH102, PTH104, PTH106, PTH108, PTH208
@@ -16,7 +16,10 @@ import fcntl
 import os
 import stat
 import sys
+from concurrent.futures import Executor
 from contextlib import suppress
+
+import aiofiles
 
 __all__ = [
     "LATEST_NS",
@@ -45,6 +48,7 @@ __all__ = [
     "replace",
     "stamp",
     "sync_folder",
+    "write_note",
     "used_ns",
 ]
 
@@ -183,6 +187,21 @@ def read_note(path: str, nbytes: int) -> bytes | None:
         return os.read(fd, nbytes)
     finally:
         os.close(fd)
+
+
+async def write_note(path: str, content: bytes, threads: Executor) -> None:
+    """Make a small file on ``threads``. Raises ``OSError``.
+
+    Closed by hand: leaving aiofiles' context closes on the loop's own threads, which the end of
+    the process waits for.
+    """
+    file = await aiofiles.open(
+        path, "xb", buffering=0, opener=lambda name, _: create(name), executor=threads
+    )
+    try:
+        await file.write(content)
+    finally:
+        await file.close()
 
 
 def create(path: str, flags: int = 0) -> int:

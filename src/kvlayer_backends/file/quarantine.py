@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -13,6 +12,7 @@ from kvlayer.abc.backend import Damaged, DeleteResult, Version
 from kvlayer.keys import ObjectKey
 from kvlayer_backends.file import disk
 from kvlayer_backends.file.faults import explain
+from kvlayer_backends.file.notes import SUFFIX, Aside
 from kvlayer_backends.file.paths import Paths
 
 __all__ = ["KEPT", "Quarantine", "keep"]
@@ -21,7 +21,6 @@ _log = logging.getLogger(__name__)
 
 KEPT = 16
 """How many damaged objects a directory keeps."""
-_NOTE = ".json"
 
 
 class Quarantine:
@@ -32,15 +31,21 @@ class Quarantine:
         self.hidden: set[ObjectKey] = set()
         """Damaged objects that could be neither moved nor deleted: never offered again."""
 
-    def take(self, items: Sequence[Damaged], gone: set[ObjectKey]) -> list[DeleteResult]:
+    def take(
+        self, items: Sequence[Damaged], gone: set[ObjectKey], aside: list[Aside]
+    ) -> list[DeleteResult]:
         """Move or delete objects, noting in ``gone`` those that are not there any more.
+
+        In ``aside``, those that were moved.
 
         One that can be neither moved nor deleted is hidden. One that was written anew since it was
         read stays. The answer is an error where it cannot be seen which of them lies there.
         """
-        return [self._take(key, version, gone) for key, version in items]
+        return [self._take(key, version, gone, aside) for key, version in items]
 
-    def _take(self, key: ObjectKey, version: Version, gone: set[ObjectKey]) -> DeleteResult:
+    def _take(
+        self, key: ObjectKey, version: Version, gone: set[ObjectKey], aside: list[Aside]
+    ) -> DeleteResult:
         try:
             path = self._paths.object(key)
         except ValueError:
@@ -51,7 +56,7 @@ class Quarantine:
         except OSError as exc:
             return explain(exc, "look at", path)
         try:
-            self._isolate(key)
+            self._isolate(key, aside)
         except OSError as exc:
             _log.warning("file:// cannot quarantine %s, so it is hidden: %s", key, exc)
             self.hidden.add(key)
@@ -70,7 +75,7 @@ class Quarantine:
         finally:
             os.close(opened[0])
 
-    def _isolate(self, key: ObjectKey) -> None:
+    def _isolate(self, key: ObjectKey, aside: list[Aside]) -> None:
         """Move an object aside. Evidence that cannot be moved is deleted.
 
         Raises ``OSError`` when that fails too.
@@ -87,26 +92,8 @@ class Quarantine:
         except OSError:
             disk.remove(source)
             return
-        try:
-            self._note(key, target)
-        except OSError as exc:
-            _log.debug("file:// cannot note why %s is in quarantine: %s", target, exc)
-
-    @staticmethod
-    def _note(key: ObjectKey, path: str) -> None:
-        status = disk.look(path)
-        facts = {
-            "key": key,
-            "nbytes": None if status is None else status.st_size,
-            "quarantined": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "pid": os.getpid(),
-            "host": os.uname().nodename,
-        }
-        fd = disk.create(path + _NOTE)
-        try:
-            os.write(fd, (json.dumps(facts, indent=1) + "\n").encode())
-        finally:
-            os.close(fd)
+        status = disk.look(target)
+        aside.append(Aside(key, target, None if status is None else status.st_size))
 
 
 def keep(paths: Paths, count: int = KEPT) -> int:
@@ -115,13 +102,16 @@ def keep(paths: Paths, count: int = KEPT) -> int:
     What resists stays and counts. Blocking. Raises ``OSError`` when that cannot be seen.
     """
     names = sorted(disk.list_folder(paths.quarantine) or ())
-    objects = [name for name in names if not name.endswith(_NOTE)]
+    objects = [name for name in names if not name.endswith(SUFFIX)]
+    for lonely in set(names).difference(objects, (name + SUFFIX for name in objects)):
+        with suppress(OSError):
+            disk.remove(f"{paths.quarantine}/{lonely}")
     left = 0
     for position, name in enumerate(reversed(objects)):
         path = f"{paths.quarantine}/{name}"
         if position >= count:
             with suppress(OSError):
-                disk.remove(path + _NOTE)
+                disk.remove(path + SUFFIX)
                 disk.remove(path)
                 continue
         status = disk.look(path)

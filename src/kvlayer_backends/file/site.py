@@ -13,6 +13,7 @@ from kvlayer_backends.file import disk
 from kvlayer_backends.file.directio import probe
 from kvlayer_backends.file.faults import explain
 from kvlayer_backends.file.janitor import Janitor
+from kvlayer_backends.file.notes import Notes
 from kvlayer_backends.file.objects import ObjectFiles
 from kvlayer_backends.file.options import FileOptions
 from kvlayer_backends.file.paths import Paths
@@ -45,6 +46,7 @@ class Site:
         self.scratch = Scratch(self.paths)
         self.files = ObjectFiles(self.paths, self.scratch, self.pulse, fsync=options.fsync)
         self.quarantine = Quarantine(self.paths)
+        self.notes = Notes(self.pulse)
         self.bulk = Offload(options.threads, "kvlayer-file")
         self.meta = Offload(_META_THREADS, "kvlayer-file-meta")
         self.janitor = (
@@ -135,6 +137,7 @@ class Site:
         if self._is_closed:
             return
         try:
+            await self.notes.aclose()
             if self.janitor is not None:
                 await self.janitor.aclose()
             await self.meta.run_unlent(self._give_back)
@@ -159,6 +162,7 @@ class Site:
                     self.janitor.abandon()
                 self.scratch.abandon()
         hanging = self.bulk.close(_GRACE_SECONDS) + self.meta.close(_GRACE_SECONDS)
+        hanging += self.notes.abandon(_GRACE_SECONDS)
         if hanging:
             _log.warning(
                 "file://%s does not answer: %d threads are left behind, with the memory they were "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 from hang import HANG
 
-from kvlayer.abc.backend import Read, Write
+from kvlayer.abc.backend import Damaged, Read, Write
 from kvlayer.errors import BackendError, ClosedError
 from kvlayer.eviction.lru import PrefixLRU
 from kvlayer.keys import ObjectKey, ObjectName, Part
@@ -306,6 +307,81 @@ async def test_closing_that_is_cancelled_leaves_a_thread_that_hangs_behind(
     hanging.let_go.set()
     async with backend(tmp_path) as second:
         assert second.is_janitor  # the lock was given back
+
+
+@pytest.mark.asyncio
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a file left open
+async def test_notes_that_hang_hold_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk froze in the very moment: objects are moved, lookups answered, and closing ends."""
+    others = [ObjectKey(str(KEY).replace("g0", f"g{n}")) for n in range(1, 4)]
+    files = backend(tmp_path)
+    await files.open()
+    await files.put([Write(key, (page(),)) for key in (KEY, *others)])
+    await files.recovered()
+    inside, let_go, create = threading.Event(), threading.Event(), disk.create
+
+    def hangs(path: str, flags: int = 0) -> int:
+        if "/quarantine/" in path:
+            inside.set()
+            assert let_go.wait(HANG)
+        return create(path, flags)
+
+    monkeypatch.setattr(disk, "create", hangs)
+    taking = [asyncio.create_task(files.quarantine([Damaged(key)])) for key in others]
+    assert await asyncio.to_thread(inside.wait, 30)
+    assert await asyncio.wait_for(files.contains([KEY, *others]), HANG) == [4096, None, None, None]
+    for task in taking:
+        task.cancel()
+    for task in taking:
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait_for(task, HANG)
+    closing = asyncio.create_task(files.aclose())
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not closing.done()  # a note is worth waiting for, within its owner's patience
+    closing.cancel()
+    with suppress(asyncio.CancelledError):
+        await asyncio.wait_for(closing, HANG)
+    assert "1 threads are left behind" in caplog.text
+    let_go.set()
+
+
+@pytest.mark.asyncio
+async def test_notes_begun_before_a_call_was_cancelled_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with backend(tmp_path) as files:
+        await files.put([Write(KEY, (page(),))])
+        inside, let_go, create = threading.Event(), threading.Event(), disk.create
+
+        def waits(path: str, flags: int = 0) -> int:
+            inside.set()
+            assert let_go.wait(HANG)
+            return create(path, flags)
+
+        monkeypatch.setattr(disk, "create", waits)
+        taking = asyncio.create_task(files.quarantine([Damaged(KEY)]))
+        assert await asyncio.to_thread(inside.wait, 30)
+        taking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await taking
+        let_go.set()
+    (note,) = (tmp_path / "v2" / "quarantine").glob("*.json")
+    assert json.loads(note.read_bytes())["key"] == KEY
+
+
+@pytest.mark.asyncio
+async def test_a_note_without_its_object_is_cleared_away(tmp_path: Path) -> None:
+    async with backend(tmp_path) as files:
+        await files.put([Write(KEY, (page(),))])
+        await files.quarantine([Damaged(KEY)])
+        (tmp_path / "v2" / "quarantine" / "gone.json").touch()
+        assert files.janitor is not None
+        await files.janitor.pass_()
+    names = sorted(path.name for path in (tmp_path / "v2" / "quarantine").iterdir())
+    assert len(names) == 2 and names[1] == names[0] + ".json"
 
 
 @pytest.mark.asyncio

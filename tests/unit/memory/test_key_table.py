@@ -138,7 +138,7 @@ def test_the_hash_table_keeps_up_with_churn() -> None:
             table.add(key, model[key])
     assert {key: table.row(key) for key in model} == model
     assert sorted(table.rows()) == sorted(model.values())
-    assert sum(map(len, table._segments)) < 8 * 2000
+    assert sum(map(len, table._segments)) < 16 * 2000
     assert [*table] and len(table) == len(model)
 
 
