@@ -307,11 +307,11 @@ def remove(path: str) -> bool:
 
 
 def remove_folder(path: str) -> bool:
-    """Remove an empty folder; False when it holds something, or is not there."""
+    """Remove an empty folder; False when it holds something, or nothing or no folder is there."""
     try:
         os.rmdir(path)
     except OSError as exc:
-        if exc.errno in (errno.ENOTEMPTY, errno.EEXIST) or is_absent(exc):
+        if exc.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) or is_absent(exc):
             return False
         raise
     return True

@@ -681,3 +681,24 @@ async def test_a_clock_of_a_later_century_stamps_what_can_be_read(tmp_path: Path
 
 def _stamp(path: str, date: str) -> None:
     subprocess.run(["touch", "-d", date, path], check=True)  # Python's own does not go so far
+
+
+@pytest.mark.parametrize("what", ["file", "link"])
+@pytest.mark.asyncio
+async def test_what_stands_in_an_empty_folders_place_does_not_stop_the_janitor(
+    tmp_path: Path, what: str
+) -> None:
+    async with opened(tmp_path) as backend:
+        assert await put(backend, 1) == [None]
+        folder = Path(Paths(str(tmp_path)).object(KEYS[1])).parent
+        assert await backend.delete([KEYS[1]]) == [None]
+        if folder.exists():
+            folder.rmdir()
+        if what == "file":
+            folder.write_text("not ours")
+        else:
+            folder.symlink_to(tmp_path)
+        for _ in range(2):
+            await pass_(backend)
+        assert folder.is_symlink() or folder.read_text() == "not ours"
+        assert await put(backend, 2) == [None]
