@@ -14,9 +14,9 @@ from kvlayer.errors import ArgumentError, ConfigError
 from kvlayer.explain import explain
 from kvlayer.keys import ObjectKey, Scope, Tokens
 from kvlayer.results import Cause, Explanation, Health, Stats
-from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.lease import Lease, lease_seconds
 from kvlayer.tier.listing import listed
+from kvlayer.tier.records import ObjectRecord
 from kvlayer.tier.removal import Removal
 from kvlayer.tier.tier import LowerTier
 from kvlayer.urls import nearest

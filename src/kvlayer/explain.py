@@ -11,9 +11,9 @@ from kvlayer.errors import IdentityError
 from kvlayer.keys import ChunkChain, ObjectKey, Scope, Span, Tokens
 from kvlayer.namespace import Namespace
 from kvlayer.results import Cause, Explanation, MissedChunk
-from kvlayer.tier.directory import Host, ObjectRecord
 from kvlayer.tier.guard import Refused
 from kvlayer.tier.loads import LATE, down
+from kvlayer.tier.records import Host, ObjectRecord
 from kvlayer.tier.tier import LowerTier
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from kvlayer.layout import NHD
 from kvlayer.registry import BACKENDS
 from kvlayer.testing import invariants
 from kvlayer.testing.faults import given
-from kvlayer.tier.directory import Host
+from kvlayer.tier.records import Host
 from kvlayer_backends.cpu import CpuBackend
 
 T = TypeVar("T")

@@ -21,7 +21,7 @@ from kvlayer.results import Cause
 from kvlayer.testing import invariants
 from kvlayer.testing.schedule import Schedule
 from kvlayer.tier import directory, host, lease, matcher, planner, stack
-from kvlayer.tier.directory import Host, ObjectRecord
+from kvlayer.tier.records import Host, ObjectRecord
 
 WATCHED = [
     directory,

@@ -13,8 +13,8 @@ from kvlayer.keys import PUBLIC_ZONE, ChunkChain, Scope
 from kvlayer.layout import NHD, AttentionKind, KVGroup, KVLayout
 from kvlayer.payload import ALIGNMENT
 from kvlayer.registry import POLICIES
-from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.planner import Planner
+from kvlayer.tier.records import ObjectRecord
 
 __all__ = ["evict_rows"]
 

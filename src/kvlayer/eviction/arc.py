@@ -88,7 +88,7 @@ class ARC(EvictionPolicy):
             for row in path:
                 self._is_often[row] = _OFTEN
             self._often += len(path)
-            self._lists.append(_OFTEN, reversed(path))
+            self._lists.append(_OFTEN, path[::-1])
         else:
             for row in reversed(path):
                 self._enter(row)

@@ -7,9 +7,26 @@ are, and nothing that the garbage collector looks at.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
-__all__ = ["Lists"]
+__all__ = ["Lists", "range_of"]
+
+_MANY = 16
+
+
+def range_of(rows: Sequence[int]) -> range | None:
+    """Rows as a range, where they are many and follow each other, up or down; else None.
+
+    A tier numbers the objects of a prompt so, mostly. Work on a whole range is done by slices, many
+    times as fast as row by row.
+    """
+    if isinstance(rows, range):
+        return rows if len(rows) >= _MANY and abs(rows.step) == 1 else None
+    if len(rows) < _MANY or abs(rows[-1] - rows[0]) != len(rows) - 1:
+        return None
+    step = 1 if rows[-1] > rows[0] else -1
+    found = range(rows[0], rows[-1] + step, step)
+    return found if [*rows] == [*found] else None
 
 
 class Lists:
@@ -35,40 +52,55 @@ class Lists:
             self._next.frombytes(room)
             self._previous.frombytes(room)
 
-    def append(self, index: int, rows: Iterable[int]) -> None:
+    def append(self, index: int, rows: Sequence[int]) -> None:
         """Add rows that are in no list to the end of one, in this order."""
         following, previous, count = self._next, self._previous, self._count
         last = previous[index]
-        for row in rows:
-            node = row + count
-            following[last] = node
-            previous[node] = last
-            last = node
+        if (span := range_of(rows)) is not None:
+            low, high = min(span[0], span[-1]) + count, max(span[0], span[-1]) + count
+            up, down = array("i", range(low + 1, high + 1)), array("i", range(low, high))
+            if span.step == 1:
+                following[low:high], previous[low + 1 : high + 1] = up, down
+                head, tail = low, high
+            else:
+                following[low + 1 : high + 1], previous[low:high] = down, up
+                head, tail = high, low
+            following[last], previous[head] = head, last
+            last = tail
+        else:
+            for row in rows:
+                node = row + count
+                following[last] = node
+                previous[node] = last
+                last = node
         following[last] = index
         previous[index] = last
 
-    def unlink(self, rows: Iterable[int]) -> None:
+    def unlink(self, rows: Sequence[int]) -> None:
         """Take rows out of the list each of them is in."""
         following, previous, count = self._next, self._previous, self._count
+        if (span := range_of(rows)) is not None:
+            low, high = min(span[0], span[-1]) + count, max(span[0], span[-1]) + count
+            if following[low] == low + 1:
+                is_linked = following[low:high] == array("i", range(low + 1, high + 1))
+                head, tail = low, high
+            else:
+                is_linked = following[low + 1 : high + 1] == array("i", range(low, high))
+                head, tail = high, low
+            if is_linked:
+                before, after = previous[head], following[tail]
+                following[before], previous[after] = after, before
+                return
         for row in rows:
             node = row + count
             before, after = previous[node], following[node]
             following[before] = after
             previous[after] = before
 
-    def move(self, index: int, rows: Iterable[int]) -> None:
+    def move(self, index: int, rows: Sequence[int]) -> None:
         """Take rows out of wherever they are and add them to the end of a list, in this order."""
-        following, previous, count = self._next, self._previous, self._count
-        for row in rows:
-            node = row + count
-            before, after = previous[node], following[node]
-            following[before] = after
-            previous[after] = before
-            last = previous[index]
-            following[last] = node
-            previous[node] = last
-            following[node] = index
-            previous[index] = node
+        self.unlink(rows)
+        self.append(index, rows)
 
     def first(self, index: int = 0) -> int | None:
         """The row that a list begins with, if it has any."""

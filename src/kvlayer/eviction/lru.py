@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from kvlayer.abc.policy import EvictionPolicy
@@ -25,7 +25,7 @@ class LRU(EvictionPolicy):
         self._order = Lists()
 
     @staticmethod
-    def _uses(path: Sequence[int]) -> Iterable[int]:
+    def _uses(path: Sequence[int]) -> Sequence[int]:
         """The path in the order its rows are used, the one to keep longest last."""
         return path
 
@@ -62,5 +62,5 @@ class PrefixLRU(LRU):
     name: ClassVar[str] = "prefix-lru"
 
     @staticmethod
-    def _uses(path: Sequence[int]) -> Iterable[int]:
-        return reversed(path)
+    def _uses(path: Sequence[int]) -> Sequence[int]:
+        return path[::-1]

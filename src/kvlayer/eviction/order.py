@@ -16,7 +16,7 @@ from heapq import heappop, heappush
 
 from kvlayer.abc.policy import EvictionPolicy, PolicyMaker
 from kvlayer.abc.rows import Rows
-from kvlayer.eviction.lists import Lists
+from kvlayer.eviction.lists import Lists, range_of
 from kvlayer.eviction.lru import PrefixLRU
 from kvlayer.retention import ORDINARY, RANKS, Retention
 
@@ -120,6 +120,9 @@ class EvictionOrder:
 
     def pin(self, path: Sequence[int]) -> None:
         """Name none of these until they are unpinned. Pinning twice is the caller's to count."""
+        if self._at_once(path, _ORDERED, _PINNED, -1):
+            self._by_rank(path, lambda policy, rows: policy.pin(rows))
+            return
         states, sizes, ranks = self._states, self._sizes, self._ranks
         ordered: list[int] = []
         for row in path:
@@ -140,6 +143,9 @@ class EvictionOrder:
 
         One that was demoted meanwhile comes first.
         """
+        if self._at_once(path, _PINNED, _ORDERED, 1):
+            self._by_rank(path, lambda policy, rows: policy.unpin(rows, used=used))
+            return
         states, sizes, ranks = self._states, self._sizes, self._ranks
         ordered: list[int] = []
         for row in path:
@@ -151,6 +157,19 @@ class EvictionOrder:
                 states[row] = _DEMOTED
                 self._first.append(0, (row,))
         self._by_rank(ordered, lambda policy, rows: policy.unpin(rows, used=used))
+
+    def _at_once(self, path: Sequence[int], old: int, new: int, sign: int) -> bool:
+        """Change the state of a whole range of equals, where the path is one."""
+        span = None if self._wished else range_of(path)
+        if span is None:
+            return False
+        first, count = min(span[0], span[-1]), len(span)
+        rows = slice(first, first + count)
+        if self._states[rows] != bytes((old,)) * count:
+            return False
+        self._states[rows] = bytes((new,)) * count
+        self._sizes[_USUAL] += sign * count
+        return True
 
     def demote(self, row: int) -> None:
         """Prefer this object over all others for eviction, in the order of these calls.

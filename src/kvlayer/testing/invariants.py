@@ -22,9 +22,9 @@ from itertools import pairwise
 from kvlayer.cache import Cache
 from kvlayer.keys import ObjectKey
 from kvlayer.payload import align
-from kvlayer.tier.directory import Host
 from kvlayer.tier.guard import Lane
 from kvlayer.tier.planner import Planner
+from kvlayer.tier.records import Host
 
 __all__ = [
     "Broken",

@@ -8,10 +8,10 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from kvlayer.tier.directory import Host, ObjectRecord
 from kvlayer.tier.guard import Refused
 from kvlayer.tier.leaving import Outlets, Way
 from kvlayer.tier.planner import Planner
+from kvlayer.tier.records import Host, ObjectRecord
 from kvlayer.tier.spills import Spills, Write
 from kvlayer.tier.tier import LowerTier, Tier
 

@@ -1,8 +1,7 @@
 """What is where: the state of every object on every tier. Pure memory; no clock, no I/O, no locks.
 
 Records are found by the hash at their end; the same end may close a whole chunk and a shorter span,
-which are two records. Tier 0 is the host; an object there is absent, being filled or ready, at one
-slab offset. On a lower tier it is known to be there or not.
+which are two records (``tier/records``).
 
 A span is *active* while any of its objects is in host memory, on its way there, or unknown to every
 lower tier; all other spans *rest* in a :class:`~kvlayer.tier.below.BelowTable`, where a million of
@@ -14,170 +13,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from enum import Enum
 from weakref import WeakValueDictionary
 
 from kvlayer.keys import ObjectKey, Part, Span
-from kvlayer.retention import ORDINARY
 from kvlayer.tier import plan
 from kvlayer.tier.below import BelowTable, Known, SpanName
+from kvlayer.tier.records import ChunkRecord, Host, ObjectRecord, Several
+from kvlayer.tier.strand import Held, Strand
 
-__all__ = ["ChunkRecord", "Directory", "Host", "ObjectRecord"]
-
-
-class Host(Enum):
-    """State of an object in host memory."""
-
-    ABSENT = 0
-    FILLING = 1
-    READY = 2
-
-
-class ChunkRecord:
-    """One span of tokens: an :class:`ObjectRecord`, or :class:`Several` of them."""
-
-    __slots__ = ("__weakref__", "hash", "is_resting", "namespace", "other", "parent", "start",
-                 "tokens", "zone")  # fmt: skip
-
-    def __init__(self, namespace: str, end_hash: bytes, tokens: int, zone: str) -> None:
-        self.namespace = namespace
-        self.hash = end_hash
-        self.tokens = tokens
-        self.zone = zone
-        self.start = -1
-        """Where it stands in its prompts; known once any of its bytes were in host memory."""
-        self.parent = b""
-        """The end hash of what comes right before it, known as long."""
-        self.other: ChunkRecord | None = None
-        """The next record with the same end: another number of tokens, or a zone that somebody's
-        listing made up. A hash tells the zone (see ``docs/object-format.md``), a listing may lie.
-        """
-        self.is_resting = False
-
-    @property
-    def objects(self) -> tuple[ObjectRecord, ...]:
-        """What of it is known."""
-        raise NotImplementedError
-
-    @property
-    def span(self) -> Span | None:
-        """Where it stands in its prompts, if that is known."""
-        if self.start < 0:
-            return None
-        return Span(self.start, self.start + self.tokens, self.hash, self.parent)
-
-    @span.setter
-    def span(self, span: Span) -> None:
-        self.start, self.parent = span.start, span.parent
-
-
-class ObjectRecord(ChunkRecord):
-    """One object: where it lies and who holds it. ``pins`` > 0 keeps it in host memory.
-
-    Nearly every span has one object, and there may be millions: then this is the span's record,
-    too, so that the garbage collector has one thing to look at and a lookup one to read.
-    """
-
-    __slots__ = ("_key", "_several", "held", "host", "is_whole", "nbytes", "offset", "part",
-                 "pins", "presumed", "retention", "row", "tiers", "writing")  # fmt: skip
-
-    def __init__(
-        self,
-        namespace: str,
-        end_hash: bytes,
-        tokens: int,
-        zone: str,
-        part: Part,
-        *,
-        is_whole: bool = False,
-    ) -> None:
-        super().__init__(namespace, end_hash, tokens, zone)
-        self.part = part
-        self.is_whole = is_whole
-        """Whether it alone is all that this rank needs of its group."""
-        self._several: Several | None = None
-        self._key: ObjectKey | None = None
-        self.host = Host.ABSENT
-        self.offset = -1
-        self.nbytes = 0
-        self.retention = ORDINARY
-        """The highest wish of the requests that stored it."""
-        self.row = -1
-        """In the order of eviction, once it is ready in host memory."""
-        self.pins = 0
-        self.held = 0
-        """How many of the pins are a move's, which is no use of the object."""
-        self.tiers = 0
-        """Bit t: ready on tier t (t >= 1)."""
-        self.presumed = 0
-        """Bit t: tier t was not asked about it, but may hold it. Only reads go by this."""
-        self.writing = 0
-        """Bit t: being written to tier t."""
-
-    @property
-    def chunk(self) -> ChunkRecord:
-        """The record of its span: itself where it is the only one."""
-        return self if self._several is None else self._several
-
-    @property
-    def objects(self) -> tuple[ObjectRecord, ...]:
-        return (self,)
-
-    @property
-    def key(self) -> ObjectKey:
-        """Its name; remembered while it moves, see :meth:`Directory.ready`."""
-        if self._key is None:
-            self._key = ObjectKey.of(self.namespace, self.zone, self.hash, self.tokens, self.part)
-        return self._key
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the object can be served from somewhere."""
-        return self.host is Host.READY or self.tiers != 0
-
-    @property
-    def tier(self) -> int:
-        """The nearest tier it can be served from; -1 when there is none."""
-        if self.host is Host.READY:
-            return 0
-        return (self.readable & -self.readable).bit_length() - 1
-
-    @property
-    def readable(self) -> int:
-        """Bit t: worth reading from tier t, which holds it or is presumed to."""
-        return self.tiers | self.presumed
-
-
-class Several(ChunkRecord):
-    """A span with several objects: parts of it, or what several KV groups have.
-
-    ``covers`` caches, per group, what serves this rank.
-    """
-
-    __slots__ = ("covers", "parts")
-
-    def __init__(self, first: ObjectRecord) -> None:
-        super().__init__(first.namespace, first.hash, first.tokens, first.zone)
-        self.start, self.parent = first.start, first.parent
-        self.parts: tuple[ObjectRecord, ...] = ()
-        self.covers: list[tuple[ObjectRecord, ...] | None] | None = None
-        self.join(first)
-
-    @property
-    def objects(self) -> tuple[ObjectRecord, ...]:
-        return self.parts
-
-    def join(self, found: ObjectRecord) -> None:
-        """One more object."""
-        found._several = self
-        self.parts = (*self.parts, found)
-        self.covers = None
-
-    def leave(self, found: ObjectRecord) -> None:
-        """An object that is known no more."""
-        self.parts = tuple(each for each in self.parts if each is not found)
-        self.covers = None
-
+__all__ = ["Directory"]
 
 _MOST_BELOW = 4_000_000  # a gigabyte of them
 _TRIES = 64  # spans that somebody holds which are passed over to find one to forget
@@ -268,16 +112,16 @@ class Directory:
         chosen = plan.cover(need, by_part)
         return None if chosen is None else tuple(by_part[part] for part in chosen)
 
-    def leading(self, hashes: Sequence[bytes], tokens: int, zone: str) -> list[ObjectRecord]:
+    def leading(self, hashes: Sequence[bytes], tokens: int, zone: str) -> list[Held]:
         """What serves the first of these spans, as far as one object in host memory is enough.
 
-        The quick way to what :meth:`covers` says; where it ends, more may be there.
+        The quick way to what :meth:`covers` says; where it ends, more may be there. Objects that
+        were leased together before come as a strand: equal hashes mean that all before is equal.
         """
-        found: list[ObjectRecord] = []
-        if len(self.needs) > 1:
-            return found
-        ready = Host.READY
-        for record in map(self._chunks.get, hashes):
+        found: list[Held] = []
+        ready, known, at = Host.READY, self._chunks.get, 0
+        while at < len(hashes):
+            record = known(hashes[at])
             if (
                 type(record) is not ObjectRecord
                 or record.host is not ready
@@ -286,7 +130,18 @@ class Directory:
                 or record.zone != zone
             ):
                 break
-            found.append(record)
+            strand = record.strand
+            if strand is None or strand.records[0] is not record:
+                found.append(record)
+                at += 1
+                continue
+            count = min(len(strand), len(hashes) - at)
+            if strand.records[count - 1].hash != hashes[at + count - 1]:
+                count = _common(strand, hashes, at)
+            if count < len(strand):
+                strand, _ = strand.part(count)
+            found.append(strand)
+            at += count
         return found
 
     def find(self, key: ObjectKey) -> ObjectRecord | None:
@@ -337,6 +192,8 @@ class Directory:
 
     def _part_off(self, alone: ObjectRecord) -> Several:
         """Give a span a record of its own, that its object was until now."""
+        if alone.strand is not None:
+            alone.strand.dissolve()
         record = Several(alone)
         record.other, alone.other = alone.other, None
         at = self._chunks[alone.hash]
@@ -389,6 +246,8 @@ class Directory:
     def drop_host(self, found: ObjectRecord) -> int:
         """filling or ready -> absent. Returns the slab offset that became free."""
         assert found.host is not Host.ABSENT, found.key
+        if found.strand is not None:
+            found.strand.dissolve()
         offset, found.host, found.offset = found.offset, Host.ABSENT, -1
         self._changed(found)
         return offset
@@ -557,3 +416,15 @@ def _stale(found: ObjectRecord) -> None:
     """What serves its span may be other objects now."""
     if isinstance(found.chunk, Several):
         found.chunk.covers = None
+
+
+def _common(strand: Strand, hashes: Sequence[bytes], at: int) -> int:
+    """How many objects of a strand a prompt goes on with, of which it has the first."""
+    few, many = 1, min(len(strand), len(hashes) - at)
+    while many - few > 1:
+        middle = (few + many) // 2
+        if strand.records[middle - 1].hash == hashes[at + middle - 1]:
+            few = middle
+        else:
+            many = middle
+    return few

@@ -8,7 +8,6 @@ from functools import partial
 
 from kvlayer.keys import ChunkChain, ObjectKey
 from kvlayer.tier import plan
-from kvlayer.tier.directory import Host
 from kvlayer.tier.estimate import Rate
 from kvlayer.tier.lease import Lease
 from kvlayer.tier.loads import Loads, Wanted, down, wanted_of
@@ -18,6 +17,7 @@ from kvlayer.tier.planner import Planner
 from kvlayer.tier.promised import settled
 from kvlayer.tier.promises import Promise
 from kvlayer.tier.questions import Questions
+from kvlayer.tier.records import Host
 from kvlayer.tier.tier import LowerTier
 
 __all__ = ["Finder"]
@@ -169,7 +169,7 @@ class Finder:
     def _worth_loading(self, match: Match, rate: float | None) -> Match:
         """``match`` cut where a tier is not asked for now, or where recomputing is faster."""
         dead = down(self._lower)
-        if not dead and rate is None:
+        if (not dead and rate is None) or match.is_resident:
             return match
         best, most = self._planner.shortened(match, 0), 0.0
         while match.spans:

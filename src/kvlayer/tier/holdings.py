@@ -10,10 +10,11 @@ from collections.abc import Iterable, Sequence
 from kvlayer.keys import ObjectKey
 from kvlayer.results import Cause
 from kvlayer.tier.absences import Absences
-from kvlayer.tier.directory import Directory, ObjectRecord
+from kvlayer.tier.directory import Directory
 from kvlayer.tier.journal import Journal, Loss
 from kvlayer.tier.matcher import Matcher
 from kvlayer.tier.recent import Recent
+from kvlayer.tier.records import ObjectRecord
 
 __all__ = ["Holdings"]
 

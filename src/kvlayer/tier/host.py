@@ -9,16 +9,20 @@ for, at most once per hold; let go, it is the first that the policy names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from kvlayer.abc.policy import PolicyMaker
 from kvlayer.eviction.order import EvictionOrder
 from kvlayer.memory.extents import Extents
 from kvlayer.payload import align
 from kvlayer.retention import ORDINARY, Retention
-from kvlayer.tier.directory import Directory, Host, ObjectRecord
+from kvlayer.tier.directory import Directory
+from kvlayer.tier.records import Host, ObjectRecord
+from kvlayer.tier.strand import Held, Strand, flat
 
 __all__ = ["HostTier"]
+
+_LONG = 256  # objects of a strand: to make one, or to dissolve it, takes some 50 microseconds
 
 
 class HostTier:
@@ -155,6 +159,10 @@ class HostTier:
 
     def unpin(self, path: Sequence[ObjectRecord]) -> None:
         """Let go of one lease on each, root first; counts as one use of the path."""
+        self._used(self._taken_back(path))
+
+    def _taken_back(self, path: Sequence[ObjectRecord]) -> list[int]:
+        """Take one pin of each; the rows of those that nobody leases any more."""
         rows: list[int] = []
         for found in path:
             pins = found.pins = found.pins - 1
@@ -162,7 +170,11 @@ class HostTier:
                 self._is_free(found)
             if pins == found.held and (row := found.row) >= 0:
                 rows.append(row)
-        if self._arriving.isdisjoint(rows):
+        return rows
+
+    def _used(self, rows: Sequence[int]) -> None:
+        """Nobody leases these any more."""
+        if not self._arriving or self._arriving.isdisjoint(rows):
             self.order.unpin(rows, used=True)
             return
         used = [row for row in rows if row not in self._arriving]
@@ -170,6 +182,99 @@ class HostTier:
         self.order.unpin(rows, used=False)
         self.order.touch(used)
         self.order.refresh(rows)
+
+    # -- strands ---------------------------------------------------------------------------------
+
+    @staticmethod
+    def string(first: Sequence[Held]) -> list[Held]:
+        """Make strands of what is ready and in none, of consecutive full chunks; the same path."""
+        held, alone = list[Held](), list[ObjectRecord]()
+        for each in _as_they_are(first):
+            if isinstance(each, ObjectRecord) and _may_be_strung(each):
+                alone.append(each)
+                continue
+            _string(alone, held)
+            held.append(each)
+        _string(alone, held)
+        return held
+
+    def lease(self, first: Sequence[Held], rest: Sequence[ObjectRecord]) -> tuple[list[Held], int]:
+        """Lease a path, root first. What of ``first`` is ready and in no strand becomes one.
+
+        ``first``: consecutive full chunks. Returns what :meth:`unlease` takes, and the bytes that
+        are in host memory.
+        """
+        held = self.string(first)
+        held += rest
+        nbytes = self.pin([each for each in held if isinstance(each, ObjectRecord)])
+        for each in held:
+            if isinstance(each, Strand):
+                nbytes += self._pin(each)
+        return held, nbytes
+
+    def _pin(self, strand: Strand) -> int:
+        """Lease a strand; the bytes of it."""
+        if strand.own:  # some of it is leased or held by itself
+            rows: list[int] = []
+            for found in strand.records:
+                if found.pins == 0:
+                    self.pinned_nbytes += found.nbytes
+                if found.pins == found.held and not self._leave_aside(found.row):
+                    rows.append(found.row)
+            self.order.pin(rows)
+        elif not strand.leases:
+            self.pinned_nbytes += strand.nbytes
+            self.order.pin(strand.rows)
+        strand.leases += 1
+        return strand.nbytes
+
+    def unlease(self, held: Sequence[Held]) -> None:
+        """Let go of what :meth:`lease` has leased; counts as one use of the path."""
+        if len(held) == 1 and isinstance(held[0], Strand):
+            self._used(self._unpinned(held[0]))
+            return
+        rows: list[int] = []
+        for each in held:
+            if isinstance(each, Strand):
+                rows += self._unpinned(each)
+            else:
+                rows += self._taken_back((each,))
+        self._used(rows)
+
+    def _unpinned(self, strand: Strand) -> Sequence[int]:
+        if strand.parts:
+            return [row for part in strand.parts for row in self._unpinned(part)]
+        if strand.is_dissolved:
+            return self._taken_back(strand.records)
+        strand.leases -= 1
+        if not strand.own:
+            if strand.leases:
+                return []
+            self.pinned_nbytes -= strand.nbytes
+            return strand.rows
+        rows: list[int] = []
+        for found in strand.records:
+            if found.pins == 0:
+                self._is_free(found)
+            if found.pins == found.held:
+                rows.append(found.row)
+        return rows
+
+    def taken_apart(self, held: Sequence[Held]) -> list[ObjectRecord]:
+        """One lease of a path as pins of its objects, which can be let go of one by one."""
+        for each in held:
+            if isinstance(each, Strand):
+                self._take_apart(each)
+        return flat(held)
+
+    def _take_apart(self, strand: Strand) -> None:
+        if strand.parts:
+            for part in strand.parts:
+                self._take_apart(part)
+        elif not strand.is_dissolved:
+            strand.lend_pin()
+
+    # -- holds -----------------------------------------------------------------------------------
 
     def hold(self, path: Sequence[ObjectRecord]) -> None:
         """Keep these objects for a move, host-resident or not."""
@@ -235,3 +340,30 @@ class HostTier:
         if turn:
             self.aside_nbytes -= self.order.rows.nbytes[row]
         return turn
+
+
+def _as_they_are(path: Sequence[Held]) -> Iterator[Held]:
+    """A path that may have been found a while ago: strands that are still some."""
+    for each in path:
+        if isinstance(each, Strand) and each.parts:
+            yield from _as_they_are(each.parts)
+        elif isinstance(each, Strand) and each.is_dissolved:
+            yield from each.records
+        else:
+            yield each
+
+
+def _may_be_strung(found: ObjectRecord) -> bool:
+    return found.row >= 0 and found.strand is None and found.chunk is found
+
+
+def _string(alone: list[ObjectRecord], held: list[Held]) -> None:
+    """Make strands of objects that follow what is ``held``, or let the last one go on."""
+    before = held[-1] if held else None
+    if alone and isinstance(before, Strand) and not before.leases and len(before) < _LONG:
+        held[-1] = before.extended(alone[: _LONG - len(before)])
+        del alone[: _LONG - len(before)]
+    for at in range(0, len(alone), _LONG):
+        some = alone[at : at + _LONG]
+        held.append(Strand(some) if len(some) > 1 else some[0])
+    alone.clear()

@@ -15,8 +15,9 @@ from math import isfinite
 from kvlayer._values import number
 from kvlayer.errors import ConfigError
 from kvlayer.results import OwnerStats
-from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.host import HostTier
+from kvlayer.tier.records import ObjectRecord
+from kvlayer.tier.strand import Held
 
 __all__ = ["Lease", "LeaseTable", "lease_seconds"]
 
@@ -38,7 +39,8 @@ class Lease:
     number: int
     owner: str
     deadline: float
-    path: Sequence[ObjectRecord]
+    held: Sequence[Held]
+    """Its path, root first: strands as one, and objects that are in none."""
     nbytes: int
     """What of it was in host memory when it was granted."""
     table: LeaseTable
@@ -65,10 +67,17 @@ class LeaseTable:
         return len(self._leases)
 
     def grant(
-        self, path: Sequence[ObjectRecord], *, owner: str, deadline: float, is_holding: bool = False
+        self,
+        path: Sequence[ObjectRecord],
+        *,
+        owner: str,
+        deadline: float,
+        is_holding: bool = False,
+        first: Sequence[Held] = (),
     ) -> Lease:
-        """Pin ``path`` (root first) until ``deadline`` or :meth:`release`.
+        """Pin ``first`` and ``path`` (root first) until ``deadline`` or :meth:`release`.
 
+        ``first`` are consecutive full chunks, as :meth:`Directory.leading` gives them.
         Raises ``ConfigError`` for a deadline that never comes.
         """
         if not isfinite(deadline):
@@ -76,11 +85,11 @@ class LeaseTable:
                 f"a lease needs a deadline, found {deadline} s",
                 hint="hold objects for a finite number of seconds, and again when those are over",
             )
-        nbytes = self._host.pin(path)
-        lease = Lease(self._next, owner, deadline, path, nbytes, self, is_holding)
+        held, nbytes = self._host.lease(first, path)
+        lease = Lease(self._next, owner, deadline, held, nbytes, self, is_holding)
         self._next += 1
-        leases, held = self._owners.get(owner, (0, 0))
-        self._owners[owner] = (leases + 1, held + nbytes)
+        leases, leased = self._owners.get(owner, (0, 0))
+        self._owners[owner] = (leases + 1, leased + nbytes)
         self._leases[lease.number] = lease
         heappush(self._deadlines, (deadline, lease.number))
         return lease
@@ -91,7 +100,7 @@ class LeaseTable:
         if lease is None or lease.is_holding:
             return
         if lease.left is None:
-            lease.left = dict.fromkeys(lease.path)
+            lease.left = dict.fromkeys(self._host.taken_apart(lease.held))
         free = [found for found in records if found in lease.left]
         for found in free:
             del lease.left[found]
@@ -106,7 +115,7 @@ class LeaseTable:
         lease = self._leases.pop(number, None)
         if lease is None:
             return False
-        self._host.unpin(lease.path if lease.left is None else [*lease.left])
+        self._host.unlease(lease.held if lease.left is None else [*lease.left])
         leases, held = self._owners.pop(lease.owner)
         if leases > 1:
             self._owners[lease.owner] = (leases - 1, held - lease.nbytes)

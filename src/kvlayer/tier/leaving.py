@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.host import HostTier
+from kvlayer.tier.records import ObjectRecord
 
 __all__ = ["Leaving", "Outlets", "Way", "end_leaving", "plan_leaving"]
 

@@ -15,13 +15,13 @@ from kvlayer.abc.backend import Damaged
 from kvlayer.events import ObjectQuarantined
 from kvlayer.keys import ObjectKey, Span
 from kvlayer.results import Cause, Failure
-from kvlayer.tier.directory import Host, ObjectRecord
 from kvlayer.tier.flight import Flight, Flights, outcome_of
 from kvlayer.tier.guard import Call, Lane, Refused
 from kvlayer.tier.matcher import Match
 from kvlayer.tier.messages import Outcome
 from kvlayer.tier.objects import Objects
 from kvlayer.tier.planner import Planner, Reservation
+from kvlayer.tier.records import Host, ObjectRecord
 from kvlayer.tier.tier import LowerTier, Tier
 
 __all__ = ["LATE", "Loads", "Wanted", "down", "wanted_of"]

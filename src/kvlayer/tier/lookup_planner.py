@@ -116,8 +116,9 @@ class LookupPlanner(Tables):
         with self.lock:
             now = self._clock()
             self.leases.expire(now)
+            first, rest = match.held()
             return self.leases.grant(
-                match.path(), owner=owner, deadline=now + seconds, is_holding=is_holding
+                rest, first=first, owner=owner, deadline=now + seconds, is_holding=is_holding
             )
 
     def granted(self, lease: Lease) -> bool:

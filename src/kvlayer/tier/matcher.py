@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias, cast
 
 from kvlayer.keys import ChunkChain, ObjectKey, Part, Span
 from kvlayer.layout import HitRule, KVGroup
 from kvlayer.payload import Payload
 from kvlayer.tier import plan
-from kvlayer.tier.directory import ChunkRecord, Directory, Host, ObjectRecord
+from kvlayer.tier.directory import Directory
+from kvlayer.tier.records import ChunkRecord, Host, ObjectRecord
+from kvlayer.tier.strand import Held, Strand, flat
 
 __all__ = ["Match", "Matcher", "Run"]
 
@@ -37,23 +39,25 @@ class Match:
     Whoever reads it changes nothing: the directory shares what it remembers.
     """
 
-    __slots__ = ("_alone", "_covers", "chain", "runs", "spans")
+    __slots__ = ("_covers", "_first", "_path", "_rest", "chain", "runs", "spans")
 
     def __init__(
         self,
         chain: ChunkChain,
         spans: list[Span],
-        covers: list[list[tuple[ObjectRecord, ...]]] | None = None,
+        covers: list[list[tuple[ObjectRecord, ...]]],
         *,
-        alone: list[ObjectRecord] | None = None,
+        first: Sequence[Held] = (),
     ) -> None:
-        """``alone`` instead of covers: each in host memory, and all that serves its span."""
+        """``first`` serves the first spans, an object each, in host memory; ``covers`` the rest."""
         self.chain = chain
         self.spans = spans
+        self._first = first
+        self._rest = covers
+        self._covers = None if first else covers  # made when somebody asks
+        self._path: list[ObjectRecord] | None = None
         self.runs: Sequence[Run] = ()
         """What of it was presumed, for whoever matches it again."""
-        self._covers = covers
-        self._alone = alone
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Match):
@@ -67,7 +71,9 @@ class Match:
     @property
     def covers(self) -> list[list[tuple[ObjectRecord, ...]]]:
         if self._covers is None:
-            self._covers = [[(found,)] for found in self._alone or ()]
+            covers: list[list[tuple[ObjectRecord, ...]]]
+            covers = [[(found,)] for found in flat(self._first)]
+            self._covers = covers + self._rest
         return self._covers
 
     @property
@@ -79,30 +85,40 @@ class Match:
         """Whether it is all of the prompt that has a name."""
         return self.tokens == self.chain.named_tokens
 
+    @property
+    def is_resident(self) -> bool:
+        """Whether all of it was in host memory when it was found."""
+        return all(found.host is Host.READY for found in _objects(self._rest))
+
     def path(self) -> list[ObjectRecord]:
         """Every object of the match, root first."""
-        if self._alone is not None:
-            return self._alone
-        return [found for groups in self.covers for cover in groups for found in cover]
+        if self._path is None:
+            self._path = [*flat(self._first), *_objects(self._rest)]
+        return self._path
+
+    def held(self) -> tuple[Sequence[Held], list[ObjectRecord]]:
+        """The same to be leased: what may be strung together, and what comes after that."""
+        return self._first, [*_objects(self._rest)]
 
     def first(self, count: int) -> Match:
         """The first ``count`` spans of it, where a hit may end anywhere."""
-        if self._alone is not None:
-            return Match(self.chain, self.spans[:count], alone=self._alone[:count])
         match = Match(self.chain, self.spans[:count], self.covers[:count])
         match.runs = self.runs
         return match
 
     def by_tier(self, count: int) -> list[int]:
         """Tokens by the farthest of ``count`` tiers that each span needs."""
-        # Nearly always all of it is in host memory: keep that quick.
-        if self._alone is not None or all(found.host is Host.READY for found in self.path()):
+        if self.is_resident:  # nearly always: keep it quick
             return [self.tokens] + [0] * (count - 1)
         tokens = [0] * count
         for span, covers in zip(self.spans, self.covers, strict=True):
             farthest = max((found.tier for cover in covers for found in cover), default=0)
             tokens[max(farthest, 0)] += span.tokens
         return tokens
+
+
+def _objects(covers: Iterable[Iterable[Iterable[ObjectRecord]]]) -> Iterator[ObjectRecord]:
+    return (found for groups in covers for cover in groups for found in cover)
 
 
 class Matcher:
@@ -133,12 +149,12 @@ class Matcher:
         return match
 
     def _longest(self, chain: ChunkChain, stop: int) -> Match:
-        alone = self._alone(chain, stop)
-        reached = len(alone) * chain.chunk_step
+        first, known = self.first(chain, stop)
+        reached = known * chain.chunk_step
         if min(stop, chain.named_tokens) - reached < chain.tail_step:  # there is no more of it
-            return Match(chain, chain.spans(len(alone)), alone=alone)
-        spans, found = self._chunks(chain, stop, alone)
-        reached = spans[-1].stop if spans else 0
+            return Match(chain, chain.spans(known), [], first=first)
+        spans, found = self._chunks(chain, stop, known)
+        reached = spans[-1].stop if spans else reached
         for path in self._paths(chain, reached, stop):
             longer = [*spans, *(span for span, _ in path)]
             covers = [*found, *(groups for _, groups in path)]
@@ -146,7 +162,9 @@ class Matcher:
                 spans, found = longer, covers
                 break
         count = self._count(spans, found)
-        return Match(chain, spans[:count], self._needed(spans[:count], found))
+        spans = spans[:count]
+        needed = self._needed(spans, found)
+        return Match(chain, [*chain.spans(known), *spans], needed, first=first)
 
     def _count(self, spans: list[Span], found: list[Covers]) -> int:
         """How many of ``spans``, which every-chunk groups have, trailing groups can use."""
@@ -155,26 +173,30 @@ class Matcher:
         stops = [span.stop for span in spans]
         return plan.prefix(stops, self._groups, lambda i, g: found[i][g] is not None)
 
-    def _alone(self, chain: ChunkChain, stop: int) -> list[ObjectRecord]:
-        """What serves the first full chunks, as far as each is one object in host memory."""
+    def first(self, chain: ChunkChain, stop: int) -> tuple[list[Held], int]:
+        """What serves the first full chunks, as far as each is one object in host memory.
+
+        Also how many chunks those are.
+        """
+        if not self.is_plain:  # of a window only its end is wanted
+            return [], 0
         step, hashes = chain.chunk_step, chain.hashes
         if stop < chain.num_tokens:
             hashes = hashes[: stop // step]
         # Where another zone begins, this ends: zones only follow each other.
-        return self._directory.leading(hashes, step, chain.zone_before(step))
+        found = self._directory.leading(hashes, step, chain.zone_before(step))
+        return found, sum(len(each) if isinstance(each, Strand) else 1 for each in found)
 
-    def _chunks(
-        self, chain: ChunkChain, stop: int, alone: Sequence[ObjectRecord]
-    ) -> tuple[list[Span], list[Covers]]:
-        """Spans from the start that every-chunk groups have, up to a chunk's end, and covers.
+    def _chunks(self, chain: ChunkChain, stop: int, known: int) -> tuple[list[Span], list[Covers]]:
+        """Spans that every-chunk groups have, up to a chunk's end, and covers.
 
-        Mostly full chunks; where one is missing, shorter spans may reach its end together.
-        ``alone``: what is known to serve the first.
+        From full chunk ``known`` on. Mostly full chunks; where one is missing, shorter spans may
+        reach its end together.
         """
         covers, step, spans = self._directory.covers, chain.chunk_step, list[Span]()
-        found: list[Covers] = [[(each,)] for each in alone]
-        listed = 0  # full chunks that ``spans`` has, or has pieces of
-        for index in range(len(alone), min(stop // step, len(chain))):
+        found: list[Covers] = []
+        listed = known  # full chunks that are in ``spans``, whole or in pieces, or before them
+        for index in range(known, min(stop // step, len(chain))):
             end_hash = chain.hashes[index]
             groups = covers(end_hash, step, chain.zone_before((index + 1) * step))
             if self._has_every(groups):
@@ -290,7 +312,8 @@ class Matcher:
         return keys
 
     def _reached(self, chain: ChunkChain, *, seen: bool) -> int:
-        spans, found = self._chunks(chain, chain.num_tokens, self._alone(chain, chain.num_tokens))
+        _, known = self.first(chain, chain.num_tokens)
+        spans, found = self._chunks(chain, chain.num_tokens, known)
         if seen:
             for span, groups in zip(spans, found, strict=True):
                 if not all(_is_seen(groups[g] or ()) for g in self._every):

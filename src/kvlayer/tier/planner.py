@@ -18,11 +18,11 @@ from sys import maxsize
 
 from kvlayer.keys import ChunkChain, ObjectKey, Span
 from kvlayer.results import Cause, Failure
-from kvlayer.tier.directory import Host, ObjectRecord
 from kvlayer.tier.lease import Lease
 from kvlayer.tier.leaving import Leaving, Outlets, Way, end_leaving, plan_leaving
 from kvlayer.tier.lookup_planner import LookupPlanner
 from kvlayer.tier.messages import Outcome, Piece
+from kvlayer.tier.records import Host, ObjectRecord
 from kvlayer.tier.store_plan import Holds, Keeps, Reservation, StorePlan
 from kvlayer.tier.store_planner import spans_to_store
 from kvlayer.tier.survey import Survey

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvlayer.tier.directory import Host, ObjectRecord
 from kvlayer.tier.lease import Lease
 from kvlayer.tier.loads import Wanted, wanted_of
 from kvlayer.tier.matcher import Match
 from kvlayer.tier.planner import Planner
+from kvlayer.tier.records import Host, ObjectRecord
 
 __all__ = ["Reading"]
 

@@ -13,12 +13,12 @@ from itertools import chain
 
 from kvlayer.keys import ObjectKey, Span
 from kvlayer.results import Cause, Failure
-from kvlayer.tier.directory import Host, ObjectRecord
 from kvlayer.tier.flight import outcome_of
 from kvlayer.tier.guard import Call, Lane, Refused
 from kvlayer.tier.messages import Outcome
 from kvlayer.tier.objects import Objects
 from kvlayer.tier.planner import Planner
+from kvlayer.tier.records import Host, ObjectRecord
 from kvlayer.tier.tier import LowerTier
 from kvlayer.tier.writes import Unwritten, Write, WriteQueue
 

@@ -20,7 +20,6 @@ from kvlayer.results import Cause, Failure, RetrieveReport
 from kvlayer.tier import plan
 from kvlayer.tier.demotion import Demotion
 from kvlayer.tier.device import Device
-from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.estimate import Rate
 from kvlayer.tier.finder import Finder
 from kvlayer.tier.lease import Lease
@@ -31,6 +30,7 @@ from kvlayer.tier.messages import Outcome, Piece
 from kvlayer.tier.objects import Objects
 from kvlayer.tier.planner import Planner
 from kvlayer.tier.reading import Reading
+from kvlayer.tier.records import ObjectRecord
 from kvlayer.tier.spills import Spills
 from kvlayer.tier.storing import Stored, Storing, moved
 from kvlayer.tier.tier import LowerTier, Tier

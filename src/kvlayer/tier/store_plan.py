@@ -9,9 +9,9 @@ from typing import TypeAlias
 
 from kvlayer.keys import ChunkChain, Span
 from kvlayer.results import Failure
-from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.messages import Outcome, Piece
 from kvlayer.tier.promises import Promise
+from kvlayer.tier.records import ObjectRecord
 
 __all__ = ["Holds", "Keeps", "Reservation", "StorePlan"]
 

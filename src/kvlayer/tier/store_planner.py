@@ -11,13 +11,13 @@ from kvlayer.keys import ChunkChain, Part, Span
 from kvlayer.layout import HitRule, KVGroup
 from kvlayer.payload import Payload
 from kvlayer.results import Cause
-from kvlayer.tier.directory import Host, ObjectRecord
 from kvlayer.tier.holdings import Holdings
 from kvlayer.tier.host import HostTier
 from kvlayer.tier.matcher import Matcher
 from kvlayer.tier.messages import Piece
 from kvlayer.tier.moment import Moment
 from kvlayer.tier.promises import Promise, Promises
+from kvlayer.tier.records import Host, ObjectRecord
 from kvlayer.tier.store_plan import Keeps, Reservation, StorePlan
 
 __all__ = ["StorePlanner", "spans_to_store"]
@@ -105,6 +105,7 @@ class StorePlanner:
         found = dict.fromkeys([*self._matcher.leading(chain), *last])
         path = [o for record in found if record for o in record.objects]
         self._host.refresh(path, chain.scope.retention)
+        self._host.string(self._matcher.first(chain, chain.num_tokens)[0])
         return path
 
     def _let_go_prefix(self, todo: StorePlan) -> None:

@@ -17,13 +17,13 @@ from kvlayer.keys import ChunkChain, Span
 from kvlayer.layout import KVView
 from kvlayer.patience import Patience
 from kvlayer.results import Cause, Failure, StoreReport
-from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.guard import Lane
 from kvlayer.tier.loads import down
 from kvlayer.tier.messages import Outcome, Piece
 from kvlayer.tier.planner import Keeps, StorePlan
 from kvlayer.tier.promised import settled
 from kvlayer.tier.promises import Promise
+from kvlayer.tier.records import ObjectRecord
 from kvlayer.tier.spills import Write
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from kvlayer.keys import ChunkChain, Span
 from kvlayer.results import OwnerStats
-from kvlayer.tier.directory import ChunkRecord, Host, ObjectRecord
 from kvlayer.tier.journal import Loss
+from kvlayer.tier.records import ChunkRecord, Host, ObjectRecord
 from kvlayer.tier.tables import Tables
 
 __all__ = ["Account", "Counts", "Survey"]

@@ -20,10 +20,10 @@ from kvlayer.events import (
 )
 from kvlayer.keys import ObjectKey
 from kvlayer.results import Cause, TierHealth, TierStats
-from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.estimate import Estimate
 from kvlayer.tier.guard import Call, Guard, Lane, Refused
 from kvlayer.tier.messages import Outcome
+from kvlayer.tier.records import ObjectRecord
 
 __all__ = ["LowerTier", "Tier"]
 

@@ -6,9 +6,9 @@ import asyncio
 from typing import NamedTuple
 
 from kvlayer.keys import ObjectKey, Span
-from kvlayer.tier.directory import Host, ObjectRecord
 from kvlayer.tier.guard import Call
 from kvlayer.tier.messages import Outcome
+from kvlayer.tier.records import Host, ObjectRecord
 from kvlayer.tier.tier import LowerTier
 
 __all__ = ["Unwritten", "Write", "WriteQueue"]

@@ -16,7 +16,7 @@ from kvlayer.events import Event, LookupDone, ObjectsEvicted, RetrieveDone, Stor
 from kvlayer.keys import ObjectKey
 from kvlayer.layout import NHD
 from kvlayer.results import MissedChunk
-from kvlayer.tier.directory import ObjectRecord
+from kvlayer.tier.records import ObjectRecord
 
 PAGE = "16KiB"  # four objects of the test layout, which take a page each
 

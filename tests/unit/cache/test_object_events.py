@@ -21,7 +21,7 @@ from kvlayer.events import (
     TransferDone,
 )
 from kvlayer.keys import ObjectKey
-from kvlayer.tier.directory import Host
+from kvlayer.tier.records import Host
 
 
 class Told:

@@ -29,9 +29,9 @@ from kvlayer.keys import ChunkChain, ObjectKey, Part, Scope, Span
 from kvlayer.layout import KVLayout, KVView
 from kvlayer.results import Cause
 from kvlayer.testing.sim import in_virtual_time
-from kvlayer.tier.directory import Host
 from kvlayer.tier.matcher import Match
 from kvlayer.tier.planner import Planner
+from kvlayer.tier.records import Host
 from kvlayer.tier.stack import Window
 
 FULL, WINDOW, STATE = Part(0, (0, 2), (0, 2)), Part(1, (0, 1), (0, 2)), Part(2, (0, 1), None)

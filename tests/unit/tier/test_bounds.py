@@ -24,12 +24,12 @@ from kvlayer.eviction.lru import PrefixLRU
 from kvlayer.keys import ObjectKey, Part, Scope
 from kvlayer.results import Cause
 from kvlayer.tier.absences import Absences
-from kvlayer.tier.directory import Host, ObjectRecord
 from kvlayer.tier.journal import Journal
 from kvlayer.tier.lease import Lease
 from kvlayer.tier.messages import Outcome
 from kvlayer.tier.planner import Planner
 from kvlayer.tier.promises import Promise
+from kvlayer.tier.records import Host, ObjectRecord
 
 PAGES = 16
 MOST = 16

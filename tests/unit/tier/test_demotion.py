@@ -19,8 +19,8 @@ from kvlayer.eviction.lru import PrefixLRU
 from kvlayer.layout import KVView
 from kvlayer.results import Cause
 from kvlayer.testing.sim import in_virtual_time
-from kvlayer.tier.directory import Host
 from kvlayer.tier.guard import Lane
+from kvlayer.tier.records import Host
 from kvlayer.tier.stack import Window
 
 PAGES = 20

@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvlayer.keys import ObjectKey, Part, Span
 from kvlayer.retention import Retention
 from kvlayer.tier import plan
-from kvlayer.tier.directory import Directory, Host, ObjectRecord
+from kvlayer.tier.directory import Directory
+from kvlayer.tier.records import Host, ObjectRecord
 
 NAMESPACE = "ab" * 32
 WHOLE, LOW, HIGH = Part(0, (0, 4), (0, 2)), Part(0, (0, 4), (0, 1)), Part(0, (0, 4), (1, 2))

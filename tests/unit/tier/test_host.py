@@ -15,8 +15,10 @@ from kvlayer.eviction.arc import ARC
 from kvlayer.eviction.lru import LRU, PrefixLRU
 from kvlayer.keys import ObjectKey, Part, Span
 from kvlayer.payload import align
-from kvlayer.tier.directory import Directory, Host, ObjectRecord
+from kvlayer.tier.directory import Directory
 from kvlayer.tier.host import HostTier
+from kvlayer.tier.records import Host, ObjectRecord
+from kvlayer.tier.strand import Held, flat
 
 PAGE = 4096
 PART = Part(0, (0, 4), (0, 2))
@@ -327,6 +329,9 @@ class HostMachine(RuleBasedStateMachine):
         self.host = self.small.host
         self.leased: list[ObjectRecord] = []
         """One entry per pin that a test took."""
+        self.paths: list[list[Held]] = []
+        """Leases of whole paths; their objects are in ``leased``, too."""
+        self.found: list[Held] = []
         self.held: list[ObjectRecord] = []
         """One entry per hold that a test took."""
         self.filling: dict[int, ObjectRecord] = {}
@@ -370,8 +375,59 @@ class HostMachine(RuleBasedStateMachine):
 
     @rule(choice=st.randoms(use_true_random=False))
     def unpin(self, choice: random.Random) -> None:
-        if self.leased:
-            self.host.unpin([self.leased.pop(choice.randrange(len(self.leased)))])
+        own = list(self.leased)
+        for found in flat([each for path in self.paths for each in path]):
+            own.remove(found)
+        if own:
+            found = choice.choice(own)
+            self.leased.remove(found)
+            self.host.unpin([found])
+
+    def leading(self, count: int) -> list[Held]:
+        """What is ready of a prompt of numbers 0 to ``count - 1``."""
+        return self.small.directory.leading([span(n).hash for n in range(count)], 16, "0")
+
+    @rule(count=st.integers(1, 8), late=st.booleans())
+    def lease(self, count: int, late: bool) -> None:
+        """Also what was found a while ago: strands may have been parted or dissolved since."""
+        first = self.found if late else self.leading(count)
+        assert late or flat(first) == [self.known[n] for n in range(len(flat(first)))], (
+            "a strand is what its objects are"
+        )
+        held, nbytes = self.host.lease(first, [])
+        assert flat(held) == flat(first)
+        assert nbytes == sum(found.nbytes for found in flat(held) if found.host is not Host.ABSENT)
+        self.paths.append(held)
+        self.leased += flat(held)
+
+    @rule(count=st.integers(1, 8))
+    def find(self, count: int) -> None:
+        self.found = self.leading(count)
+
+    @rule(count=st.integers(1, 8))
+    def string(self, count: int) -> None:
+        assert flat(self.host.string(self.leading(count))) == flat(self.leading(count))
+
+    @rule(choice=st.randoms(use_true_random=False), apart=st.booleans())
+    def unlease(self, choice: random.Random, apart: bool) -> None:
+        """As a whole; or as pins of its objects, which others let go of one by one."""
+        if not self.paths:
+            return
+        held = self.paths.pop(choice.randrange(len(self.paths)))
+        if apart:
+            assert self.host.taken_apart(held) == flat(held)
+            return
+        self.host.unlease(held)
+        for found in flat(held):
+            self.leased.remove(found)
+
+    @invariant()
+    def a_strand_counts_what_its_objects_have(self) -> None:
+        for strand in {r.strand for r in self.resident() if r.strand is not None}:
+            assert all(found.strand is strand for found in strand.records)
+            assert strand.own == sum(found.own for found in strand.records)
+            assert [*strand.rows] == [found.row for found in strand.records]
+            assert strand.nbytes == sum(found.nbytes for found in strand.records)
 
     @rule(choice=st.randoms(use_true_random=False))
     def hold(self, choice: random.Random) -> None:
@@ -463,6 +519,10 @@ class HostMachine(RuleBasedStateMachine):
             self.host.commit([found])
             self.host.let_go([found])
         self.host.let_go(self.held)
+        for path in self.paths:
+            self.host.unlease(path)
+            for found in flat(path):
+                self.leased.remove(found)
         while self.leased:
             self.host.unpin([self.leased.pop()])
         assert self.host.pinned_nbytes == 0

@@ -12,9 +12,10 @@ from kvlayer.errors import ConfigError
 from kvlayer.eviction.lru import PrefixLRU
 from kvlayer.keys import Part, Span
 from kvlayer.results import OwnerStats
-from kvlayer.tier.directory import Directory, ObjectRecord
+from kvlayer.tier.directory import Directory
 from kvlayer.tier.host import HostTier
 from kvlayer.tier.lease import LeaseTable
+from kvlayer.tier.records import ObjectRecord
 
 PART = Part(0, (0, 4), (0, 2))
 

@@ -8,9 +8,9 @@ import pytest
 from stacks import chain_of, check_accounts, make_planner, store
 
 from kvlayer.keys import ChunkChain
-from kvlayer.tier.directory import ObjectRecord
 from kvlayer.tier.leaving import Leaving, Outlets, end_leaving, plan_leaving
 from kvlayer.tier.planner import Planner
+from kvlayer.tier.records import ObjectRecord
 
 PAGE = 4096
 

@@ -15,9 +15,9 @@ from kvlayer.events import ObjectQuarantined, TierChanged, TransferDone
 from kvlayer.keys import ChunkChain, ObjectKey
 from kvlayer.results import Cause, Failure
 from kvlayer.testing.sim import in_virtual_time
-from kvlayer.tier.directory import Host
 from kvlayer.tier.guard import Lane
 from kvlayer.tier.loads import Wanted
+from kvlayer.tier.records import Host
 
 SOON = 2.0
 

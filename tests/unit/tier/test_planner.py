@@ -31,11 +31,11 @@ from kvlayer.eviction.lfu import LFU
 from kvlayer.eviction.lru import LRU, PrefixLRU
 from kvlayer.keys import ChunkChain, ObjectKey, Part, Span
 from kvlayer.results import Cause, OwnerStats
-from kvlayer.tier.directory import Host, ObjectRecord
 from kvlayer.tier.lease import Lease
 from kvlayer.tier.leaving import Outlets, Way, end_leaving
 from kvlayer.tier.matcher import Match
 from kvlayer.tier.planner import Planner, Reservation
+from kvlayer.tier.records import Host, ObjectRecord
 
 FULL = Part(0, (0, 2), (0, 2))
 WINDOW = Part(1, (0, 1), (0, 2))

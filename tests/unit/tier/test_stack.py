@@ -14,8 +14,8 @@ from kvlayer.keys import ChunkChain, Part
 from kvlayer.layout import KVView
 from kvlayer.results import Cause
 from kvlayer.testing.sim import in_virtual_time
-from kvlayer.tier.directory import Host
 from kvlayer.tier.messages import Outcome, Piece
+from kvlayer.tier.records import Host
 from kvlayer.tier.stack import Window
 
 FULL, WINDOW, STATE = Part(0, (0, 2), (0, 2)), Part(1, (0, 1), (0, 2)), Part(2, (0, 1), None)

@@ -13,7 +13,7 @@ from kvlayer.layout import KVView
 from kvlayer.patience import Patience
 from kvlayer.results import Cause, RetrieveReport
 from kvlayer.testing.sim import in_virtual_time
-from kvlayer.tier.directory import Host
+from kvlayer.tier.records import Host
 from kvlayer.tier.stack import Window
 
 

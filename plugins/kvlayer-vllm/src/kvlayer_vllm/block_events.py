@@ -28,7 +28,7 @@ from kvlayer.events import (
 from kvlayer.keys import ObjectKey, Span
 from kvlayer.layout import AttentionKind, HitRule
 from kvlayer.results import Cause
-from kvlayer.tier.directory import Host
+from kvlayer.tier.records import Host
 from kvlayer_vllm.engine import (
     Request,
     event_extra_keys,
