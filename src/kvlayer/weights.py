@@ -84,7 +84,8 @@ def weights_digest(
     inode, size, mtime and ctime stay the same, and samples of its bytes do: see
     ``kvlayer.weights_samples`` for what that leaves open. A file of a Hub cache (a link into
     ``blobs/`` named by a sha256) is not read: its name is believed where nobody but the user and
-    root can write there, unless the file is younger than the link. So is what is in ``cache_dir``.
+    root can write there, unless the file was changed in any way after it was linked. So is what is
+    in ``cache_dir``.
     ``whole`` reads every byte and believes nothing. A directory that cannot be written is not used.
 
     Raises ``IdentityError`` when there are no weights, when a file cannot be read, and when one
@@ -290,7 +291,8 @@ def _blob_digest(file: Path) -> str | None:
     """The sha256 that a Hub cache's blob is named by. Its 40-digit names are git's, not sha256.
 
     None where somebody else can have written the blob, or the link to it, and where it was written
-    to after it was linked, as by a program that saves a model into a snapshot's folder.
+    to after it was linked, as by a program that saves a model into a snapshot's folder. Times of
+    writing can be set back, those of change cannot.
     """
     link = file.lstat()
     if not stat.S_ISLNK(link.st_mode):
@@ -299,8 +301,12 @@ def _blob_digest(file: Path) -> str | None:
     if blob.parent.name != "blobs" or not _BLOB.fullmatch(blob.name):
         return None
     status = blob.stat()
-    is_fresh = stat.S_ISREG(status.st_mode) and status.st_mtime_ns <= link.st_mtime_ns
-    return blob.name if is_fresh and is_own(file) else None
+    is_as_linked = (
+        stat.S_ISREG(status.st_mode)
+        and status.st_mtime_ns <= link.st_mtime_ns
+        and status.st_ctime_ns <= link.st_ctime_ns
+    )
+    return blob.name if is_as_linked and is_own(file) else None
 
 
 def _unreadable(exc: OSError, file: Path) -> IdentityError:

@@ -843,7 +843,19 @@ BLOB_ATTACKS: dict[str, Callable[[Path, Path], object]] = {
     "a blob that was written to after it was linked": lambda blob, _: os.utime(
         blob, (time.time() + 10,) * 2
     ),
+    "a blob whose time of writing was set back": lambda blob, snapshot: _set_back(
+        blob, snapshot / "model.safetensors"
+    ),
 }
+
+
+def _set_back(blob: Path, link: Path) -> None:
+    """Write to a blob in the kernel's next tick, and give it the time it had."""
+    before = blob.stat()
+    while blob.stat().st_ctime_ns <= link.lstat().st_ctime_ns:
+        blob.write_bytes(b"weights")
+        os.utime(blob, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert blob.stat().st_mtime_ns == before.st_mtime_ns
 
 
 @pytest.mark.parametrize("attack", BLOB_ATTACKS)

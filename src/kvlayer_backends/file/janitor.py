@@ -144,11 +144,12 @@ class Janitor:
             ledger = await self._in_office()
             if ledger is None:
                 return
-            errors: list[OSError] = []
-            for step in (self._reap, self.count, self._evict_down, self._tidy, self._save_totals):
+            errors: list[Exception] = []
+            steps = (self._reap, self.count, self._evict_down, self.weigh_quarantine, self._sweep)
+            for step in (*steps, self._save_totals):
                 try:
                     await step()
-                except OSError as exc:  # what one step could not see is no reason to skip the rest
+                except Exception as exc:  # noqa: BLE001  # no reason to skip the others
                     errors.append(exc)
                 finally:
                     if step == self.count:
@@ -274,9 +275,8 @@ class Janitor:
             ledger.discover(found[at : at + _AT_ONCE], run)
             await asyncio.sleep(0)
 
-    async def _tidy(self) -> None:
-        """What a pass does beside counting objects: empty folders go, the quarantine is weighed."""
-        await self.weigh_quarantine()
+    async def _sweep(self) -> None:
+        """Folders that hold nothing any more go."""
         ledger, scan = self.room.ledger, self._scan
         if ledger is None or scan is None:
             return

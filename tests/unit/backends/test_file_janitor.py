@@ -11,7 +11,7 @@ import subprocess
 import threading
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from hashlib import sha256
 from mmap import mmap
 from pathlib import Path
@@ -702,3 +702,25 @@ async def test_what_stands_in_an_empty_folders_place_does_not_stop_the_janitor(
             await pass_(backend)
         assert folder.is_symlink() or folder.read_text() == "not ours"
         assert await put(backend, 2) == [None]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("obstacle", ["quarantine", "shard"])
+async def test_what_stands_in_one_places_way_leaves_the_others_tidied(
+    tmp_path: Path, obstacle: str
+) -> None:
+    paths = Paths(str(tmp_path))
+    async with opened(tmp_path) as files:
+        assert await put(files, *range(8)) == [None] * 8
+        folders = [Path(paths.object(key)).parent for key in KEYS[:8]]
+        await files.delete(KEYS[:8])
+        if obstacle == "quarantine":
+            Path(paths.quarantine).write_bytes(b"")
+        else:
+            folders[0].rmdir()
+            folders[0].symlink_to(tmp_path)
+        with suppress(OSError):
+            await pass_(files)
+        left = [folder for folder in folders if folder.exists()]
+        assert left == ([] if obstacle == "quarantine" else folders[:1])
+        assert Path(paths.janitor_lock).read_bytes().isdigit()  # what it counted is noted, too
