@@ -86,17 +86,18 @@ async def test_objects_of_a_zone_lie_in_a_folder_of_their_own(tmp_path: Path) ->
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("encoding", ["2.zstd-1", "3.raw", "3.zstd-1.aes"])
 async def test_an_object_in_an_encoding_that_nobody_here_reads_is_counted_and_may_be_evicted(
-    tmp_path: Path,
+    tmp_path: Path, encoding: str
 ) -> None:
-    """It is never served, rewritten or quarantined."""
+    """A codec or seal that is not here, or a later frame: never served, rewritten, quarantined."""
     engine, prompt = Engine(layout(), 32), tokens(64)
     slots = engine.slots(64)
     async with Cache.open(config(tmp_path), layout()) as cache:
         await cache.store(prompt, engine.view(slots))
         chain = cache.chain(prompt)
     ours = next(path for path in stored_files(tmp_path) if chain.hashes[2].hex() in path.name)
-    theirs = ours.with_name(ours.name.removesuffix(".2.raw") + ".2.zstd-1")
+    theirs = ours.with_name(ours.name.removesuffix("2.raw") + encoding)
     ours.rename(theirs)
     before = theirs.read_bytes()
 
