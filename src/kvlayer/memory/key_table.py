@@ -161,6 +161,11 @@ class KeyTable:
         frame, digest = _cut(key)
         return _family(frame), _prefix(digest)
 
+    @staticmethod
+    def family(key: str) -> int:
+        """The family of a key that has a hash."""
+        return hash(key.partition("/")[0]) & _WORD
+
     def family_of(self, row: int) -> int:
         """The family of a row that has a key."""
         return self._families[self._of_row[row]]

@@ -118,7 +118,7 @@ class Ledger:
     def create(self, key: ObjectKey, nbytes: int, used_ns: int, write: Write | None = None) -> None:
         """Count a file that was just made, so none had been there: whatever is known is stale."""
         self.forget(key)
-        self.add(key, nbytes, used_ns, write)
+        self._add(key, nbytes, used_ns, write=write)
 
     def forget(self, key: ObjectKey, *, evicted: bool = False) -> None:
         """The file is gone; ``evicted``: to make room. Unknown keys are ignored."""

@@ -92,11 +92,12 @@ class Lineage:
 
     def expect(self, write: Write) -> None:
         """An object is being written: what comes before it is followed until ``expect_no_more``."""
-        self._count(self.place_before(write), 1)
+        if write.parent:
+            self._count(self.place_before(write), 1)
 
     def expect_no_more(self, write: Write) -> list[int]:
         """The write has ended. Answers as :meth:`leave` does."""
-        return self._count(self.place_before(write), -1)
+        return self._count(self.place_before(write), -1) if write.parent else []
 
     def is_followed(self, row: int) -> bool:
         """Whether anything that is there, or is being written, comes right after a row."""
@@ -116,7 +117,7 @@ class Lineage:
 
     def place_before(self, write: Write) -> Place:
         """The place right before it; one in which nothing stands where it has none."""
-        return self._keys.place(write.key)[0], _prefix(write.parent)
+        return self._keys.family(write.key), _prefix(write.parent)
 
     def _place(self, row: int) -> Place:
         return self._keys.family_of(row), self._keys.prefix(row)

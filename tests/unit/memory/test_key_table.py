@@ -119,6 +119,7 @@ def test_keys_are_found_by_their_hash_alone() -> None:
         found = table.ending(*table.place(f"{key[:64]}/0/{HASH}-8/g0.l0-4"))
         assert sorted(table.key(row) for row in found) == sorted(same)
         assert table.place(key) == (table.family_of(row), table.prefix(row))
+        assert table.family(key) == table.family_of(row)
     assert table.ending(*table.place("none")) == []
 
 
