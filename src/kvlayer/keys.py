@@ -199,12 +199,6 @@ class ObjectName(ObjectKey):
         Encoding.parse(encoding)
         return cls(text)
 
-    @staticmethod
-    def readable(name: ObjectKey) -> ObjectKey | None:
-        """The object that a tier's name stands for; None where this build cannot read it."""
-        key, _, encoding = name.rpartition("/")
-        return ObjectKey(key) if encoding == _RAW_TEXT else None
-
     @property
     def key(self) -> ObjectKey:
         """Which object it is."""

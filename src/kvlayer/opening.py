@@ -33,6 +33,7 @@ from kvlayer.parts import Parts
 from kvlayer.registry import POLICIES, Registry, open_backend
 from kvlayer.results import Cause
 from kvlayer.tier.device import Device, LocalDevice
+from kvlayer.tier.encodings import Coding, Raw
 from kvlayer.tier.estimate import Rate
 from kvlayer.tier.guard import Guard
 from kvlayer.tier.named import Named
@@ -74,8 +75,10 @@ async def build(
         backends = [open_backend(tier.url, backends=registry) for tier in config.tiers]
         host = _host_memory(config, backends)
         _check_sharing(namespace, backends)
-        masks = _masks(config)
-        backends[1:] = map(Named, backends[1:], masks[1:])
+        masks, codings = _masks(config), _codings(config.tiers)
+        for index, backend in enumerate(backends[1:], 1):
+            encodings = [coding.encoding for coding in codings[index]]
+            backends[index] = Named(backend, masks[index], encodings)
         emit = Emitter(sinks)
         with masks[0].hiding():
             await awaited(partial(resources.enter_async_context, backends[0]))
@@ -99,7 +102,9 @@ async def build(
             make_stager=make_stager,
             resources=resources,
         )
-        objects = _make_objects(config, planner, host.slab, backends[1:], resources)
+        objects = _make_objects(config, planner, host.slab, backends[1:], codings)
+        resources.callback(objects.close)
+        objects.begin()
         stack = _make_stack(config, namespace, planner, device, objects, top=top, lower=lower)
         clock = asyncio.get_running_loop().time
         return Parts(config, namespace, stack, emit, clock, ranks, resources.pop_all())
@@ -159,6 +164,11 @@ def _check_namespace(namespace: Namespace, layout: KVLayout) -> None:
                 f"{g.tokens_per_block}, which the native form {g.form!r} needs",
                 hint="make tokens_per_tail a multiple of the engine's block size",
             )
+
+
+def _codings(tiers: Sequence[TierConfig]) -> list[Sequence[Coding]]:
+    """By tier: the encoding it writes, and at most one other that it may hold. There is one yet."""
+    return [(Raw(),) for _ in tiers]
 
 
 def _check_sharing(namespace: Namespace, backends: list[Backend]) -> None:
@@ -335,10 +345,10 @@ def _make_objects(
     planner: Planner,
     slab: Slab,
     lower: Sequence[Backend],
-    resources: AsyncExitStack,
+    codings: Sequence[Sequence[Coding]],
 ) -> Objects:
     """What moves objects between the slab and the lower tiers."""
-    objects = Objects(
+    return Objects(
         slab,
         [None, *lower],
         shape=planner.payload,
@@ -346,10 +356,8 @@ def _make_objects(
         wall_clock=time.time,
         build=f"kvlayer-core {version()}",
         retries=[tier.retries for tier in config.tiers],
+        codings=codings,
     )
-    resources.callback(objects.close)
-    objects.begin()
-    return objects
 
 
 def _make_stack(

@@ -1,6 +1,6 @@
-"""How an object's bytes lie on a lower tier, between the caller's memory and what backends see.
+"""How an object that is not coded lies on a lower tier: regions of memory, and what is around them.
 
-The only place that knows: a header page and padding from the arena, the payload from the caller's
+A header page and padding from the arena, the payload from the caller's
 memory, wherever that lies, and nothing written outside of what was lent. What is said here of a
 :class:`~kvlayer.tier.batch.Job` is done on the thread that moves or checks its bytes.
 """
@@ -15,7 +15,16 @@ from kvlayer.codec.frame import HEADER_NBYTES, check_segment, pack_header, read_
 from kvlayer.keys import ObjectKey
 from kvlayer.payload import ALIGNMENT, Payload
 
-__all__ = ["copy_out", "cut", "encode", "frame_nbytes", "read_scratch", "verify", "write_scratch"]
+__all__ = [
+    "checksum",
+    "copy_out",
+    "cut",
+    "encode",
+    "frame_nbytes",
+    "read_scratch",
+    "verify",
+    "write_scratch",
+]
 
 
 def frame_nbytes(payload: Payload) -> int:
@@ -60,7 +69,7 @@ def encode(
     header, pages = scratch[:HEADER_NBYTES], scratch[HEADER_NBYTES:]
     body = payload.body_nbytes
     whole = 0 if copies else body // ALIGNMENT * ALIGNMENT
-    checksums = [_checksum(cut(regions, s.offset, s.offset + s.nbytes)) for s in payload.segments()]
+    checksums = [checksum(cut(regions, s.offset, s.offset + s.nbytes)) for s in payload.segments()]
     lent = [header, *cut(regions, 0, whole)]
     if whole < payload.nbytes:
         tail = pages[: payload.nbytes - whole]
@@ -91,10 +100,10 @@ def verify(
 
     Afterwards the payload is exactly what was written under this key.
     """
-    checksums = read_header(header, filled, key=key, payload=payload, first_token=first_token)
-    for segment, checksum in zip(payload.segments(), checksums, strict=True):
+    written = read_header(header, filled, key=key, payload=payload, first_token=first_token)
+    for segment, found in zip(payload.segments(), written, strict=True):
         parts = cut(regions, segment.offset, segment.offset + segment.nbytes)
-        check_segment(segment, _checksum(parts), checksum)
+        check_segment(segment, checksum(parts), found)
 
 
 def copy_out(payload: Payload, body: memoryview, regions: Sequence[memoryview]) -> None:
@@ -121,7 +130,8 @@ def _cut(regions: Sequence[memoryview], start: int, stop: int) -> Iterator[memor
             return
 
 
-def _checksum(parts: Sequence[memoryview]) -> int:
+def checksum(parts: Sequence[memoryview]) -> int:
+    """Of the parts together, as a header's rows have it."""
     if len(parts) == 1:
         return xxh3_64_intdigest(parts[0])
     running = xxh3_64()

@@ -1,13 +1,15 @@
 """A tier's backend, seen by key: it stores each object under a name that says how it is coded.
 
-Between :class:`~kvlayer.tier.objects.Objects` and the backend; nothing above it knows of encodings.
-There is one yet, raw. What another release has coded otherwise is counted and never offered.
+Between :class:`~kvlayer.tier.objects.Objects` and the backend; nothing above knows of encodings. A
+key stands for the object in the encoding that the tier writes; a name for itself. What this process
+cannot read is counted and never offered.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from typing import Any, Self, TypeVar, cast
 
 from kvlayer._masked import Mask
@@ -24,7 +26,7 @@ from kvlayer.abc.backend import (
     WriteResult,
 )
 from kvlayer.errors import UnsupportedError
-from kvlayer.keys import ObjectKey, ObjectName
+from kvlayer.keys import RAW, Encoding, ObjectKey, ObjectName
 from kvlayer.urls import BackendURL
 
 __all__ = ["Named"]
@@ -35,15 +37,24 @@ Answers = list
 
 
 class Named(Backend):
-    """``backend`` under the names of this build's encoding; it is open when that is.
+    """``backend`` under the names of ``encodings``; it is open when that is.
 
-    ``mask`` hides in its errors what the URL must not tell.
+    The first is written; the others, one at most, may be there from before. ``mask`` hides in its
+    errors what the URL must not tell.
     """
 
-    def __init__(self, backend: Backend, mask: Mask | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        mask: Mask | None = None,
+        encodings: Sequence[Encoding] = (RAW,),
+    ) -> None:
         self._mask = mask or Mask()
         self.backend = backend
         """What it stands before."""
+        self._encodings = {str(encoding): encoding for encoding in encodings}
+        written, *self._others = encodings
+        self._written = str(written)
         self.scheme = backend.scheme  # type: ignore[misc]  # as is what it stands for
         self.capabilities = backend.capabilities
         self.foreign = 0
@@ -61,11 +72,11 @@ class Named(Backend):
         raise UnsupportedError(f"a name is no backend: {url}")
 
     def _evicted(self, gone: list[tuple[ObjectKey, int]], policy: str) -> None:
-        if self.on_evicted is not None and (ours := _readable(gone)):
+        if self.on_evicted is not None and (ours := self._readable(gone)):
             self.on_evicted(ours, policy)
 
     def _stored(self, found: list[tuple[ObjectKey, int]]) -> None:
-        if self.on_stored is not None and (ours := _readable(found)):
+        if self.on_stored is not None and (ours := self._readable(found)):
             self.on_stored(ours)
 
     async def open(self) -> None:
@@ -77,29 +88,44 @@ class Named(Backend):
             await self.backend.aclose()
 
     async def contains(self, keys: Sequence[ObjectKey], /) -> list[SizeResult]:
-        return await self._answers(lambda: self.backend.contains(_names(keys)))
+        sizes = await self._answers(lambda: self.backend.contains(self._names(keys)))
+        for encoding in self._others:
+            absent = [at for at, size in enumerate(sizes) if size is None]
+            names = [ObjectName.made(keys[at], encoding) for at in absent]
+            others = await self._contained(names) if names else []
+            for at, size in zip(absent, others, strict=True):
+                sizes[at] = size
+        return sizes
+
+    async def _contained(self, names: Sequence[ObjectName]) -> Answers[SizeResult]:
+        return await self._answers(lambda: self.backend.contains(names))
 
     async def get(self, reads: Sequence[Read], /) -> list[ReadResult]:
-        named = [Read(ObjectName.raw(r.key), r.regions, r.offset, r.landed) for r in reads]
+        named = [Read(self._name(r.key), r.regions, r.offset, r.landed) for r in reads]
         return await self._answers(lambda: self.backend.get(named))
 
     async def put(self, writes: Sequence[Write], /) -> list[WriteResult]:
-        named = [
-            Write(ObjectName.raw(w.key), w.regions, w.first_token, w.tokens, w.retention, w.parent)
-            for w in writes
-        ]
+        named = [replace(w, key=self._name(w.key)) for w in writes]
         return await self._answers(lambda: self.backend.put(named))
 
     async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
-        return await self._answers(lambda: self.backend.delete(_names(keys)))
+        errors = await self._deleted(self._names(keys))
+        for encoding in self._others:
+            others = await self._deleted([ObjectName.made(key, encoding) for key in keys])
+            errors = [one or other for one, other in zip(errors, others, strict=True)]
+        return errors
+
+    async def _deleted(self, names: Sequence[ObjectKey]) -> Answers[DeleteResult]:
+        return await self._answers(lambda: self.backend.delete(names))
 
     async def quarantine(self, items: Sequence[Damaged], /) -> list[DeleteResult]:
-        named = [Damaged(ObjectName.raw(item.key), item.version) for item in items]
+        named = [Damaged(self._name(item.key), item.version) for item in items]
         return await self._answers(lambda: self.backend.quarantine(named))
 
     async def touch(self, keys: Sequence[ObjectKey], /) -> None:
+        names = [ObjectName.made(key, other) for key in keys for other in self._others]
         with self._mask.hiding():
-            await self.backend.touch(_names(keys))
+            await self.backend.touch([*names, *self._names(keys)])
 
     async def describe(self, namespace: str, canonical: bytes, /) -> None:
         with self._mask.hiding():
@@ -120,7 +146,7 @@ class Named(Backend):
     def lend(
         self, keys: Sequence[ObjectKey], /
     ) -> AbstractAsyncContextManager[Sequence[Lent | None]]:
-        return self.backend.lend(_names(keys))
+        return self.backend.lend(self._names(keys))
 
     async def list(self, prefix: str = "", /) -> AsyncIterator[Listed]:
         with self._mask.hiding():
@@ -128,7 +154,7 @@ class Named(Backend):
                 found = cast("object", entry)  # foreign code: it may be anything
                 if not isinstance(found, Listed):
                     yield entry  # whoever reads the listing says what is wrong with it
-                elif (key := ObjectName.readable(ObjectName(found.key))) is None:
+                elif (key := self._key(found.key)) is None:
                     self.foreign += 1
                 else:
                     yield Listed(key, found.nbytes, found.used)
@@ -142,11 +168,17 @@ class Named(Backend):
             return answers  # whoever asked says what is wrong with it
         return cast("Answers[T]", [self._mask.cleaned(answer) for answer in answers])
 
+    def _name(self, key: ObjectKey) -> ObjectKey:
+        return key if isinstance(key, ObjectName) else ObjectName(f"{key}/{self._written}")
 
-def _names(keys: Iterable[ObjectKey]) -> list[ObjectKey]:
-    return [*map(ObjectName.raw, keys)]
+    def _names(self, keys: Iterable[ObjectKey]) -> Answers[ObjectKey]:
+        return [self._name(key) for key in keys]
 
+    def _key(self, name: ObjectKey) -> ObjectKey | None:
+        """The object that a name stands for; None where this process cannot read it."""
+        key, _, encoding = name.rpartition("/")
+        return ObjectKey(key) if encoding in self._encodings else None
 
-def _readable(names: Iterable[tuple[ObjectKey, int]]) -> list[tuple[ObjectKey, int]]:
-    found = ((ObjectName.readable(name), nbytes) for name, nbytes in names)
-    return [(key, nbytes) for key, nbytes in found if key is not None]
+    def _readable(self, names: Iterable[tuple[ObjectKey, int]]) -> Answers[tuple[ObjectKey, int]]:
+        found = ((self._key(name), nbytes) for name, nbytes in names)
+        return [(key, nbytes) for key, nbytes in found if key is not None]

@@ -15,16 +15,17 @@ from typing import NamedTuple
 from kvlayer.abc.backend import Backend, Capability, Damaged, DeleteResult, Read, SizeResult
 from kvlayer.codec.frame import HEADER_NBYTES
 from kvlayer.errors import BackendError, UnsupportedError
-from kvlayer.keys import ObjectKey, Part
+from kvlayer.keys import ObjectKey, ObjectName, Part
 from kvlayer.memory.arena import Arena
 from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload
 from kvlayer.retention import ORDINARY, Retention
 from kvlayer.tier.batch import Batcher, Job, Lending
 from kvlayer.tier.checks import Checks
+from kvlayer.tier.encodings import Coding, Raw
 from kvlayer.tier.messages import Outcome, Piece
 from kvlayer.tier.retry import Retry
-from kvlayer.tier.transfer import Arenas, Transfers
+from kvlayer.tier.transfer import Arenas, OtherVersion, Transfers
 
 __all__ = ["Item", "Lending", "Objects"]
 
@@ -64,6 +65,7 @@ class Objects:
     """Moves objects for one slab, in batches. ``backends[0]`` is None: tier 0 is the slab itself.
 
     ``retries[t]`` says how often tier t is tried again after a transient error; not at all by
+    default. ``codings[t]``: the encoding that tier t writes, and which others it may hold; raw by
     default. Memory that is lent for the call is lent on to revocable backends only: others get a
     copy, so that the caller may leave at any time. Everything on one loop.
     """
@@ -78,6 +80,7 @@ class Objects:
         wall_clock: Callable[[], float],
         build: str,
         retries: Sequence[int] = (),
+        codings: Sequence[Sequence[Coding]] = (),
     ) -> None:
         self._slab = slab
         self._shape = shape
@@ -86,12 +89,13 @@ class Objects:
         self._arenas = Arenas(Arena(slab.scratch(0, half)), Arena(slab.scratch(half, half)))
         self._checks = Checks(_CHECK_THREADS, _CHECK_NBYTES)
 
-        def tier(backend: Backend, retry: Retry) -> _Tier:
+        def tier(backend: Backend, retry: Retry, codings: Sequence[Coding]) -> _Tier:
             transfers = Transfers(
                 backend,
                 retry,
                 self._arenas,
                 self._checks,
+                codings=codings,
                 clock=clock,
                 wall_clock=wall_clock,
                 build=build,
@@ -101,8 +105,13 @@ class Objects:
             return _Tier(backend, retry, revocable, reads, writes)
 
         self._tiers = [
-            None if backend is None else tier(backend, Retry(count))
-            for backend, count in zip(backends, retries or [0] * len(backends), strict=True)
+            None if backend is None else tier(backend, Retry(count), some)
+            for backend, count, some in zip(
+                backends,
+                retries or [0] * len(backends),
+                codings or [(Raw(),)] * len(backends),
+                strict=True,
+            )
         ]
 
     @property
@@ -179,6 +188,9 @@ class Objects:
 
     async def quarantine(self, tier: int, item: Damaged) -> None:
         """Take a damaged object out of sight. Raises ``BackendError``."""
+        if isinstance(item.version, OtherVersion):
+            name = ObjectName.made(item.key, item.version.encoding)
+            item = Damaged(name, item.version.version)
         (error,) = await self._of(tier).retry.batch(self._of(tier).backend.quarantine, [item])
         if error is not None:
             raise error

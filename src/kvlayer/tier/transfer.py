@@ -9,17 +9,27 @@ from functools import partial
 from typing import NamedTuple
 
 from kvlayer._foreign import awaited, words
-from kvlayer.abc.backend import Backend, Hit, Miss, Read, ReadResult, Write, WriteResult
-from kvlayer.codec.frame import HEADER_NBYTES, FrameError
+from kvlayer.abc.backend import (
+    Backend,
+    Hit,
+    Miss,
+    Read,
+    ReadResult,
+    Version,
+    Write,
+    WriteResult,
+)
+from kvlayer.codec.frame import FrameError
 from kvlayer.errors import BackendError, BackendTimeoutError, NoRoomError
+from kvlayer.keys import Encoding, ObjectKey, ObjectName
 from kvlayer.memory.arena import Arena
 from kvlayer.results import Cause
-from kvlayer.tier import coding
 from kvlayer.tier.batch import Job
 from kvlayer.tier.checks import Checks
+from kvlayer.tier.encodings import Coding
 from kvlayer.tier.retry import Retry
 
-__all__ = ["Arenas", "Transfers"]
+__all__ = ["Arenas", "OtherVersion", "Transfers"]
 
 
 class Arenas(NamedTuple):
@@ -29,8 +39,18 @@ class Arenas(NamedTuple):
     writes: Arena
 
 
+class OtherVersion(NamedTuple):
+    """Which bytes were read, where they lay in another encoding than the tier writes."""
+
+    encoding: Encoding
+    version: Version
+
+
 class Transfers:
-    """Carries out the batches of one backend. What it is lent of an arena is back when one ends."""
+    """Carries out the batches of one backend. What it is lent of an arena is back when one ends.
+
+    It writes the first of ``codings``, and reads all of them in their order.
+    """
 
     def __init__(
         self,
@@ -39,6 +59,7 @@ class Transfers:
         arenas: Arenas,
         checks: Checks,
         *,
+        codings: Sequence[Coding],
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
         build: str,
@@ -47,20 +68,33 @@ class Transfers:
         self._retry = retry
         self._arenas = arenas
         self._checks = checks
+        self._codings = codings
         self._clock = clock
         self._wall_clock = wall_clock
         self._build = build
 
     async def read(self, jobs: list[Job]) -> list[Job]:
         """Bring objects and end their jobs; those there is no scratch for now are returned."""
-        sizes = [coding.read_scratch(job.payload, copies=job.copies) for job in jobs]
+        sizes = [
+            max(coding.read_scratch(job.payload, copies=job.copies) for coding in self._codings)
+            for job in jobs
+        ]
         jobs, left = await self._equipped(self._arenas.reads, jobs, sizes)
-        landing = _Landing(asyncio.get_running_loop(), self._clock, is_alone=len(jobs) == 1)
+        for coding in self._codings:  # the first is where nearly everything is
+            jobs = await self._read(coding, jobs) if jobs else []
+        now = self._clock()
+        for job in jobs:
+            job.end(now, (Cause.VANISHED, "the tier no longer has it"))
+        return left
+
+    async def _read(self, coding: Coding, jobs: list[Job]) -> list[Job]:
+        """Bring what lies there in one encoding; returns the jobs of what does not."""
+        landing = _Landing(asyncio.get_running_loop(), self._clock, coding, is_alone=len(jobs) == 1)
         reads: list[Read] = []
         arriving: dict[int, Job] = {}
         for job in jobs:
-            job.lent = _into(job)
-            read = Read(job.key, job.lent, landed=partial(landing.check, job))
+            job.lent = coding.into(job)
+            read = Read(self._name(coding, job.key), job.lent, landed=partial(landing.check, job))
             arriving[id(read)] = job
             reads.append(read)
 
@@ -89,23 +123,39 @@ class Transfers:
         if silent:
             nbytes = sum(job.nbytes for job, _ in silent)
             await self._checks.run(partial(_check_all, landing, silent), nbytes)
+        missed: list[Job] = []
         now = self._clock()
         for job, result in zip(jobs, results, strict=True):
             if isinstance(result, Hit):
-                job.version = result.version
+                job.version = self._version(coding, result)
                 job.end(now, job.fault)
             elif isinstance(result, Miss):
-                job.end(now, (Cause.VANISHED, "the tier no longer has it"))
+                missed.append(job)
             else:
                 job.end(now, _fault(result))
-        return left
+        return missed
+
+    def _name(self, coding: Coding, key: ObjectKey) -> ObjectKey:
+        """What the backend is asked for: it knows itself what it writes, and is told the other."""
+        return key if coding is self._codings[0] else ObjectName.made(key, coding.encoding)
+
+    def _version(self, coding: Coding, hit: Hit) -> Version:
+        return (
+            hit.version
+            if coding is self._codings[0]
+            else OtherVersion(coding.encoding, hit.version)
+        )
 
     async def write(self, jobs: list[Job]) -> list[Job]:
         """Put objects and end their jobs; those there is no scratch for now are returned."""
+        coding = self._codings[0]
         sizes = [coding.write_scratch(job.payload, copies=job.copies) for job in jobs]
         jobs, left = await self._equipped(self._arenas.writes, jobs, sizes)
         nbytes = sum(job.nbytes for job in jobs)
         await self._checks.run(partial(self._encode_all, jobs), nbytes)
+        for job in jobs:
+            if job.fault is not None:
+                job.end(self._clock(), job.fault)
         jobs = [job for job in jobs if job.lent and not job.is_given_up]
         writes = [
             Write(
@@ -136,16 +186,11 @@ class Transfers:
         for job in jobs:
             with job.delivering() as may:
                 if may and job.scratch is not None:
-                    job.lent = coding.encode(
-                        job.key,
-                        job.payload,
-                        job.regions,
-                        job.scratch,
-                        copies=job.copies,
-                        first_token=job.first_token,
-                        created=self._wall_clock(),
-                        build=self._build,
-                    )
+                    created = self._wall_clock()
+                    try:
+                        job.lent = self._codings[0].encode(job, created=created, build=self._build)
+                    except Exception as exc:  # noqa: BLE001  # a codec's: it costs this object only
+                        job.fault = Cause.TIER_DOWN, f"not coded: {words(exc)}"
 
     async def _equipped(
         self, arena: Arena, jobs: list[Job], sizes: list[int]
@@ -176,6 +221,7 @@ class _Landing:
 
     loop: asyncio.AbstractEventLoop
     clock: Callable[[], float]
+    coding: Coding
     is_alone: bool
     """One object: it ends with its batch."""
     ready: list[Job] = field(default_factory=list[Job])
@@ -185,7 +231,7 @@ class _Landing:
         """On any thread: verify one object, and deliver it. Never raises."""
         fault: tuple[Cause, str] | None = None
         try:
-            _deliver(job, nbytes)
+            self.coding.deliver(job, nbytes)
         except FrameError as exc:
             fault = exc.cause, exc.detail
         except Exception as exc:  # noqa: BLE001  # a backend's thread must not die of ours
@@ -209,38 +255,6 @@ class _Landing:
 def _check_all(landing: _Landing, silent: Sequence[tuple[Job, int]]) -> None:
     for job, nbytes in silent:
         landing.check(job, nbytes)
-
-
-def _into(job: Job) -> tuple[memoryview, ...]:
-    """What a read is lent."""
-    memory = job.scratch
-    assert memory is not None
-    if job.copies:
-        return (memory[: coding.frame_nbytes(job.payload)],)
-    lent = [memory[:HEADER_NBYTES], *(region[:] for region in job.regions)]
-    padding = coding.frame_nbytes(job.payload) - sum(view.nbytes for view in lent)
-    if padding:
-        lent.append(memory[HEADER_NBYTES : HEADER_NBYTES + padding])
-    return tuple(lent)
-
-
-def _deliver(job: Job, nbytes: int) -> None:
-    """Verify what arrived; copy it to the caller where it was read into scratch."""
-    memory = job.scratch
-    assert memory is not None
-    body = (memory[HEADER_NBYTES : coding.frame_nbytes(job.payload)],)
-    coding.verify(
-        job.key,
-        job.payload,
-        memory[:HEADER_NBYTES],
-        body if job.copies else job.lent[1:],
-        nbytes,
-        first_token=job.first_token,
-    )
-    if job.copies:
-        with job.delivering() as may:
-            if may:
-                coding.copy_out(job.payload, body[0], job.regions)
 
 
 def _fault(error: BackendError) -> tuple[Cause, str]:

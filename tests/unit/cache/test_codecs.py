@@ -1,0 +1,173 @@
+"""Objects that are coded on a tier: nothing above it knows, and who lacks the codec leaves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from caches import config, layout, tokens
+from codecs_of_tests import DOUBLES, SHRINKS, coded
+from engine import Engine, same
+
+from kvlayer import Cache, Cause
+from kvlayer.events import Event, ObjectQuarantined
+from kvlayer.tier.encodings import Coding, Raw
+
+CODINGS = {"doubles": DOUBLES, "shrinks": SHRINKS}
+CHUNK = 64
+RAW_NBYTES = CHUNK * 3 * 2 * 2 * 8 * 2  # of a chunk
+
+
+def engine(seed: int = 1) -> Engine:
+    """KV of which every second byte is zero."""
+    made = Engine(layout(), 80, seed)
+    for pair in made.caches[0]:
+        for tensor in pair:
+            tensor.view(pytest.importorskip("torch").int16).bitwise_and_(0xFF)
+    return made
+
+
+def settings(directory: Path, **more: object):  # type: ignore[no-untyped-def]
+    return config(directory, tokens_per_chunk=CHUNK, **more)  # type: ignore[arg-type]
+
+
+def files(directory: Path, coding: Coding) -> dict[Path, bytes]:
+    found = (directory / "v2").rglob(f"*{coding.encoding}")
+    return {path: path.read_bytes() for path in found if "quarantine" not in path.parts}
+
+
+@pytest.fixture(params=CODINGS)
+def coding(request: pytest.FixtureRequest) -> Coding:
+    return CODINGS[request.param]
+
+
+@pytest.mark.asyncio
+async def test_what_is_coded_comes_back_to_the_bit_also_in_part_and_after_a_restart(
+    tmp_path: Path, coding: Coding
+) -> None:
+    ours, other = engine(), engine(2)
+    prompt, slots = tokens(4 * CHUNK + 24), ours.slots(4 * CHUNK + 24)
+    with coded(coding):
+        async with Cache.open(settings(tmp_path), layout()) as cache:
+            assert (await cache.store(prompt, ours.view(slots))).failed == ()
+        stored = files(tmp_path, coding)
+        assert len(stored) == 5 and not files(tmp_path, Raw())
+        whole = sorted(len(content) - 4096 for content in stored.values())[1:]
+        if coding is DOUBLES:
+            assert whole == [2 * RAW_NBYTES] * 4
+        else:
+            assert max(whole) < RAW_NBYTES
+        async with Cache.open(settings(tmp_path), layout()) as cache:
+            async with cache.lookup(prompt[: 2 * CHUNK + 8]) as hit:  # in part
+                assert hit.tokens == 2 * CHUNK
+                report = await cache.retrieve(hit, other.view(slots[: 2 * CHUNK]))
+            assert report.tokens == 2 * CHUNK
+            assert same(ours.read(slots[: 2 * CHUNK]), other.read(slots[: 2 * CHUNK]))
+            async with cache.lookup(prompt) as hit:
+                assert (await cache.retrieve(hit, other.view(slots))).tokens == len(prompt)
+            assert same(ours.read(slots), other.read(slots))
+
+
+@pytest.mark.asyncio
+async def test_what_is_demoted_is_coded(tmp_path: Path, coding: Coding) -> None:
+    ours, other = engine(), engine(2)
+    prompt, slots = tokens(4 * CHUNK), ours.slots(4 * CHUNK)
+    small = {"host": f"{5 * RAW_NBYTES}", "write": "demote"}
+    with coded(coding):
+        async with Cache.open(
+            settings(tmp_path, high_watermark=0.5, low_watermark=0.25, **small), layout()
+        ) as cache:
+            await cache.store(prompt, ours.view(slots))
+            await cache.flush()
+            demoted = cache.control.stats().tiers[0].demoted
+            assert demoted and len(files(tmp_path, coding)) == demoted
+            async with cache.lookup(prompt) as hit:
+                assert (await cache.retrieve(hit, other.view(slots))).tokens == len(prompt)
+    assert same(ours.read(slots), other.read(slots))
+
+
+@pytest.mark.parametrize("at", [60, 4096 + 40])
+@pytest.mark.asyncio
+async def test_a_flipped_bit_of_what_is_coded_is_found_before_it_is_decoded(
+    tmp_path: Path, coding: Coding, at: int
+) -> None:
+    ours, other = engine(), engine(2)
+    prompt, slots = tokens(3 * CHUNK), ours.slots(3 * CHUNK)
+    events: list[Event] = []
+    with coded(coding):
+        async with Cache.open(settings(tmp_path), layout()) as cache:
+            chain = cache.chain(prompt)
+            await cache.store(prompt, ours.view(slots))
+        (victim,) = [p for p in files(tmp_path, coding) if chain.hashes[1].hex() in p.name]
+        damaged = bytearray(victim.read_bytes())
+        damaged[at] ^= 1
+        victim.write_bytes(damaged)
+        async with Cache.open(settings(tmp_path), layout(), sinks=[events.append]) as cache:
+            async with cache.lookup(prompt) as hit:
+                report = await cache.retrieve(hit, other.view(slots))
+            assert report.tokens == CHUNK
+            assert [failure.cause for failure in report.failed] == [Cause.CORRUPT]
+            assert any(isinstance(event, ObjectQuarantined) for event in events)
+            assert not victim.exists()
+            assert (await cache.store(prompt, ours.view(slots))).stored == 1
+            assert victim.exists()
+    assert same(ours.read(slots[:CHUNK]), other.read(slots[:CHUNK]))
+
+
+@pytest.mark.asyncio
+async def test_a_process_that_lacks_the_codec_counts_what_is_coded_and_leaves_it(
+    tmp_path: Path, coding: Coding
+) -> None:
+    ours, other = engine(), engine(2)
+    prompt, slots = tokens(3 * CHUNK), ours.slots(3 * CHUNK)
+    with coded(coding):
+        async with Cache.open(settings(tmp_path), layout()) as cache:
+            await cache.store(prompt, ours.view(slots))
+        before = files(tmp_path, coding)
+    async with Cache.open(settings(tmp_path), layout()) as lacking:
+        await lacking.stack.recovered()
+        assert lacking.control.stats().tiers[1].foreign == 3
+        async with lacking.lookup(prompt) as hit:
+            assert hit.tokens == 0
+        assert (await lacking.store(prompt, ours.view(slots))).stored == 3
+        assert files(tmp_path, coding) == before and len(files(tmp_path, Raw())) == 3
+        with coded(coding):
+            async with Cache.open(settings(tmp_path), layout()) as beside:
+                async with beside.lookup(prompt) as hit:
+                    assert (await beside.retrieve(hit, other.view(slots))).tokens == len(prompt)
+    assert same(ours.read(slots), other.read(slots))
+    assert files(tmp_path, coding) == before
+    assert not list((tmp_path / "v2").rglob("quarantine/*"))
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+@pytest.mark.asyncio
+async def test_a_tier_reads_the_encoding_it_had_before_and_writes_its_own(
+    tmp_path: Path, coding: Coding, is_damaged: bool
+) -> None:
+    ours, other = engine(), engine(2)
+    prompt, slots = tokens(4 * CHUNK), ours.slots(4 * CHUNK)
+    async with Cache.open(settings(tmp_path), layout()) as cache:
+        chain = cache.chain(prompt)
+        await cache.store(prompt[: 2 * CHUNK], ours.view(slots[: 2 * CHUNK]))
+    if is_damaged:
+        (victim,) = [p for p in files(tmp_path, Raw()) if chain.hashes[1].hex() in p.name]
+        damaged = bytearray(victim.read_bytes())
+        damaged[4096] ^= 1
+        victim.write_bytes(damaged)
+    with coded(coding, Raw()):
+        async with Cache.open(settings(tmp_path), layout()) as cache:
+            await cache.stack.recovered()
+            assert cache.control.stats().tiers[1].foreign == 0
+            async with cache.lookup(prompt) as hit:
+                assert hit.tokens == 2 * CHUNK
+                report = await cache.retrieve(hit, other.view(slots))
+            assert report.tokens == (CHUNK if is_damaged else 2 * CHUNK)
+            if is_damaged:  # the one that was read is moved aside, under its own name
+                assert [f.cause for f in report.failed] == [Cause.CORRUPT]
+                assert not victim.exists()
+            await cache.store(prompt, ours.view(slots))
+            assert len(files(tmp_path, coding)) == (3 if is_damaged else 2)
+            await cache.control.evict(prompt)
+            assert not files(tmp_path, coding) and not files(tmp_path, Raw())
+    assert same(ours.read(slots[:CHUNK]), other.read(slots[:CHUNK]))
