@@ -54,7 +54,11 @@ class Outside:
         return found
 
     def check(self) -> None:
-        assert self._seen() == self._before, "something outside the directory was changed"
+        seen = self._seen()
+        changed = {
+            name for name in {*seen, *self._before} if seen.get(name) != self._before.get(name)
+        }
+        assert not changed, f"outside the directory something was changed: {sorted(changed)}"
 
 
 def warp(root: Path, outside: Outside, chance: Random) -> str:
