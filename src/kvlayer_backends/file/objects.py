@@ -159,11 +159,16 @@ class ObjectFiles:
             disk.sync_folder(_folder(path))
 
     def _publish(self, temporary: str, path: str) -> bool:
-        """Give the finished file its name; False when something else has it."""
+        """Give the finished file its name; False when something else has it.
+
+        Raises ``UntrustedError`` where a folder on the way is a link, or another user's.
+        """
+        folder = _folder(path)
         try:
+            for each in (_folder(folder), folder):
+                disk.check_folder(each)  # or it would be written wherever a link leads
             return _link(temporary, path)
         except FileNotFoundError:
-            folder = _folder(path)
             self._paths.make(folder)
             if self.fsync:  # the new folders are names in their parents
                 disk.sync_folder(_folder(folder))

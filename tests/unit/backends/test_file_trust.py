@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from mmap import mmap
@@ -226,3 +227,35 @@ async def test_folders_are_made_however_many_are_missing(tmp_path: Path) -> None
     root = f"{tmp_path}{'/a' * 300}"
     async with FileBackend(root):
         assert os.path.isdir(root)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("depth", [1, 2], ids=["shard", "namespace"])
+@pytest.mark.parametrize(
+    "kind", ["link", pytest.param("another user's", marks=needs_root), "open to all"]
+)
+async def test_nothing_is_written_into_a_folder_that_is_not_this_users_own(
+    tmp_path: Path, depth: int, kind: str
+) -> None:
+    """Least of all through a link, into wherever that leads."""
+    root, elsewhere = tmp_path / "kv", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder = Path(Paths(str(root)).object(KEY)).parents[depth - 1]
+    async with backend(root) as files:
+        assert await files.put([Write(KEY, (page(1),))]) == [None]
+        assert await files.delete([KEY]) == [None]
+        shutil.rmtree(folder, ignore_errors=True)
+        if kind == "link":
+            folder.symlink_to(elsewhere)
+        else:
+            folder.mkdir()
+            if kind == "open to all":
+                folder.chmod(0o777)
+            else:
+                os.chown(folder, NOBODY, NOBODY)
+        (result,) = await files.put([Write(KEY, (page(2),))])
+        assert isinstance(result, BackendError) and "expected a folder of user" in str(result)
+        assert result.hint
+        assert [*elsewhere.rglob("*")] == [] == [*folder.rglob("*")]
+        assert await files.contains([KEY]) == [None]
+        assert (files.objects, files.used_nbytes) == (0, 0)
