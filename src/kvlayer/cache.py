@@ -7,7 +7,7 @@ import os
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 from kvlayer import opening
 from kvlayer._values import flag, function, instance, number, waiting, whole
@@ -37,6 +37,7 @@ from kvlayer.tier.matcher import Match
 from kvlayer.tier.ranks import Ranks
 from kvlayer.tier.sources import Sources
 from kvlayer.tier.stack import Window
+from kvlayer.tier.storing import Stored
 
 __all__ = ["Cache"]
 
@@ -46,6 +47,8 @@ _SCOPE = 'a tenant\'s is Scope.private("...")'
 _HIT = "what `async with cache.lookup(...)` yields"
 _LONGEST_PREFILL = 1e9  # seconds
 _LONGEST_WAIT = 1e6
+_SLICE = 64  # spans remembered in one turn of the loop
+_STEP = 8192  # tokens hashed in one turn of the loop: a quarter of a millisecond
 _LARGEST_PREFILL = 10**12  # tokens
 
 
@@ -61,7 +64,7 @@ class Cache:
         self._parts = parts
         self._stack = parts.stack
         self._planner = parts.stack.planner
-        self._lookups = Lookups(parts, self.chain)
+        self._lookups = Lookups(parts, self.chain, self.named)
         self._emit = parts.emit
         self._clock = parts.clock
         self._pid = os.getpid()
@@ -156,7 +159,7 @@ class Cache:
         window = self._window(kv, first_token)
         flag("tail", tail)
         function("on_gathered", on_gathered)
-        chain = self._chain_to_store(tokens, scope, window)
+        chain = await self._chain_to_store(tokens, scope, window)
         with self._emit.request("store", chain.scope.owner, chain.num_tokens):
             stored = await self._stack.store(
                 chain,
@@ -169,7 +172,7 @@ class Cache:
             stored.failed += _nameless(chain, window.start)
             report = stored.report()
             if stored.spans or stored.skipped:
-                self._planner.remember(chain, stored.spans, stored.skipped)
+                await self._remember(chain, stored)
             if self._emit:
                 self._emit(
                     StoreDone(
@@ -292,15 +295,18 @@ class Cache:
         not anyone asks for it. Raises ``TokensError``.
         """
         started = self.check_loop()
-        chain = self.chain(tokens, scope)
+        instance("scope", scope, Scope, hint=_SCOPE)
+        packed = self._own(tokens, scope) if isinstance(tokens, ChunkChain) else token_bytes(tokens)
         seconds = self.config.lease_seconds if deadline is None else lease_seconds(deadline)
-        return Prefetch(
-            self._parts.spawn(self._promote(chain, chain.scope.owner, seconds, started))
-        )
+        return Prefetch(self._parts.spawn(self._promote(packed, scope, seconds, started)))
 
     async def _promote(
-        self, chain: ChunkChain, owner: str, seconds: float, started: float
+        self, prompt: ChunkChain | bytes, scope: Scope, seconds: float, started: float
     ) -> RetrieveReport:
+        if isinstance(prompt, bytes):
+            prompt = await self._named_in_steps(prompt, scope)
+        chain = prompt
+        owner = chain.scope.owner
         with self._emit.request("prefetch", owner, chain.num_tokens):
             _, report = await self._stack.hold(chain, owner=owner, seconds=seconds)
             self._prefetched(owner, chain.num_tokens, report, started)
@@ -388,7 +394,26 @@ class Cache:
         self._begin()
         return self._parts
 
-    def _chain_to_store(self, tokens: Tokens, scope: Scope, window: Window) -> ChunkChain:
+    async def _remember(self, chain: ChunkChain, stored: Stored) -> None:
+        """Keep for ``explain`` what was stored, in slices; all of it if this is cancelled, too."""
+        slices = [
+            (spans[at : at + _SLICE], is_new)
+            for spans, is_new in ((stored.spans, True), ([*stored.skipped], False))
+            for at in range(0, len(spans), _SLICE)
+        ]
+        done = 0
+        try:
+            while done < len(slices):
+                spans, is_new = slices[done]
+                self._planner.remember(chain, *((spans, ()) if is_new else ((), spans)))
+                done += 1
+                if done < len(slices):
+                    await asyncio.sleep(0)
+        finally:
+            for spans, is_new in slices[done:]:
+                self._planner.remember(chain, *((spans, ()) if is_new else ((), spans)))
+
+    async def _chain_to_store(self, tokens: Tokens, scope: Scope, window: Window) -> ChunkChain:
         """The names of what a view covers up to its end."""
         if isinstance(tokens, ChunkChain):
             chain = self.chain(tokens, scope)
@@ -396,7 +421,7 @@ class Cache:
         else:
             packed = token_bytes(tokens)
             count = len(packed) // 4
-            chain = self._named(packed[: 4 * window.stop], scope)
+            chain = await self._named_in_steps(packed[: 4 * window.stop], scope)
         if window.stop > count:
             raise LayoutError(
                 f"the view covers tokens {window.start}..{window.stop}, but there are only "
@@ -417,6 +442,30 @@ class Cache:
         if isinstance(tokens, ChunkChain):
             return self._own(tokens, scope)
         return self._named(token_bytes(tokens), scope)
+
+    async def named(self, tokens: Tokens, scope: Scope = PUBLIC) -> ChunkChain:
+        """:meth:`chain` on the loop: others get their turn while a long prompt is hashed."""
+        if isinstance(tokens, ChunkChain):
+            return self._own(tokens, scope)
+        return await self._named_in_steps(token_bytes(tokens), scope)
+
+    async def _named_in_steps(self, packed: bytes, scope: Scope) -> ChunkChain:
+        if len(packed) <= 4 * _STEP:
+            return self._named(packed, scope)
+        steps = ChunkChain.in_steps(
+            packed,
+            instance("scope", scope, Scope, hint=_SCOPE),
+            tokens_per_chunk=self.namespace.tokens_per_chunk,
+            tokens_per_tail=self.namespace.tokens_per_tail,
+            tokens_per_step=_STEP,
+        )
+        while True:
+            try:
+                next(steps)
+            except StopIteration as named:
+                self._begin()  # it may have been closed meanwhile
+                return cast(ChunkChain, named.value)
+            await asyncio.sleep(0)
 
     def _named(self, packed: bytes, scope: Scope) -> ChunkChain:
         return ChunkChain.from_bytes(

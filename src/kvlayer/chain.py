@@ -7,7 +7,7 @@ tokens it holds, so the same end may close a whole chunk or only what follows a 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple, cast
 
 from xxhash import xxh3_128
@@ -91,6 +91,38 @@ class ChunkChain:
         chain = cls.__new__(cls)
         chain._begin(scope, tokens_per_chunk, tokens_per_tail)
         chain._hold(packed, [], first_unnamed(packed))
+        return chain
+
+    @classmethod
+    def in_steps(
+        cls,
+        packed: bytes,
+        scope: Scope,
+        *,
+        tokens_per_chunk: int,
+        tokens_per_tail: int,
+        tokens_per_step: int,
+    ) -> Generator[None, None, ChunkChain]:
+        """:meth:`from_bytes`, for whoever keeps others waiting: yields after each step.
+
+        Returns the chain.
+        """
+        chain = cls.__new__(cls)
+        chain._begin(scope, tokens_per_chunk, tokens_per_tail)
+        known: list[bytes] = []
+        unnamed: int | None = None
+        count = len(packed) // 4
+        for start in range(0, count, tokens_per_step):
+            stop = min(start + tokens_per_step, count)
+            found = first_unnamed(packed[4 * start : 4 * stop])
+            if found is not None:
+                stop = unnamed = start + found
+            links.extend(known, packed, stop // tokens_per_tail, tokens_per_tail, chain._folds)
+            if unnamed is not None:
+                break
+            yield
+        chain._bytes, chain.num_tokens, chain.unnamed = packed, count, unnamed
+        chain._group(known)
         return chain
 
     @classmethod
@@ -234,16 +266,19 @@ class ChunkChain:
         """The span's tokens as packed little-endian u32; empty in a chain made from links."""
         return b"" if self._bytes is None else self._bytes[4 * span.start : 4 * span.stop]
 
-    def fingerprints(self) -> list[bytes]:
+    def fingerprints(self, count: int | None = None) -> list[bytes]:
         """By full chunk, what its tokens and those before are whatever the scope: for ``explain``.
+
+        Of the first ``count``, or of all.
 
         No name: quick to make, and two prompts may be made to share one. Empty without tokens.
         A chain that has grown makes only those of what is new.
         """
-        found = self._fingerprints[: len(self)]
-        if self._bytes is not None and (at := len(found)) < len(self):
+        wanted = len(self) if count is None else min(count, len(self))
+        found = self._fingerprints[:wanted]
+        if self._bytes is not None and (at := len(found)) < wanted:
             nbytes = 4 * self.chunk_step
-            for start in range(at * nbytes, len(self) * nbytes, nbytes):
+            for start in range(at * nbytes, wanted * nbytes, nbytes):
                 before = found[-1] if found else b""
                 found.append(xxh3_128(before + self._bytes[start : start + nbytes]).digest())
             self._fingerprints[at:] = found[at:]

@@ -55,7 +55,7 @@ class Control:
         ``TokensError`` and ``ArgumentError``.
         """
         self._cache.check_loop()
-        chain = self._cache.chain(tokens, scope)
+        chain = await self._cache.named(tokens, scope)
         owner = text("owner", owner, hint="a name as text, or leave it out")
         lease, report = await self._cache.stack.hold(
             chain, owner=owner or chain.scope.owner, seconds=lease_seconds(seconds)
@@ -95,7 +95,7 @@ class Control:
         self._cache.check_loop()
         stack = self._cache.stack
         lower = self._lower(tier)
-        chain = self._cache.chain(tokens, scope)
+        chain = await self._cache.named(tokens, scope)
         await stack.finder.find(chain)  # what other processes stored goes, too
         removal = Removal(stack.planner, stack.objects)
 

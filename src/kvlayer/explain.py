@@ -33,7 +33,7 @@ async def explain(cache: Cache, tokens: Tokens, scope: Scope) -> Explanation:
     not: such tokens were never stored, for all that whoever asks may know. What is usable is said,
     whoever stored it: a lookup finds it, too.
     """
-    chain = cache.chain(tokens, scope)
+    chain = await cache.named(tokens, scope)
     match = await cache.stack.finder.find(chain)
     others = await _other_namespaces(cache, chain, match.tokens)
     misses: list[MissedChunk] = []

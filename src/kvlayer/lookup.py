@@ -159,9 +159,16 @@ Tell: TypeAlias = Callable[[Callable[[], None]], None]
 class Lookups:
     """How one cache looks prompts up; counts and reports every answer."""
 
-    def __init__(self, parts: Parts, chain: Callable[[Tokens, Scope], ChunkChain]) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        chain: Callable[[Tokens, Scope], ChunkChain],
+        named: Callable[[Tokens, Scope], Awaitable[ChunkChain]],
+    ) -> None:
+        """``chain`` names a prompt in any thread, ``named`` on the loop, in turns."""
         self._parts = parts
         self._chain = chain
+        self._named = named
         self._stack = parts.stack
         self._planner = parts.stack.planner
         self._emit = parts.emit
@@ -174,7 +181,7 @@ class Lookups:
         """The longest usable prefix, leased. On the loop. Raises ``TokensError``."""
         started = self._clock()
         return await self._find(
-            self._chain(tokens, scope), started, presume=presume, patience=patience
+            await self._named(tokens, scope), started, presume=presume, patience=patience
         )
 
     def begin(self, tokens: Tokens, scope: Scope, spawn: Spawn, tell: Tell) -> Lookup:
@@ -246,7 +253,7 @@ class Lookups:
         started: float,
     ) -> None:
         try:
-            chain = self._chain(await awaited(tokens), scope)
+            chain = await self._named(await awaited(tokens), scope)
         except Exception:  # noqa: BLE001  # a cache fails only into a miss
             _log.exception("a prompt could not be named and is answered as a miss")
             chain = self._chain((), scope)

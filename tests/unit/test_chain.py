@@ -18,7 +18,7 @@ from kvlayer import links
 from kvlayer.chain import ChunkChain, Span
 from kvlayer.errors import IdentityError, TokensError
 from kvlayer.scope import PUBLIC_ZONE, Content, Salt, Scope
-from kvlayer.tokens import MAX_NAMED
+from kvlayer.tokens import MAX_NAMED, token_bytes
 
 CHUNK, TAIL = 8, 2
 MAX = 60
@@ -620,3 +620,30 @@ def test_fingerprints_tell_prompts_apart_and_know_nothing_of_scopes() -> None:
     assert one.fingerprints() == chain_of([*range(32)], Scope.private("s")).fingerprints()
     assert one.fingerprints()[:3] == other.fingerprints()[:3]
     assert one.fingerprints()[3] != other.fingerprints()[3]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_prompt_that_is_named_in_steps_has_the_same_names(data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, 200))
+    tokens = data.draw(st.lists(st.integers(0, 50), min_size=count, max_size=count))
+    if tokens and data.draw(st.booleans()):
+        tokens[data.draw(st.integers(0, count - 1))] = 2**30
+    salts = tuple(Salt(f"s{at}", at) for at in sorted(data.draw(st.sets(st.integers(0, 200)))))
+    scope, sizes = Scope(salts=salts), {"tokens_per_chunk": 16, "tokens_per_tail": 4}
+    packed = token_bytes(tokens)
+    step = data.draw(st.integers(1, 250))
+    steps = ChunkChain.in_steps(packed, scope, **sizes, tokens_per_step=step)
+    turns = 0
+    while True:
+        try:
+            next(steps)
+            turns += 1
+        except StopIteration as named:
+            chain = named.value
+            break
+    whole = ChunkChain.from_bytes(packed, scope, **sizes)
+    assert (chain.links, chain.hashes, chain.unnamed) == (whole.links, whole.hashes, whole.unnamed)
+    assert chain.num_tokens == count and turns <= -(-count // step)
+    assert chain.fingerprints(2) == whole.fingerprints()[:2]
+    assert chain.fingerprints() == whole.fingerprints()

@@ -50,8 +50,10 @@ class Journal:
 
     def stored(self, chain: ChunkChain, spans: Sequence[Span], known: Iterable[Span] = ()) -> None:
         """These spans were stored; ``known`` ones were there already, and are the owner's too."""
-        prints, scope, owner = chain.fingerprints(), describe(chain), chain.scope.owner
-        for span in (*spans, *known):
+        told = (*spans, *known)
+        last = max((span.start // chain.chunk_step for span in told), default=-1)
+        prints, scope, owner = chain.fingerprints(last + 1), describe(chain), chain.scope.owner
+        for span in told:
             name = span.hash, span.tokens
             self._stored[name] = None
             self._owners[*name, owner] = None

@@ -13,8 +13,9 @@ demotion. Its parts are ``tables`` (the state), ``lookup_planner`` and ``survey`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from sys import maxsize
+from typing import cast
 
 from kvlayer.keys import ChunkChain, ObjectKey, Span
 from kvlayer.results import Cause, Failure
@@ -121,23 +122,43 @@ class Planner(LookupPlanner, Survey):
         """The gather of a plan ended; ``missed`` is what was not moved, None: it raised.
 
         A span that was missed ends what is stored: the plan keeps what comes before it, and the
-        memory of the rest is given back.
+        memory of the rest is given back. A plan of which some is ``unplanned`` may go on, after
+        ``StorePlan.part_done``.
         """
         before, failed = todo.gathers, todo.cut(missed, self.tiers[0])
+        goes_on = bool(todo.unplanned) and not (failed or missed is None or todo.is_blocked)
         with self.lock:
-            self._stores.gathered(todo, before[len(todo.gathers) :])
+            self._stores.gathered(todo, before[len(todo.gathers) :], goes_on=goes_on)
         return failed
 
-    def remember(self, chain: ChunkChain, spans: list[Span], known: Iterable[Span] = ()) -> None:
+    def remember(
+        self, chain: ChunkChain, spans: Sequence[Span], known: Iterable[Span] = ()
+    ) -> None:
         """Keep for ``explain`` what was stored, or was there already (``known``)."""
-        chain.fingerprints()  # not while others wait for the lock
         with self.lock:
             self.journal.stored(chain, spans, known)
 
     def settle(self, chain: ChunkChain, slots: Sequence[Reservation]) -> list[ObjectRecord]:
         """Let go of what a store gathered; the whole prompt is recent now. Returns its objects."""
-        with self.lock:
-            return self._stores.settle(chain, slots)
+        steps = self.settling(chain, slots)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as settled:
+                return cast("list[ObjectRecord]", settled.value)
+
+    def settling(
+        self, chain: ChunkChain, slots: Sequence[Reservation]
+    ) -> Generator[None, None, list[ObjectRecord]]:
+        """:meth:`settle` step by step, for whoever keeps others waiting: finish it in any case."""
+        steps = self._stores.settling(chain, slots)
+        while True:
+            with self.lock:
+                try:
+                    next(steps)
+                except StopIteration as settled:
+                    return cast("list[ObjectRecord]", settled.value)
+            yield
 
     def pin(self, records: Sequence[ObjectRecord]) -> None:
         """Hold objects for a running move."""

@@ -46,6 +46,8 @@ class StorePlan:
     held: list[ObjectRecord] = field(default_factory=list[ObjectRecord])
     """What host memory has of the prompt: it stays while slots are reserved."""
     gathers: list[Reservation] = field(default_factory=list[Reservation])
+    first: Span | None = None
+    """The first span that something was reserved for."""
     spans: list[Span] = field(default_factory=list[Span])
     skipped: list[tuple[Span, tuple[ObjectRecord, ...]]] = field(default_factory=list)
     joined: list[tuple[Span, Promise]] = field(default_factory=list)
@@ -54,6 +56,15 @@ class StorePlan:
     is_blocked: bool = False
     """Room for the first unplanned span would cost what is not written yet."""
     evicted: list[ObjectRecord] = field(default_factory=list[ObjectRecord])
+
+    @property
+    def planned(self) -> int:
+        """How many spans are planned and not gathered yet."""
+        return len(self.spans) + len(self.skipped)
+
+    def part_done(self) -> None:
+        """What was planned so far is gathered: go on with what is not planned yet."""
+        self.gathers, self.spans, self.skipped, self.dropped = [], [], [], []
 
     def cut(self, missed: Sequence[Outcome] | None, tier: str) -> list[Failure]:
         """Keep what comes before the first span of which something was ``missed``.

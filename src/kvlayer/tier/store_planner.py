@@ -5,7 +5,7 @@ The caller brings the time, and holds the planner's lock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 from kvlayer.keys import ChunkChain, Part, Span
 from kvlayer.layout import HitRule, KVGroup
@@ -17,11 +17,12 @@ from kvlayer.tier.matcher import Matcher
 from kvlayer.tier.messages import Piece
 from kvlayer.tier.moment import Moment
 from kvlayer.tier.promises import Promise, Promises
-from kvlayer.tier.records import Host, ObjectRecord
+from kvlayer.tier.records import ChunkRecord, Host, ObjectRecord
 from kvlayer.tier.store_plan import Keeps, Reservation, StorePlan
 
 __all__ = ["StorePlanner", "spans_to_store"]
 
+_SLICE = 256  # spans for each hold of the planner's lock
 _BELIEVED_SECONDS = 60.0  # a promise whose holder has not been heard of
 
 
@@ -73,12 +74,16 @@ class StorePlanner:
             todo.unplanned.popleft()
         if not todo.unplanned or todo.is_blocked:
             self._let_go_prefix(todo)
-            if todo.spans:
-                self._supersede(todo.chain, todo.spans[0])
+            if todo.first is not None:
+                self._supersede(todo.chain, todo.first)
 
-    def gathered(self, todo: StorePlan, lost: Sequence[Reservation]) -> None:
-        """The gather of a plan ended: serve what it kept, give back what was ``lost``."""
-        self._let_go_prefix(todo)
+    def gathered(self, todo: StorePlan, lost: Sequence[Reservation], *, goes_on: bool) -> None:
+        """What was planned so far is gathered: serve what was kept, give back what was ``lost``.
+
+        ``goes_on``: more is going to be planned, so the prefix stays held.
+        """
+        if not goes_on:
+            self._let_go_prefix(todo)
         self.stored(lost, ok=False)
         self.stored(todo.gathers, ok=True)
         if todo.promise is not None:
@@ -95,15 +100,24 @@ class StorePlanner:
             self._host.drop(slot.record)
             self._host.let_go((slot.record,))
 
-    def settle(self, chain: ChunkChain, slots: Sequence[Reservation]) -> list[ObjectRecord]:
-        """See ``Planner.settle``."""
-        self._host.let_go([slot.record for slot in slots])
-        last = (
-            self._directory.chunk(s.span.hash, s.span.tokens, chain.zone(s.span))
-            for s in slots[-1:]
-        )
-        found = dict.fromkeys([*self._matcher.leading(chain), *last])
-        path = [o for record in found if record for o in record.objects]
+    def settling(
+        self, chain: ChunkChain, slots: Sequence[Reservation]
+    ) -> Generator[None, None, list[ObjectRecord]]:
+        """See ``Planner.settling``."""
+        for at in range(0, len(slots), _SLICE):
+            self._host.let_go([slot.record for slot in slots[at : at + _SLICE]])
+            yield
+        found: dict[ChunkRecord, None] = {}
+        for count, record in enumerate(self._matcher.leading(chain), 1):
+            found[record] = None
+            if not count % _SLICE:
+                yield
+        for slot in slots[-1:]:
+            span = slot.span
+            last = self._directory.chunk(span.hash, span.tokens, chain.zone(span))
+            if last is not None:
+                found[last] = None
+        path = [o for record in found for o in record.objects]
         self._host.refresh(path, chain.scope.retention)
         self._host.string(self._matcher.first(chain, chain.num_tokens)[0])
         return path
@@ -148,6 +162,7 @@ class StorePlanner:
         if other is not None and other is not todo.promise:
             todo.joined.append((span, other))
         if len(todo.gathers) > before:
+            todo.first = todo.first or span
             todo.spans.append(span)
             assert todo.promise is not None
             todo.promise.zone = chain.zone(span)

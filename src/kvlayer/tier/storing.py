@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from kvlayer._foreign import awaited
 from kvlayer.errors import ClosedError
@@ -20,7 +20,7 @@ from kvlayer.results import Cause, Failure, StoreReport
 from kvlayer.tier.guard import Lane
 from kvlayer.tier.loads import down
 from kvlayer.tier.messages import Outcome, Piece
-from kvlayer.tier.planner import Keeps, StorePlan
+from kvlayer.tier.planner import Keeps, Reservation, StorePlan
 from kvlayer.tier.promised import settled
 from kvlayer.tier.promises import Promise
 from kvlayer.tier.records import ObjectRecord
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Stored", "Storing", "moved"]
 
 _SLICE = 16  # spans planned per turn of the loop: some 20 us each
+_PART = 128  # spans gathered at once: others stage in between
 _VAIN = 3  # waits for room in a row that bring none: no tier takes what host memory keeps for it
 
 
@@ -75,6 +76,8 @@ class Storing:
         self._writes: list[Write] = []
         """Those a tier with ``write = "through"`` is to commit."""
         self._stored = Stored()
+        self._spans: set[Span] = set()
+        """Those that were gathered."""
         self._vain = 0
         """Waits in a row in which writes ended and no tier had taken anything."""
         self._seen = 0
@@ -92,7 +95,7 @@ class Storing:
             dead=down(self._stack.lower),
             keeps=keeps,
         )
-        path = await self._gather(todo, keeps, on_gathered)
+        path = await self._gather(todo, on_gathered)
         while rest := self._rest(todo):
             await self._settled(todo.joined)
             if todo.is_blocked:
@@ -105,7 +108,7 @@ class Storing:
                 dead=down(self._stack.lower),
                 keeps=keeps,
             )
-            path = await self._gather(todo, keeps, on_gathered)
+            path = await self._gather(todo, on_gathered)
         self._stored.failed += await self._stack.spills.committed(self._writes)
         self._stack.touch(path)
         return self._stored
@@ -113,14 +116,38 @@ class Storing:
     # -- steps -----------------------------------------------------------------------------------
 
     async def _gather(
-        self, todo: StorePlan, keeps: Keeps | None, on_gathered: Callable[[], None] | None
+        self, todo: StorePlan, on_gathered: Callable[[], None] | None
     ) -> list[ObjectRecord]:
-        """Plan what fits, gather it, and queue it for the tiers; the prompt's objects so far."""
+        """Plan what fits and gather it, part by part; the prompt's objects so far.
+
+        What was gathered is served and queued for the tiers, and held until all of it is.
+        """
+        done: list[Reservation] = []
+        is_gathered = False
+        try:
+            while await self._part(todo, done, on_gathered):
+                todo.part_done()
+            is_gathered = True
+            return await self._settle(done)
+        finally:
+            if not is_gathered:
+                todo.part_done()
+                self._planner.gathered(todo, None)  # it may still hold the prefix
+                self._planner.settle(self._chain, done)
+            self._stack.demotion.grown()
+
+    async def _part(
+        self,
+        todo: StorePlan,
+        done: list[Reservation],
+        on_gathered: Callable[[], None] | None,
+    ) -> bool:
+        """Plan and gather the next part of a plan, appended to ``done``; whether there is more."""
         stack, planner = self._stack, self._planner
         missed: Sequence[Outcome] | None = None
         try:
             stack.evicted(_taken(todo))
-            while todo.unplanned and not todo.is_blocked:
+            while todo.unplanned and not todo.is_blocked and todo.planned < _PART:
                 await asyncio.sleep(0)
                 planner.plan_more(todo, _SLICE)
                 stack.evicted(_taken(todo))
@@ -136,18 +163,28 @@ class Storing:
         finally:
             failed = planner.gathered(todo, missed)
             stack.evicted(_taken(todo))  # what a planning that raised had given up
+            done += todo.gathers
         self._count(todo, failed)
-        path: list[ObjectRecord] = []
+        goes_on = bool(todo.unplanned) and not todo.is_blocked
+        if on_gathered is not None and not goes_on and not self._rest(todo):
+            stack.foreign.call("on_gathered", on_gathered)
+        moves = [(slot.span, slot.record) for slot in todo.gathers]
+        moves += [(span, record) for span, records in todo.skipped for record in records]
+        self._writes += await stack.spills.start(moves, self._stored.failed)
+        return goes_on
+
+    async def _settle(self, slots: Sequence[Reservation]) -> list[ObjectRecord]:
+        """Let go of what was gathered, in steps; all of it also when this is cancelled."""
+        steps = self._planner.settling(self._chain, slots)
         try:
-            if on_gathered is not None and not self._rest(todo):
-                stack.foreign.call("on_gathered", on_gathered)
-            moves = [(slot.span, slot.record) for slot in todo.gathers]
-            moves += [(span, record) for span, records in todo.skipped for record in records]
-            self._writes += await stack.spills.start(moves, self._stored.failed)
+            while True:
+                next(steps)
+                await asyncio.sleep(0)
+        except StopIteration as settled:
+            return cast("list[ObjectRecord]", settled.value)
         finally:
-            path = planner.settle(self._chain, todo.gathers)
-            stack.demotion.grown()
-        return path
+            for _ in steps:
+                pass
 
     def _count(self, todo: StorePlan, failed: Sequence[Failure]) -> None:
         stored, host = self._stored, self._stack.host
@@ -156,7 +193,8 @@ class Storing:
             todo.unplanned.clear()
             todo.joined.clear()
         stored.failed += failed
-        stored.spans += [span for span in todo.spans if span not in stored.spans]
+        stored.spans += [span for span in todo.spans if span not in self._spans]
+        self._spans.update(todo.spans)
         stored.skipped |= dict.fromkeys(span for span, _ in todo.skipped)
         stored.dropped += todo.dropped
         nbytes = sum(slot.piece.nbytes for slot in todo.gathers)

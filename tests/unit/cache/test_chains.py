@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -204,3 +205,28 @@ async def test_a_prompt_is_packed_once_and_hashed_once(
         await cache.store(prompt, engine.view(engine.slots(64)), scope=scope)
         assert packed == [64]
         assert len(hashed) == 64 // cache.namespace.tokens_per_tail + len(scope.salts)
+
+
+@pytest.mark.asyncio
+async def test_naming_a_long_prompt_gives_others_their_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvlayer.cache._STEP", 16)
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async with Cache.open(config(), layout()) as cache:
+        counting = asyncio.create_task(count())
+        for name in (cache.named, cache.control.explain):
+            before = turns
+            await name(tokens(320))
+            assert turns - before >= 320 // 16
+        async with cache.lookup(tokens(320)):
+            pass
+        assert (await cache.named(tokens(320))).links == cache.chain(tokens(320)).links
+        counting.cancel()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from stacks import Rig, chain_of, check_accounts, make_rig
 
+from kvlayer.abc.stager import HostCopy
 from kvlayer.errors import BackendError
 from kvlayer.keys import ChunkChain, ObjectKey
 from kvlayer.layout import KVView
@@ -425,4 +426,78 @@ async def test_a_lookup_waits_for_nothing_but_a_promise() -> None:
     rig.backend.gate.set()
     await loading
     rig.planner.release(lease.number)
+    await rig.aclose()
+
+
+# -- long prompts ----------------------------------------------------------------------------------
+
+
+class Parts:
+    """Counts what each gather moves; the second one waits, or fails."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.sizes: list[int] = []
+        self.second = asyncio.Event()
+        self.raises: Exception | None = None
+        self.gather, rig.stager.gather = rig.stager.gather, self.count  # type: ignore[method-assign]
+
+    async def count(self, view: KVView, copies: Sequence[HostCopy]) -> None:
+        self.sizes.append(len(copies))
+        if len(self.sizes) == 2:
+            if self.raises is not None:
+                raise self.raises
+            await self.second.wait()
+        await self.gather(view, copies)
+
+
+@in_virtual_time
+async def test_a_long_prompt_is_gathered_in_parts_and_served_part_by_part() -> None:
+    rig, chain = make_rig(pages=512), chain_of(300 * 16)
+    parts = Parts(rig)
+    storing = asyncio.create_task(store(rig, chain))
+    await asyncio.sleep(1.0)
+    assert rig.planner.match(chain).tokens == 16 * parts.sizes[0]  # others need not wait for all
+    parts.second.set()
+    stored = await storing
+    assert len(stored.spans) == sum(parts.sizes) == 300
+    assert max(parts.sizes) <= 144 and len(parts.sizes) == 3
+    assert rig.planner.match(chain).tokens == chain.num_tokens
+    assert rig.backend.count("put") == 300
+    again = await store(rig, chain)
+    assert (len(again.spans), len(again.skipped), len(parts.sizes)) == (0, 300, 3)
+    check_accounts(rig.planner, idle=True)
+    await rig.aclose()
+
+
+@pytest.mark.parametrize("how", ["cancelled", "raises"])
+@in_virtual_time
+async def test_what_ends_a_long_store_leaves_whole_chunks_and_holds_nothing(how: str) -> None:
+    rig, chain = make_rig(pages=512), chain_of(300 * 16)
+    rig.hold(chain_of(20 * 16))
+    promised = len(rig.planner.promises)
+    parts = Parts(rig)
+    parts.raises = RuntimeError("device lost") if how == "raises" else None
+    storing = asyncio.create_task(store(rig, chain))
+    await asyncio.sleep(1.0)
+    storing.cancel()
+    await asyncio.wait({storing})
+    reached = rig.planner.match(chain).tokens
+    assert 16 * 100 < reached == 16 * (20 + parts.sizes[0])
+    assert len(rig.planner.promises) == promised
+    await rig.settled()
+    check_accounts(rig.planner, idle=True)
+    await rig.aclose()
+
+
+@in_virtual_time
+async def test_the_prefix_of_a_long_store_stays_until_all_of_it_is_planned() -> None:
+    rig, chain = make_rig(pages=256, write="never"), chain_of(400 * 16)
+    rig.hold(chain_of(20 * 16))
+    parts = Parts(rig)
+    parts.second.set()
+    stored = await store(rig, chain)
+    assert stored.dropped
+    assert rig.planner.match(chain).tokens == 256 * 16
+    check_accounts(rig.planner, idle=True)
     await rig.aclose()
