@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from kvlayer_transformers import Session
 
@@ -120,3 +121,22 @@ def test_nothing_is_left_on_the_model(
         session.generate(prompt(40), streamer=_Streamer(), **NEW)
     session.generate(prompt(40), **NEW)
     assert not llama._forward_pre_hooks
+
+
+def test_callbacks_may_call_the_model(
+    llama: Any, open_session: OpenSession, prompt: Prompt
+) -> None:
+    """Guidance does; what it computes is no part of the answer's past."""
+    session = open_session(llama, exact=False)
+    ids = torch.tensor([prompt(40)])
+
+    def process(rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        llama(rows[:, -3:], past_key_values=DynamicCache(), use_cache=True)
+        llama(rows[:, -3:])
+        session.generate(prompt(20, seed=5), **NEW)
+        return scores
+
+    found = session.generate(ids, logits_processor=[process], **NEW)
+    assert torch.equal(found.sequences, _answer(llama, ids))
+    assert session.troubles == 0
+    assert session.generate(ids, **NEW).loaded == 32

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 from kvlayer import Cache, KVView, Portal, Scope, StoreReport
+from kvlayer._values import items
 from kvlayer.errors import (
     ClosedError,
     ForkedError,
@@ -121,7 +122,8 @@ class Carrier:
 
     def _rows(self, prompts: Prompts, scopes: Scopes, ends: Sequence[int]) -> list[Row]:
         """The batch's rows, each up to its end column and with its scope."""
-        each = [scopes] * prompts.rows if isinstance(scopes, Scope) else list(scopes)
+        given = items("scope", scopes, Scope, hint="pass a kvlayer.Scope, or one for each prompt")
+        each = given * prompts.rows if isinstance(scopes, Scope) else given
         if len(each) != prompts.rows:
             raise TokensError(
                 f"{len(each)} scopes for {prompts.rows} prompts",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
 from kvlayer_transformers.contents import called
-from kvlayer_transformers.engine import Model
+from kvlayer_transformers.engine import Model, Past
 from kvlayer_transformers.prompts import Prompts
 
 __all__ = ["Feed"]
@@ -20,27 +19,23 @@ class Feed:
 
     A logits processor, a streamer or whatever else is handed ids may write to them, before or
     after they are computed; the ids that ``generate`` returns then name other KV. Inside ``with``
-    each forward pass that this thread begins is noted.
+    each forward pass that continues the past is noted. Callbacks may call the model as they like.
     """
 
-    def __init__(self, model: Model, prompts: Prompts) -> None:
-        """Until the ``with`` block, the columns of a past are those of ``prompts``."""
+    def __init__(self, model: Model, prompts: Prompts, past: Past) -> None:
+        """Until the ``with`` block, the columns of ``past`` are those of ``prompts``."""
         self._model = called(model)
         self._prompts = prompts
+        self._past = past
         self._before = prompts.columns
         self._passes: list[torch.Tensor] = []
         self._known = True
 
-    def after(self, columns: int) -> Self:
-        """The passes inside ``with`` continue a past of the first ``columns`` of the prompts."""
-        self._before = columns
-        return self
-
     def __enter__(self) -> Self:
-        thread = threading.get_ident()
+        self._before = self._past.get_seq_length()
 
         def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if threading.get_ident() != thread:
+            if kwargs.get("past_key_values") is not self._past:
                 return
             ids = kwargs.get("input_ids", args[0] if args else None)
             if isinstance(ids, torch.Tensor) and ids.ndim == 2:

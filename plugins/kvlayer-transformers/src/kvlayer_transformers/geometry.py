@@ -75,6 +75,11 @@ class Geometry:
         one value per token and layer.
         """
         check_version()
+        if not (hasattr(model, "config") and hasattr(model, "generate")):
+            raise UnsupportedError(
+                f"a {type(model).__name__} is no model that generates",
+                hint="pass what AutoModelForCausalLM.from_pretrained(...) returns",
+            )
         config = model.config.get_text_config(decoder=True)
         _check_model(model, config)
         check_ready(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ from typing import Any, Self
 import torch
 
 from kvlayer import CacheConfig, Portal, Scope, StoreReport
+from kvlayer._values import callee, flag, instance, text, whole
 from kvlayer.errors import LayoutError, UnsupportedError
 from kvlayer.events import Sink
 from kvlayer_transformers.adapters import Adapters
@@ -75,18 +77,20 @@ class Session:
         whose past kvlayer cannot carry. With ``prove`` that is tried by computing, once per class
         and configuration: see :mod:`kvlayer_transformers.proof`.
         """
+        portal = instance("portal", portal, Portal, hint="open one, or use Session.open")
         self.model = model
         self.geometry = geometry or Geometry.of(model)
-        self.exact = exact
-        self.keep_answers = keep_answers
-        self.report_prefill = report_prefill
+        self.exact = flag("exact", exact)
+        self.keep_answers = flag("keep_answers", keep_answers)
+        self.report_prefill = flag("report_prefill", report_prefill)
         if portal.cache.namespace.groups != self.geometry.groups:
             raise LayoutError(
                 "the portal was opened for other KV groups than this model's",
                 hint="open it with Geometry.of(model).layout, or use Session.open",
             )
         self._chunk = portal.cache.namespace.tokens_per_chunk
-        self.pass_tokens = 2 * self._chunk if pass_tokens is None else pass_tokens
+        width = 2 * self._chunk if pass_tokens is None else pass_tokens
+        self.pass_tokens = whole("pass_tokens", width)
         if self.pass_tokens < 1 or self.pass_tokens % self._chunk:
             raise UnsupportedError(
                 f"pass_tokens must be a multiple of the chunk ({self._chunk} tokens), found "
@@ -94,7 +98,7 @@ class Session:
                 hint="reuse begins where a pass and a chunk end together",
             )
         adapters = Adapters(model)
-        self._suitability = Suitability(model, adapters, prove=prove)
+        self._suitability = Suitability(model, adapters, prove=flag("prove", prove))
         self._carrier = Carrier(portal, self.geometry, adapters)
         self._owned = ExitStack()
 
@@ -104,7 +108,7 @@ class Session:
         model: Model,
         config: CacheConfig,
         *,
-        weights: str = "",
+        weights: str | os.PathLike[str] = "",
         pass_tokens: int | None = None,
         exact: bool = True,
         keep_answers: bool = True,
@@ -120,9 +124,15 @@ class Session:
         is compared with it, and what differs is part of the name; a digest is believed.
         ``geometry`` saves the one-token forward pass of ``Geometry.of(model)`` when it is known.
         """
+        config = instance("config", config, CacheConfig, hint="pass kvlayer.CacheConfig(...)")
+        place = text(
+            "weights",
+            os.fspath(weights) if isinstance(weights, os.PathLike) else weights,
+            hint="pass the model's folder, or 'sha256:<64 hex digits>'",
+        )
         geometry = geometry or Geometry.of(model)
         width = 2 * config.tokens_per_chunk if pass_tokens is None else pass_tokens
-        config, namespace = identity_of(model, geometry, config, weights=weights, pass_tokens=width)
+        config, namespace = identity_of(model, geometry, config, weights=place, pass_tokens=width)
         with ExitStack() as opened:
             portal = opened.enter_context(
                 Portal.open(config, geometry.layout, namespace, sinks=tuple(sinks))
@@ -195,6 +205,7 @@ class Session:
         Returns once the bytes have left ``past`` and the tiers written through have committed.
         Raises ``UnsupportedError`` for a ``past`` of a kind kvlayer cannot carry.
         """
+        first_token = whole("first_token", first_token, error=LayoutError)
         prompts = self._prompts(input_ids, attention_mask)
         layers = layers_of(past, self.geometry)
         rows = layers[0][0].shape[0]
@@ -236,16 +247,18 @@ class Session:
         ``KeyboardInterrupt``) is raised once the KV of the prompt, as far as it was computed, has
         been stored.
         """
+        load, save = flag("load", load), flag("save", save)
+        on_pass = None if on_pass is None else callee("on_pass", on_pass)
         prompts, rest = read_prompts(
             input_ids, attention_mask, arguments, partial(guessed_padding, self.model)
         )
         rest = self._checked(prompts, rest)
         loading = self._load(prompts, scope) if load else Loading(as_cache([], 0))
         past = loading.past
-        feed = Feed(self.model, prompts)
+        feed = Feed(self.model, prompts, past)
         try:
             self._compute(prompts, past, loading.columns, on_pass)
-            with feed.after(past.get_seq_length()):
+            with feed:
                 sequences: torch.Tensor = generate(self.model, prompts, past, **rest)
         except BaseException:
             if save:
