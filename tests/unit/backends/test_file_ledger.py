@@ -44,3 +44,17 @@ def test_an_evicted_file_is_forgotten() -> None:
     (victim,) = ledger.take(40, 1, 0.0)
     ledger.settle([victim], Eviction(gone=[victim]))
     assert (ledger.used_nbytes, len(ledger), ledger.take(1, 1, 0.0)) == (0, 0, [])
+
+
+def test_what_was_spared_goes_in_the_order_in_which_it_was_used() -> None:
+    """A victim that turned out to be in use: it is as recent as its last use, not as its name."""
+    ledger = Ledger(PrefixLRU, 200)
+    for at, key in enumerate((KEY, OTHER, THIRD)):
+        ledger.create(key, 40, at + 1)
+    victims = ledger.take(120, 1, 0.0)
+    assert [victim.key for victim in victims] == [KEY, OTHER, THIRD]
+    spared = {KEY: 30, OTHER: 10, THIRD: 20}
+    ledger.settle(victims, Eviction(spared=[(each, spared[each.key]) for each in victims]))
+    assert ledger.take(1, 1, 0.0) == []  # not named again before all are
+    ledger.spare(spared)
+    assert [victim.key for victim in ledger.take(120, 1, 0.0)] == [OTHER, THIRD, KEY]
