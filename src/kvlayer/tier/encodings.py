@@ -20,7 +20,7 @@ from kvlayer.codec.frame import (
     pack_rows,
     read_rows,
 )
-from kvlayer.keys import RAW, Encoding, ObjectName
+from kvlayer.keys import RAW, Encoding, ObjectKey, ObjectName
 from kvlayer.payload import Payload, align
 from kvlayer.results import Cause
 from kvlayer.tier import coding
@@ -51,6 +51,19 @@ class Coding(ABC):
     @abstractmethod
     def into(self, job: Job) -> tuple[memoryview, ...]:
         """What a read is lent."""
+
+    @abstractmethod
+    def frame_nbytes(self, payload: Payload) -> int:
+        """The most that an object is on the tier, in bytes."""
+
+    @abstractmethod
+    def check(
+        self, key: ObjectKey, payload: Payload, first_token: int, frame: memoryview, filled: int
+    ) -> int:
+        """Verify ``filled`` bytes of a frame without decoding it; its length.
+
+        Raises ``FrameError``.
+        """
 
     @abstractmethod
     def deliver(self, job: Job, filled: int) -> None:
@@ -95,6 +108,17 @@ class Raw(Coding):
             lent.append(memory[HEADER_NBYTES : HEADER_NBYTES + padding])
         return tuple(lent)
 
+    def frame_nbytes(self, payload: Payload) -> int:
+        return coding.frame_nbytes(payload)
+
+    def check(
+        self, key: ObjectKey, payload: Payload, first_token: int, frame: memoryview, filled: int
+    ) -> int:
+        nbytes = coding.frame_nbytes(payload)
+        header, body = frame[:HEADER_NBYTES], (frame[HEADER_NBYTES:nbytes],)
+        coding.verify(key, payload, header, body, filled, first_token=first_token)
+        return nbytes
+
     def deliver(self, job: Job, filled: int) -> None:
         memory = job.scratch
         assert memory is not None
@@ -121,12 +145,12 @@ class Segments(Coding):
         self._codec = codec
 
     def write_scratch(self, payload: Payload, *, copies: bool) -> int:
-        return self._bound(payload)
+        return self.frame_nbytes(payload)
 
     def read_scratch(self, payload: Payload, *, copies: bool) -> int:
-        return self._bound(payload)
+        return self.frame_nbytes(payload)
 
-    def _bound(self, payload: Payload) -> int:
+    def frame_nbytes(self, payload: Payload) -> int:
         bounds = (self._codec.bound(payload, segment) for segment in payload.segments())
         return HEADER_NBYTES + align(sum(bounds))
 
@@ -159,25 +183,38 @@ class Segments(Coding):
 
     def into(self, job: Job) -> tuple[memoryview, ...]:
         assert job.scratch is not None
-        return (job.scratch[: self._bound(job.payload)],)  # the object may end before
+        return (job.scratch[: self.frame_nbytes(job.payload)],)  # the object may end before
+
+    def check(
+        self, key: ObjectKey, payload: Payload, first_token: int, frame: memoryview, filled: int
+    ) -> int:
+        rows = self._rows(key, payload, first_token, frame, filled)
+        return HEADER_NBYTES + align(rows[-1].offset + rows[-1].nbytes)
+
+    def _rows(
+        self, key: ObjectKey, payload: Payload, first_token: int, frame: memoryview, filled: int
+    ) -> tuple[Row, ...]:
+        """The segments of a frame, whose checksums are right."""
+        header = read_rows(
+            frame[:HEADER_NBYTES],
+            min(filled, frame.nbytes),
+            name=ObjectName.made(key, self.encoding),
+            payload=payload,
+            first_token=first_token,
+        )
+        for row in header.rows:
+            check_segment(row, coding.checksum((_part(frame, row),)), row.checksum)
+        return header.rows
 
     def deliver(self, job: Job, filled: int) -> None:
         payload, memory = job.payload, job.scratch
         assert memory is not None
-        header = read_rows(
-            memory[:HEADER_NBYTES],
-            min(filled, memory.nbytes),
-            name=ObjectName.made(job.key, self.encoding),
-            payload=payload,
-            first_token=job.first_token,
-        )
-        coded = [_part(memory, row) for row in header.rows]
-        for row, part in zip(header.rows, coded, strict=True):  # before a byte of it is decoded
-            check_segment(row, coding.checksum((part,)), row.checksum)
+        rows = self._rows(job.key, payload, job.first_token, memory, filled)
         with job.delivering() as may:
             if not may:
                 return
-            for segment, row, part in zip(payload.segments(), header.rows, coded, strict=True):
+            for segment, row in zip(payload.segments(), rows, strict=True):
+                part = _part(memory, row)
                 into = coding.cut(job.regions, segment.offset, segment.offset + segment.nbytes)
                 try:
                     self._codec.decode(payload, segment, part, row.meta_nbytes, into)
@@ -185,6 +222,6 @@ class Segments(Coding):
                     raise FrameError(Cause.CORRUPT, f"{self._codec.name}: {exc}") from None
 
 
-def _part(memory: memoryview, row: Row) -> memoryview:
+def _part(frame: memoryview, row: Row) -> memoryview:
     start = HEADER_NBYTES + row.offset
-    return memory[start : start + row.nbytes]
+    return frame[start : start + row.nbytes]

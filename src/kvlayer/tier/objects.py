@@ -24,6 +24,7 @@ from kvlayer.tier.batch import Batcher, Job, Lending
 from kvlayer.tier.checks import Checks
 from kvlayer.tier.encodings import Coding, Raw
 from kvlayer.tier.messages import Outcome, Piece
+from kvlayer.tier.relay import End, Relay, Relayed
 from kvlayer.tier.retry import Retry
 from kvlayer.tier.transfer import Arenas, OtherVersion, Transfers
 
@@ -56,6 +57,7 @@ class _Tier:
 
     backend: Backend
     retry: Retry
+    codings: Sequence[Coding]
     is_revocable: bool
     reads: Batcher
     writes: Batcher
@@ -88,6 +90,7 @@ class Objects:
         half = slab.scratch_nbytes // 2
         self._arenas = Arenas(Arena(slab.scratch(0, half)), Arena(slab.scratch(half, half)))
         self._checks = Checks(_CHECK_THREADS, _CHECK_NBYTES)
+        self._relay = Relay(self._arenas.writes, self._checks, shape)
 
         def tier(backend: Backend, retry: Retry, codings: Sequence[Coding]) -> _Tier:
             transfers = Transfers(
@@ -102,7 +105,7 @@ class Objects:
             )
             revocable = Capability.REVOCABLE in backend.capabilities
             reads, writes = Batcher(transfers.read, clock), Batcher(transfers.write, clock)
-            return _Tier(backend, retry, revocable, reads, writes)
+            return _Tier(backend, retry, codings, revocable, reads, writes)
 
         self._tiers = [
             None if backend is None else tier(backend, Retry(count), some)
@@ -185,6 +188,15 @@ class Objects:
             retention=item.retention,
             parent=item.parent,
         )
+
+    async def relay(self, objects: Sequence[Relayed], source: int, target: int) -> list[Outcome]:
+        """Move objects between two lower tiers as they lie there: verified, not decoded.
+
+        Where both hold the encoding; else the outcome is ``FOREIGN_VERSION``. Raises
+        ``BackendError`` when a tier fails as a whole.
+        """
+        ends = [End(self._of(t).backend, self._of(t).codings) for t in (source, target)]
+        return await self._relay.run(objects, *ends)
 
     async def quarantine(self, tier: int, item: Damaged) -> None:
         """Take a damaged object out of sight. Raises ``BackendError``."""
