@@ -13,6 +13,7 @@ from typing import NamedTuple, cast
 from xxhash import xxh3_128
 
 from kvlayer import links
+from kvlayer._values import whole
 from kvlayer.errors import IdentityError, TokensError
 from kvlayer.scope import PUBLIC_ZONE, Scope, zone_at
 from kvlayer.tokens import Tokens, first_unnamed, token_bytes
@@ -174,7 +175,8 @@ class ChunkChain:
         return chain
 
     def until(self, stop: int) -> ChunkChain:
-        """The chain of the first ``stop`` tokens; hashes nothing."""
+        """The chain of the first ``stop`` tokens; hashes nothing. Raises ``ArgumentError``."""
+        stop = whole("stop", stop)
         if stop >= self.num_tokens:
             return self
         chain = self._like()

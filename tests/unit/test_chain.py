@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kvlayer import links
 from kvlayer.chain import ChunkChain, Span
-from kvlayer.errors import IdentityError, TokensError
+from kvlayer.errors import ArgumentError, IdentityError, TokensError
 from kvlayer.scope import PUBLIC_ZONE, Content, Salt, Scope
 from kvlayer.tokens import MAX_NAMED, token_bytes
 
@@ -647,3 +647,10 @@ def test_a_prompt_that_is_named_in_steps_has_the_same_names(data: st.DataObject)
     assert chain.num_tokens == count and turns <= -(-count // step)
     assert chain.fingerprints(2) == whole.fingerprints()[:2]
     assert chain.fingerprints() == whole.fingerprints()
+
+
+@pytest.mark.parametrize("stop", [-1, -8, True, 1.5, None])
+def test_a_chain_ends_at_no_number_that_is_none(stop: object) -> None:
+    chain = ChunkChain(list(range(64)), Scope(), tokens_per_chunk=16, tokens_per_tail=4)
+    with pytest.raises(ArgumentError, match="stop must be a whole number"):
+        chain.until(stop)  # type: ignore[arg-type]
