@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Generator, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from xxhash import xxh3_128
 
@@ -21,6 +21,7 @@ from kvlayer.tokens import Tokens, first_unnamed, token_bytes
 __all__ = ["ChunkChain", "Span"]
 
 _PUBLIC = Scope()
+_new_tuple = cast(Any, tuple).__new__
 
 
 class Span(NamedTuple):
@@ -231,7 +232,7 @@ class ChunkChain:
         starts, stops = range(0, count * step, step), range(step, (count + 1) * step, step)
         fields = zip(starts, stops, self.hashes, itertools.chain((b"",), self.hashes), strict=False)
         # Half as long as with Span._make, and no lookup is without it.
-        return cast("list[Span]", [*map(tuple.__new__, itertools.repeat(Span), fields)])
+        return [*map(_new_tuple, itertools.repeat(Span), fields)]
 
     def ends(self, start: int) -> list[Span]:
         """Every span that may start at ``start``, a multiple of a link; longest first.

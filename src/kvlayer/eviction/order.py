@@ -165,7 +165,7 @@ class EvictionOrder:
             return False
         first, count = min(span[0], span[-1]), len(span)
         rows = slice(first, first + count)
-        if self._states[rows] != bytes((old,)) * count:
+        if self._states[rows] != bytearray((old,)) * count:
             return False
         self._states[rows] = bytes((new,)) * count
         self._sizes[_USUAL] += sign * count

@@ -240,7 +240,7 @@ class Directory:
         """filling -> ready: the bytes are there and verified."""
         assert found.host is Host.FILLING, found.key
         found.host = Host.READY
-        found._key = None
+        found.drop_key()
         _stale(found)
 
     def drop_host(self, found: ObjectRecord) -> int:
@@ -259,7 +259,7 @@ class Directory:
             self._held[tier] += 1
         found.tiers |= 1 << tier
         found.presumed = 0
-        found._key = None
+        found.drop_key()
         _stale(found)
         self._rest(found.chunk)
 

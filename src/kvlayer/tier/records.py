@@ -68,8 +68,9 @@ class ObjectRecord(ChunkRecord):
     too, so that the garbage collector has one thing to look at and a lookup one to read.
     """
 
-    __slots__ = ("_key", "_several", "held", "host", "is_whole", "nbytes", "offset", "own",
-                 "part", "presumed", "retention", "row", "strand", "tiers", "writing")  # fmt: skip
+    __slots__ = ("_key", "held", "host", "is_whole", "nbytes", "offset", "own",
+                 "part", "presumed", "retention", "row", "several", "strand", "tiers",
+                 "writing")  # fmt: skip
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class ObjectRecord(ChunkRecord):
         self.part = part
         self.is_whole = is_whole
         """Whether it alone is all that this rank needs of its group."""
-        self._several: Several | None = None
+        self.several: Several | None = None
         self._key: ObjectKey | None = None
         self.host = Host.ABSENT
         self.offset = -1
@@ -122,7 +123,7 @@ class ObjectRecord(ChunkRecord):
     @property
     def chunk(self) -> ChunkRecord:
         """The record of its span: itself where it is the only one."""
-        return self if self._several is None else self._several
+        return self if self.several is None else self.several
 
     @property
     def objects(self) -> tuple[ObjectRecord, ...]:
@@ -130,10 +131,14 @@ class ObjectRecord(ChunkRecord):
 
     @property
     def key(self) -> ObjectKey:
-        """Its name; remembered while it moves, see :meth:`Directory.ready`."""
+        """Its name; remembered while it moves, see :meth:`drop_key`."""
         if self._key is None:
             self._key = ObjectKey.of(self.namespace, self.zone, self.hash, self.tokens, self.part)
         return self._key
+
+    def drop_key(self) -> None:
+        """It has moved: its name takes more memory than all else, and is computed again."""
+        self._key = None
 
     @property
     def is_ready(self) -> bool:
@@ -174,7 +179,7 @@ class Several(ChunkRecord):
 
     def join(self, found: ObjectRecord) -> None:
         """One more object."""
-        found._several = self
+        found.several = self
         self.parts = (*self.parts, found)
         self.covers = None
 

@@ -119,7 +119,10 @@ class StorePlanner:
                 found[last] = None
         path = [o for record in found for o in record.objects]
         self._host.refresh(path, chain.scope.retention)
-        self._host.string(self._matcher.first(chain, chain.num_tokens)[0])
+        first, _ = self._matcher.first(chain, chain.num_tokens)
+        for at in range(0, len(first), _SLICE):
+            yield
+            self._host.string(first[at : at + _SLICE])
         return path
 
     def _let_go_prefix(self, todo: StorePlan) -> None:
