@@ -30,7 +30,7 @@ class Ledger:
     """The objects of one directory as its janitor counts them.
 
     Bytes are counted from the moment room is granted for them until their file is gone, so what
-    lies on disk is never more than what is counted. Some 200 bytes an object, in flat arrays.
+    lies on disk is never more than what is counted. Some 150 bytes an object, in flat arrays.
 
     With ``prefix-lru`` an object goes only when nothing follows it in a prompt. One whose turn
     comes before *waits*, out of the policy's order, and goes next once its last follower has gone.
