@@ -15,6 +15,7 @@ from kvlayer.bench.lookup import lookup_rows
 from kvlayer.bench.loop import loop_rows
 from kvlayer.bench.measure import Row
 from kvlayer.bench.portal import portal_rows
+from kvlayer.bench.questions import question_rows
 from kvlayer.bench.sick import sick_rows
 
 __all__ = ["GROUPS", "Ask", "Group"]
@@ -51,6 +52,7 @@ GROUPS = (
     Group("evict", lambda ask: evict_rows(ask.rounds)),
     Group("directory", lambda ask: directory_rows(ask.rounds)),
     Group("lookup", lambda ask: lookup_rows(ask.rounds), torch=True),
+    Group("questions", lambda _: question_rows()),
     Group("portal", lambda ask: portal_rows(ask.rounds), torch=True),
     Group("host", lambda ask: host_rows(ask.nbytes, ask.rounds), torch=True),
     Group(
