@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from kvlayer.lookup import Lookups
 from kvlayer.tier.guard import Guard
+from kvlayer.tier.holdings import Holdings
 from kvlayer.tier.host import HostTier
 from kvlayer.tier.lease import LeaseTable
+from kvlayer.tier.lookup_planner import LookupPlanner
 from kvlayer.tier.planner import Planner
 from kvlayer.tier.stack import Stack
 from kvlayer.tier.storing import Storing
@@ -103,8 +104,8 @@ BUGS = {
     ),
     "two_planners": Bug(
         "what another process took away is offered again and again",
-        Planner.missing,
-        "self.directory.drop_tier(record, tier)",
+        Holdings.missing,
+        "self._directory.drop_tier(record, tier)",
         "pass",
     ),
     "full_memory": Bug(
@@ -125,8 +126,8 @@ BUGS = {
 RACES = {
     "found, then leased": Bug(
         "something goes between being found and being leased",
-        Lookups._at_once,
-        "with self._planner.lock:",
+        LookupPlanner.lease_match,
+        "with self.lock:",
         "if True:",
     ),
     "claimed without the lock": Bug(

@@ -20,14 +20,29 @@ from kvlayer.eviction import lists, lru, order
 from kvlayer.results import Cause
 from kvlayer.testing import invariants
 from kvlayer.testing.schedule import Schedule
-from kvlayer.tier import directory, host, lease, matcher, planner, stack
+from kvlayer.tier import (
+    directory,
+    finder,
+    holdings,
+    host,
+    lease,
+    lookup_planner,
+    matcher,
+    planner,
+    stack,
+    store_planner,
+    survey,
+)
 from kvlayer.tier.records import Host, ObjectRecord
 
 WATCHED = [
     directory,
+    finder,
+    holdings,
     host,
     lease,
     lists,
+    lookup_planner,
     lru,
     order,
     lookup,
@@ -36,6 +51,8 @@ WATCHED = [
     parts,
     planner,
     stack,
+    store_planner,
+    survey,
 ]
 LOOKUPS = 4
 STORES = 5
@@ -50,6 +67,7 @@ def play_threads(seed: int) -> list[int]:
             cache = process.cache
             schedule = Schedule(seed, watched=WATCHED)
             real, cache.stack.planner.lock = cache.stack.planner.lock, schedule.lock()  # type: ignore[assignment]
+            cache.parts._counting = schedule.lock()  # type: ignore[assignment]
             try:
                 schedule.run(
                     lambda: _loop(cache, world, Random(seed)),
