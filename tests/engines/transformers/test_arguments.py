@@ -302,21 +302,13 @@ def test_an_encoding_of_more_than_text_is_refused_by_the_field_that_is_more(
             call(image)
 
 
-def test_use_cache_none_says_nothing(llama: Any, open_session: OpenSession, prompt: Prompt) -> None:
+def test_use_cache_none_is_no_default(
+    llama: Any, open_session: OpenSession, prompt: Prompt
+) -> None:
     """transformers takes it for False, and would feed the past its own prompt again."""
-    rows = torch.tensor([prompt(40)])
-    expected = llama.generate(rows, **NEW)
     session = open_session(llama)
-    for loaded in (0, 32):
-        found = session.generate(rows, use_cache=None, **NEW)
-        assert (found.loaded, session.troubles) == (loaded, 0)
-        assert torch.equal(found.sequences, expected)
-    llama.generation_config.use_cache = False
-    try:
-        with pytest.raises(UnsupportedError, match="use_cache=False"):
-            session.generate(rows, use_cache=None, **NEW)
-    finally:
-        llama.generation_config.use_cache = True
+    with pytest.raises(UnsupportedError, match="use_cache=None"):
+        session.generate(prompt(40), use_cache=None, **NEW)
 
 
 def test_token_types_that_are_all_zero_pass_where_they_mean_nothing(

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvlayer.errors import UnsupportedError
 from kvlayer_transformers import Session, verdicts
+from kvlayer_transformers.code import _KNOWN
 from kvlayer_transformers.proof import TooSlow, of_family, of_model
 from kvlayer_transformers.twin import WINDOW, randomise, twin_of
 
@@ -268,6 +269,7 @@ def test_a_model_too_slow_to_be_tried_is_believed_to_be_like_its_twin_in_this_pr
         "kvlayer_transformers.remembered.Remembered.put", lambda _, key, __: stored.append(key)
     )
     monkeypatch.setattr(Slow, "__module__", "transformers.models.slow")  # as if it were theirs
+    monkeypatch.setattr("kvlayer_transformers.code._KNOWN", _KNOWN | {__name__.split(".")[0]})
     session = open_session(model)
     assert "Slow itself was not tried: not done within 60 s" in caplog.text
     assert stored == []  # the next process tries again

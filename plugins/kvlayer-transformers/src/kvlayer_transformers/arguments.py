@@ -111,7 +111,9 @@ def checked_arguments(model: Model, arguments: Mapping[str, Any]) -> dict[str, A
     kept: dict[str, Any] = {}
     for name, value in arguments.items():
         if name == "use_cache" and value is None:
-            continue  # transformers would take it for False, and feed a past its own prompt again
+            _refuse(
+                name, value
+            )  # transformers takes it for False, and feeds a past all of it again
         if name in _CALLS or name in given:
             kept[name] = value
         elif not (value is None or (name in _UNUSED and value is False) or _is_blank(name, value)):

@@ -90,7 +90,7 @@ class Session:
             )
         self._chunk = portal.cache.namespace.tokens_per_chunk
         width = 2 * self._chunk if pass_tokens is None else pass_tokens
-        self.pass_tokens = whole("pass_tokens", width)
+        self.pass_tokens = whole("pass_tokens", width, least=-(2**31))
         if self.pass_tokens < 1 or self.pass_tokens % self._chunk:
             raise UnsupportedError(
                 f"pass_tokens must be a multiple of the chunk ({self._chunk} tokens), found "
