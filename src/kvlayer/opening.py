@@ -87,10 +87,11 @@ async def build(
             config,
             layout,
             namespace,
-            capacity=host.slab.nbytes,
+            slab=host.slab,
             tiers=[top, *lower],
             ranks=ranks,
         )
+        resources.callback(planner.host.extents.detach)
         for tier in lower:
             await _enter_tier(tier, planner, config.close_seconds, resources)
         device = _make_device(
@@ -300,7 +301,7 @@ def _make_planner(
     layout: KVLayout,
     namespace: Namespace,
     *,
-    capacity: int,
+    slab: Slab,
     tiers: Sequence[Tier],
     ranks: Ranks | None,
 ) -> Planner:
@@ -308,7 +309,8 @@ def _make_planner(
         namespace.digest,
         layout,
         tiers=[tier.name for tier in tiers],
-        capacity=capacity,
+        capacity=slab.nbytes,
+        generations=slab.generations(),
         policy=POLICIES.load(config.policy),
         tokens_per_chunk=namespace.tokens_per_chunk,
         tokens_per_tail=namespace.tokens_per_tail,

@@ -17,6 +17,7 @@ __all__ = ["Extents"]
 _SUB_BITS = 4  # 16 size classes per power of two: at most 1/16 of a request is searched past
 _SUB = 1 << _SUB_BITS
 _SAME_CLASS_TRIES = 8
+_WORD = (1 << 64) - 1
 _NOTHING: OrderedDict[int, None] = OrderedDict()
 
 
@@ -29,10 +30,15 @@ def _size_class(pages: int) -> int:
 
 
 class Extents:
-    """Hands out 4 KiB-aligned ranges of ``[0, capacity)``."""
+    """Hands out 4 KiB-aligned ranges of ``[0, capacity)``.
 
-    def __init__(self, capacity: int) -> None:
+    ``generations`` has a word for each page. That of a range's first page changes when the range is
+    handed out and when it is given back: as long as it is what it was, the bytes have one owner.
+    """
+
+    def __init__(self, capacity: int, generations: memoryview | None = None) -> None:
         self.capacity = capacity // ALIGNMENT * ALIGNMENT
+        self._generations = generations
         self.used = 0
         self._taken: dict[int, int] = {}  # start page -> pages
         self._free: dict[int, int] = {}
@@ -60,6 +66,7 @@ class Extents:
         if size > pages:
             self._add(start + pages, size - pages)
         self._taken[start] = pages
+        self._changes_hands(start)
         self.used += pages * ALIGNMENT
         return start * ALIGNMENT
 
@@ -67,6 +74,7 @@ class Extents:
         """Give a range back. Raises ``KeyError`` for one that is not allocated."""
         start = offset // ALIGNMENT
         pages = self._taken.pop(start)
+        self._changes_hands(start)
         self.used -= pages * ALIGNMENT
         before = self._free_ends.get(start)
         if before is not None:
@@ -75,6 +83,20 @@ class Extents:
         if start + pages in self._free:
             pages += self._remove(start + pages)
         self._add(start, pages)
+
+    def generation(self, offset: int) -> int:
+        """The word of the page at ``offset``; 0 where nobody counts."""
+        return 0 if self._generations is None else self._generations[offset // ALIGNMENT]
+
+    def detach(self) -> None:
+        """Count no more: the memory of the words is about to go. Idempotent."""
+        if self._generations is not None:
+            self._generations.release()
+            self._generations = None
+
+    def _changes_hands(self, page: int) -> None:
+        if self._generations is not None:
+            self._generations[page] = (self._generations[page] + 1) & _WORD
 
     def _find(self, pages: int) -> int | None:
         own = _size_class(pages)

@@ -24,14 +24,16 @@ SCRATCH_NBYTES = 16 << 20
 """Committed as it is used: a few headers, where payloads are stored as they are."""
 
 _REGIONS = struct.Struct("<8sQQ")
-_MAGIC = b"KVLSLAB1"
+_MAGIC = b"KVLSLAB2"
+_WORD_NBYTES = 8
 
 
 class Slab:
     """Zeroed, page-aligned memory in regions. Owns the mapping and the descriptor.
 
     ``nbytes`` bytes of slots come first, then scratch, which :mod:`~kvlayer.memory.arena` hands
-    out, then a page that says so, for other processes.
+    out, then a generation for each page of the slots, then a page that says so, for other
+    processes.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class Slab:
         self.nbytes = nbytes // ALIGNMENT * ALIGNMENT
         """Of the slots."""
         self.scratch_nbytes = align(scratch_nbytes)
-        mapped_nbytes = self.nbytes + self.scratch_nbytes + ALIGNMENT
+        mapped_nbytes = _mapped_nbytes(self.nbytes, self.scratch_nbytes)
         self.fd = -1
         """The memfd; -1 where there is none, in an attached slab and once closed."""
         try:
@@ -81,7 +83,7 @@ class Slab:
             attached.fd = -1
             attached._map = mmap.mmap(fd, found.st_size)
             magic, nbytes, scratch = _REGIONS.unpack_from(attached._map, found.st_size - ALIGNMENT)
-            if magic != _MAGIC or nbytes + scratch + ALIGNMENT != found.st_size:
+            if magic != _MAGIC or _mapped_nbytes(nbytes, scratch) != found.st_size:
                 attached._map.close()
                 raise ValueError("it does not say what lies where")
             attached.nbytes, attached.scratch_nbytes = nbytes, scratch
@@ -144,6 +146,17 @@ class Slab:
         start = self.nbytes + offset
         return self.whole()[start : start + nbytes]
 
+    def generations(self) -> memoryview:
+        """Borrow the words, of 8 bytes, one for each page of the slots: see ``Extents``.
+
+        Another process that maps the slab reads an object's word, its bytes, and the word again:
+        where it is what its owner said, the bytes are the object's.
+        """
+        start = self.nbytes + self.scratch_nbytes
+        self.whole()  # raises when it is closed
+        assert self._whole is not None
+        return self._whole[start : start + self.nbytes // ALIGNMENT * _WORD_NBYTES].cast("Q")
+
     def whole(self) -> memoryview:
         """Slots and scratch, for who registers memory. Valid until the slab is closed."""
         if self._whole is None:
@@ -168,6 +181,11 @@ class Slab:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def _mapped_nbytes(nbytes: int, scratch_nbytes: int) -> int:
+    words = align(nbytes // ALIGNMENT * _WORD_NBYTES)
+    return nbytes + scratch_nbytes + words + ALIGNMENT
 
 
 def _seal(fd: int) -> None:

@@ -31,8 +31,14 @@ class HostTier:
     ``now`` is in Unix seconds: some objects are to be kept until a time.
     """
 
-    def __init__(self, capacity: int, policy: PolicyMaker, directory: Directory) -> None:
-        self.extents = Extents(capacity)
+    def __init__(
+        self,
+        capacity: int,
+        policy: PolicyMaker,
+        directory: Directory,
+        generations: memoryview | None = None,
+    ) -> None:
+        self.extents = Extents(capacity, generations)
         self.order = EvictionOrder(policy)
         self.directory = directory
         self.pinned_nbytes = 0

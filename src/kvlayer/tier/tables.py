@@ -29,8 +29,8 @@ _MAX_SHAPES = 4096
 class Tables:
     """One rank of one namespace, or several ``ranks`` that ``layout`` unites.
 
-    ``tiers`` are names, that of the host first. What is decided is decided by the pure files that
-    are put together here; they are given the moment.
+    ``tiers`` are names, that of the host first; ``generations`` are the slab's. What is decided is
+    decided by the pure files that are put together here; they are given the moment.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class Tables:
         tokens_per_tail: int,
         head_shards: int = 0,
         ranks: Sequence[KVLayout] = (),
+        generations: memoryview | None = None,
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
     ) -> None:
@@ -62,7 +63,7 @@ class Tables:
         self.directory = Directory(namespace, needs)
         lengths = range(tokens_per_tail, tokens_per_chunk + 1, tokens_per_tail)
         self._matcher = Matcher(self.directory, self._groups, self._cuts, lengths)
-        self.host = HostTier(capacity, policy, self.directory)
+        self.host = HostTier(capacity, policy, self.directory, generations)
         self.leases = LeaseTable(self.host)
         self.journal = Journal()
         self.promises = Promises(namespace)

@@ -13,6 +13,7 @@ import pytest
 from descriptors import descriptors
 
 from kvlayer.errors import CapacityError, ClosedError, UnsupportedError
+from kvlayer.memory.extents import Extents
 from kvlayer.memory.handle import SlabHandle
 from kvlayer.memory.slab import Slab
 
@@ -141,6 +142,7 @@ def test_a_handle_finds_the_slab_from_another_process() -> None:
     slab = Slab(2 * PAGE)
     code = """
 import sys
+from kvlayer.memory.extents import Extents
 from kvlayer.memory.handle import SlabHandle
 from kvlayer.memory.slab import Slab
 slab = Slab.attach_to(SlabHandle(*map(int, sys.argv[1:])))
@@ -236,3 +238,38 @@ def test_memory_lent_past_closing_goes_with_the_last_view_though_somebody_keeps_
     del view
     assert descriptors() == before
     slab.close()
+
+
+def test_a_slot_that_changes_hands_says_so_to_who_maps_the_slab() -> None:
+    slab = Slab(8 * PAGE)
+    other = Slab.attach(slab.fd) if slab.fd >= 0 else slab
+    theirs = other.generations()
+    extents = Extents(slab.nbytes, slab.generations())
+    assert theirs.nbytes == 8 * 8 and not any(theirs)
+    slot = extents.allocate(2 * PAGE)
+    assert slot is not None
+    seen = theirs[slot // PAGE]  # what its owner tells a reader once the bytes are there
+    assert seen == extents.generation(slot) != 0
+    kept = extents.allocate(PAGE)
+    assert kept is not None and theirs[slot // PAGE] == seen
+    extents.release(slot)
+    assert theirs[slot // PAGE] != seen
+    for nbytes in (PAGE, 2 * PAGE, 4 * PAGE):  # whoever has the bytes next, in whatever cut
+        again = extents.allocate(nbytes)
+        assert again is not None and theirs[slot // PAGE] != seen
+        extents.release(again)
+    assert theirs[kept // PAGE] == extents.generation(kept)
+    slab.view(0, slab.nbytes)[:] = b"\xff" * slab.nbytes  # no slot reaches them
+    assert theirs[kept // PAGE] == extents.generation(kept)
+    theirs.release()
+    extents.detach()
+    extents.release(kept)  # nobody counts any more
+    assert extents.generation(kept) == 0
+    slab.close()
+
+
+def test_a_generation_never_runs_out() -> None:
+    words = memoryview(bytearray(b"\xff" * 8)).cast("Q")
+    extents = Extents(PAGE, words)
+    assert extents.allocate(PAGE) == 0
+    assert words[0] == 0
