@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvlayer.config_source import PREFIX
+from kvlayer.config.source import PREFIX
 
 
 @pytest.fixture(autouse=True)

@@ -21,10 +21,10 @@ from kvlayer.abc.backend import (
     Write,
     WriteResult,
 )
+from kvlayer.config.registry import BACKENDS
 from kvlayer.errors import ClosedError, ConfigError
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.layout import NHD
-from kvlayer.registry import BACKENDS
 from kvlayer.urls import BackendURL
 
 

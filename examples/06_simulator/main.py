@@ -9,8 +9,8 @@ from array import array
 import torch
 
 from kvlayer import AttentionKind, Cache, CacheConfig, KVGroup, KVLayout, ModelConfig, TierConfig
+from kvlayer.config.registry import BACKENDS
 from kvlayer.layout import NHD, KVView
-from kvlayer.registry import BACKENDS
 from kvlayer.testing import invariants
 from kvlayer.testing.faults import Dying, Injected, Slow, given, tally
 from kvlayer.testing.memory import MemoryBackend

@@ -10,13 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kvlayer.cache import Cache
-    from kvlayer.config import CacheConfig, ModelConfig, TierConfig
+    from kvlayer.api.cache import Cache
+    from kvlayer.api.lookup import Lookup, LookupState
+    from kvlayer.api.portal import Portal
+    from kvlayer.config.model import CacheConfig, ModelConfig, TierConfig
     from kvlayer.errors import KVLayerError
+    from kvlayer.identity.namespace import Namespace
     from kvlayer.layout import AttentionKind, GroupLayout, HitRule, KVGroup, KVLayout, KVView
-    from kvlayer.lookup import Lookup, LookupState
-    from kvlayer.namespace import Namespace
-    from kvlayer.portal import Portal
     from kvlayer.results import Cause, Explanation, Health, RetrieveReport, Stats, StoreReport
     from kvlayer.retention import Retention
     from kvlayer.scope import Content, Salt, Scope
@@ -53,13 +53,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "cache": ("Cache",),
-    "config": ("CacheConfig", "ModelConfig", "TierConfig"),
+    "api.cache": ("Cache",),
+    "config.model": ("CacheConfig", "ModelConfig", "TierConfig"),
     "errors": ("KVLayerError",),
     "layout": ("AttentionKind", "GroupLayout", "HitRule", "KVGroup", "KVLayout", "KVView"),
-    "lookup": ("Lookup", "LookupState"),
-    "namespace": ("Namespace",),
-    "portal": ("Portal",),
+    "api.lookup": ("Lookup", "LookupState"),
+    "identity.namespace": ("Namespace",),
+    "api.portal": ("Portal",),
     "results": ("Cause", "Explanation", "Health", "RetrieveReport", "Stats", "StoreReport"),
     "retention": ("Retention",),
     "scope": ("Content", "Salt", "Scope"),

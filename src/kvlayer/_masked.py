@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kvlayer._foreign import words
 from kvlayer.errors import BackendError, ConfigError, KVLayerError
+from kvlayer.runtime.foreign import words
 from kvlayer.urls import BackendURL, parse_bool, parse_bytes
 
 __all__ = ["Mask"]

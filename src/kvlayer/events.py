@@ -14,9 +14,9 @@ from itertools import count
 from time import time
 from typing import TypeAlias
 
-from kvlayer._foreign import Foreign
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.results import Cause, Failure
+from kvlayer.runtime.foreign import Foreign
 
 __all__ = [
     "Emitter",

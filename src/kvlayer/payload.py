@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvlayer.errors import LayoutError
-from kvlayer.keys import Part
+from kvlayer.identity.keys import Part
 from kvlayer.layout import AttentionKind, KVGroup
 
 __all__ = ["ALIGNMENT", "Payload", "Segment", "align"]

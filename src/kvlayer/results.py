@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from kvlayer.keys import Span
+from kvlayer.identity.keys import Span
 
 __all__ = [
     "Cause",

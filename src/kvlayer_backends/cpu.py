@@ -10,7 +10,6 @@ from itertools import count
 from time import time
 from typing import ClassVar, Self
 
-from kvlayer._offload import Offload
 from kvlayer.abc.backend import (
     Backend,
     Capability,
@@ -27,12 +26,13 @@ from kvlayer.abc.backend import (
     WriteResult,
 )
 from kvlayer.abc.host import HostMemory
+from kvlayer.config.registry import POLICIES
 from kvlayer.errors import BackendError, ClosedError, ConfigError
 from kvlayer.eviction.order import EvictionOrder
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.memory.extents import Extents
 from kvlayer.memory.slab import Slab
-from kvlayer.registry import POLICIES
+from kvlayer.runtime.offload import Offload
 from kvlayer.urls import BackendURL, parse_bytes
 
 __all__ = ["CpuBackend", "CpuOptions"]

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from honest import HonestBackend, Place
 
-from kvlayer.keys import ObjectKey
-from kvlayer.registry import BACKENDS
+from kvlayer.config.registry import BACKENDS
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.testing.bounded import Patience
 from kvlayer.testing.suite import Outcome
 from kvlayer.testing.suites.backend import BackendSuite

@@ -17,7 +17,7 @@ from kvlayer.abc.backend import (
     WriteResult,
 )
 from kvlayer.errors import BackendError
-from kvlayer.keys import ObjectKey, ObjectName
+from kvlayer.identity.keys import ObjectKey, ObjectName
 from kvlayer.testing.suite import Outcome
 
 

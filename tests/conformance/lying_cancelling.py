@@ -19,7 +19,7 @@ from kvlayer.abc.backend import (
     Write,
     WriteResult,
 )
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.testing.suite import Outcome
 
 

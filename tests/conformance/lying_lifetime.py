@@ -14,7 +14,7 @@ from kvlayer.abc.backend import (
     WriteResult,
 )
 from kvlayer.errors import BackendError
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.testing.suite import Outcome
 
 

@@ -14,7 +14,7 @@ from liars import PAGE, breaks
 
 from kvlayer.abc.backend import Hit, Miss, Read, ReadResult, Write, WriteResult
 from kvlayer.errors import BackendError
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.testing.suite import Outcome
 from kvlayer.urls import BackendURL
 

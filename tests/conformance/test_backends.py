@@ -6,8 +6,8 @@ import os
 import sqlite3
 from contextlib import closing
 
-from kvlayer.keys import ObjectKey
-from kvlayer.registry import BACKENDS
+from kvlayer.config.registry import BACKENDS
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.testing import BackendSuite
 from kvlayer_backend_template import SQLiteBackend
 from kvlayer_backends.file.paths import Paths

@@ -18,7 +18,7 @@ from kvlayer.eviction.lru import LRU, PrefixLRU
 from kvlayer.results import Cause
 from kvlayer.testing import FrameSuite, PolicySuite, Suite
 from kvlayer.testing.loan import noise
-from kvlayer.tier.coding import encode, verify
+from kvlayer.tier.transfer.coding import encode, verify
 
 
 class TestFrame(FrameSuite):

@@ -14,7 +14,7 @@ from honest import HonestBackend
 from liars import LIARS, HonestSuite, found_in
 
 from kvlayer.abc.backend import Backend, Capability
-from kvlayer.registry import BACKENDS
+from kvlayer.config.registry import BACKENDS
 from kvlayer.testing.memory import MemoryBackend
 from kvlayer.testing.promise import Need, Promise
 from kvlayer.testing.suite import Outcome

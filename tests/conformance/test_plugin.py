@@ -47,7 +47,7 @@ def test_a_suite_without_a_backend_is_an_error_that_says_what_to_do(tmp_path: Pa
 
 def test_a_broken_promise_is_a_failed_test_that_quotes_the_contract(tmp_path: Path) -> None:
     source = """
-from kvlayer.registry import BACKENDS
+from kvlayer.config.registry import BACKENDS
 from kvlayer.testing import BackendSuite
 from kvlayer_backends.cpu import CpuBackend
 
@@ -73,7 +73,7 @@ class TestLiar(BackendSuite):
 
 def test_an_exception_is_shown_from_the_promise_down_to_the_backend(tmp_path: Path) -> None:
     source = """
-from kvlayer.registry import BACKENDS
+from kvlayer.config.registry import BACKENDS
 from kvlayer.testing import BackendSuite
 from kvlayer_backends.cpu import CpuBackend
 
@@ -104,7 +104,7 @@ def test_the_fixtures_run_coroutines_and_report_hangs(tmp_path: Path) -> None:
     source = """
 import asyncio
 import pytest
-from kvlayer.registry import open_backend
+from kvlayer.config.registry import open_backend
 from kvlayer.testing.promise import Hung
 
 def test_a_coroutine_runs(kvlayer_run, kvlayer_url):

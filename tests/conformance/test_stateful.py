@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from kvlayer.abc.backend import Backend, Read, ReadResult, Write, WriteResult
-from kvlayer.keys import ChunkChain, ObjectKey
-from kvlayer.registry import open_backend
+from kvlayer.config.registry import open_backend
+from kvlayer.identity.keys import ChunkChain, ObjectKey
 from kvlayer.testing import Broken, strategies
 from kvlayer.testing.stateful import backend_machine
 from kvlayer_backend_template import SQLiteBackend

@@ -14,7 +14,7 @@ import torch
 from kvlayer import Cache, ModelConfig
 from kvlayer.bench.host import LLAMA
 from kvlayer.layout import HND, NHD, KVLayout
-from kvlayer.staging.cuda.stager import CudaStager
+from kvlayer.staging.cuda.stager import DeviceStager
 from kvlayer.staging.sample import paged_view
 
 TOKENS = caches.tokens(4096 + 40, seed=3)
@@ -44,7 +44,7 @@ async def test_what_a_device_stored_comes_back_from_a_file_bit_for_bit(
     with caplog.at_level(logging.WARNING):
         async with Cache.open(config, layout) as cache:
             stager = cache.stack.device._stager
-            assert isinstance(stager, CudaStager)
+            assert isinstance(stager, DeviceStager)
             assert await stager.ready(device)
             report = await cache.store(TOKENS, writer)
             assert report.stored == 17 and not report.failed

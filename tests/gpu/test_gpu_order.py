@@ -13,14 +13,14 @@ import torch
 
 from kvlayer.abc.stager import HostCopy
 from kvlayer.bench.host import LLAMA
-from kvlayer.keys import Part
+from kvlayer.identity.keys import Part
 from kvlayer.layout import NHD, KVLayout, KVView, LoadedLayers
 from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload
 from kvlayer.staging.cuda.calibration import Calibration
 from kvlayer.staging.cuda.devices import Devices
 from kvlayer.staging.cuda.runtime import cupy_runtime
-from kvlayer.staging.cuda.stager import CudaStager
+from kvlayer.staging.cuda.stager import DeviceStager
 from kvlayer.staging.sample import paged_view
 
 pytestmark = pytest.mark.asyncio
@@ -39,8 +39,8 @@ def slab() -> Iterator[Slab]:
 
 
 @asynccontextmanager
-async def opened(slab: Slab, device: int, **thresholds: Any) -> AsyncGenerator[CudaStager]:
-    stager = CudaStager(LAYOUT, slab=slab, devices=Devices(slab, Calibration(**thresholds)))
+async def opened(slab: Slab, device: int, **thresholds: Any) -> AsyncGenerator[DeviceStager]:
+    stager = DeviceStager(LAYOUT, slab=slab, devices=Devices(slab, Calibration(**thresholds)))
     try:
         assert await stager.ready(device), "the log says why not"
         await stager.pinned()

@@ -15,11 +15,11 @@ from kvlayer.abc.stager import HostCopy
 from kvlayer.bench.gpu import gpu_rows
 from kvlayer.bench.host import LLAMA
 from kvlayer.bench.report import table
-from kvlayer.keys import Part
+from kvlayer.identity.keys import Part
 from kvlayer.layout import HND, NHD, KVLayout, KVView
 from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload
-from kvlayer.staging.cuda.stager import CudaStager
+from kvlayer.staging.cuda.stager import DeviceStager
 from kvlayer.staging.sample import paged_view
 from kvlayer.staging.torch_stager import TorchStager
 
@@ -42,7 +42,7 @@ def payloads(layout: KVLayout, slab: Slab, chunks: int) -> list[HostCopy]:
 async def test_a_device_moves_what_torch_moves(axes: Any, form: str, device: int) -> None:
     layout = KVLayout.single(LLAMA, axes, tokens_per_block=BLOCK, form=form)
     slab, plain = Slab(4 << 25), Slab(4 << 25)
-    stager, oracle = CudaStager(layout, slab=slab), TorchStager(layout)
+    stager, oracle = DeviceStager(layout, slab=slab), TorchStager(layout)
     try:
         assert await stager.ready(device), "the log says why not"
         view = paged_view(layout, 4 * CHUNK // BLOCK, seed=2, device=f"cuda:{device}")
@@ -82,7 +82,7 @@ async def test_an_engine_that_multiplies_matrices_is_hardly_disturbed(
     """Reported, not judged: the model of docs/gpu.md says what would falsify it."""
     layout = KVLayout.single(LLAMA, NHD, tokens_per_block=BLOCK)
     slab = Slab(32 << 25)
-    stager = CudaStager(layout, slab=slab)
+    stager = DeviceStager(layout, slab=slab)
     try:
         assert await stager.ready(device)
         await stager.pinned()

@@ -19,7 +19,7 @@ CLI = ("-m", "kvlayer.cli")
 
 OPEN = """
 from kvlayer.errors import KVLayerError
-from kvlayer.registry import open_backend
+from kvlayer.config.registry import open_backend
 try:
     backend = open_backend("acme://somewhere")
 except KVLayerError as exc:

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from kvlayer.tier.guard import Guard
-from kvlayer.tier.holdings import Holdings
-from kvlayer.tier.host import HostTier
-from kvlayer.tier.lease import LeaseTable
-from kvlayer.tier.lookup_planner import LookupPlanner
-from kvlayer.tier.planner import Planner
+from kvlayer.tier.guard.guard import Guard
+from kvlayer.tier.planner.holdings import Holdings
+from kvlayer.tier.planner.host import HostTier
+from kvlayer.tier.planner.lease import LeaseTable
+from kvlayer.tier.planner.lookup_planner import LookupPlanner
+from kvlayer.tier.planner.planner import Planner
 from kvlayer.tier.stack import Stack
 from kvlayer.tier.storing import Storing
 from kvlayer_backends.file.ledger import Ledger

@@ -24,7 +24,7 @@ from kvlayer.results import Cause
 from kvlayer.testing import invariants
 from kvlayer.testing.faults import Injected, Slow, Wrapper
 from kvlayer.testing.memory import MemoryBackend
-from kvlayer.tier.guard import Lane
+from kvlayer.tier.guard.guard import Lane
 
 __all__ = ["LIARS", "play", "playing"]
 

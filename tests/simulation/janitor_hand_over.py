@@ -17,7 +17,7 @@ from world import World
 
 from kvlayer.abc.backend import Hit, Read, Write
 from kvlayer.errors import BackendError
-from kvlayer.keys import PUBLIC_ZONE, ObjectKey, ObjectName, Part
+from kvlayer.identity.keys import PUBLIC_ZONE, ObjectKey, ObjectName, Part
 from kvlayer.testing import invariants
 from kvlayer_backends.file.backend import FileBackend
 from kvlayer_backends.file.options import FileOptions

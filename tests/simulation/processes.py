@@ -20,12 +20,12 @@ from kvlayer import (
     TierConfig,
 )
 from kvlayer.abc.backend import Backend
+from kvlayer.config.registry import BACKENDS
 from kvlayer.events import Event, ObjectQuarantined, ObjectsEvicted
 from kvlayer.layout import NHD
-from kvlayer.registry import BACKENDS
 from kvlayer.testing import invariants
 from kvlayer.testing.faults import given
-from kvlayer.tier.records import Host
+from kvlayer.tier.planner.records import HostState
 from kvlayer_backends.cpu import CpuBackend
 
 T = TypeVar("T")
@@ -125,7 +125,7 @@ class Process:
         """Whether the cache believes that it can serve all of a chunk."""
         records = self.cache.stack.planner.directory.ending(chunk_hash)
         objects = [found for record in records for found in record.objects]
-        ready = [o.host is Host.READY or (o.is_ready and not in_host) for o in objects]
+        ready = [o.host is HostState.READY or (o.is_ready and not in_host) for o in objects]
         return bool(ready) and all(ready)
 
     def commits(self, hashes: list[bytes], since: int) -> None:

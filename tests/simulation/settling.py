@@ -13,7 +13,7 @@ from kvlayer.abc.backend import Backend
 from kvlayer.results import Cause
 from kvlayer.testing import invariants
 from kvlayer.testing.faults import Wrapper
-from kvlayer.tier.guard import Lane
+from kvlayer.tier.guard.guard import Lane
 
 MAX_PAUSE = 60.0  # of a breaker
 

@@ -15,25 +15,26 @@ from typing import Any
 from processes import CHUNK, opened
 from world import PUBLIC, World, simulate
 
-from kvlayer import Cache, lookup, opening, parts
+from kvlayer import Cache
+from kvlayer.api import assembly, lookup, open_cache
 from kvlayer.eviction import lists, lru, order
 from kvlayer.results import Cause
 from kvlayer.testing import invariants
 from kvlayer.testing.schedule import Schedule
-from kvlayer.tier import (
+from kvlayer.tier import stack
+from kvlayer.tier.planner import (
     directory,
-    finder,
     holdings,
     host,
     lease,
     lookup_planner,
     matcher,
     planner,
-    stack,
     store_planner,
     survey,
 )
-from kvlayer.tier.records import Host, ObjectRecord
+from kvlayer.tier.planner.records import HostState, ObjectRecord
+from kvlayer.tier.transfer import finder
 
 WATCHED = [
     directory,
@@ -47,8 +48,8 @@ WATCHED = [
     order,
     lookup,
     matcher,
-    opening,
-    parts,
+    assembly,
+    open_cache,
     planner,
     stack,
     store_planner,
@@ -128,7 +129,7 @@ def _engine(cache: Cache, world: World, schedule: Schedule, chance: Random) -> N
 
 def _check_leased(cache: Cache, world: World, path: Sequence[ObjectRecord]) -> None:
     for record in path:
-        if record.host is not Host.READY:
+        if record.host is not HostState.READY:
             raise invariants.Broken(f"{record.key} is leased, and was evicted")
         expected = world.right[record.key.end_hash]
         if cache.stack.objects.slab.view(record.offset, len(expected)) != expected:

@@ -20,9 +20,11 @@ from unittest import mock
 
 import torch
 
-from kvlayer import Cache, opening, registry
+from kvlayer import Cache
 from kvlayer._version import version
-from kvlayer.keys import ObjectKey, Scope
+from kvlayer.api import assembly
+from kvlayer.config import registry
+from kvlayer.identity.keys import ObjectKey, Scope
 from kvlayer.testing import invariants
 from kvlayer.testing.faults import Injected, tally
 from kvlayer.testing.sim import run
@@ -111,7 +113,7 @@ def simulate(main: Coroutine[Any, Any, None], seed: int, trace: list[str] | None
     # Metadata is read once for all seeds: it would be half of what they cost.
     with (
         mock.patch.object(registry, "entry_points", _entry_points),
-        mock.patch.object(opening, "version", _version),
+        mock.patch.object(assembly, "version", _version),
     ):
         run(main, seed=seed, trace=trace)
 

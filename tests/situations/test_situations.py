@@ -48,12 +48,12 @@ def test_a_constructed_situation_costs_misses_and_nothing_else(
 
 
 def unchecked(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("kvlayer.tier.coding.check_segment", lambda *_: None)
+    patch.setattr("kvlayer.tier.transfer.coding.check_segment", lambda *_: None)
 
 
 def kept(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("kvlayer.tier.lease.LeaseTable.release", lambda *_: True)
-    patch.setattr("kvlayer.tier.lease.LeaseTable.expire", lambda *_: [])
+    patch.setattr("kvlayer.tier.planner.lease.LeaseTable.release", lambda *_: True)
+    patch.setattr("kvlayer.tier.planner.lease.LeaseTable.expire", lambda *_: [])
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -18,7 +18,7 @@ from gpu_sim import Gpu
 
 from kvlayer import Cache
 from kvlayer.staging import device_cache, torch_stager
-from kvlayer.staging.cuda.stager import CudaStager
+from kvlayer.staging.cuda.stager import DeviceStager
 from kvlayer.staging.host_cache import HostCache
 from kvlayer.staging.torch_stager import TorchStager
 
@@ -35,9 +35,9 @@ async def opened(directory: Path) -> AsyncGenerator[Cache]:
         yield cache
 
 
-def stager_of(cache: Cache) -> CudaStager:
+def stager_of(cache: Cache) -> DeviceStager:
     found = cache.stack.device._stager
-    assert isinstance(found, CudaStager)
+    assert isinstance(found, DeviceStager)
     return found
 
 

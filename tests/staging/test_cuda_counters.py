@@ -16,7 +16,7 @@ from kvlayer.layout import NHD_BLOCK_FIRST, KVLayout
 from kvlayer.staging.cuda.calibration import Calibration
 from kvlayer.staging.cuda.devices import Devices
 from kvlayer.staging.cuda.pinned import PIECE_NBYTES
-from kvlayer.staging.cuda.stager import CudaStager
+from kvlayer.staging.cuda.stager import DeviceStager
 
 DEFAULTS = Calibration()
 SLOTS_FILLED = PAYLOAD_NBYTES // DEFAULTS.slot_nbytes
@@ -31,7 +31,7 @@ async def moved(
     gpu = Gpu("count")
     lending = lent(layout, blocks, DeviceTensor)
     with fake_cupy.install(gpu):
-        stager = CudaStager(
+        stager = DeviceStager(
             layout, devices=Devices(lending.slab, thresholds), torch_stager=NoTorch()
         )
         assert await stager.ready()

@@ -20,7 +20,7 @@ from llama_8k import PAYLOAD_NBYTES, SHUFFLED, layout, lent
 from kvlayer.layout import HND, NHD, NHD_BLOCK_FIRST
 from kvlayer.staging.cuda.calibration import Calibration
 from kvlayer.staging.cuda.devices import Devices
-from kvlayer.staging.cuda.stager import CudaStager
+from kvlayer.staging.cuda.stager import DeviceStager
 
 LAYOUTS = {
     "nhd": layout(NHD),
@@ -62,7 +62,9 @@ async def test_a_fill_costs_few_calls(verb: str, what: str, most: int, dose, fig
     held = LAYOUTS[what]
     lending = lent(held, SHUFFLED)
     with null_cupy.install():
-        stager = CudaStager(held, devices=Devices(lending.slab, THRESHOLDS), torch_stager=NoTorch())
+        stager = DeviceStager(
+            held, devices=Devices(lending.slab, THRESHOLDS), torch_stager=NoTorch()
+        )
         pipeline = stager._devices.open(0)
         while stager._devices.pin_next():
             pass

@@ -13,7 +13,7 @@ from gpu_layouts import random_copies, random_layout
 from numpy.typing import NDArray
 
 from kvlayer.abc.stager import HostCopy
-from kvlayer.keys import Part
+from kvlayer.identity.keys import Part
 from kvlayer.layout import NHD_BLOCK_FIRST, AttentionKind, KVGroup, KVLayout, KVView
 from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload

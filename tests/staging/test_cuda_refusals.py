@@ -18,7 +18,7 @@ from gpu_sim import Gpu, bytes_at
 
 from kvlayer.memory.slab import Slab
 from kvlayer.staging.cuda.devices import Devices
-from kvlayer.staging.cuda.stager import CudaStager
+from kvlayer.staging.cuda.stager import DeviceStager
 
 KINDS = {
     "malloc": "device",
@@ -53,7 +53,7 @@ async def life(gpu: Gpu, refusals: Refusals) -> list[str]:
     """
     with gpu_refusals.install(gpu, refusals):
         slab = Slab(1 << 20)
-        stager = CudaStager(
+        stager = DeviceStager(
             MIXED,
             threads=1,
             devices=Devices(slab, SMALL, piece_nbytes=300 << 10),

@@ -31,7 +31,7 @@ from hang import HANG
 
 from kvlayer.abc.stager import HostCopy
 from kvlayer.errors import LayoutError, UnsupportedError
-from kvlayer.keys import Part
+from kvlayer.identity.keys import Part
 from kvlayer.layout import KVLayout
 from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload
@@ -41,7 +41,7 @@ from kvlayer.staging.cuda.calibration import Calibration
 from kvlayer.staging.cuda.devices import Devices
 from kvlayer.staging.cuda.pipeline import Pipeline
 from kvlayer.staging.cuda.runs import Runs
-from kvlayer.staging.cuda.stager import CudaStager
+from kvlayer.staging.cuda.stager import DeviceStager
 
 BLOCKS = 24
 
@@ -218,7 +218,7 @@ async def test_two_devices_share_one_stager_and_one_pinned_slab(mode: str) -> No
     slab = Slab(1 << 20)
     gpu.watch(np.frombuffer(slab.view(0, slab.nbytes), np.uint8).ctypes.data, slab.nbytes)
     with fake_cupy.install(gpu):
-        stager = CudaStager(PAGED, devices=Devices(slab, SMALL), torch_stager=NoTorch())
+        stager = DeviceStager(PAGED, devices=Devices(slab, SMALL), torch_stager=NoTorch())
         assert await stager.ready(0) and await stager.ready(1)
         await stager.pinned()
         payload = Payload.of(PAGED.groups[0].group, Part(0, (0, 4), (0, 2)), 16)
@@ -281,7 +281,7 @@ async def test_memory_that_cannot_be_pinned_is_copied_all_the_same(
     gpu.pinnable = 40_000
     slab = Slab(1 << 20)
     with fake_cupy.install(gpu):
-        stager = CudaStager(
+        stager = DeviceStager(
             PAGED,
             devices=Devices(slab, SMALL, piece_nbytes=10 << 10),
             torch_stager=NoTorch(),

@@ -9,7 +9,7 @@ import pytest
 from cases import NAMED, Case, launch, random_floats
 from emulator import Efficiency, Emulator, Memory
 
-from kvlayer.keys import Part
+from kvlayer.identity.keys import Part
 from kvlayer.layout import AttentionKind, GroupLayout, KVGroup
 from kvlayer.payload import Payload
 from kvlayer.staging.kernels.int8 import dequantize_plan, int8_layer_nbytes, quantize_plan

@@ -10,7 +10,7 @@ from cases import NAMED
 from checks import CHECKS
 from emulator import ORDERS, Emulator, Memory
 
-from kvlayer.keys import Part
+from kvlayer.identity.keys import Part
 from kvlayer.layout import AttentionKind, KVGroup
 from kvlayer.payload import Payload
 from kvlayer.staging.address import Side, Strip

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import ClassVar
 from unittest import mock
 
-from kvlayer import opening
 from kvlayer.abc.codec import Codec, Coded
+from kvlayer.api import assembly
 from kvlayer.payload import Payload, Segment
-from kvlayer.tier.encodings import Coding, Segments
+from kvlayer.tier.transfer.encodings import Coding, Segments
 
 __all__ = ["DOUBLES", "FAILS", "SHRINKS", "coded"]
 
@@ -110,5 +110,5 @@ DOUBLES, SHRINKS, FAILS = Segments(Doubles()), Segments(Shrinks()), Segments(Fai
 @contextmanager
 def coded(*codings: Coding) -> Generator[None]:
     """Caches that open inside write the first to their lower tiers, and read all of them."""
-    with mock.patch.object(opening, "_codings", lambda tiers: [codings for _ in tiers]):
+    with mock.patch.object(assembly, "_codings", lambda tiers: [codings for _ in tiers]):
         yield

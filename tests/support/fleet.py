@@ -11,11 +11,11 @@ from engine import Engine
 from hang import HANG
 
 from kvlayer import Cache, CacheConfig, KVLayout, Portal
-from kvlayer.job import Job
-from kvlayer.loop_thread import LoopThread
-from kvlayer.rank import Rank
+from kvlayer.api.rank_worker import RankWorker
+from kvlayer.runtime.job import Job
+from kvlayer.runtime.loop_thread import LoopThread
 from kvlayer.tier.messages import Completion, Order
-from kvlayer.tier.ranks import Ranks, RemoteView
+from kvlayer.tier.ranks.rank_team import RankTeam, RemoteView
 
 T = TypeVar("T")
 
@@ -25,8 +25,8 @@ class Fleet:
     """``engines[r]`` is what rank r's views show; ``slots`` where a view of any name lies."""
 
     portal: Portal
-    ranks: Ranks
-    workers: list[LoopThread[Rank]]
+    ranks: RankTeam
+    workers: list[LoopThread[RankWorker]]
     engines: list[Engine]
     slots: dict[str, Any] = field(default_factory=dict[str, Any])
     orders: list[Order] = field(default_factory=list[Order])
@@ -40,7 +40,7 @@ class Fleet:
     def answer(self, order: Order) -> bytes:
         """What the order's rank says when it has carried it out."""
         view = self.engines[order.rank].view(self.slots[order.view])
-        packed = self.workers[order.rank].call(Rank.carry_out, order.to_bytes(), view)
+        packed = self.workers[order.rank].call(RankWorker.carry_out, order.to_bytes(), view)
         return self.spoil(Completion.from_bytes(packed)).to_bytes()
 
     def drive(self, job: Job[T]) -> T:
@@ -74,11 +74,11 @@ def fleet(
     config: CacheConfig, layout: KVLayout, ranks: Sequence[KVLayout], *, blocks: int = 32
 ) -> Generator[Fleet]:
     with ExitStack() as stack:
-        fleet = Ranks(ranks)
+        fleet = RankTeam(ranks)
         portal = stack.enter_context(Portal.open(config, layout, ranks=fleet))
         greeting = fleet.greeting()
         workers = [
-            stack.enter_context(Rank.start(greeting, each, number))
+            stack.enter_context(RankWorker.start(greeting, each, number))
             for number, each in enumerate(ranks)
         ]
         engines = [Engine(each, blocks, 1 + number) for number, each in enumerate(ranks)]

@@ -29,23 +29,23 @@ from kvlayer.codec.frame import (
     VERSION,
     FrameError,
 )
-from kvlayer.config import CacheConfig
-from kvlayer.config_source import load_config
+from kvlayer.config.local_directory import local_directory
+from kvlayer.config.model import CacheConfig
+from kvlayer.config.source import load_config
 from kvlayer.doctor.cgroup import cpu_quota, memory_limit
 from kvlayer.doctor.machine import Machine
 from kvlayer.doctor.memory import commit, group_memory, locking, machine_memory
 from kvlayer.doctor.system import cpus
 from kvlayer.errors import ConfigError, IdentityError, MessageError
-from kvlayer.keys import ObjectKey, ObjectName, Part
+from kvlayer.identity.keys import ObjectKey, ObjectName, Part
+from kvlayer.identity.namespace import Namespace
+from kvlayer.identity.weights_cache import DigestCache, _line
 from kvlayer.layout import AttentionKind, KVGroup
-from kvlayer.local_directory import local_directory
-from kvlayer.namespace import Namespace
 from kvlayer.payload import Payload
 from kvlayer.results import Cause
-from kvlayer.tier.coding import encode, verify, write_scratch
 from kvlayer.tier.messages import Completion, Greeting, Order
+from kvlayer.tier.transfer.coding import encode, verify, write_scratch
 from kvlayer.urls import BackendURL, format_bytes, parse_bytes
-from kvlayer.weights_cache import DigestCache, _line
 from kvlayer_backends.cpu import CpuOptions
 from kvlayer_backends.file.options import FileOptions
 from kvlayer_backends.file.paths import Paths, Shard

@@ -32,7 +32,7 @@ from kvlayer.abc.backend import (
 )
 from kvlayer.abc.offload import Offload
 from kvlayer.errors import BackendError, ClosedError
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.urls import BackendURL, parse_bytes
 
 __all__ = ["HonestBackend", "Place"]

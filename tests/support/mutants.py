@@ -82,12 +82,17 @@ class FileReport:
 
 
 def mirrors(source: Path, root: Path) -> list[Path]:
-    """The test files that mirror ``source``: named after it, else those of its folder."""
+    """The test files that mirror ``source``: named after it, else those of the nearest folder."""
     every = sorted((root / "tests").rglob("test_*.py"))
     stem = source.stem.strip("_")
     named = [path for path in every if re.search(rf"(^|_){stem}(_|$)", path.stem[5:])]
-    beside = [path for path in named if path.parent.name == source.parent.name]
-    return beside or named or [path for path in every if path.parent.name == source.parent.name]
+    folders = [folder.name for folder in source.relative_to(root).parents]
+
+    def beside(paths: list[Path]) -> list[Path]:
+        near = ([path for path in paths if path.parent.name == folder] for folder in folders)
+        return next(filter(None, near), [])
+
+    return beside(named) or named or beside(every)
 
 
 class Runner:

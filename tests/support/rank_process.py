@@ -18,9 +18,9 @@ from engine import Engine
 
 from kvlayer import KVLayout, KVView
 from kvlayer._pack import pack, unpack
+from kvlayer.api.rank_worker import RankWorker
 from kvlayer.errors import MessageError
 from kvlayer.layout import NHD
-from kvlayer.rank import Rank
 
 BLOCKS = 32
 
@@ -65,7 +65,7 @@ def main() -> None:
     number, heads = int(sys.argv[1]), tuple(map(int, sys.argv[2].split("-")))
     layout = held((heads[0], heads[1]))
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    with Rank.start(receive(requests), layout, number) as rank:
+    with RankWorker.start(receive(requests), layout, number) as rank:
         send(answers, "joined")
         engine = Engine(layout, BLOCKS, number)
         while (request := receive(requests)) is not None:
@@ -76,7 +76,7 @@ def main() -> None:
                 case "order":
                     view = engine.view(torch.tensor(request["slots"]))
                     try:
-                        send(answers, rank.call(Rank.carry_out, request["order"], view))
+                        send(answers, rank.call(RankWorker.carry_out, request["order"], view))
                     except MessageError as error:
                         send(answers, str(error))
                 case "digest":

@@ -20,9 +20,9 @@ from kvlayer.abc.backend import (
     WriteResult,
 )
 from kvlayer.bench.sick import Sickness, SickTier
+from kvlayer.config.registry import BACKENDS
 from kvlayer.errors import BackendError
-from kvlayer.keys import ObjectKey
-from kvlayer.registry import BACKENDS
+from kvlayer.identity.keys import ObjectKey
 
 T = TypeVar("T")
 

@@ -29,9 +29,9 @@ from warped import Outside, warp
 from wayward import Wayward, raises
 
 from kvlayer import Cache, CacheConfig, ModelConfig, Scope, TierConfig
-from kvlayer.config_source import load_config
+from kvlayer.config.registry import BACKENDS, POLICIES
+from kvlayer.config.source import load_config
 from kvlayer.errors import KVLayerError
-from kvlayer.registry import BACKENDS, POLICIES
 from kvlayer.testing import invariants
 from kvlayer.testing.faults import Injected, given
 from kvlayer.testing.memory import MemoryBackend

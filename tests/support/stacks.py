@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvlayer._offload import Offload
 from kvlayer.abc.backend import (
     DeleteResult,
     Hit,
@@ -24,7 +23,7 @@ from kvlayer.codec.frame import HEADER_NBYTES
 from kvlayer.errors import BackendError
 from kvlayer.events import Emitter, Event
 from kvlayer.eviction.lru import PrefixLRU
-from kvlayer.keys import ChunkChain, ObjectKey, Part, Scope
+from kvlayer.identity.keys import ChunkChain, ObjectKey, Part, Scope
 from kvlayer.layout import (
     NHD,
     STATE_BLOCKS,
@@ -36,14 +35,15 @@ from kvlayer.layout import (
     KVView,
 )
 from kvlayer.memory.slab import Slab
+from kvlayer.runtime.offload import Offload
 from kvlayer.testing import invariants
 from kvlayer.testing.memory import MemoryBackend as Honest
-from kvlayer.tier.device import LocalDevice
-from kvlayer.tier.guard import Guard
-from kvlayer.tier.objects import Objects
-from kvlayer.tier.planner import Planner, Reservation, StorePlan
+from kvlayer.tier.guard.guard import Guard
+from kvlayer.tier.planner.planner import Planner, Reservation, StorePlan
 from kvlayer.tier.stack import Stack
 from kvlayer.tier.tier import LowerTier, Tier
+from kvlayer.tier.transfer.device import LocalDevice
+from kvlayer.tier.transfer.objects import Objects
 
 check_accounts = invariants.accounts
 

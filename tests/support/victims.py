@@ -22,7 +22,7 @@ from stacks import check_accounts
 
 from kvlayer import Cache, CacheConfig, KVLayout, ModelConfig, TierConfig
 from kvlayer.layout import NHD
-from kvlayer.tier.named import Named
+from kvlayer.tier.transfer.named import Named
 from kvlayer_backends.file import FileBackend
 
 __all__ = ["COUNT", "OBJECTS", "debris", "engine", "file_tier", "held", "recover",

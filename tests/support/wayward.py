@@ -15,7 +15,7 @@ from typing import Any
 
 from kvlayer.abc.backend import Backend, Hit, Listed, Miss, Read, Write
 from kvlayer.errors import BackendError, BackendUnavailableError
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.testing.faults import Injected, Wrapper
 
 __all__ = ["Wayward", "raised", "raises"]

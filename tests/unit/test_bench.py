@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from kvlayer.api.cache import Cache
 from kvlayer.bench import file, groups
 from kvlayer.bench.bare import BareFiles, forget, takes_direct
 from kvlayer.bench.breakeven import break_evens
@@ -28,7 +29,6 @@ from kvlayer.bench.measure import Row, Taken, alternate
 from kvlayer.bench.prompts import prompt
 from kvlayer.bench.report import picture, table
 from kvlayer.bench.sick import sick_rows
-from kvlayer.cache import Cache
 from kvlayer.cli import bench as command
 from kvlayer.cli.main import EXIT_BAD, EXIT_USAGE, program
 from kvlayer.errors import BackendError

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlayer import links
-from kvlayer.chain import ChunkChain, Span
 from kvlayer.errors import ArgumentError, IdentityError, TokensError
+from kvlayer.identity import links
+from kvlayer.identity.chain import ChunkChain, Span
+from kvlayer.identity.tokens import MAX_NAMED, token_bytes
 from kvlayer.scope import PUBLIC_ZONE, Content, Salt, Scope
-from kvlayer.tokens import MAX_NAMED, token_bytes
 
 CHUNK, TAIL = 8, 2
 MAX = 60
@@ -558,7 +558,7 @@ def test_growing_hashes_and_packs_only_what_is_new(monkeypatch: pytest.MonkeyPat
     chain = chain_of([*range(400)])
     monkeypatch.setattr(links, "sha256", spy)
     monkeypatch.setattr(
-        "kvlayer.chain.token_bytes", lambda tokens: packed.append(len(tokens)) or sent
+        "kvlayer.identity.chain.token_bytes", lambda tokens: packed.append(len(tokens)) or sent
     )
     packed: list[int] = []
     sent = struct.pack("<3I", 400, 401, 402)

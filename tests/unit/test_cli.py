@@ -10,8 +10,8 @@ from click.testing import CliRunner
 
 from kvlayer._version import version
 from kvlayer.cli.main import Program, program
+from kvlayer.config.registry import COMMANDS
 from kvlayer.errors import BackendUnavailableError, ConfigError, PluginError
-from kvlayer.registry import COMMANDS
 
 
 @pytest.fixture

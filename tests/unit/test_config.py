@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import kvlayer.config
-from kvlayer.config import CacheConfig, ModelConfig, TierConfig
-from kvlayer.config_source import load_config
+import kvlayer.config.model
+from kvlayer.config.model import CacheConfig, ModelConfig, TierConfig
+from kvlayer.config.source import load_config
 from kvlayer.errors import ConfigError, KVLayerError
 
 DOCS = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -422,7 +422,7 @@ def test_the_file_in_the_documentation_is_valid(toml):
 
 
 def test_every_configuration_error_is_one_of_ours_and_a_value_error():
-    assert issubclass(kvlayer.config.FieldError, ConfigError)
+    assert issubclass(kvlayer.config.model.FieldError, ConfigError)
     assert issubclass(ConfigError, KVLayerError)
     assert issubclass(ConfigError, ValueError)
 

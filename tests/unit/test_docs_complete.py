@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 
 from kvlayer import errors, events
-from kvlayer.config import CacheConfig, ModelConfig, TierConfig
+from kvlayer.config.model import CacheConfig, ModelConfig, TierConfig
 from kvlayer.results import Cause
 from kvlayer_backends.cpu import CpuOptions
 from kvlayer_backends.file.options import FileOptions

@@ -8,7 +8,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from kvlayer.events import Emitter, Event, LookupDone, ObjectQuarantined, TierChanged
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.results import Cause
 
 LOOKUP = LookupDone(owner="me", asked_tokens=10, hit_tokens=8, seconds=0.1)

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from kvlayer.keys import ChunkChain, Content, ObjectKey, Part, Salt, Scope
+from kvlayer.identity.keys import ChunkChain, Content, ObjectKey, Part, Salt, Scope
+from kvlayer.identity.namespace import KEY_SCHEMA, Namespace
 from kvlayer.layout import AttentionKind, HitRule, KVGroup
-from kvlayer.namespace import KEY_SCHEMA, Namespace
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "keys.json"
 

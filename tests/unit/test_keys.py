@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvlayer.errors import LayoutError
-from kvlayer.keys import PUBLIC_ZONE, ObjectKey, Part
+from kvlayer.identity.keys import PUBLIC_ZONE, ObjectKey, Part
 
 # ---- Parts and keys ----
 

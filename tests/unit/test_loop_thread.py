@@ -18,8 +18,8 @@ import pytest
 from hang import HANG
 
 from kvlayer.errors import ClosedError, KVLayerError, PendingError, UnsupportedError
-from kvlayer.job import Job
-from kvlayer.loop_thread import _TURN, LoopThread
+from kvlayer.runtime.job import Job
+from kvlayer.runtime.loop_thread import _TURN, LoopThread
 
 
 class Subject:
@@ -401,7 +401,9 @@ def test_submitting_while_it_closes_is_either_answered_or_refused() -> None:
 
 
 def test_a_loop_that_dies_answers_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvlayer.loop_thread._TURN", 1)  # it dies long before it has begun all
+    monkeypatch.setattr(
+        "kvlayer.runtime.loop_thread._TURN", 1
+    )  # it dies long before it has begun all
 
     async def leave(_: Subject) -> None:
         asyncio.get_running_loop().stop()
@@ -484,7 +486,7 @@ class Refusing:
 def test_work_that_refuses_to_be_cancelled_is_left_behind_by_name(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("kvlayer.loop_thread._REFUSAL_SECONDS", 0.01)
+    monkeypatch.setattr("kvlayer.runtime.loop_thread._REFUSAL_SECONDS", 0.01)
     subject, refusing = Subject(), Refusing()
 
     @asynccontextmanager
@@ -516,7 +518,7 @@ def test_work_that_refuses_to_be_cancelled_is_left_behind_by_name(
 def test_a_loop_that_is_held_by_its_work_is_left_behind(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("kvlayer.loop_thread._BLOCKED_SECONDS", 0.01)
+    monkeypatch.setattr("kvlayer.runtime.loop_thread._BLOCKED_SECONDS", 0.01)
     reached, go = threading.Event(), threading.Event()
 
     async def block(_: Subject) -> None:
@@ -567,7 +569,7 @@ def test_closing_takes_its_time_while_the_loop_takes_its_turns(
         return wait(ended, HANG)
 
     thread = LoopThread.start(opener)
-    monkeypatch.setattr("kvlayer.loop_thread.wait", waited)
+    monkeypatch.setattr("kvlayer.runtime.loop_thread.wait", waited)
     thread.close()
     assert (rounds, subject.left) == (3, "clean")
 
@@ -576,7 +578,7 @@ def test_closing_takes_its_time_while_the_loop_takes_its_turns(
 def test_a_task_that_nobody_knows_and_nobody_can_cancel_keeps_nobody_waiting(
     monkeypatch: pytest.MonkeyPatch, is_open: bool
 ) -> None:
-    monkeypatch.setattr("kvlayer.loop_thread._REFUSAL_SECONDS", 0.01)
+    monkeypatch.setattr("kvlayer.runtime.loop_thread._REFUSAL_SECONDS", 0.01)
     refusing, threads = Refusing(), list[threading.Thread]()
 
     @asynccontextmanager
@@ -606,7 +608,7 @@ def test_a_forked_child_can_neither_use_it_nor_hang_on_it() -> None:
 import asyncio, os, sys, warnings
 from contextlib import asynccontextmanager
 from kvlayer.errors import ForkedError
-from kvlayer.loop_thread import LoopThread
+from kvlayer.runtime.loop_thread import LoopThread
 
 @asynccontextmanager
 async def opener():
@@ -644,7 +646,7 @@ def test_an_interpreter_that_exits_without_closing_ends_cleanly() -> None:
 import asyncio, atexit, threading
 from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager
-from kvlayer.loop_thread import LoopThread
+from kvlayer.runtime.loop_thread import LoopThread
 
 answered = threading.Event()
 atexit.register(lambda: print("answered" if answered.wait(10) else "left waiting"))

@@ -125,10 +125,10 @@ def names(source: str) -> list[str]:
 
 
 def test_a_files_tests_are_those_named_after_it_else_its_folders() -> None:
-    assert names("src/kvlayer/tier/guard.py") == ["test_guard.py", "test_guard_breaker.py"]
+    assert names("src/kvlayer/tier/guard/guard.py") == ["test_guard.py", "test_guard_breaker.py"]
     assert "test_slots.py" in names("src/kvlayer/staging/slots.py")
     assert "test_file_janitor.py" in names("src/kvlayer_backends/file/janitor.py")
-    beside = names("src/kvlayer/tier/turns.py")
+    beside = names("src/kvlayer/tier/guard/lane_queue.py")
     assert "test_guard.py" in beside and "test_keys.py" not in beside
 
 

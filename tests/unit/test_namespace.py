@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvlayer.errors import ConfigError, IdentityError, KVLayerError
+from kvlayer.identity.namespace import COMPUTE_DTYPES, Namespace
 from kvlayer.layout import DTYPE_NBYTES, AttentionKind, HitRule, KVGroup
-from kvlayer.namespace import COMPUTE_DTYPES, Namespace
 
 WEIGHTS = "sha256:" + "ab" * 32
 MHA = KVGroup(AttentionKind.MHA, (0, 1), "bfloat16", 3, 64)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from hang import HANG
 
-from kvlayer._offload import Offload, _Todo
 from kvlayer.errors import ClosedError
+from kvlayer.runtime.offload import Offload, _Todo
 
 
 class Work:
@@ -491,7 +491,7 @@ async def test_closing_may_leave_a_thread_that_does_not_end_and_says_so() -> Non
 
 _HANGS = """
 import asyncio, os, sys
-from kvlayer._offload import Offload
+from kvlayer.runtime.offload import Offload
 os.mkfifo(sys.argv[1])
 async def main():
     offload = Offload(1, "hangs")
@@ -503,8 +503,8 @@ async def main():
     task = asyncio.ensure_future(offload.run(hang))
     await began.wait()
     return task
-import kvlayer._threads
-kvlayer._threads._EXIT_SECONDS = 0.1
+import kvlayer.runtime.threads
+kvlayer.runtime.threads._EXIT_SECONDS = 0.1
 loop = asyncio.new_event_loop()
 kept = loop.run_until_complete(main())
 sys.exit(3)
@@ -520,7 +520,7 @@ def test_a_thread_that_hangs_does_not_hold_up_the_end_of_the_process(tmp_path: P
 def test_work_that_runs_at_exit_is_waited_for() -> None:
     code = (
         "import threading\n"
-        "from kvlayer._threads import Threads\n"
+        "from kvlayer.runtime.threads import Threads\n"
         "gate = threading.Event()\n"
         "def work():\n"
         "    gate.wait()\n"

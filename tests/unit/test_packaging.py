@@ -78,7 +78,7 @@ def test_every_public_name_resolves_without_any_tensor_library(bare):
 
 def test_every_built_in_plugin_loads_without_any_tensor_library(bare):
     code = (
-        "from kvlayer.registry import BACKENDS, COMMANDS, POLICIES\n"
+        "from kvlayer.config.registry import BACKENDS, COMMANDS, POLICIES\n"
         "for registry in (BACKENDS, POLICIES, COMMANDS):\n"
         "    for name in registry.names(): registry.load(name)\n"
     )

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvlayer.errors import LayoutError
-from kvlayer.keys import Part
+from kvlayer.identity.keys import Part
 from kvlayer.layout import DTYPE_NBYTES, AttentionKind, HitRule, KVGroup
 from kvlayer.payload import Payload, align
 

@@ -8,8 +8,8 @@ import pytest
 
 from kvlayer.abc.backend import Backend
 from kvlayer.abc.policy import EvictionPolicy
+from kvlayer.config.registry import ADAPTERS, BACKENDS, COMMANDS, POLICIES, Plugin, open_backend
 from kvlayer.errors import ConfigError, PluginError, UnknownSchemeError
-from kvlayer.registry import ADAPTERS, BACKENDS, COMMANDS, POLICIES, Plugin, open_backend
 
 
 class _Remembering(Backend):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvlayer import KVLayerError, Retention, Scope
-from kvlayer.keys import ChunkChain
+from kvlayer.identity.keys import ChunkChain
 from kvlayer.retention import RANKS
 
 

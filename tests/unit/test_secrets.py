@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from kvlayer import Cache, CacheConfig, KVLayerError, Salt, Scope, TierConfig
 from kvlayer.cli.main import program
-from kvlayer.config_source import load_config
-from kvlayer.registry import BACKENDS, open_backend
+from kvlayer.config.registry import BACKENDS, open_backend
+from kvlayer.config.source import load_config
 from kvlayer.telemetry.log import LogSink
 from kvlayer.urls import BackendURL, shown_text, shown_url
 from kvlayer_backends.cpu import CpuBackend

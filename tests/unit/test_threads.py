@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 from hang import HANG
 
-from kvlayer._offload import Offload
-from kvlayer._threads import Threads
+from kvlayer.runtime.offload import Offload
+from kvlayer.runtime.threads import Threads
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvlayer.errors import TokensError
-from kvlayer.keys import token_bytes
+from kvlayer.identity.keys import token_bytes
 
 IDS = [0, 1, 2, 127, 128, 255, 256, 32767, 65536, 128000, 2**31 - 1]
 WIDE = [*IDS, 2**31, 2**32 - 1]

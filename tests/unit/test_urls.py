@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvlayer.config.local_directory import local_directory
 from kvlayer.errors import ConfigError
-from kvlayer.local_directory import local_directory
 from kvlayer.urls import (
     BackendURL,
     format_bytes,

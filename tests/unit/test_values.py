@@ -21,7 +21,7 @@ from hang import HANG
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import kvlayer.control
+import kvlayer.api.control
 from kvlayer import (
     AttentionKind,
     Cache,
@@ -252,13 +252,13 @@ def test_every_call_is_tried() -> None:
     }
     control = {
         f"control.{name}"
-        for name, found in inspect.getmembers(kvlayer.control.Control, inspect.isfunction)
+        for name, found in inspect.getmembers(kvlayer.api.control.Control, inspect.isfunction)
         if not name.startswith("_") and len(inspect.signature(found).parameters) > 1
     }
     internal = {"by_tier"}
     assert (public - internal) | control == set(Calls.good)
     for call, names in Calls.good.items():
-        owner = kvlayer.control.Control if "." in call else Cache
+        owner = kvlayer.api.control.Control if "." in call else Cache
         parameters = inspect.signature(getattr(owner, call.rpartition(".")[2])).parameters
         assert set(parameters) - {"self"} == set(names), call
 

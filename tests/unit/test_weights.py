@@ -18,11 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlayer import weights, weights_cache, weights_samples
 from kvlayer.errors import IdentityError
-from kvlayer.namespace import Namespace
-from kvlayer.weights import counts, parse_weights, process_weights, weights_digest
-from kvlayer.weights_cache import DigestCache
+from kvlayer.identity import weights, weights_cache, weights_samples
+from kvlayer.identity.namespace import Namespace
+from kvlayer.identity.weights import counts, parse_weights, process_weights, weights_digest
+from kvlayer.identity.weights_cache import DigestCache
 
 
 def hexed(content: bytes) -> str:
@@ -652,7 +652,7 @@ def test_what_lies_outside_of_every_sample_is_seen_by_reading_the_whole(tmp_path
     file.write_bytes(one)
     first = weights_digest(file)
     file.write_bytes(two)
-    assert weights_digest(file) == first  # as kvlayer.weights_samples says
+    assert weights_digest(file) == first  # as kvlayer.identity.weights_samples says
     for digest in (weights_digest, parse_weights):
         assert digest(str(file), whole=True) == f"sha256:{hexed(two)}"
 

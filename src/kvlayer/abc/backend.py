@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple, Self, TypeAlias
 
 from kvlayer.codec.frame import contradicts_header, stands_for
 from kvlayer.errors import BackendError, UnsupportedError
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.retention import ORDINARY, Retention
 from kvlayer.urls import BackendURL
 

@@ -7,7 +7,7 @@ loop waits for: unlike those of ``concurrent.futures`` they never keep a process
 
 from __future__ import annotations
 
-from kvlayer._offload import Offload
-from kvlayer._threads import Threads
+from kvlayer.runtime.offload import Offload
+from kvlayer.runtime.threads import Threads
 
 __all__ = ["Offload", "Threads"]

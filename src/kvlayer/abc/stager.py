@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from kvlayer.keys import Part
+from kvlayer.identity.keys import Part
 from kvlayer.layout import KVLayout, KVView
 from kvlayer.payload import Payload
 

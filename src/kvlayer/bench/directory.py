@@ -10,8 +10,8 @@ from hashlib import sha256
 from statistics import median
 
 from kvlayer.bench.measure import Row
-from kvlayer.keys import PUBLIC_ZONE, ObjectKey, Part
-from kvlayer.tier.directory import Directory
+from kvlayer.identity.keys import PUBLIC_ZONE, ObjectKey, Part
+from kvlayer.tier.planner.directory import Directory
 
 __all__ = ["directory_rows"]
 

@@ -8,13 +8,13 @@ from statistics import median
 
 from kvlayer.bench.measure import Row
 from kvlayer.bench.prompts import prompt
+from kvlayer.config.registry import POLICIES
 from kvlayer.errors import CapacityError
-from kvlayer.keys import PUBLIC_ZONE, ChunkChain, Scope
+from kvlayer.identity.keys import PUBLIC_ZONE, ChunkChain, Scope
 from kvlayer.layout import NHD, AttentionKind, KVGroup, KVLayout
 from kvlayer.payload import ALIGNMENT
-from kvlayer.registry import POLICIES
-from kvlayer.tier.planner import Planner
-from kvlayer.tier.records import ObjectRecord
+from kvlayer.tier.planner.planner import Planner
+from kvlayer.tier.planner.records import ObjectRecord
 
 __all__ = ["evict_rows"]
 

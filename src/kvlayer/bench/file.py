@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
+from kvlayer.api.cache import Cache
 from kvlayer.bench.bare import BareFiles, forget, takes_direct
 from kvlayer.bench.measure import Row, Taken, stopwatch
 from kvlayer.bench.prompts import prompt
-from kvlayer.cache import Cache
-from kvlayer.config import CacheConfig, ModelConfig, TierConfig
+from kvlayer.config.model import CacheConfig, ModelConfig, TierConfig
 from kvlayer.errors import BackendError
 from kvlayer.layout import NHD, AttentionKind, KVGroup, KVLayout, KVView
 from kvlayer.staging.sample import paged_view

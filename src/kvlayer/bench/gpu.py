@@ -11,21 +11,21 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-from kvlayer._offload import Offload
 from kvlayer.abc.stager import HostCopy
 from kvlayer.bench.host import BLOCK, LLAMA, NBYTES_PER_TOKEN
 from kvlayer.bench.measure import Row, alternate
 from kvlayer.errors import UnsupportedError
-from kvlayer.keys import Part
+from kvlayer.identity.keys import Part
 from kvlayer.layout import NHD, KVLayout, KVView
 from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload
+from kvlayer.runtime.offload import Offload
 from kvlayer.staging.cuda.calibration import Calibration
 from kvlayer.staging.cuda.copies import find_batch_copy
 from kvlayer.staging.cuda.devices import Devices, device_kind
 from kvlayer.staging.cuda.measure import SLOTS, Figures, bare_copy, choose, choose_slot, measure
 from kvlayer.staging.cuda.runtime import Runtime, cupy_runtime
-from kvlayer.staging.cuda.stager import CudaStager
+from kvlayer.staging.cuda.stager import DeviceStager
 from kvlayer.staging.kernels.build import Builder
 from kvlayer.staging.kernels.launch import Kernels
 from kvlayer.staging.sample import paged_view
@@ -108,7 +108,7 @@ async def _moving(
     layout = KVLayout.single(LLAMA, NHD, tokens_per_block=BLOCK, form=name)
     payload = Payload.of(LLAMA, Part(0, (0, 32), (0, 8), name), _CHUNK)
     slab = Slab(ask.chunks * payload.nbytes)
-    stager = CudaStager(layout, slab=slab, devices=Devices(slab, calibration))
+    stager = DeviceStager(layout, slab=slab, devices=Devices(slab, calibration))
     try:
         if not await stager.ready(ask.number):
             raise UnsupportedError(f"CUDA device {ask.number} cannot be used; the log says why")

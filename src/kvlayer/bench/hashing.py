@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from kvlayer.bench.measure import Row, alternate, seconds_of
 from kvlayer.bench.prompts import bare_chain, prompt
-from kvlayer.keys import ChunkChain, Scope
+from kvlayer.identity.keys import ChunkChain, Scope
 
 __all__ = ["hash_rows"]
 

@@ -6,9 +6,9 @@ import random
 import time
 from array import array
 
+from kvlayer.api.cache import Cache
 from kvlayer.bench.measure import Row, alternate
-from kvlayer.cache import Cache
-from kvlayer.config import CacheConfig, TierConfig
+from kvlayer.config.model import CacheConfig, TierConfig
 from kvlayer.layout import NHD, AttentionKind, KVGroup, KVLayout, KVView
 from kvlayer.staging.sample import Memcpy, paged_view
 

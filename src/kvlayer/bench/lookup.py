@@ -11,12 +11,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from statistics import median
 
+from kvlayer.api.cache import Cache
 from kvlayer.bench.measure import Row, seconds_of
 from kvlayer.bench.prompts import bare_chain, prompt
-from kvlayer.cache import Cache
-from kvlayer.config import CacheConfig, TierConfig
+from kvlayer.config.model import CacheConfig, TierConfig
 from kvlayer.errors import CapacityError
-from kvlayer.keys import Scope
+from kvlayer.identity.keys import Scope
 from kvlayer.layout import NHD, AttentionKind, KVGroup, KVLayout
 from kvlayer.payload import ALIGNMENT
 

@@ -16,12 +16,12 @@ from typing import Any, TypeAlias
 
 from xxhash import xxh3_64_intdigest
 
+from kvlayer.api.cache import Cache
 from kvlayer.bench.heartbeat import Heartbeat
 from kvlayer.bench.host import BLOCK, LLAMA, NBYTES_PER_TOKEN, prompt_of
 from kvlayer.bench.measure import Row
 from kvlayer.bench.objects import object_rows
-from kvlayer.cache import Cache
-from kvlayer.config import CacheConfig, ModelConfig, TierConfig
+from kvlayer.config.model import CacheConfig, ModelConfig, TierConfig
 from kvlayer.layout import NHD, KVLayout, KVView
 from kvlayer.staging.sample import Memcpy, paged_view
 

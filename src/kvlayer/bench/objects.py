@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import ClassVar
 
 from kvlayer.abc.backend import Read, ReadResult, Write, WriteResult
+from kvlayer.api.cache import Cache
 from kvlayer.bench.host import BLOCK
 from kvlayer.bench.measure import Row
 from kvlayer.bench.prompts import prompt
 from kvlayer.bench.sick import SickTier
-from kvlayer.cache import Cache
-from kvlayer.config import CacheConfig, ModelConfig, TierConfig
+from kvlayer.config.model import CacheConfig, ModelConfig, TierConfig
+from kvlayer.config.registry import BACKENDS
 from kvlayer.layout import NHD, AttentionKind, KVGroup, KVLayout, KVView
-from kvlayer.registry import BACKENDS
 from kvlayer.staging.sample import paged_view
 
 __all__ = ["Still", "object_rows"]

@@ -10,12 +10,12 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 
+from kvlayer.api.cache import Cache
+from kvlayer.api.portal import Portal
 from kvlayer.bench.measure import Row, alternate, seconds_of
-from kvlayer.cache import Cache
-from kvlayer.config import CacheConfig, TierConfig
-from kvlayer.keys import ChunkChain, Scope
+from kvlayer.config.model import CacheConfig, TierConfig
+from kvlayer.identity.keys import ChunkChain, Scope
 from kvlayer.layout import NHD, AttentionKind, KVGroup, KVLayout
-from kvlayer.portal import Portal
 from kvlayer.staging.sample import paged_view
 
 __all__ = ["portal_rows"]

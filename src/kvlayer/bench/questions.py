@@ -6,9 +6,9 @@ from array import array
 
 from kvlayer.bench.measure import Row
 from kvlayer.eviction.lru import PrefixLRU
-from kvlayer.keys import ChunkChain, Scope
+from kvlayer.identity.keys import ChunkChain, Scope
 from kvlayer.layout import NHD, AttentionKind, KVGroup, KVLayout
-from kvlayer.tier.planner import Planner
+from kvlayer.tier.planner.planner import Planner
 
 __all__ = ["question_rows"]
 

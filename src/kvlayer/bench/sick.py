@@ -30,12 +30,12 @@ from kvlayer.abc.backend import (
     Write,
     WriteResult,
 )
+from kvlayer.api.cache import Cache
 from kvlayer.bench.measure import Row
-from kvlayer.cache import Cache
-from kvlayer.config import CacheConfig, ModelConfig, TierConfig
-from kvlayer.keys import ObjectKey, Scope
+from kvlayer.config.model import CacheConfig, ModelConfig, TierConfig
+from kvlayer.config.registry import BACKENDS
+from kvlayer.identity.keys import ObjectKey, Scope
 from kvlayer.layout import NHD, AttentionKind, KVGroup, KVLayout, KVView
-from kvlayer.registry import BACKENDS
 from kvlayer.results import Cause
 from kvlayer.staging.sample import paged_view
 from kvlayer.urls import BackendURL

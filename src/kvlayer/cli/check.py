@@ -18,8 +18,8 @@ from kvlayer._version import version
 from kvlayer.abc.backend import Capability
 from kvlayer.cli.main import EXIT_BAD
 from kvlayer.cli.report_path import ReportPath
+from kvlayer.config.registry import open_backend
 from kvlayer.errors import ConfigError, KVLayerError
-from kvlayer.registry import open_backend
 from kvlayer.testing.bounded import run_bounded, seconds
 from kvlayer.testing.loan import PAGE
 from kvlayer.testing.promise import Hung, Need

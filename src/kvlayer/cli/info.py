@@ -18,10 +18,10 @@ import click
 
 from kvlayer._version import version
 from kvlayer.cli.main import EXIT_USAGE
-from kvlayer.config_source import load_config
+from kvlayer.config.registry import ADAPTERS, BACKENDS, COMMANDS, POLICIES
+from kvlayer.config.source import load_config
 from kvlayer.doctor.machine import Machine
 from kvlayer.errors import ConfigError
-from kvlayer.registry import ADAPTERS, BACKENDS, COMMANDS, POLICIES
 from kvlayer.urls import format_bytes
 
 __all__ = ["info"]

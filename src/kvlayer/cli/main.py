@@ -13,8 +13,8 @@ from typing import Any
 import click
 
 from kvlayer._version import version
+from kvlayer.config.registry import COMMANDS, Registry
 from kvlayer.errors import ConfigError, KVLayerError, PluginError, UnknownSchemeError
-from kvlayer.registry import COMMANDS, Registry
 
 __all__ = ["EXIT_BAD", "EXIT_PLUGIN", "EXIT_USAGE", "ElsewhereError", "Program", "main", "program"]
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from xxhash import xxh3_64
 
 from kvlayer._pack import as_list, as_map, is_count, pack, unpack
-from kvlayer.keys import RAW, ObjectKey, ObjectName
+from kvlayer.identity.keys import RAW, ObjectKey, ObjectName
 from kvlayer.payload import ALIGNMENT, Payload, Segment, align
 from kvlayer.results import Cause
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from kvlayer.abc.backend import Backend, Capability
 from kvlayer.abc.host import HostMemory
-from kvlayer.config import CacheConfig
-from kvlayer.config_source import LoadedConfig, load_config
+from kvlayer.config.local_directory import local_directory
+from kvlayer.config.model import CacheConfig
+from kvlayer.config.registry import POLICIES, open_backend
+from kvlayer.config.source import LoadedConfig, load_config
 from kvlayer.doctor.finding import Check, Finding
 from kvlayer.errors import ConfigError, KVLayerError
-from kvlayer.local_directory import local_directory
-from kvlayer.registry import POLICIES, open_backend
 from kvlayer.urls import BackendURL, parse_bool, parse_bytes, shown_text, shown_url
 
 __all__ = ["Configured", "Place", "configured"]

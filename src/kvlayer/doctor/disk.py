@@ -16,11 +16,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event, Lock
 
-from kvlayer._threads import Threads
 from kvlayer.doctor.configured import Place
 from kvlayer.doctor.finding import Check, Finding
 from kvlayer.doctor.machine import Machine
 from kvlayer.doctor.place import direct_io, nearest_directory
+from kvlayer.runtime.threads import Threads
 from kvlayer.urls import format_bytes
 
 __all__ = ["LLAMA_3_8B_NBYTES", "Speed", "measure", "speed"]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvlayer._threads import Threads
 from kvlayer.doctor import memory, place, system
 from kvlayer.doctor.configured import Place, configured
 from kvlayer.doctor.descriptors import descriptors
@@ -16,6 +15,7 @@ from kvlayer.doctor.finding import Finding
 from kvlayer.doctor.gpu import gpu
 from kvlayer.doctor.machine import Machine
 from kvlayer.doctor.plugins import plugins
+from kvlayer.runtime.threads import Threads
 from kvlayer.urls import format_bytes
 
 __all__ = ["Examination"]

@@ -8,9 +8,9 @@ from contextlib import redirect_stdout
 from importlib.util import find_spec
 from typing import Any
 
+from kvlayer.config.registry import ADAPTERS, BACKENDS, COMMANDS, POLICIES, Plugin, Registry
 from kvlayer.doctor.finding import Check, Finding
 from kvlayer.errors import PluginError
-from kvlayer.registry import ADAPTERS, BACKENDS, COMMANDS, POLICIES, Plugin, Registry
 
 __all__ = ["GROUPS", "plugins"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvlayer.doctor.finding import Check, Finding
-from kvlayer.namespace import KEY_SCHEMA
+from kvlayer.identity.namespace import KEY_SCHEMA
 from kvlayer.urls import format_bytes
 
 __all__ = ["Held", "examine_releases", "held"]

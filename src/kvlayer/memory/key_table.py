@@ -12,7 +12,7 @@ from secrets import randbits
 from struct import Struct
 from typing import TypeAlias
 
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 
 __all__ = ["KeyTable"]
 

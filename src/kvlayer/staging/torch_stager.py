@@ -13,9 +13,9 @@ from itertools import repeat
 from traceback import clear_frames
 from typing import Any, Protocol, TypeAlias
 
-from kvlayer._offload import Offload
 from kvlayer.abc.stager import HostCopy, Landed, Stager
 from kvlayer.layout import KVLayout, KVView, Tensor
+from kvlayer.runtime.offload import Offload
 from kvlayer.staging.device_cache import DeviceCache, engine_order
 from kvlayer.staging.host_cache import HostCache
 from kvlayer.staging.lazy import np

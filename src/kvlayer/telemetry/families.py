@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from kvlayer.results import Health, Stats, TierStats
 
 if TYPE_CHECKING:
-    from kvlayer.cache import Cache
+    from kvlayer.api.cache import Cache
 
 __all__ = [
     "COUNTERS",

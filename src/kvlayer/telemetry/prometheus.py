@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Counter, Histogram
     from prometheus_client.registry import Collector
 
-    from kvlayer.cache import Cache
+    from kvlayer.api.cache import Cache
 
 __all__ = ["SECONDS_BUCKETS", "PrometheusSink"]
 

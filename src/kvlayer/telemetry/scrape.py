@@ -13,7 +13,7 @@ from kvlayer.telemetry.families import SCRAPED, Reading
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
-    from kvlayer.cache import Cache
+    from kvlayer.api.cache import Cache
 
 __all__ = ["Scrape"]
 

@@ -36,7 +36,7 @@ from kvlayer.abc.backend import (
     WriteResult,
 )
 from kvlayer.errors import BackendError, BackendUnavailableError, UnsupportedError
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.urls import BackendURL
 
 __all__ = [

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from kvlayer.keys import ObjectKey, Part
+from kvlayer.identity.keys import ObjectKey, Part
 from kvlayer.layout import AttentionKind, KVGroup
 from kvlayer.payload import Payload
-from kvlayer.tier.coding import encode, write_scratch
+from kvlayer.tier.transfer.coding import encode, write_scratch
 
 __all__ = ["framed"]
 

@@ -19,12 +19,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 
-from kvlayer.cache import Cache
-from kvlayer.keys import ObjectKey
+from kvlayer.api.cache import Cache
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.payload import align
-from kvlayer.tier.guard import Lane
-from kvlayer.tier.planner import Planner
-from kvlayer.tier.records import Host
+from kvlayer.tier.guard.guard import Lane
+from kvlayer.tier.planner.planner import Planner
+from kvlayer.tier.planner.records import HostState
 
 __all__ = [
     "Broken",
@@ -54,7 +54,7 @@ def no_wrong_bytes(cache: Cache, right: Callable[[ObjectKey], bytes | None]) -> 
     slab = cache.stack.objects.slab
     with cache.stack.planner.lock:
         for record in cache.stack.planner.directory.objects():
-            if record.host is not Host.READY or (expected := right(record.key)) is None:
+            if record.host is not HostState.READY or (expected := right(record.key)) is None:
                 continue
             found = slab.view(record.offset, len(expected)).tobytes()
             _hold(found == expected, f"host memory offers wrong bytes of {record.key}")
@@ -82,7 +82,7 @@ def accounts(planner: Planner, *, idle: bool = False) -> None:
     with planner.lock:
         directory, host = planner.directory, planner.host
         records = list(directory.objects())
-        resident = [record for record in records if record.host is not Host.ABSENT]
+        resident = [record for record in records if record.host is not HostState.ABSENT]
         _hold(len(resident) == len(host), f"{len(resident)} resident, {len(host)} counted")
         ranges = sorted((r.offset, align(r.nbytes), r.key) for r in resident)
         for (start, nbytes, one), (after, _, other) in pairwise(ranges):
@@ -95,7 +95,7 @@ def accounts(planner: Planner, *, idle: bool = False) -> None:
         for record in records:
             key = record.key
             _hold(record.pins >= record.held >= 0, f"{key}: {record.pins} pins, {record.held} held")
-            is_filling = record.host is Host.FILLING
+            is_filling = record.host is HostState.FILLING
             _hold(record.pins > 0 or not is_filling, f"{key} is being filled, and not pinned")
             is_wanted = record.is_ready or record.pins or is_filling or record.writing
             _hold(bool(is_wanted), f"{key}: a record that nothing refers to is remembered")

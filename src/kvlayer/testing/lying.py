@@ -16,7 +16,7 @@ from kvlayer.abc.backend import (
     Write,
     WriteResult,
 )
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.testing.faults import Injected, Wrapper
 
 __all__ = ["Lie", "Lying"]

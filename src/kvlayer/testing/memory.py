@@ -18,7 +18,7 @@ from kvlayer.abc.backend import (
     Write,
     WriteResult,
 )
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.urls import BackendURL
 
 __all__ = ["MemoryBackend"]

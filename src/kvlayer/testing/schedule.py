@@ -6,7 +6,7 @@ real machine shows once a month is a seed here, and the same one every time. Ran
 schedules find most races that need few switches (S. Burckhardt et al., "A Randomized Scheduler
 with Probabilistic Guarantees of Finding Bugs", ASPLOS 2010)::
 
-    schedule = Schedule(seed, watched=[kvlayer.tier.planner])
+    schedule = Schedule(seed, watched=[kvlayer.tier.planner.planner])
     planner.lock = schedule.lock()
     schedule.run(plan_stores, look_up, look_up)
 """

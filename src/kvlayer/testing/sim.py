@@ -32,7 +32,7 @@ from itertools import count
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 from unittest import mock
 
-from kvlayer.tier import guard
+from kvlayer.tier.guard import guard
 
 __all__ = ["Awaits", "SeededLoop", "Stuck", "VirtualTimeLoop", "in_virtual_time", "run"]
 

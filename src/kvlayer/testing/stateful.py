@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvlayer.abc.backend import Backend, Capability, Damaged, Hit, Miss, Read, Write
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.testing.loan import PAGE, Loan
 from kvlayer.testing.promise import Hung, broken, expect, same_bytes
 from kvlayer.testing.strategies import contents, cuts

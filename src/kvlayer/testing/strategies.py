@@ -10,7 +10,9 @@ from typing import TypeVar
 
 from hypothesis import strategies as st
 
-from kvlayer.keys import PUBLIC_ZONE, RAW, Encoding, ObjectKey, ObjectName, Part
+from kvlayer.identity.keys import PUBLIC_ZONE, RAW, Encoding, ObjectKey, ObjectName, Part
+from kvlayer.identity.namespace import Namespace
+from kvlayer.identity.tokens import MAX_NAMED
 from kvlayer.layout import (
     DENSE,
     DTYPE_NBYTES,
@@ -27,11 +29,9 @@ from kvlayer.layout import (
     KVGroup,
     KVLayout,
 )
-from kvlayer.namespace import Namespace
 from kvlayer.payload import Payload
 from kvlayer.scope import Content, Salt, Scope
 from kvlayer.testing.loan import PAGE
-from kvlayer.tokens import MAX_NAMED
 
 __all__ = [
     "contents",

@@ -22,7 +22,7 @@ from kvlayer.abc.backend import (
     WriteResult,
 )
 from kvlayer.errors import BackendError
-from kvlayer.keys import PUBLIC_ZONE, RAW, Encoding, ObjectKey, ObjectName, Part
+from kvlayer.identity.keys import PUBLIC_ZONE, RAW, Encoding, ObjectKey, ObjectName, Part
 from kvlayer.testing.loan import Loan, noise
 from kvlayer.testing.promise import broken, expect
 

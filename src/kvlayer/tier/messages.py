@@ -15,7 +15,7 @@ from typing import NamedTuple, Self, TypeGuard
 
 from kvlayer._pack import as_list, is_count, pack, unpack
 from kvlayer.errors import MessageError
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.memory.handle import SlabHandle
 from kvlayer.results import Cause
 from kvlayer.retention import ORDINARY, Retention

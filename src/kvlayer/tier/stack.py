@@ -11,29 +11,29 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 
-from kvlayer._foreign import Foreign, words
 from kvlayer.abc.stager import Landed
-from kvlayer.keys import ChunkChain, Span
+from kvlayer.identity.keys import ChunkChain, Span
 from kvlayer.layout import HitRule, KVView
 from kvlayer.patience import Patience
 from kvlayer.results import Cause, Failure, RetrieveReport
-from kvlayer.tier import plan
-from kvlayer.tier.demotion import Demotion
-from kvlayer.tier.device import Device
-from kvlayer.tier.estimate import Rate
-from kvlayer.tier.finder import Finder
-from kvlayer.tier.lease import Lease
-from kvlayer.tier.listing import listed
-from kvlayer.tier.loads import Loads, Wanted, wanted_of
-from kvlayer.tier.matcher import Match
+from kvlayer.runtime.foreign import Foreign, words
+from kvlayer.tier.guard.estimate import Rate
 from kvlayer.tier.messages import Outcome, Piece
-from kvlayer.tier.objects import Objects
-from kvlayer.tier.planner import Planner
-from kvlayer.tier.reading import Reading
-from kvlayer.tier.records import ObjectRecord
-from kvlayer.tier.spills import Spills
+from kvlayer.tier.planner import plan
+from kvlayer.tier.planner.lease import Lease
+from kvlayer.tier.planner.matcher import Match
+from kvlayer.tier.planner.planner import Planner
+from kvlayer.tier.planner.records import ObjectRecord
 from kvlayer.tier.storing import Stored, Storing, moved
 from kvlayer.tier.tier import LowerTier, Tier
+from kvlayer.tier.transfer.demotion import Demotion
+from kvlayer.tier.transfer.device import Device
+from kvlayer.tier.transfer.finder import Finder
+from kvlayer.tier.transfer.listing import listed
+from kvlayer.tier.transfer.loads import Loads, Wanted, wanted_of
+from kvlayer.tier.transfer.objects import Objects
+from kvlayer.tier.transfer.reading import Reading
+from kvlayer.tier.transfer.spills import Spills
 
 __all__ = ["Stack", "Window"]
 

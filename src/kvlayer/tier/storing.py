@@ -11,20 +11,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
-from kvlayer._foreign import awaited
 from kvlayer.errors import ClosedError
-from kvlayer.keys import ChunkChain, Span
+from kvlayer.identity.keys import ChunkChain, Span
 from kvlayer.layout import KVView
 from kvlayer.patience import Patience
 from kvlayer.results import Cause, Failure, StoreReport
-from kvlayer.tier.guard import Lane
-from kvlayer.tier.loads import down
+from kvlayer.runtime.foreign import awaited
+from kvlayer.tier.guard.guard import Lane
 from kvlayer.tier.messages import Outcome, Piece
-from kvlayer.tier.planner import Keeps, Reservation, StorePlan
-from kvlayer.tier.promised import settled
-from kvlayer.tier.promises import Promise
-from kvlayer.tier.records import ObjectRecord
-from kvlayer.tier.spills import Write
+from kvlayer.tier.planner.planner import Keeps, Reservation, StorePlan
+from kvlayer.tier.planner.promises import Promise
+from kvlayer.tier.planner.records import ObjectRecord
+from kvlayer.tier.transfer.loads import down
+from kvlayer.tier.transfer.promised import settled
+from kvlayer.tier.transfer.spills import Write
 
 if TYPE_CHECKING:
     from kvlayer.tier.stack import Stack

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from kvlayer._foreign import words
 from kvlayer.abc.backend import Backend
 from kvlayer.events import (
     Emitter,
@@ -18,12 +17,13 @@ from kvlayer.events import (
     TransferDone,
     TransferStarted,
 )
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.results import Cause, TierHealth, TierStats
-from kvlayer.tier.estimate import Estimate
-from kvlayer.tier.guard import Call, Guard, Lane, Refused
+from kvlayer.runtime.foreign import words
+from kvlayer.tier.guard.estimate import Estimate
+from kvlayer.tier.guard.guard import Guard, Lane, Refused, TierCall
 from kvlayer.tier.messages import Outcome
-from kvlayer.tier.records import ObjectRecord
+from kvlayer.tier.planner.records import ObjectRecord
 
 __all__ = ["LowerTier", "Tier"]
 
@@ -234,7 +234,7 @@ class LowerTier(Tier):
         self.misses[cause] += 1
         self._troubled(lane, detail or cause)
 
-    def transferred(self, direction: str, outcome: Outcome, call: Call[Outcome]) -> None:
+    def transferred(self, direction: str, outcome: Outcome, call: TierCall[Outcome]) -> None:
         """An object moved between this tier and the host, or failed to.
 
         A cancelled transfer says nothing about the tier: whoever waited in vain has counted it.

@@ -22,10 +22,10 @@ from kvlayer.abc.backend import (
     WriteResult,
 )
 from kvlayer.abc.policy import PolicyMaker
+from kvlayer.config.local_directory import local_directory
+from kvlayer.config.registry import POLICIES
 from kvlayer.errors import ClosedError
-from kvlayer.keys import ObjectKey
-from kvlayer.local_directory import local_directory
-from kvlayer.registry import POLICIES
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.urls import BackendURL
 from kvlayer_backends.file import descriptions
 from kvlayer_backends.file.batches import spread

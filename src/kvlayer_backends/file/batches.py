@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from kvlayer._offload import Offload
+from kvlayer.runtime.offload import Offload
 
 __all__ = ["spread"]
 

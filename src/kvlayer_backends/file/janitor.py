@@ -10,10 +10,10 @@ from contextlib import suppress
 from operator import attrgetter
 from typing import ParamSpec, TypeVar
 
-from kvlayer._offload import Offload
 from kvlayer.abc.backend import Write
 from kvlayer.abc.policy import PolicyMaker
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
+from kvlayer.runtime.offload import Offload
 from kvlayer_backends.file.ledger import Ledger
 from kvlayer_backends.file.objects import ObjectFiles
 from kvlayer_backends.file.office import Office

@@ -10,7 +10,7 @@ from kvlayer.abc.backend import Listed, Write
 from kvlayer.abc.policy import PolicyMaker
 from kvlayer.eviction.lru import PrefixLRU
 from kvlayer.eviction.order import EvictionOrder
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.memory.key_table import KeyTable
 from kvlayer_backends.file.lineage import Lineage
 from kvlayer_backends.file.paths import Shard

@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from kvlayer._threads import Threads
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
+from kvlayer.runtime.threads import Threads
 from kvlayer_backends.file import disk
 from kvlayer_backends.file.pulse import Pulse
 

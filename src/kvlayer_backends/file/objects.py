@@ -25,7 +25,7 @@ from kvlayer.abc.backend import (
     stands_for,
 )
 from kvlayer.errors import BackendError
-from kvlayer.keys import ObjectKey, ObjectName
+from kvlayer.identity.keys import ObjectKey, ObjectName
 from kvlayer.payload import ALIGNMENT
 from kvlayer_backends.file import descriptions, disk
 from kvlayer_backends.file.directio import O_DIRECT, drain, fill, suits_direct

@@ -6,8 +6,8 @@ import re
 from functools import lru_cache
 from typing import NamedTuple
 
-from kvlayer.keys import PUBLIC_ZONE, ObjectKey, ObjectName
-from kvlayer.namespace import KEY_SCHEMA
+from kvlayer.identity.keys import PUBLIC_ZONE, ObjectKey, ObjectName
+from kvlayer.identity.namespace import KEY_SCHEMA
 from kvlayer_backends.file import disk
 
 __all__ = ["VERSION", "Paths", "Shard"]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from kvlayer.abc.backend import Damaged, DeleteResult, Version
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer_backends.file import disk
 from kvlayer_backends.file.faults import explain
 from kvlayer_backends.file.notes import SUFFIX, Aside

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from time import time
 from typing import TypeAlias
 
-from kvlayer._offload import Offload
 from kvlayer.abc.backend import Write
 from kvlayer.errors import BackendError, NoRoomError
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
+from kvlayer.runtime.offload import Offload
 from kvlayer_backends.file.ledger import Ledger
 from kvlayer_backends.file.objects import ObjectFiles, Outcome
 from kvlayer_backends.file.options import FileOptions

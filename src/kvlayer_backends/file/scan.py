@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvlayer.abc.backend import Listed
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer_backends.file import disk
 from kvlayer_backends.file.paths import Paths, Shard
 

@@ -6,9 +6,9 @@ import logging
 from contextlib import suppress
 from threading import Lock
 
-from kvlayer._offload import Offload
 from kvlayer.abc.policy import PolicyMaker
 from kvlayer.errors import BackendError
+from kvlayer.runtime.offload import Offload
 from kvlayer_backends.file import disk
 from kvlayer_backends.file.directio import probe
 from kvlayer_backends.file.faults import explain

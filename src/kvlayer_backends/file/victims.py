@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvlayer.errors import BackendError
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 
 __all__ = ["Eviction", "Victim"]
 

@@ -11,8 +11,8 @@ import torch
 from xxhash import xxh3_128
 
 from kvlayer import Scope
-from kvlayer.chain import ChunkChain
-from kvlayer.tokens import Tokens, token_bytes
+from kvlayer.identity.chain import ChunkChain
+from kvlayer.identity.tokens import Tokens, token_bytes
 from kvlayer_transformers import Session
 from kvlayer_transformers.chains import Chains
 
@@ -38,10 +38,10 @@ class Counted:
             self._prints += 1
             return xxh3_128(data)
 
-        patch.setattr("kvlayer.chain.token_bytes", packing)
-        patch.setattr("kvlayer.cache.token_bytes", packing)
-        patch.setattr("kvlayer.links.sha256", hashing)
-        patch.setattr("kvlayer.chain.xxh3_128", printing)
+        patch.setattr("kvlayer.identity.chain.token_bytes", packing)
+        patch.setattr("kvlayer.api.cache.token_bytes", packing)
+        patch.setattr("kvlayer.identity.links.sha256", hashing)
+        patch.setattr("kvlayer.identity.chain.xxh3_128", printing)
 
     def look(self) -> tuple[int, int, int]:
         counts = self._packed, self._links, self._prints

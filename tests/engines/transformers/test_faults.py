@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from kvlayer import Scope
-from kvlayer.cache import Cache
+from kvlayer.api.cache import Cache
 from kvlayer.errors import IdentityError, LayoutError, UnsupportedError
 from kvlayer_transformers import Session
 

@@ -346,7 +346,7 @@ class Inside:
 def engine(tiny: Path) -> Iterator[Inside]:
     """The one engine of this process."""
     from kvlayer.bench.sick import SickTier
-    from kvlayer.registry import BACKENDS
+    from kvlayer.config.registry import BACKENDS
     from kvlayer_vllm import scheduler
     from kvlayer_vllm.bench.serving import Serving
 

@@ -12,7 +12,7 @@ from vllm_processor import needs
 from kvlayer import AttentionKind, KVGroup, KVLayout, KVView
 from kvlayer.abc.stager import HostCopy
 from kvlayer.errors import LayoutError, UnsupportedError
-from kvlayer.keys import Part
+from kvlayer.identity.keys import Part
 from kvlayer.layout import FUSED_HND
 from kvlayer.payload import Payload
 from kvlayer_vllm.packed_stager import PackedStager

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from kvlayer import Scope
-from kvlayer.chain import ChunkChain
-from kvlayer.tokens import Tokens, token_bytes
+from kvlayer.identity.chain import ChunkChain
+from kvlayer.identity.tokens import Tokens, token_bytes
 from kvlayer_vllm.token_ids import TokenIds
 
 CHUNK, TAIL = 64, 32
@@ -32,9 +32,9 @@ class Counted:
             self._links += 1
             return sha256(data)
 
-        patch.setattr("kvlayer.chain.token_bytes", packing)
-        patch.setattr("kvlayer.cache.token_bytes", packing)
-        patch.setattr("kvlayer.links.sha256", hashing)
+        patch.setattr("kvlayer.identity.chain.token_bytes", packing)
+        patch.setattr("kvlayer.api.cache.token_bytes", packing)
+        patch.setattr("kvlayer.identity.links.sha256", hashing)
 
     def look(self) -> tuple[int, int]:
         counts = self._packed, self._links

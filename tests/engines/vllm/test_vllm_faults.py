@@ -9,7 +9,7 @@ import pytest
 
 from kvlayer import Cache, Cause, RetrieveReport
 from kvlayer.bench.sick import Sickness
-from kvlayer.keys import Span
+from kvlayer.identity.keys import Span
 from kvlayer.results import Failure
 from kvlayer_vllm.moves import Load
 

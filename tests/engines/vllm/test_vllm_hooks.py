@@ -13,7 +13,7 @@ from hang import HANG
 from vllm_desk import LAYERS
 
 from kvlayer import Cache, RetrieveReport
-from kvlayer.rank import Rank
+from kvlayer.api.rank_worker import RankWorker
 from kvlayer_vllm.messages import Step
 from kvlayer_vllm.moves import Save
 
@@ -221,7 +221,7 @@ def test_a_worker_that_cannot_join_tries_once_and_its_orders_are_given_up(
             at.worker.give_up(step)
 
     before_step = at.worker.before_step
-    monkeypatch.setattr(Rank, "start", cannot)
+    monkeypatch.setattr(RankWorker, "start", cannot)
     monkeypatch.setattr(at.worker, "before_step", as_the_connector_does)
     request = request_of(PROMPT)
     at.half.arrived(request)

@@ -12,9 +12,9 @@ from vllm_desk import Desk
 
 from kvlayer import AttentionKind, ModelConfig, Namespace, Salt, Scope
 from kvlayer.errors import ConfigError, IdentityError, UnsupportedError
-from kvlayer.keys import ChunkChain
+from kvlayer.identity.keys import ChunkChain
+from kvlayer.identity.weights import weights_digest
 from kvlayer.layout import HitRule
-from kvlayer.weights import weights_digest
 from kvlayer_vllm.engine import engine_version
 from kvlayer_vllm.groups import engine_groups
 from kvlayer_vllm.identity import namespace_of, overrides_of, weights_of

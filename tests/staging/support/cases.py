@@ -18,7 +18,7 @@ import torch
 from emulator import ORDERS, Emulator, Memory
 
 from kvlayer.abc.stager import HostCopy
-from kvlayer.keys import Part
+from kvlayer.identity.keys import Part
 from kvlayer.layout import (
     DENSE,
     DTYPE_NBYTES,

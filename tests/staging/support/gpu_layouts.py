@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from kvlayer.abc.stager import HostCopy
-from kvlayer.keys import Part
+from kvlayer.identity.keys import Part
 from kvlayer.layout import (
     FUSED_HND,
     HND,

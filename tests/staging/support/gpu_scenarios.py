@@ -21,7 +21,7 @@ from gpu_engine import GpuEngine
 from gpu_sim import FakeCudaError, Gpu, bytes_at
 
 from kvlayer.abc.stager import HostCopy, Stager
-from kvlayer.keys import Part
+from kvlayer.identity.keys import Part
 from kvlayer.layout import (
     HND,
     NHD,
@@ -37,7 +37,7 @@ from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload
 from kvlayer.staging.cuda.calibration import Calibration
 from kvlayer.staging.cuda.devices import Devices
-from kvlayer.staging.cuda.stager import CudaStager
+from kvlayer.staging.cuda.stager import DeviceStager
 from kvlayer.staging.torch_stager import TorchStager
 
 __all__ = ["SCENARIOS", "Scenario", "run"]
@@ -80,7 +80,7 @@ class Stage:
     calls: Calls
     engine: GpuEngine
     slab: Slab
-    stager: CudaStager
+    stager: DeviceStager
     faults: list[str] = field(default_factory=list)
     lent: int = 0
 
@@ -131,7 +131,7 @@ async def stage(
     with fake_cupy.install(gpu, calls=calls):
         slab = Slab(slab_nbytes)
         gpu.watch(np.frombuffer(slab.view(0, slab.nbytes), np.uint8).ctypes.data, slab.nbytes)
-        stager = CudaStager(
+        stager = DeviceStager(
             layout,
             threads=threads,
             devices=Devices(slab, thresholds, piece_nbytes=10 << 10),

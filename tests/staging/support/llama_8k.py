@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kvlayer.abc.stager import HostCopy
-from kvlayer.keys import Part
+from kvlayer.identity.keys import Part
 from kvlayer.layout import NHD, AttentionKind, Axes, KVGroup, KVLayout, KVView
 from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload

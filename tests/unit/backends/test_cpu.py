@@ -14,7 +14,7 @@ from hang import HANG
 
 from kvlayer.abc.backend import Capability, Hit, Read, Write
 from kvlayer.errors import BackendError, ClosedError, ConfigError
-from kvlayer.keys import ObjectKey, ObjectName, Part
+from kvlayer.identity.keys import ObjectKey, ObjectName, Part
 from kvlayer.urls import BackendURL
 from kvlayer_backends import cpu
 from kvlayer_backends.cpu import CpuBackend, CpuOptions

@@ -22,7 +22,7 @@ from hang import HANG
 from kvlayer.abc.backend import Capability, Damaged, Hit, Listed, Miss, Read, Write
 from kvlayer.errors import BackendError, ClosedError, ConfigError, ForkedError, PluginError
 from kvlayer.eviction.lru import PrefixLRU
-from kvlayer.keys import ObjectKey, ObjectName, Part
+from kvlayer.identity.keys import ObjectKey, ObjectName, Part
 from kvlayer.urls import BackendURL
 from kvlayer_backends.file import FileBackend, FileOptions
 from kvlayer_backends.file.paths import Paths, Shard

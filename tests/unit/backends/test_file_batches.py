@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from hang import HANG
 
-from kvlayer._offload import Offload
 from kvlayer.abc.backend import Hit, Read, Write
 from kvlayer.errors import BackendError, NoRoomError
-from kvlayer.keys import ObjectKey, ObjectName, Part
+from kvlayer.identity.keys import ObjectKey, ObjectName, Part
+from kvlayer.runtime.offload import Offload
 from kvlayer_backends.file import FileBackend, FileOptions
 from kvlayer_backends.file.batches import spread
 

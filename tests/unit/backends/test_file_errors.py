@@ -20,7 +20,7 @@ from hang import HANG
 from kvlayer.abc.backend import Damaged, Hit, Listed, Read, Write
 from kvlayer.errors import BackendError
 from kvlayer.eviction.lru import PrefixLRU
-from kvlayer.keys import ObjectKey, ObjectName, Part
+from kvlayer.identity.keys import ObjectKey, ObjectName, Part
 from kvlayer.testing.framed import framed
 from kvlayer_backends.file import FileBackend, FileOptions
 from kvlayer_backends.file.paths import Paths

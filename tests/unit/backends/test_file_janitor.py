@@ -24,7 +24,7 @@ from kvlayer.abc.backend import Damaged, Hit, Read, Write, WriteResult
 from kvlayer.abc.policy import EvictionPolicy
 from kvlayer.errors import BackendError
 from kvlayer.eviction.lru import LRU, PrefixLRU
-from kvlayer.keys import ObjectKey, ObjectName, Part
+from kvlayer.identity.keys import ObjectKey, ObjectName, Part
 from kvlayer_backends.file import FileBackend, FileOptions
 from kvlayer_backends.file.ledger import Eviction, Ledger
 from kvlayer_backends.file.locks import FileLock

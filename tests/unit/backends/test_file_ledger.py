@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvlayer.eviction.lru import PrefixLRU
-from kvlayer.keys import ObjectKey, ObjectName, Part
+from kvlayer.identity.keys import ObjectKey, ObjectName, Part
 from kvlayer_backends.file.ledger import Ledger
 from kvlayer_backends.file.victims import Eviction
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from kvlayer.abc.backend import Write
 from kvlayer.errors import NoRoomError
 from kvlayer.eviction.lru import LRU, PrefixLRU
-from kvlayer.keys import ObjectKey, ObjectName, Part
+from kvlayer.identity.keys import ObjectKey, ObjectName, Part
 from kvlayer.memory.key_table import KeyTable
 from kvlayer.retention import ORDINARY, Retention
 from kvlayer_backends.file import FileBackend, FileOptions

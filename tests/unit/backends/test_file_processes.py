@@ -20,7 +20,7 @@ from hang import HANG
 import kvlayer
 from kvlayer.abc.backend import Hit, Read, Write
 from kvlayer.eviction.lru import PrefixLRU
-from kvlayer.keys import ObjectKey, ObjectName, Part
+from kvlayer.identity.keys import ObjectKey, ObjectName, Part
 from kvlayer_backends.file import FileBackend, FileOptions
 
 PAGE = 4096
@@ -34,7 +34,7 @@ from hashlib import sha256
 from mmap import mmap
 from kvlayer.abc.backend import *
 from kvlayer.errors import BackendError
-from kvlayer.keys import ObjectKey, ObjectName, Part
+from kvlayer.identity.keys import ObjectKey, ObjectName, Part
 from kvlayer.eviction.lru import PrefixLRU
 from kvlayer_backends.file import FileBackend, FileOptions
 

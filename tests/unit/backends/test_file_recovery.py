@@ -19,7 +19,7 @@ from sparse import fill
 
 from kvlayer.abc.backend import Write, WriteResult
 from kvlayer.eviction.lru import PrefixLRU
-from kvlayer.keys import ObjectKey, ObjectName, Part
+from kvlayer.identity.keys import ObjectKey, ObjectName, Part
 from kvlayer_backends.file import FileBackend, FileOptions
 from kvlayer_backends.file.descriptions import NAME
 from kvlayer_backends.file.ledger import Ledger

@@ -16,7 +16,7 @@ import kvlayer_backends
 from kvlayer.abc.backend import Hit, Miss, Read, Write
 from kvlayer.errors import BackendError
 from kvlayer.eviction.lru import PrefixLRU
-from kvlayer.keys import ObjectKey, ObjectName, Part
+from kvlayer.identity.keys import ObjectKey, ObjectName, Part
 from kvlayer_backends.file import FileBackend, FileOptions, disk
 from kvlayer_backends.file.descriptions import NAME
 from kvlayer_backends.file.paths import Paths

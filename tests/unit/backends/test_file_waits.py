@@ -23,7 +23,7 @@ from hang import HANG
 from kvlayer.abc.backend import Damaged, Read, Write
 from kvlayer.errors import BackendError, ClosedError
 from kvlayer.eviction.lru import PrefixLRU
-from kvlayer.keys import ObjectKey, ObjectName, Part
+from kvlayer.identity.keys import ObjectKey, ObjectName, Part
 from kvlayer_backends.file import FileBackend, FileOptions, disk
 from kvlayer_backends.file.locks import FileLock
 from kvlayer_backends.file.paths import Paths

@@ -10,7 +10,7 @@ from engine import Engine
 
 from kvlayer import Cache, Scope
 from kvlayer.events import Event, LookupDone, PrefetchDone, RetrieveDone, StoreDone
-from kvlayer.tier import sources
+from kvlayer.tier.planner import sources
 
 ANN = Scope(owner="ann")
 OBJECT = 4096  # a chunk of the test layout has 3 KiB and takes a page

@@ -12,9 +12,9 @@ from caches import config, layout, tokens
 from engine import Engine, same
 
 from kvlayer import Cache, Cause, Scope
-from kvlayer.chain import ChunkChain, Span
 from kvlayer.errors import IdentityError, LayoutError
-from kvlayer.tokens import token_bytes
+from kvlayer.identity.chain import ChunkChain, Span
+from kvlayer.identity.tokens import token_bytes
 
 TAIL = 2
 
@@ -199,9 +199,9 @@ async def test_a_prompt_is_packed_once_and_hashed_once(
         return sha256(data)
 
     async with Cache.open(config(tmp_path), layout()) as cache:
-        monkeypatch.setattr("kvlayer.cache.token_bytes", packing)
-        monkeypatch.setattr("kvlayer.chain.token_bytes", packing)
-        monkeypatch.setattr("kvlayer.links.sha256", hashing)
+        monkeypatch.setattr("kvlayer.api.cache.token_bytes", packing)
+        monkeypatch.setattr("kvlayer.identity.chain.token_bytes", packing)
+        monkeypatch.setattr("kvlayer.identity.links.sha256", hashing)
         await cache.store(prompt, engine.view(engine.slots(64)), scope=scope)
         assert packed == [64]
         assert len(hashed) == 64 // cache.namespace.tokens_per_tail + len(scope.salts)
@@ -211,7 +211,7 @@ async def test_a_prompt_is_packed_once_and_hashed_once(
 async def test_naming_a_long_prompt_gives_others_their_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kvlayer.cache._STEP", 16)
+    monkeypatch.setattr("kvlayer.api.cache._STEP", 16)
     turns = 0
 
     async def count() -> None:

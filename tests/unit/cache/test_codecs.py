@@ -11,7 +11,7 @@ from engine import Engine, same
 
 from kvlayer import Cache, Cause
 from kvlayer.events import Event, ObjectQuarantined
-from kvlayer.tier.encodings import Coding, Raw
+from kvlayer.tier.transfer.encodings import Coding, Raw
 
 CODINGS = {"doubles": DOUBLES, "shrinks": SHRINKS}
 CHUNK = 64

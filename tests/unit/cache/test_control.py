@@ -13,10 +13,10 @@ from engine import Engine
 from kvlayer import Cache, Cause, Explanation, KVLayout, Salt, Scope
 from kvlayer.errors import ConfigError
 from kvlayer.events import Event, LookupDone, ObjectsEvicted, RetrieveDone, StoreDone
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.layout import NHD
 from kvlayer.results import MissedChunk
-from kvlayer.tier.records import ObjectRecord
+from kvlayer.tier.planner.records import ObjectRecord
 
 PAGE = "16KiB"  # four objects of the test layout, which take a page each
 

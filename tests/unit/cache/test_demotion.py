@@ -16,8 +16,8 @@ from engine import Engine, same
 from stacks import MemoryBackend
 
 from kvlayer import Cache, CacheConfig, Cause, ModelConfig, Scope, TierConfig
+from kvlayer.config.registry import BACKENDS
 from kvlayer.errors import ArgumentError, BackendError
-from kvlayer.registry import BACKENDS
 from kvlayer.results import OwnerStats
 
 PAGE = 4096  # one chunk of 16 tokens, or one tail

@@ -25,9 +25,9 @@ from kvlayer.abc.backend import (
     Write,
     WriteResult,
 )
+from kvlayer.config.registry import BACKENDS
 from kvlayer.errors import BackendError, BackendTimeoutError, NoRoomError
-from kvlayer.keys import ObjectKey
-from kvlayer.registry import BACKENDS
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.testing.sim import VirtualTimeLoop, in_virtual_time
 from kvlayer.urls import BackendURL
 

@@ -7,7 +7,7 @@ from caches import config, layout, tokens
 from engine import Engine
 
 from kvlayer import Cache
-from kvlayer.tier.directory import Host
+from kvlayer.tier.planner.directory import HostState
 
 
 @pytest.mark.asyncio
@@ -18,7 +18,7 @@ async def test_a_slots_word_stays_while_its_object_does_and_changes_when_it_goes
         slab, planner = cache.stack.objects.slab, cache.stack.planner
         words = slab.generations()
         await cache.store(tokens(64), engine.view(slots))
-        ready = [r for r in planner.directory.active() if r.host is Host.READY]
+        ready = [r for r in planner.directory.active() if r.host is HostState.READY]
         seen = {record.offset // 4096: words[record.offset // 4096] for record in ready}
         assert len(seen) == 4 and all(seen.values())
         async with cache.lookup(tokens(64)) as hit:

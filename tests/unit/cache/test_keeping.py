@@ -13,7 +13,7 @@ from caches import config, layout, tokens
 
 from kvlayer import Cache, KVView, Retention, Scope, TierConfig
 from kvlayer.abc.backend import Write, WriteResult
-from kvlayer.registry import BACKENDS
+from kvlayer.config.registry import BACKENDS
 from kvlayer_backends.cpu import CpuBackend
 
 KEPT = Retention(priority=2)

@@ -18,7 +18,7 @@ from kvlayer.bench.sick import Sickness
 from kvlayer.layout import NHD, STATE_BLOCKS, AttentionKind, GroupLayout, HitRule, KVGroup, KVView
 from kvlayer.results import RetrieveReport
 from kvlayer.testing.sim import in_virtual_time
-from kvlayer.tier.guard import Lane
+from kvlayer.tier.guard.guard import Lane
 
 RATE = 1000.0  # tokens per second: a chunk of 16 takes 16 ms, the prompt of 64 takes 64 ms
 PROMPT = tokens(64)

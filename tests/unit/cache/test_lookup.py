@@ -17,11 +17,11 @@ from engine import Engine, same
 from hang import HANG
 
 from kvlayer import Cache, Portal, Scope
+from kvlayer.api.lookup import Lookup, LookupState
 from kvlayer.errors import ClosedError, LayoutError, PendingError, TokensError, UnsupportedError
 from kvlayer.events import Event, LookupDone
-from kvlayer.lookup import Lookup, LookupState
 from kvlayer.results import Cause
-from kvlayer.tier.planner import Planner
+from kvlayer.tier.planner.planner import Planner
 
 
 @contextmanager

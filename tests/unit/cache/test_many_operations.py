@@ -32,9 +32,9 @@ from kvlayer.abc.backend import (
     Write,
     WriteResult,
 )
+from kvlayer.config.registry import BACKENDS
 from kvlayer.errors import BackendError, BackendUnavailableError
-from kvlayer.keys import ObjectKey
-from kvlayer.registry import BACKENDS
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.results import Health
 from kvlayer.urls import BackendURL
 

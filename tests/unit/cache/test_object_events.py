@@ -20,8 +20,8 @@ from kvlayer.events import (
     ObjectsStored,
     TransferDone,
 )
-from kvlayer.keys import ObjectKey
-from kvlayer.tier.records import Host
+from kvlayer.identity.keys import ObjectKey
+from kvlayer.tier.planner.records import HostState
 
 
 class Told:
@@ -48,7 +48,7 @@ class Told:
 
 def _there(cache: Cache) -> dict[str, set[ObjectKey]]:
     records = list(cache.stack.planner.directory.objects())
-    held = {"cpu": {r.key for r in records if r.host is Host.READY}}
+    held = {"cpu": {r.key for r in records if r.host is HostState.READY}}
     held |= {t.name: {r.key for r in records if r.tiers >> t.index & 1} for t in cache.stack.lower}
     return held
 

@@ -120,7 +120,7 @@ def test_an_interrupt_while_opening_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = set(threading.enumerate())
-    monkeypatch.setattr("kvlayer.loop_thread.Future", _Interrupted)
+    monkeypatch.setattr("kvlayer.runtime.loop_thread.Future", _Interrupted)
     with pytest.raises(KeyboardInterrupt), Portal.open(config(tmp_path), layout()):
         pass
     for thread in threading.enumerate():

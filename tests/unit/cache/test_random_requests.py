@@ -29,10 +29,10 @@ from stacks import check_accounts
 
 from kvlayer import Cache, CacheConfig, ModelConfig, Scope, TierConfig
 from kvlayer.abc.backend import ReadResult, WriteResult
+from kvlayer.api.control import Pin
 from kvlayer.bench.sick import SickTier
-from kvlayer.control import Pin
+from kvlayer.config.registry import BACKENDS
 from kvlayer.errors import BackendError, BackendUnavailableError
-from kvlayer.registry import BACKENDS
 from kvlayer.results import Cause, Stats
 from kvlayer.testing.sim import in_virtual_time
 

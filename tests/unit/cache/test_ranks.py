@@ -19,12 +19,12 @@ from hang import HANG
 from stacks import check_accounts, hybrid_layout
 
 from kvlayer import Cache, KVLayout, KVView, Portal
+from kvlayer.api.rank_worker import RankWorker
 from kvlayer.errors import ClosedError, LayoutError, MessageError, UnsupportedError
 from kvlayer.layout import HND, MLA_BLOCKS, NHD, AttentionKind, KVGroup
-from kvlayer.rank import Rank
 from kvlayer.results import Cause
 from kvlayer.tier.messages import Completion, Greeting, Order, Outcome, Verb
-from kvlayer.tier.ranks import Ranks, RemoteView
+from kvlayer.tier.ranks.rank_team import RankTeam, RemoteView
 
 LATENT = KVGroup(AttentionKind.MLA, (0, 1, 2), "bfloat16", head_size=8)
 
@@ -134,7 +134,7 @@ def test_a_view_that_covers_a_part_gets_that_part(two: Fleet) -> None:
 
 
 def test_a_long_move_is_several_orders(two: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvlayer.tier.ranks.MAX_PIECES", 2)
+    monkeypatch.setattr("kvlayer.tier.ranks.rank_team.MAX_PIECES", 2)
     assert two.store(tokens(78), torch.arange(78)).stored == 5
     assert [len(order.pieces) for order in two.orders] == [2, 2, 1, 2, 2, 1]
     assert len({order.number for order in two.orders}) == 6
@@ -247,7 +247,7 @@ def test_a_cancelled_store_takes_back_what_nobody_took(two: Fleet) -> None:
     assert two.portal.cache.stack.planner.host.extents.used == 0
 
 
-async def _begun(cache: Cache, ranks: Ranks) -> None:
+async def _begun(cache: Cache, ranks: RankTeam) -> None:
     assert cache.stack.planner.host.extents.used
     assert len(ranks._outbox) == 2
 
@@ -294,7 +294,7 @@ def test_a_loop_that_dies_waits_for_no_rank() -> None:
     async def leave(_: Cache) -> None:
         asyncio.get_running_loop().stop()
 
-    ranks = Ranks(TWO)
+    ranks = RankTeam(TWO)
     portal = Portal.open(config(), layout(), ranks=ranks)
     store = portal.submit(Cache.store, tokens(64), RemoteView.of("a", range(64)))
     assert len(ranks.take(10)) == 2
@@ -347,13 +347,13 @@ def test_an_order_that_is_not_right_is_refused_and_moves_nothing(two: Fleet) -> 
     worker, view = two.workers[0], two.engines[0].view(torch.arange(64))
     for what, order in wrong.items():
         with pytest.raises(MessageError, match=r".") as caught:
-            worker.call(Rank.carry_out, order.to_bytes(), view)
+            worker.call(RankWorker.carry_out, order.to_bytes(), view)
         assert str(caught.value), what
     for packed in (b"", b"order", good.to_bytes()[:-1], Completion(1, 0, ()).to_bytes()):
         with pytest.raises(MessageError):
-            worker.call(Rank.carry_out, packed, view)
+            worker.call(RankWorker.carry_out, packed, view)
     assert bytes(slab.view(0, slab.nbytes)) == before
-    answer = Completion.from_bytes(worker.call(Rank.carry_out, good.to_bytes(), view))
+    answer = Completion.from_bytes(worker.call(RankWorker.carry_out, good.to_bytes(), view))
     assert all(outcome.ok for outcome in answer.outcomes)
 
 
@@ -380,25 +380,25 @@ def test_a_rank_that_the_planner_takes_for_another_does_not_join(two: Fleet) -> 
     greeting = two.ranks.greeting()
     for number, held in ((1, TWO[0]), (2, TWO[0]), (0, layout()), (0, hybrid_layout())):
         with pytest.raises(MessageError) as caught:
-            Rank.start(greeting, held, number)
+            RankWorker.start(greeting, held, number)
         assert caught.value.hint
     other = dataclasses.replace(group(), dtype="float16")  # of the same size in memory
     with pytest.raises(MessageError, match="float16"):
-        Rank.start(greeting, KVLayout.single(other, NHD, tokens_per_block=4, heads=(0, 1)), 0)
+        RankWorker.start(greeting, KVLayout.single(other, NHD, tokens_per_block=4, heads=(0, 1)), 0)
     gone = Greeting.from_bytes(greeting)
     gone = gone._replace(slab=gone.slab._replace(inode=1))
     with pytest.raises(UnsupportedError):
-        Rank.start(gone.to_bytes(), TWO[0], 0)
+        RankWorker.start(gone.to_bytes(), TWO[0], 0)
 
 
 def test_a_rank_joins_by_a_descriptor_where_the_planner_cannot_be_seen(two: Fleet) -> None:
     greeting = Greeting.from_bytes(two.ranks.greeting())
     slab = two.portal.cache.stack.objects.slab
     hidden = greeting._replace(slab=greeting.slab._replace(pid=1 << 22)).to_bytes()
-    with Rank.start(hidden, TWO[0], 0, slab_fd=slab.fd) as rank:
+    with RankWorker.start(hidden, TWO[0], 0, slab_fd=slab.fd) as rank:
         order = _order(two)
         view = two.engines[0].view(torch.arange(64))
-        answer = Completion.from_bytes(rank.call(Rank.carry_out, order.to_bytes(), view))
+        answer = Completion.from_bytes(rank.call(RankWorker.carry_out, order.to_bytes(), view))
     assert all(outcome.ok for outcome in answer.outcomes)
     assert any(slab.view(order.pieces[0].offset, 64))
     two.ranks.lost(1, "the test is over")
@@ -416,7 +416,7 @@ def test_views_and_caches_that_do_not_go_together_are_refused(two: Fleet) -> Non
 def test_ranks_that_do_not_make_up_the_layout_cannot_be_planned_for() -> None:
     before = threading.active_count()
     with pytest.raises(LayoutError) as caught:
-        Portal.open(config(), layout(), ranks=Ranks(TWO[:1]))
+        Portal.open(config(), layout(), ranks=RankTeam(TWO[:1]))
     assert "h0-1" in str(caught.value) and caught.value.hint
     assert threading.active_count() == before
 

@@ -15,9 +15,9 @@ from engine import Engine
 from kvlayer import Cache, Cause
 from kvlayer.abc.backend import DeleteResult, Listed, Read, ReadResult, Write, WriteResult
 from kvlayer.errors import BackendError
-from kvlayer.keys import ObjectKey
-from kvlayer.tier.objects import Objects
-from kvlayer.tier.spills import Spills
+from kvlayer.identity.keys import ObjectKey
+from kvlayer.tier.transfer.objects import Objects
+from kvlayer.tier.transfer.spills import Spills
 from kvlayer_backends.file.backend import FileBackend
 
 

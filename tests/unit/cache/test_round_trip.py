@@ -23,6 +23,7 @@ from kvlayer import (
     ModelConfig,
     TierConfig,
 )
+from kvlayer.identity.links import link_size
 from kvlayer.layout import (
     DENSE,
     FUSED_HND,
@@ -35,7 +36,6 @@ from kvlayer.layout import (
     Axes,
     GroupLayout,
 )
-from kvlayer.links import link_size
 
 DTYPES = ["float32", "bfloat16", "float16", "fp8_e4m3", "fp8_e5m2", "int8"]
 PAGED: list[Axes] = [NHD, NHD_BLOCK_FIRST, NHD_PAIR, HND, FUSED_HND]

@@ -21,9 +21,9 @@ from hang import HANG
 from stacks import check_accounts
 
 from kvlayer import Cache, Portal
-from kvlayer.job import Job
-from kvlayer.lookup import Lookup
+from kvlayer.api.lookup import Lookup
 from kvlayer.results import Cause, Stats
+from kvlayer.runtime.job import Job
 
 THREADS = 4
 ROUNDS = 100

@@ -18,9 +18,9 @@ from rank_process import BLOCKS, digest, held, receive, send
 from stacks import check_accounts
 
 from kvlayer import Cache, Portal
-from kvlayer.job import Job
+from kvlayer.runtime.job import Job
 from kvlayer.tier.messages import Completion, Order, Verb
-from kvlayer.tier.ranks import Ranks, RemoteView
+from kvlayer.tier.ranks.rank_team import RankTeam, RemoteView
 
 SCRIPT = Path(__file__).parents[2] / "support" / "rank_process.py"
 HEADS = {1: [(0, 2)], 2: [(0, 1), (1, 2)]}
@@ -63,9 +63,9 @@ class Process:
 
 
 @contextmanager
-def planned(directory: Path, ranks: int) -> Generator[tuple[Portal, Ranks, list[Process]]]:
+def planned(directory: Path, ranks: int) -> Generator[tuple[Portal, RankTeam, list[Process]]]:
     with ExitStack() as stack:
-        fleet = Ranks([held(heads) for heads in HEADS[ranks]])
+        fleet = RankTeam([held(heads) for heads in HEADS[ranks]])
         portal = stack.enter_context(
             Portal.open(config(directory, host="1MiB"), layout(), ranks=fleet)
         )
@@ -77,7 +77,7 @@ def planned(directory: Path, ranks: int) -> Generator[tuple[Portal, Ranks, list[
         yield portal, fleet, processes
 
 
-def drive(job: Job[Any], fleet: Ranks, processes: list[Process], slots: list[int]) -> Any:
+def drive(job: Job[Any], fleet: RankTeam, processes: list[Process], slots: list[int]) -> Any:
     """Pass messages on until the job is done."""
     while not job.done():
         for order in fleet.take(0.05):
@@ -148,7 +148,7 @@ def test_a_rank_killed_in_mid_gather_leaves_nothing_behind(tmp_path: Path) -> No
         processes[1].end()
 
 
-def _by_rank(fleet: Ranks, count: int) -> Iterator[tuple[int, Order]]:
+def _by_rank(fleet: RankTeam, count: int) -> Iterator[tuple[int, Order]]:
     while count:
         for order in fleet.take(10):
             count -= 1

@@ -14,7 +14,7 @@ from caches import config, layout, stored_files, tokens
 from engine import Engine
 
 from kvlayer import Cache
-from kvlayer.tier.guard import Lane
+from kvlayer.tier.guard.guard import Lane
 
 
 def lost(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -76,7 +76,7 @@ from pathlib import Path
 from caches import config, layout, tokens
 from engine import Engine
 from kvlayer import Cache, Portal
-from kvlayer.tier.guard import Lane
+from kvlayer.tier.guard.guard import Lane
 
 engine = Engine(layout(), 64, 1)
 view = engine.view(engine.slots(64))

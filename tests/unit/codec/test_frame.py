@@ -27,11 +27,11 @@ from kvlayer.codec.frame import (
     read_rows,
     stands_for,
 )
-from kvlayer.keys import Encoding, ObjectKey, ObjectName, Part
+from kvlayer.identity.keys import Encoding, ObjectKey, ObjectName, Part
 from kvlayer.layout import AttentionKind, KVGroup
 from kvlayer.payload import ALIGNMENT, Payload
 from kvlayer.results import Cause
-from kvlayer.tier.coding import encode, verify, write_scratch
+from kvlayer.tier.transfer.coding import encode, verify, write_scratch
 
 NAMESPACE, CHUNK_HASH = "ab" * 32, bytes(range(32))
 

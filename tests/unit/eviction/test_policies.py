@@ -14,10 +14,10 @@ from policies import calls, play
 
 from kvlayer.abc.policy import EvictionPolicy
 from kvlayer.abc.rows import Rows
+from kvlayer.config.registry import POLICIES
 from kvlayer.eviction.arc import ARC
 from kvlayer.eviction.lfu import LFU
 from kvlayer.eviction.lru import LRU, PrefixLRU
-from kvlayer.registry import POLICIES
 from kvlayer.testing.suites.policy import PlayedPolicy
 
 ALL = (LRU, PrefixLRU, ARC, LFU)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvlayer.keys import Part
+from kvlayer.identity.keys import Part
 from kvlayer.layout import (
     DENSE,
     FUSED_HND,

@@ -13,7 +13,7 @@ import torch
 
 from kvlayer.abc.stager import HostCopy
 from kvlayer.errors import LayoutError
-from kvlayer.keys import Part
+from kvlayer.identity.keys import Part
 from kvlayer.layout import (
     DENSE,
     FUSED_HND,

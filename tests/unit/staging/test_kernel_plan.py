@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvlayer.errors import LayoutError
-from kvlayer.keys import Part
+from kvlayer.identity.keys import Part
 from kvlayer.layout import FUSED_HND, HND, NHD, AttentionKind, GroupLayout, KVGroup
 from kvlayer.payload import Payload
 from kvlayer.staging.address import overlap, strips

@@ -18,12 +18,12 @@ import pytest
 import torch
 from hang import HANG
 
-from kvlayer._offload import Offload, _Todo
 from kvlayer.abc.stager import HostCopy
 from kvlayer.errors import ClosedError, LayoutError
-from kvlayer.keys import Part
+from kvlayer.identity.keys import Part
 from kvlayer.layout import NHD, AttentionKind, KVGroup, KVLayout, KVView
 from kvlayer.payload import Payload
+from kvlayer.runtime.offload import Offload, _Todo
 from kvlayer.staging import torch_stager
 from kvlayer.staging.device_cache import DeviceCache
 from kvlayer.staging.torch_stager import TorchStager

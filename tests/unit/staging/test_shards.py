@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kvlayer._offload import Offload
 from kvlayer.abc.stager import HostCopy
 from kvlayer.errors import LayoutError
-from kvlayer.keys import Part
+from kvlayer.identity.keys import Part
 from kvlayer.layout import FUSED_HND, HND, NHD, AttentionKind, KVGroup, KVLayout, KVView
 from kvlayer.payload import Payload
+from kvlayer.runtime.offload import Offload
 from kvlayer.staging.torch_stager import TorchStager
 
 LAYERS, HEADS, DIM, TOKENS = 4, 8, 8, 64

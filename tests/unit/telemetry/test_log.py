@@ -28,7 +28,7 @@ from kvlayer.events import (
     TransferDone,
     TransferStarted,
 )
-from kvlayer.keys import ObjectKey, Span
+from kvlayer.identity.keys import ObjectKey, Span
 from kvlayer.results import Cause, Failure
 from kvlayer.telemetry.log import LogSink
 

@@ -24,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from kvlayer import Cache, Portal, Scope
 from kvlayer.errors import ConfigError
 from kvlayer.events import LookupDone, ObjectQuarantined, StoreDone, TierChanged, TransferDone
-from kvlayer.keys import ObjectKey, Span
+from kvlayer.identity.keys import ObjectKey, Span
 from kvlayer.results import Cause, Failure
 from kvlayer.telemetry.families import SCRAPED
 from kvlayer.telemetry.prometheus import PrometheusSink
@@ -478,7 +478,7 @@ def test_the_extra_the_error_names_brings_the_package() -> None:
 
 def test_only_building_a_sink_imports_the_package() -> None:
     loaded = "import sys; print('prometheus_client' in sys.modules)"
-    modules = "import kvlayer, kvlayer.cache, kvlayer.telemetry.prometheus\n"
+    modules = "import kvlayer, kvlayer.api.cache, kvlayer.telemetry.prometheus\n"
     assert python("from kvlayer import *\n" + modules + loaded) == "False"
     built = modules + "kvlayer.telemetry.prometheus.PrometheusSink()\n" + loaded
     assert python(built) == "True"

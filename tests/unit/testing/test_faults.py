@@ -14,9 +14,9 @@ from engine import Engine
 
 from kvlayer import Cache, CacheConfig, ModelConfig, TierConfig
 from kvlayer.abc.backend import Backend, Capability, Damaged, Hit, Miss, Read, Write
+from kvlayer.config.registry import BACKENDS
 from kvlayer.errors import BackendError, BackendUnavailableError, UnsupportedError
-from kvlayer.keys import PUBLIC_ZONE, ObjectKey, ObjectName, Part
-from kvlayer.registry import BACKENDS
+from kvlayer.identity.keys import PUBLIC_ZONE, ObjectKey, ObjectName, Part
 from kvlayer.testing.faults import (
     Dying,
     Flaky,

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from kvlayer._offload import Offload
+from kvlayer.runtime.offload import Offload
 from kvlayer.testing.sim import Awaits, Stuck, run
-from kvlayer.tier.guard import Guard
+from kvlayer.tier.guard.guard import Guard
 
 
 async def _race() -> list[int]:

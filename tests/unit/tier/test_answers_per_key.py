@@ -9,10 +9,10 @@ from stacks import CHUNK, Rig, chain_of, make_rig
 
 from kvlayer.abc.backend import Damaged, DeleteResult, SizeResult
 from kvlayer.errors import BackendError, BackendUnavailableError
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.results import Cause
-from kvlayer.tier.guard import Lane
-from kvlayer.tier.retry import Retry
+from kvlayer.tier.guard.guard import Lane
+from kvlayer.tier.guard.retry import Retry
 
 
 async def _shared(chunks: int) -> tuple[Rig, Sequence[ObjectKey]]:

@@ -25,13 +25,13 @@ from stacks import (
 from kvlayer.abc.backend import SizeResult
 from kvlayer.errors import BackendError
 from kvlayer.eviction.lru import PrefixLRU
-from kvlayer.keys import ChunkChain, ObjectKey, Part, Scope, Span
+from kvlayer.identity.keys import ChunkChain, ObjectKey, Part, Scope, Span
 from kvlayer.layout import KVLayout, KVView
 from kvlayer.results import Cause
 from kvlayer.testing.sim import in_virtual_time
-from kvlayer.tier.matcher import Match
-from kvlayer.tier.planner import Planner
-from kvlayer.tier.records import Host
+from kvlayer.tier.planner.matcher import Match
+from kvlayer.tier.planner.planner import Planner
+from kvlayer.tier.planner.records import HostState
 from kvlayer.tier.stack import Window
 
 FULL, WINDOW, STATE = Part(0, (0, 2), (0, 2)), Part(1, (0, 1), (0, 2)), Part(2, (0, 1), None)
@@ -428,7 +428,7 @@ async def test_a_chunk_that_is_being_stored_is_not_presumed() -> None:
     todo = rig.planner.plan_store(chain.until(CHUNK * 2), 0, tail=False, holds=lambda _g, _s: True)
     match, lease = await rig.stack.finder.lease(chain, owner="", seconds=1e9)
     assert match.tokens == CHUNK  # it was asked about the first; the second is being filled
-    assert todo.gathers[1].record.host is Host.FILLING
+    assert todo.gathers[1].record.host is HostState.FILLING
     rig.planner.release(lease.number)
     rig.planner.gathered(todo, None)
     await rig.aclose()

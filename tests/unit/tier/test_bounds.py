@@ -21,15 +21,15 @@ from stacks import CHUNK, NAMESPACE, Clock, chain_of, holds_all, make_planner
 from kvlayer.eviction.arc import ARC
 from kvlayer.eviction.lfu import LFU
 from kvlayer.eviction.lru import PrefixLRU
-from kvlayer.keys import ObjectKey, Part, Scope
+from kvlayer.identity.keys import ObjectKey, Part, Scope
 from kvlayer.results import Cause
-from kvlayer.tier.absences import Absences
-from kvlayer.tier.journal import Journal
-from kvlayer.tier.lease import Lease
 from kvlayer.tier.messages import Outcome
-from kvlayer.tier.planner import Planner
-from kvlayer.tier.promises import Promise
-from kvlayer.tier.records import Host, ObjectRecord
+from kvlayer.tier.planner.absences import Absences
+from kvlayer.tier.planner.journal import Journal
+from kvlayer.tier.planner.lease import Lease
+from kvlayer.tier.planner.planner import Planner
+from kvlayer.tier.planner.promises import Promise
+from kvlayer.tier.planner.records import HostState, ObjectRecord
 
 PAGES = 16
 MOST = 16
@@ -134,7 +134,9 @@ class Life:
         self.planner.absent([self.key() for _ in range(4)], 1, self.clock.now)
 
     def evict(self) -> None:
-        active = [found for found in self.planner.directory.active() if found.host is Host.READY]
+        active = [
+            found for found in self.planner.directory.active() if found.host is HostState.READY
+        ]
         self.planner.evict(active[: self.rng.randrange(4)], Cause.CLEARED, "")
 
     def ask(self) -> None:
@@ -152,7 +154,7 @@ def test_no_table_grows_beyond_its_bound(policy: Any, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("holdings._MAX_ASIDE", "holdings._MAX_WITHDRAWN", "tables._MAX_SHAPES"):
             patch.setattr(f"kvlayer.tier.{name}", MOST)
-        patch.setattr("kvlayer.tier.matcher._MAX_PARTS", MOST)
+        patch.setattr("kvlayer.tier.planner.matcher._MAX_PARTS", MOST)
         clock = Clock()
         planner = make_planner(pages=PAGES, clock=clock, policy=policy)
         planner.journal = planner._holdings._journal = Journal(MOST)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvlayer.tier.breaker import Breaker, BreakerState
+from kvlayer.tier.guard.breaker import Breaker, BreakerState
 
 
 def test_one_missed_deadline_opens_it_and_five_errors_in_a_row_do() -> None:

@@ -19,8 +19,8 @@ from kvlayer.eviction.lru import PrefixLRU
 from kvlayer.layout import KVView
 from kvlayer.results import Cause
 from kvlayer.testing.sim import in_virtual_time
-from kvlayer.tier.guard import Lane
-from kvlayer.tier.records import Host
+from kvlayer.tier.guard.guard import Lane
+from kvlayer.tier.planner.records import HostState
 from kvlayer.tier.stack import Window
 
 PAGES = 20
@@ -78,7 +78,7 @@ def used(rig: Rig) -> int:
 def place(rig: Rig, seed: int) -> tuple[bool, int]:
     """Whether a prompt is in host memory, and on which tiers."""
     (record,) = rig.planner.match(chain_of(16, seed=seed)).path()
-    return record.host is Host.READY, record.tiers
+    return record.host is HostState.READY, record.tiers
 
 
 def serve_again(rig: Rig) -> None:

@@ -11,11 +11,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvlayer.keys import ObjectKey, Part, Span
+from kvlayer.identity.keys import ObjectKey, Part, Span
 from kvlayer.retention import Retention
-from kvlayer.tier import plan
-from kvlayer.tier.directory import Directory
-from kvlayer.tier.records import Host, ObjectRecord
+from kvlayer.tier.planner import plan
+from kvlayer.tier.planner.directory import Directory
+from kvlayer.tier.planner.records import HostState, ObjectRecord
 
 NAMESPACE = "ab" * 32
 WHOLE, LOW, HIGH = Part(0, (0, 4), (0, 2)), Part(0, (0, 4), (0, 1)), Part(0, (0, 4), (1, 2))
@@ -154,7 +154,7 @@ class DirectoryMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.directory = Directory(NAMESPACE, NEEDS)
-        self.host: dict[tuple[int, Part], Host] = {}
+        self.host: dict[tuple[int, Part], HostState] = {}
         self.tiers: dict[tuple[int, Part], set[int]] = {}
 
     def record(self, number: int, part: Part) -> ObjectRecord | None:
@@ -164,15 +164,15 @@ class DirectoryMachine(RuleBasedStateMachine):
     def fill(self, number: int, part: Part) -> None:
         if (number, part) not in self.host:
             self.directory.fill(self.directory.ensure(span(number), "0", part), 0, 4096)
-            self.host[number, part] = Host.FILLING
+            self.host[number, part] = HostState.FILLING
 
     @rule(number=NUMBERS, part=PARTS)
     def ready(self, number: int, part: Part) -> None:
-        if self.host.get((number, part)) is Host.FILLING:
+        if self.host.get((number, part)) is HostState.FILLING:
             found = self.record(number, part)
             assert found is not None
             self.directory.ready(found)
-            self.host[number, part] = Host.READY
+            self.host[number, part] = HostState.READY
 
     @rule(number=NUMBERS, part=PARTS)
     def drop_host(self, number: int, part: Part) -> None:
@@ -216,7 +216,7 @@ class DirectoryMachine(RuleBasedStateMachine):
             ready = {
                 part
                 for (n, part), state in self.host.items()
-                if n == number and state is Host.READY
+                if n == number and state is HostState.READY
             }
             ready |= {part for (n, part), tiers in self.tiers.items() if n == number and tiers}
             for need, cover in zip(

@@ -10,13 +10,13 @@ from codecs_of_tests import DOUBLES, FAILS, SHRINKS
 from stacks import CHUNK, NAMESPACE, MemoryBackend, full_group
 
 from kvlayer.abc.codec import Coded
-from kvlayer.keys import PUBLIC_ZONE, ObjectKey, Part
+from kvlayer.identity.keys import PUBLIC_ZONE, ObjectKey, Part
 from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload
 from kvlayer.results import Cause
 from kvlayer.testing.loan import Loan, noise
-from kvlayer.tier.encodings import Coding
-from kvlayer.tier.objects import Item, Lending, Objects
+from kvlayer.tier.transfer.encodings import Coding
+from kvlayer.tier.transfer.objects import Item, Lending, Objects
 
 PART = Part(0, (0, 2), (0, 2))
 PAYLOAD = Payload.of(full_group(), PART, CHUNK)

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from kvlayer.tier import plan
-from kvlayer.tier.estimate import Estimate, Rate
+from kvlayer.tier.guard.estimate import Estimate, Rate
+from kvlayer.tier.planner import plan
 
 MIB = 1 << 20
 

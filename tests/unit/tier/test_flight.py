@@ -6,11 +6,11 @@ import asyncio
 
 import pytest
 
-from kvlayer.keys import ObjectKey, Part
+from kvlayer.identity.keys import ObjectKey, Part
 from kvlayer.results import Cause
-from kvlayer.tier.flight import Flight, Flights, outcome_of
-from kvlayer.tier.guard import Guard
+from kvlayer.tier.guard.guard import Guard
 from kvlayer.tier.messages import Outcome
+from kvlayer.tier.transfer.flight import Flight, Flights, outcome_of
 
 KEY = ObjectKey.of("ab" * 32, "0", bytes(32), 16, Part(0, (0, 4), (0, 2)))
 NEVER = 3600.0

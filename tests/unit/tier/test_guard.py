@@ -11,7 +11,7 @@ import pytest
 
 from kvlayer.results import Cause
 from kvlayer.testing.sim import in_virtual_time
-from kvlayer.tier.guard import Call, Guard, Lane, Refused
+from kvlayer.tier.guard.guard import Guard, Lane, Refused, TierCall
 
 SOON = 2.0
 NEVER = 3600.0
@@ -138,7 +138,7 @@ async def test_no_more_calls_run_at_once_than_may() -> None:
 
 @in_virtual_time
 async def test_a_call_cancelled_before_it_starts_is_booked_and_never_runs() -> None:
-    guard, work, booked = Guard(NEVER, 1), Work(), list[Call[str]]()
+    guard, work, booked = Guard(NEVER, 1), Work(), list[TierCall[str]]()
     call = guard.start(work, booked.append)
     call.cancel()
     assert await guard.wait(call)
@@ -240,7 +240,7 @@ async def test_an_error_nobody_asks_for_is_no_warning() -> None:
 @pytest.mark.parametrize("is_stubborn", [True, False])
 @in_virtual_time
 async def test_closing_waits_until_every_call_has_let_go(is_stubborn: bool) -> None:
-    guard, booked = Guard(NEVER, 3), list[Call[str]]()
+    guard, booked = Guard(NEVER, 3), list[TierCall[str]]()
     works = [Work(is_stubborn=is_stubborn) for _ in range(3)]
     for work in works:
         guard.start(work, booked.append)
@@ -297,9 +297,9 @@ class Crowd:
         self.guard = guard
         self.began: list[str] = []
         self.gates: dict[str, asyncio.Event] = {}
-        self.calls: dict[str, Call[None]] = {}
+        self.calls: dict[str, TierCall[None]] = {}
 
-    def start(self, name: str, *, nbytes: int = 0) -> Call[None]:
+    def start(self, name: str, *, nbytes: int = 0) -> TierCall[None]:
         """Start a call; one whose name begins with "w" writes."""
         gate = self.gates[name] = asyncio.Event()
 

@@ -11,8 +11,8 @@ import pytest
 
 from kvlayer.results import Cause
 from kvlayer.testing.sim import in_virtual_time
-from kvlayer.tier.breaker import BreakerState
-from kvlayer.tier.guard import Call, Guard, Lane, Refused
+from kvlayer.tier.guard.breaker import BreakerState
+from kvlayer.tier.guard.guard import Guard, Lane, Refused, TierCall
 
 DEADLINE = 2.0
 PAUSE = 1.0  # the first; a trial comes after half of it to all of it
@@ -511,7 +511,7 @@ async def test_whatever_happens_a_lane_is_asked_again() -> None:
         guard = Guard(DEADLINE, rng.choice([1, 4, 9]), max_queued=3, pause=PAUSE)
         guard.max_write_nbytes = 50
         works: list[Work] = []
-        calls: list[Call[str]] = []
+        calls: list[TierCall[str]] = []
         for _ in range(60):
             lane = rng.choice(list(Lane))
             choice = rng.random()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 import pytest
 
 from kvlayer.testing.sim import in_virtual_time
-from kvlayer.tier.guard import Guard, Lane
+from kvlayer.tier.guard.guard import Guard, Lane
 
 NEVER = 3600.0
 

@@ -13,12 +13,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from kvlayer.abc.policy import EvictionPolicy
 from kvlayer.eviction.arc import ARC
 from kvlayer.eviction.lru import LRU, PrefixLRU
-from kvlayer.keys import ObjectKey, Part, Span
+from kvlayer.identity.keys import ObjectKey, Part, Span
 from kvlayer.payload import align
-from kvlayer.tier.directory import Directory
-from kvlayer.tier.host import HostTier
-from kvlayer.tier.records import Host, ObjectRecord
-from kvlayer.tier.strand import Held, flat
+from kvlayer.tier.planner.directory import Directory
+from kvlayer.tier.planner.host import HostTier
+from kvlayer.tier.planner.records import HostState, ObjectRecord
+from kvlayer.tier.planner.strand import Held, flat
 
 PAGE = 4096
 PART = Part(0, (0, 4), (0, 2))
@@ -72,7 +72,7 @@ def test_the_least_recently_used_object_goes_first() -> None:
     small.host.unpin(records[:1])  # a use
     small.add(4)
     assert small.evicted == [records[1]]
-    assert records[1].host is Host.ABSENT
+    assert records[1].host is HostState.ABSENT
     assert small.directory.find(span_key(1)) is None
 
 
@@ -106,7 +106,7 @@ def test_nothing_is_given_up_for_what_cannot_fit_anyway() -> None:
     small.host.pin(records[:2])
     assert small.reserve(9, 3 * PAGE) is None  # two pages are pinned: no eviction can help
     assert small.evicted == []
-    assert all(r.host is Host.READY for r in records)
+    assert all(r.host is HostState.READY for r in records)
 
 
 def test_a_pin_on_an_absent_object_holds_its_record_until_it_is_let_go() -> None:
@@ -162,7 +162,7 @@ def test_pins_on_an_old_record_leave_the_new_one_alone() -> None:
     small.host.pin([new])
     small.host.unpin([old])
     assert small.directory.find(span_key(1)) is new
-    assert new.host is Host.READY
+    assert new.host is HostState.READY
     assert small.named() is None  # still leased
     small.host.unpin([new])
     small.host.take(new)
@@ -341,15 +341,17 @@ class HostMachine(RuleBasedStateMachine):
     def reserve(self, number: int, pages: int, odd: bool) -> None:
         found = self.small.directory.ensure(span(number), "0", PART)
         self.known[number] = found
-        if found.host is not Host.ABSENT:
+        if found.host is not HostState.ABSENT:
             return
         before = {
-            r.key: r for r in self.small.directory.objects() if r.host is Host.READY and not r.pins
+            r.key: r
+            for r in self.small.directory.objects()
+            if r.host is HostState.READY and not r.pins
         }
         evicted: list[ObjectRecord] = []
         made = self.host.reserve(found, pages * PAGE - (5 if odd else 0), evicted, 0.0)
         assert {r.key for r in evicted} <= set(before)
-        assert all(r.host is Host.ABSENT for r in evicted)
+        assert all(r.host is HostState.ABSENT for r in evicted)
         if made:
             self.filling[number] = found
         else:
@@ -396,7 +398,9 @@ class HostMachine(RuleBasedStateMachine):
         )
         held, nbytes = self.host.lease(first, [])
         assert flat(held) == flat(first)
-        assert nbytes == sum(found.nbytes for found in flat(held) if found.host is not Host.ABSENT)
+        assert nbytes == sum(
+            found.nbytes for found in flat(held) if found.host is not HostState.ABSENT
+        )
         self.paths.append(held)
         self.leased += flat(held)
 
@@ -431,7 +435,7 @@ class HostMachine(RuleBasedStateMachine):
 
     @rule(choice=st.randoms(use_true_random=False))
     def hold(self, choice: random.Random) -> None:
-        ready = [r for r in self.resident() if r.host is Host.READY]
+        ready = [r for r in self.resident() if r.host is HostState.READY]
         if ready:
             self.held.append(choice.choice(ready))
             self.host.hold(self.held[-1:])
@@ -456,17 +460,19 @@ class HostMachine(RuleBasedStateMachine):
 
     @rule(choice=st.randoms(use_true_random=False))
     def drop(self, choice: random.Random) -> None:
-        idle = [r for r in self.small.directory.objects() if r.host is Host.READY and not r.pins]
+        idle = [
+            r for r in self.small.directory.objects() if r.host is HostState.READY and not r.pins
+        ]
         if idle:
             self.host.drop(choice.choice(idle))
 
     def resident(self) -> list[ObjectRecord]:
-        return [r for r in self.small.directory.objects() if r.host is not Host.ABSENT]
+        return [r for r in self.small.directory.objects() if r.host is not HostState.ABSENT]
 
     @invariant()
     def pinned_objects_are_still_there(self) -> None:
         for found in self.filling.values():
-            assert found.host is Host.FILLING
+            assert found.host is HostState.FILLING
         resident = {id(r) for r in self.resident()}
         assert all(id(r) in resident for r in self.filling.values())
 
@@ -492,7 +498,7 @@ class HostMachine(RuleBasedStateMachine):
     @invariant()
     def what_is_aside_is_held_and_not_leased(self) -> None:
         aside = [r for r in self.resident() if self.host.is_leaving(r)]
-        assert all(r.held and r.pins == r.held and r.host is Host.READY for r in aside)
+        assert all(r.held and r.pins == r.held and r.host is HostState.READY for r in aside)
         assert self.host.aside_nbytes == sum(align(r.nbytes) for r in aside)
         assert len(self.host._aside) == len(aside)
 
@@ -502,14 +508,14 @@ class HostMachine(RuleBasedStateMachine):
         free = [
             r
             for r in self.resident()
-            if r.host is Host.READY and r.pins == r.held and not self.host.is_leaving(r)
+            if r.host is HostState.READY and r.pins == r.held and not self.host.is_leaving(r)
         ]
         victim = self.small.named()
         assert (victim in free) if free else (victim is None)
 
     @rule()
     def the_victim_is_ready_and_nobody_has_it(self) -> None:
-        idle = [r for r in self.resident() if r.host is Host.READY and not r.pins]
+        idle = [r for r in self.resident() if r.host is HostState.READY and not r.pins]
         victim = self.host.victim(0.0)
         assert (victim in idle) if idle else (victim is None)
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvlayer.keys import ChunkChain, Salt, Scope, Span
+from kvlayer.identity.keys import ChunkChain, Salt, Scope, Span
 from kvlayer.results import Cause
-from kvlayer.tier.journal import Journal, Loss
+from kvlayer.tier.planner.journal import Journal, Loss
 
 CHUNK, TAIL = 8, 2
 

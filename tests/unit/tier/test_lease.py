@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from kvlayer.errors import ConfigError
 from kvlayer.eviction.lru import PrefixLRU
-from kvlayer.keys import Part, Span
+from kvlayer.identity.keys import Part, Span
 from kvlayer.results import OwnerStats
-from kvlayer.tier.directory import Directory
-from kvlayer.tier.host import HostTier
-from kvlayer.tier.lease import LeaseTable
-from kvlayer.tier.records import ObjectRecord
+from kvlayer.tier.planner.directory import Directory
+from kvlayer.tier.planner.host import HostTier
+from kvlayer.tier.planner.lease import LeaseTable
+from kvlayer.tier.planner.records import ObjectRecord
 
 PART = Part(0, (0, 4), (0, 2))
 

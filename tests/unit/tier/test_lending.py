@@ -14,15 +14,15 @@ from codecs_of_tests import DOUBLES
 from stacks import CHUNK, NAMESPACE, MemoryBackend, full_group
 
 from kvlayer.abc.backend import Capability, Read, ReadResult
-from kvlayer.keys import PUBLIC_ZONE, ObjectKey, Part
+from kvlayer.identity.keys import PUBLIC_ZONE, ObjectKey, Part
 from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload
 from kvlayer.testing.loan import Loan, noise
 from kvlayer.testing.sim import in_virtual_time
-from kvlayer.tier.encodings import Coding, Raw
-from kvlayer.tier.guard import Call, Guard
+from kvlayer.tier.guard.guard import Guard, TierCall
 from kvlayer.tier.messages import Outcome
-from kvlayer.tier.objects import Item, Lending, Objects
+from kvlayer.tier.transfer.encodings import Coding, Raw
+from kvlayer.tier.transfer.objects import Item, Lending, Objects
 
 PART = Part(0, (0, 2), (0, 2))
 PAYLOAD = Payload.of(full_group(), PART, CHUNK)
@@ -81,7 +81,7 @@ async def test_a_deadline_in_the_middle_of_a_read_spoils_no_memory(
     backend.halts = True
     loan = Loan(len(content), shift=7)
     item = Item(KEY, PAYLOAD, 0, loan.pieces((13, 700, 1)), lending)
-    call: Call[Outcome] = guard.send(objects.reading(1, item), nbytes=PAYLOAD.nbytes)
+    call: TierCall[Outcome] = guard.send(objects.reading(1, item), nbytes=PAYLOAD.nbytes)
     assert not await guard.wait(call)
     assert loop.time() == DEADLINE and guard.orphans == 1
     loan.guards_stand()

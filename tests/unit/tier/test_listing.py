@@ -11,9 +11,9 @@ from stacks import NAMESPACE, chain_of, make_rig
 
 from kvlayer.abc.backend import Listed
 from kvlayer.errors import BackendError, ForeignError
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.testing.sim import in_virtual_time
-from kvlayer.tier.listing import listed
+from kvlayer.tier.transfer.listing import listed
 
 
 def key(number: int, namespace: str = NAMESPACE) -> ObjectKey:

@@ -12,12 +12,12 @@ from stacks import CHUNK, Rig, chain_of, check_accounts, framed, make_rig, patte
 from kvlayer.abc.backend import Read, ReadResult
 from kvlayer.errors import BackendError, BackendTimeoutError, BackendUnavailableError
 from kvlayer.events import ObjectQuarantined, TierChanged, TransferDone
-from kvlayer.keys import ChunkChain, ObjectKey
+from kvlayer.identity.keys import ChunkChain, ObjectKey
 from kvlayer.results import Cause, Failure
 from kvlayer.testing.sim import in_virtual_time
-from kvlayer.tier.guard import Lane
-from kvlayer.tier.loads import Wanted
-from kvlayer.tier.records import Host
+from kvlayer.tier.guard.guard import Lane
+from kvlayer.tier.planner.records import HostState
+from kvlayer.tier.transfer.loads import Wanted
 
 SOON = 2.0
 
@@ -41,7 +41,7 @@ async def load(rig: Rig, chain: ChunkChain) -> tuple[int, list[Failure]]:
             async for batch in arrivals:
                 for span, records in batch:
                     for found in records:
-                        assert found.host is Host.READY
+                        assert found.host is HostState.READY
                         view = rig.slab.view(found.offset, found.nbytes)
                         segment = rig.planner.payload(found.part, span.tokens).segments()[0]
                         expected = pattern(span.start, found.part, found.nbytes)
@@ -273,7 +273,7 @@ async def test_a_deadline_is_a_miss_and_the_late_landing_harms_nobody(is_stubbor
     assert done == 0
     assert failure.cause is Cause.DEADLINE
     assert not rig.tier.health().ok
-    slots = {r.offset for r in rig.planner.directory.objects() if r.host is Host.FILLING}
+    slots = {r.offset for r in rig.planner.directory.objects() if r.host is HostState.FILLING}
     if is_stubborn:  # its buffers are still lent: nobody else may have them
         assert len(slots) == 2
         assert rig.planner.host.extents.used == 2 * 4096

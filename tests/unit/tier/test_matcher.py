@@ -19,8 +19,8 @@ from stacks import (
     tail_probes,
 )
 
-from kvlayer.keys import ChunkChain, ObjectKey, Part, Salt, Scope, Span
-from kvlayer.tier.planner import Planner
+from kvlayer.identity.keys import ChunkChain, ObjectKey, Part, Salt, Scope, Span
+from kvlayer.tier.planner.planner import Planner
 
 FULL = Part(0, (0, 2), (0, 2))
 WINDOW = Part(1, (0, 1), (0, 2))

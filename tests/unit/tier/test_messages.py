@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvlayer._pack import pack, unpack
 from kvlayer.errors import MessageError
-from kvlayer.keys import ObjectKey, Part
+from kvlayer.identity.keys import ObjectKey, Part
 from kvlayer.memory.handle import SlabHandle
 from kvlayer.results import Cause
 from kvlayer.retention import ORDINARY

@@ -12,10 +12,10 @@ import pytest
 from kvlayer._masked import Mask
 from kvlayer.abc.backend import Damaged, Hit, Listed, Miss, Read, Write
 from kvlayer.errors import BackendError, NoRoomError
-from kvlayer.keys import Encoding, ObjectKey, ObjectName, Part
+from kvlayer.identity.keys import Encoding, ObjectKey, ObjectName, Part
 from kvlayer.testing.loan import PAGE
 from kvlayer.testing.memory import MemoryBackend
-from kvlayer.tier.named import Named
+from kvlayer.tier.transfer.named import Named
 
 PART = Part(0, (0, 3), (0, 2))
 

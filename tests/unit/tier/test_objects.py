@@ -11,14 +11,14 @@ from stacks import CHUNK, NAMESPACE, MemoryBackend, full_group
 
 from kvlayer.abc.backend import Capability, Hit, Read, ReadResult, Write, WriteResult
 from kvlayer.errors import BackendUnavailableError
-from kvlayer.keys import PUBLIC_ZONE, ObjectKey, Part
+from kvlayer.identity.keys import PUBLIC_ZONE, ObjectKey, Part
 from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload
 from kvlayer.results import Cause
 from kvlayer.testing.loan import Loan, noise
-from kvlayer.tier.batch import MAX_ITEMS
 from kvlayer.tier.messages import Outcome
-from kvlayer.tier.objects import Item, Lending, Objects
+from kvlayer.tier.transfer.batch import MAX_ITEMS
+from kvlayer.tier.transfer.objects import Item, Lending, Objects
 
 PART = Part(0, (0, 2), (0, 2))
 

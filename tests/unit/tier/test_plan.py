@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvlayer.errors import LayoutError
-from kvlayer.keys import Part
+from kvlayer.identity.keys import Part
 from kvlayer.layout import (
     MLA_BLOCKS,
     NHD,
@@ -18,7 +18,7 @@ from kvlayer.layout import (
     HitRule,
     KVGroup,
 )
-from kvlayer.tier import plan
+from kvlayer.tier.planner import plan
 
 LAYERS, HEADS = 6, 8
 

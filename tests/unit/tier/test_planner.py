@@ -29,13 +29,13 @@ from kvlayer.errors import CapacityError
 from kvlayer.eviction.arc import ARC
 from kvlayer.eviction.lfu import LFU
 from kvlayer.eviction.lru import LRU, PrefixLRU
-from kvlayer.keys import ChunkChain, ObjectKey, Part, Span
+from kvlayer.identity.keys import ChunkChain, ObjectKey, Part, Span
 from kvlayer.results import Cause, OwnerStats
-from kvlayer.tier.lease import Lease
-from kvlayer.tier.leaving import Outlets, Way, end_leaving
-from kvlayer.tier.matcher import Match
-from kvlayer.tier.planner import Planner, Reservation
-from kvlayer.tier.records import Host, ObjectRecord
+from kvlayer.tier.planner.demotion_step import DemotionTargets, PendingWrite, end_leaving
+from kvlayer.tier.planner.lease import Lease
+from kvlayer.tier.planner.matcher import Match
+from kvlayer.tier.planner.planner import Planner, Reservation
+from kvlayer.tier.planner.records import HostState, ObjectRecord
 
 FULL = Part(0, (0, 2), (0, 2))
 WINDOW = Part(1, (0, 1), (0, 2))
@@ -505,9 +505,9 @@ def test_a_fetch_leaves_no_pin_however_it_ends(ok: bool) -> None:
     (found,) = down(planner, chain)
     slot = planner.plan_fetch(chain.span(0), found, [])
     assert slot is not None
-    assert [found.host] == [Host.FILLING]
+    assert [found.host] == [HostState.FILLING]
     planner.fetched(slot, 1, ok=ok)
-    assert found.host is (Host.READY if ok else Host.ABSENT)
+    assert found.host is (HostState.READY if ok else HostState.ABSENT)
     assert found.tiers == 2
     check_accounts(planner, idle=True)
 
@@ -631,7 +631,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self.spills: list[tuple[ObjectRecord, int]] = []
         self.leases: list[tuple[Match, Lease]] = []
         self.pins: list[list[ObjectRecord]] = []
-        self.leaving: list[list[Way]] = []
+        self.leaving: list[list[PendingWrite]] = []
 
     @rule(n=st.integers(0, 3), first=st.sampled_from([0, 16, 20]), tail=st.booleans())
     def begin_store(self, n: int, first: int, tail: bool) -> None:
@@ -639,7 +639,7 @@ class PlannerMachine(RuleBasedStateMachine):
             return (group + span.start // 16 + n) % 3 != 0
 
         todo = self.planner.plan_store(self.chains[n], first, tail=tail, holds=holds)
-        assert all(slot.record.host is Host.FILLING for slot in todo.gathers)
+        assert all(slot.record.host is HostState.FILLING for slot in todo.gathers)
         assert not set(todo.dropped) & set(todo.spans)
         self.stores.append(todo.gathers)
 
@@ -657,7 +657,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self.planner.pin(match.path())  # or room for one could come from another
         for span, covers in zip(match.spans, match.covers, strict=True):
             for found in (one for cover in covers for one in cover):
-                if found.host is Host.ABSENT:
+                if found.host is HostState.ABSENT:
                     slot = self.planner.plan_fetch(span, found, [])
                     if slot is not None:
                         self.fetches.append(slot)
@@ -675,7 +675,7 @@ class PlannerMachine(RuleBasedStateMachine):
             for found in (one for cover in covers for one in cover):
                 piece = self.planner.plan_spill(span, found, tier)
                 if piece is not None:
-                    assert found.host is Host.READY
+                    assert found.host is HostState.READY
                     assert piece.offset == found.offset
                     self.spills.append((found, tier))
 
@@ -696,9 +696,9 @@ class PlannerMachine(RuleBasedStateMachine):
     def begin_leaving(
         self, pages: int, demote: int, others: int, whole_only: int, at_once: int
     ) -> None:
-        outlets = Outlets(demote, others, whole_only, 16)
+        outlets = DemotionTargets(demote, others, whole_only, 16)
         step = self.planner.plan_leaving(pages * 4096, outlets, at_once)
-        assert all(found.tiers and found.host is Host.ABSENT for found in step.dropped)
+        assert all(found.tiers and found.host is HostState.ABSENT for found in step.dropped)
         assert all(found.pins == found.held == 1 for found, _ in step.writes)
         assert all(wanted and not found.tiers & wanted for found, wanted in step.writes)
         self.leaving.append(step.writes)
@@ -708,7 +708,7 @@ class PlannerMachine(RuleBasedStateMachine):
         if self.leaving:
             ways = self.leaving.pop(choice.randrange(len(self.leaving)))
             gone = end_leaving(self.planner.host, ways)
-            assert all(found.tiers and found.host is Host.ABSENT for found in gone)
+            assert all(found.tiers and found.host is HostState.ABSENT for found in gone)
 
     @rule(n=st.integers(0, 3), seconds=st.integers(0, 3))
     def take_lease(self, n: int, seconds: int) -> None:

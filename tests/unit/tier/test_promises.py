@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvlayer.tier.promises import Promises
+from kvlayer.tier.planner.promises import Promises
 
 A, B, C = b"a" * 32, b"b" * 32, b"c" * 32
 

@@ -9,14 +9,14 @@ import pytest
 from codecs_of_tests import DOUBLES, FAILS, SHRINKS
 from stacks import CHUNK, NAMESPACE, MemoryBackend, full_group
 
-from kvlayer.keys import PUBLIC_ZONE, ObjectKey, ObjectName, Part
+from kvlayer.identity.keys import PUBLIC_ZONE, ObjectKey, ObjectName, Part
 from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload
 from kvlayer.results import Cause
 from kvlayer.testing.loan import Loan, noise
-from kvlayer.tier.encodings import Coding, Raw
-from kvlayer.tier.objects import Item, Objects
-from kvlayer.tier.relay import Relayed
+from kvlayer.tier.transfer.encodings import Coding, Raw
+from kvlayer.tier.transfer.objects import Item, Objects
+from kvlayer.tier.transfer.relay import Relayed
 
 PART = Part(0, (0, 2), (0, 2))
 PAYLOAD = Payload.of(full_group(), PART, CHUNK)

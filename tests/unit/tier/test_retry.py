@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from kvlayer.errors import BackendError, BackendUnavailableError
-from kvlayer.tier.retry import Retry
+from kvlayer.tier.guard.retry import Retry
 
 
 class Flaky:

@@ -10,10 +10,10 @@ from stacks import Rig, chain_of, check_accounts, framed, make_rig
 
 from kvlayer.errors import BackendError, BackendTimeoutError
 from kvlayer.events import TierChanged
-from kvlayer.keys import ChunkChain
+from kvlayer.identity.keys import ChunkChain
 from kvlayer.results import Cause, Failure
 from kvlayer.testing.sim import in_virtual_time
-from kvlayer.tier.spills import Write
+from kvlayer.tier.transfer.spills import Write
 
 SOON = 2.0
 

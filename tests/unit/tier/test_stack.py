@@ -10,12 +10,12 @@ from stacks import CHUNK, Rig, chain_of, check_accounts, hybrid_layout, make_rig
 
 from kvlayer.abc.stager import Landed
 from kvlayer.errors import BackendError
-from kvlayer.keys import ChunkChain, Part
+from kvlayer.identity.keys import ChunkChain, Part
 from kvlayer.layout import KVView
 from kvlayer.results import Cause
 from kvlayer.testing.sim import in_virtual_time
 from kvlayer.tier.messages import Outcome, Piece
-from kvlayer.tier.records import Host
+from kvlayer.tier.planner.records import HostState
 from kvlayer.tier.stack import Window
 
 FULL, WINDOW, STATE = Part(0, (0, 2), (0, 2)), Part(1, (0, 1), (0, 2)), Part(2, (0, 1), None)
@@ -257,6 +257,6 @@ async def test_a_load_that_runs_while_the_stack_closes_ends_in_a_miss() -> None:
     report = await reading
     assert report.tokens == 0
     assert report.failed
-    assert all(r.host is Host.ABSENT for r in rig.planner.directory.objects())
+    assert all(r.host is HostState.ABSENT for r in rig.planner.directory.objects())
     check_accounts(rig.planner, idle=True)
     await rig.aclose()

@@ -11,12 +11,12 @@ from stacks import Rig, chain_of, check_accounts, make_rig
 
 from kvlayer.abc.stager import HostCopy
 from kvlayer.errors import BackendError
-from kvlayer.keys import ChunkChain, ObjectKey
+from kvlayer.identity.keys import ChunkChain, ObjectKey
 from kvlayer.layout import KVView
 from kvlayer.patience import Patience
 from kvlayer.results import Cause
 from kvlayer.testing.sim import in_virtual_time
-from kvlayer.tier.guard import Lane
+from kvlayer.tier.guard.guard import Lane
 from kvlayer.tier.stack import Window
 from kvlayer.tier.storing import Stored
 

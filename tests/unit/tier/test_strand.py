@@ -7,12 +7,12 @@ import tracemalloc
 
 from stacks import CHUNK, chain_of, make_planner, store
 
-from kvlayer.keys import ChunkChain
+from kvlayer.identity.keys import ChunkChain
 from kvlayer.results import Cause
-from kvlayer.tier.lease import Lease
-from kvlayer.tier.planner import Planner
-from kvlayer.tier.records import Host, ObjectRecord
-from kvlayer.tier.strand import Strand
+from kvlayer.tier.planner.lease import Lease
+from kvlayer.tier.planner.planner import Planner
+from kvlayer.tier.planner.records import HostState, ObjectRecord
+from kvlayer.tier.planner.strand import Strand
 
 
 def looked_up(planner: Planner, chain: ChunkChain) -> Lease:
@@ -122,7 +122,7 @@ def test_what_was_found_before_a_strand_changed_is_leased_as_it_is_now() -> None
         assert all(record.pins == 1 for record in match.path())
         planner.release(lease.number)
         assert planner.host.pinned_nbytes == 0
-    assert gone.host is Host.ABSENT
+    assert gone.host is HostState.ABSENT
 
 
 def test_a_load_lets_go_of_a_strand_object_by_object_and_leaves_other_leases_alone() -> None:

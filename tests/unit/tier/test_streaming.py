@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from stacks import Rig, chain_of, check_accounts, make_rig
 
-from kvlayer.keys import ChunkChain
+from kvlayer.identity.keys import ChunkChain
 from kvlayer.layout import KVView
 from kvlayer.patience import Patience
 from kvlayer.results import Cause, RetrieveReport
 from kvlayer.testing.sim import in_virtual_time
-from kvlayer.tier.records import Host
+from kvlayer.tier.planner.records import HostState
 from kvlayer.tier.stack import Window
 
 
@@ -81,10 +81,10 @@ async def test_what_is_held_for_somebody_is_not_streamed_over() -> None:
     lease, report = await rig.stack.hold(held, owner="", seconds=1e6)
     assert report.tokens == 48
     assert (await read(rig, other)).tokens == 320
-    assert [r.host for r in rig.planner.match(held).path()] == [Host.READY] * 3
+    assert [r.host for r in rig.planner.match(held).path()] == [HostState.READY] * 3
     assert (await read(rig, held)).tokens == 48  # reading it does not end the holding
     assert (await read(rig, other)).tokens == 320
-    assert [r.host for r in rig.planner.match(held).path()] == [Host.READY] * 3
+    assert [r.host for r in rig.planner.match(held).path()] == [HostState.READY] * 3
     rig.planner.release(lease.number)
     await rig.settled()
     check_accounts(rig.planner, idle=True)
@@ -149,7 +149,7 @@ async def test_a_path_that_was_streamed_is_given_up_from_its_end() -> None:
     rig.planner.evict(rig.planner.match(chain).path(), Cause.CLEARED, "")
     assert (await read(rig, chain)).tokens == 160
     await below(rig, chain_of(16 * 4, seed=9))
-    ready = [r.host is Host.READY for r in rig.planner.match(chain).path()]
+    ready = [r.host is HostState.READY for r in rig.planner.match(chain).path()]
     assert ready == [True] * 6 + [False] * 4
     await rig.aclose()
 

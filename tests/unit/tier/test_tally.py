@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlayer.errors import LayoutError, MessageError
-from kvlayer.keys import ObjectKey, Part
+from kvlayer.identity.keys import ObjectKey, Part
 from kvlayer.layout import MLA_BLOCKS, NHD, AttentionKind, KVGroup, KVLayout
 from kvlayer.results import Cause
-from kvlayer.tier import plan
 from kvlayer.tier.messages import Outcome, Piece, Verb
-from kvlayer.tier.tally import Tally, shares
+from kvlayer.tier.planner import plan
+from kvlayer.tier.ranks.tally import Tally, shares
 
 GROUP = KVGroup(AttentionKind.MHA, tuple(range(4)), "float32", 4, 8)
 LATENT = KVGroup(AttentionKind.MLA, tuple(range(4)), "float32", head_size=8)

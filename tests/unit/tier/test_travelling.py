@@ -11,9 +11,9 @@ from stacks import Rig, chain_of, make_rig
 
 from kvlayer.results import RetrieveReport
 from kvlayer.testing.sim import in_virtual_time
-from kvlayer.tier.batch import MAX_ITEMS
-from kvlayer.tier.guard import Lane
+from kvlayer.tier.guard.guard import Lane
 from kvlayer.tier.tier import LowerTier
+from kvlayer.tier.transfer.batch import MAX_ITEMS
 
 CHUNKS = 4 * MAX_ITEMS
 

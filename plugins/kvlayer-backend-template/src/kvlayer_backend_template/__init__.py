@@ -23,7 +23,7 @@ from kvlayer.abc.backend import (
 )
 from kvlayer.abc.offload import Offload
 from kvlayer.errors import BackendError, ClosedError, ConfigError
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.urls import BackendURL
 
 __all__ = ["SQLiteBackend"]

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from kvlayer import Scope
-from kvlayer.chain import ChunkChain
-from kvlayer.keys import Tokens
+from kvlayer.identity.chain import ChunkChain
+from kvlayer.identity.keys import Tokens
 
 __all__ = ["Chains"]
 

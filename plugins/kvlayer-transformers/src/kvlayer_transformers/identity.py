@@ -10,7 +10,7 @@ import torch
 
 from kvlayer import CacheConfig, Namespace
 from kvlayer.errors import IdentityError
-from kvlayer.weights import parse_weights
+from kvlayer.identity.weights import parse_weights
 from kvlayer_transformers.engine import VERSION, Model
 from kvlayer_transformers.geometry import Geometry, overrides_of
 

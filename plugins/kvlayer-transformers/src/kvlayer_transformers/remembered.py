@@ -15,7 +15,7 @@ from typing import Final
 from zlib import crc32
 
 from kvlayer._home import cache_directory
-from kvlayer._own import is_own, read_own
+from kvlayer.identity.own import is_own, read_own
 from kvlayer_transformers.proof import Verdict
 
 __all__ = ["Remembered"]

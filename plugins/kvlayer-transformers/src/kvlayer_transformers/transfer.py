@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from kvlayer import Cache, KVView, StoreReport
-from kvlayer.chain import ChunkChain
+from kvlayer.identity.chain import ChunkChain
 from kvlayer.results import Failure
 from kvlayer_transformers.prompts import reusable_columns
 

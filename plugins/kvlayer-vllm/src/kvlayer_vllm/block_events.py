@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 from kvlayer import Cache
-from kvlayer.chain import ChunkChain
 from kvlayer.events import (
     Event,
     ObjectQuarantined,
@@ -25,10 +24,11 @@ from kvlayer.events import (
     ObjectsStored,
     TransferDone,
 )
-from kvlayer.keys import ObjectKey, Span
+from kvlayer.identity.chain import ChunkChain
+from kvlayer.identity.keys import ObjectKey, Span
 from kvlayer.layout import AttentionKind, HitRule
 from kvlayer.results import Cause
-from kvlayer.tier.records import Host
+from kvlayer.tier.planner.records import HostState
 from kvlayer_vllm.engine import (
     Request,
     event_extra_keys,
@@ -283,7 +283,7 @@ def _places(cache: Cache, name: Name) -> list[Place]:
     records = cache.stack.planner.directory.ending(end_hash)
     objects = [o for record in records if record.tokens == tokens for o in record.objects]
     return [
-        *(Place(host, found.part.group) for found in objects if found.host is Host.READY),
+        *(Place(host, found.part.group) for found in objects if found.host is HostState.READY),
         *(
             Place(tier.name, found.part.group)
             for found in objects

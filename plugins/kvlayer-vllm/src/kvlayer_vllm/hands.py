@@ -10,14 +10,14 @@ from typing import Any, Protocol
 from kvlayer import KVView
 from kvlayer.results import Cause
 from kvlayer.tier.messages import Completion, Order, Outcome
-from kvlayer.tier.ranks import Ranks, RemoteView
-from kvlayer_vllm.messages import Answers, Errand, Step
+from kvlayer.tier.ranks.rank_team import RankTeam, RemoteView
+from kvlayer_vllm.messages import Answers, RankOrder, Step
 from kvlayer_vllm.moves import Load, Save, Slots
 
-__all__ = ["Hands", "LocalHands", "RemoteHands", "given_up"]
+__all__ = ["WorkerLink", "LocalHands", "RemoteHands", "given_up"]
 
 
-class Hands(Protocol):
+class WorkerLink(Protocol):
     """How views are lent, and what goes to the workers with each step."""
 
     is_local: bool
@@ -69,7 +69,7 @@ class RemoteHands:
 
     is_local = False
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: RankTeam) -> None:
         self._ranks = ranks
         self._numbers = count(1)
         self._slots: dict[str, tuple[tuple[bytes, ...], Save | Load]] = {}
@@ -95,7 +95,7 @@ class RemoteHands:
             if known is None:
                 self._ranks.complete(given_up(order, "the blocks are not the request's any more"))
             else:
-                step.errands.append(Errand(order.to_bytes(), known[0]))
+                step.errands.append(RankOrder(order.to_bytes(), known[0]))
 
     def hear(self, answers: Answers) -> None:
         self._absent -= answers.joined

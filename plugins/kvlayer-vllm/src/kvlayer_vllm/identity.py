@@ -13,8 +13,8 @@ import torch
 
 from kvlayer import CacheConfig, Namespace
 from kvlayer.errors import IdentityError, UnsupportedError
+from kvlayer.identity.weights import parse_weights, process_weights
 from kvlayer.layout import KVGroup
-from kvlayer.weights import parse_weights, process_weights
 from kvlayer_vllm.engine import VllmConfig, engine_version
 
 __all__ = ["namespace_of", "overrides_of", "weights_of"]
@@ -67,8 +67,8 @@ def weights_of(vllm_config: VllmConfig, stated: str = "", *, whole: bool = False
     """The digest of the files the engine loaded its weights from.
 
     Of weights that no file holds (``load_format = "dummy"``) and that nobody states it is one that
-    no other process has. ``whole``: see ``kvlayer.weights``. Raises ``IdentityError`` where
-    the files are not on this machine.
+    no other process has. ``whole``: see ``kvlayer.identity.weights``. Raises ``IdentityError``
+    where the files are not on this machine.
     """
     if stated:
         return parse_weights(stated, whole=whole)

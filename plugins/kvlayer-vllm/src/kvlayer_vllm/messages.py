@@ -13,11 +13,11 @@ from kvlayer_vllm.engine import (
 from kvlayer_vllm.layouts import RankLayout
 from kvlayer_vllm.moves import Load, Save
 
-__all__ = ["Answers", "Errand", "Handshake", "Step"]
+__all__ = ["Answers", "RankOrder", "Handshake", "Step"]
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class RankOrder:
     """An order for a rank in another process, and the slots of the view it names.
 
     ``slots[g]`` are int64 in bytes, entry 0 being the view's first token.
@@ -33,7 +33,7 @@ class Step(KVConnectorMetadata):
 
     greeting: bytes = b""
     """For a rank that has not joined yet."""
-    errands: list[Errand] = field(default_factory=list[Errand])
+    errands: list[RankOrder] = field(default_factory=list[RankOrder])
     loads: list[Load] = field(default_factory=list[Load])
     """To start in this very process; empty where the workers are elsewhere."""
     must_wait: bool = False

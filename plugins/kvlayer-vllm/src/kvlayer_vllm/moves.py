@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from kvlayer import Cache, KVView, Portal, RetrieveReport
 from kvlayer.abc.stager import Landed
-from kvlayer.chain import ChunkChain
+from kvlayer.api.lookup import Lookup
 from kvlayer.errors import ClosedError, ForkedError
-from kvlayer.job import Job
-from kvlayer.lookup import Lookup
+from kvlayer.identity.chain import ChunkChain
+from kvlayer.runtime.job import Job
 from kvlayer_vllm.token_ids import Name
 
 __all__ = ["Load", "Save", "Slots", "slots_of"]

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvlayer._offload import Offload
 from kvlayer.abc.stager import HostCopy, Stager
 from kvlayer.errors import LayoutError
 from kvlayer.layout import KVLayout, KVView
+from kvlayer.runtime.offload import Offload
 from kvlayer.staging.address import Overlap, overlap
 from kvlayer.staging.torch_view import GeometryReader, slot_array
 from kvlayer_vllm.packing import check_isa, pack_k, pack_v, unpack_k, unpack_v

@@ -11,19 +11,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvlayer import Cache, KVView, Portal, RetrieveReport
-from kvlayer.lookup import Lookup
-from kvlayer_vllm.hands import Hands
+from kvlayer.api.lookup import Lookup
+from kvlayer_vllm.hands import WorkerLink
 from kvlayer_vllm.messages import Step
 from kvlayer_vllm.moves import Load, slots_of
 from kvlayer_vllm.settings import Loads
 from kvlayer_vllm.tracked import Tracked
 
-__all__ = ["Promises"]
+__all__ = ["PendingLoads"]
 
 _log = logging.getLogger("vllm.kvlayer")  # below vLLM's, so that its users see it
 
 
-class Promises:
+class PendingLoads:
     """Loads in the order of their lives: promised, sent with a step, over, told. No I/O.
 
     ``is_async``: requests wait beside the batch, and hear of their load with some later step; else
@@ -31,7 +31,7 @@ class Promises:
     """
 
     def __init__(
-        self, portal: Portal, hands: Hands, block_sizes: Sequence[int], loads: Loads
+        self, portal: Portal, hands: WorkerLink, block_sizes: Sequence[int], loads: Loads
     ) -> None:
         self._portal = portal
         self._hands = hands

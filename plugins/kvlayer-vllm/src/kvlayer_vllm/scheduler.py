@@ -14,19 +14,19 @@ from functools import partial
 from typing import Any
 
 from kvlayer import Portal
+from kvlayer.api.hit import PrefixHit
 from kvlayer.errors import IdentityError, UnsupportedError
 from kvlayer.events import Sink
-from kvlayer.hit import PrefixHit
 from kvlayer.layout import HitRule
-from kvlayer.tier.ranks import Ranks
+from kvlayer.tier.ranks.rank_team import RankTeam
 from kvlayer_vllm.block_events import BlockEvents
 from kvlayer_vllm.engine import KVCacheConfig, Request, VllmConfig, tokens_per_hash
 from kvlayer_vllm.groups import engine_groups, refuse_parallel
-from kvlayer_vllm.hands import Hands, LocalHands, RemoteHands
+from kvlayer_vllm.hands import LocalHands, RemoteHands, WorkerLink
 from kvlayer_vllm.identity import namespace_of
 from kvlayer_vllm.messages import Answers, Handshake, Step
 from kvlayer_vllm.moves import Save
-from kvlayer_vllm.promises import Promises
+from kvlayer_vllm.promises import PendingLoads
 from kvlayer_vllm.scopes import Adapters, scope_of
 from kvlayer_vllm.search import Search
 from kvlayer_vllm.settings import Settings
@@ -67,7 +67,7 @@ class SchedulerHalf:
             self._events = BlockEvents(self._groups)
         self._stats = StatsSink(time.monotonic)
         self._portal: Portal | None = None
-        self._hands: Hands = LocalHands([])
+        self._hands: WorkerLink = LocalHands([])
         self._tracked: dict[str, Tracked] = {}
         self._leaving: dict[str, Tracked] = {}
         """Finished, with blocks that are still read."""
@@ -107,13 +107,13 @@ class SchedulerHalf:
                 make_stager=first.rank.make_stager(),
             )
         else:
-            team = Ranks([rank.layout for rank in ranks])
+            team = RankTeam([rank.layout for rank in ranks])
             portal = Portal.open(
                 self._cache_config, first.rank.layout, namespace, sinks=sinks, ranks=team
             )
             self._hands = RemoteHands(team)
         self._portal = portal
-        self._promises = Promises(portal, self._hands, self._block_sizes, self._settings.loads)
+        self._promises = PendingLoads(portal, self._hands, self._block_sizes, self._settings.loads)
         self._stores = Stores(
             portal,
             self._hands,

@@ -8,7 +8,7 @@ from hashlib import sha256
 from kvlayer import Content, Salt, Scope
 from kvlayer.abc.offload import Threads
 from kvlayer.errors import IdentityError
-from kvlayer.weights import weights_digest
+from kvlayer.identity.weights import weights_digest
 from kvlayer_vllm.engine import Request
 
 __all__ = ["Adapters", "scope_of"]

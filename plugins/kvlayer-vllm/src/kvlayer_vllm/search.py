@@ -7,9 +7,9 @@ from concurrent.futures import CancelledError
 from functools import partial
 
 from kvlayer import Cache, Portal, RetrieveReport, Scope
-from kvlayer.hit import PrefixHit
-from kvlayer.job import Job
-from kvlayer.lookup import Lookup, LookupState
+from kvlayer.api.hit import PrefixHit
+from kvlayer.api.lookup import Lookup, LookupState
+from kvlayer.runtime.job import Job
 from kvlayer_vllm.token_ids import TokenIds
 
 __all__ = ["Search"]

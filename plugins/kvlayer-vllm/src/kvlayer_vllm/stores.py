@@ -11,9 +11,9 @@ from typing import Any
 
 from kvlayer import Cache, CacheConfig, Portal
 from kvlayer.errors import BackendError, IdentityError, KVLayerError
-from kvlayer.job import Job
+from kvlayer.runtime.job import Job
 from kvlayer_vllm.block_events import BlockEvents
-from kvlayer_vllm.hands import Hands
+from kvlayer_vllm.hands import WorkerLink
 from kvlayer_vllm.moves import Save, slots_of
 from kvlayer_vllm.scopes import Adapters, scope_of
 from kvlayer_vllm.tracked import Tracked
@@ -32,7 +32,7 @@ class Stores:
     def __init__(
         self,
         portal: Portal,
-        hands: Hands,
+        hands: WorkerLink,
         block_sizes: Sequence[int],
         config: CacheConfig,
         *,

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from kvlayer import Scope
-from kvlayer.chain import ChunkChain
-from kvlayer.keys import Tokens
+from kvlayer.identity.chain import ChunkChain
+from kvlayer.identity.keys import Tokens
 
 __all__ = ["TokenIds"]
 

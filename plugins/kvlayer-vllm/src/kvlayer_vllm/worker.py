@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from kvlayer import KVView
-from kvlayer.loop_thread import LoopThread
-from kvlayer.rank import Rank
+from kvlayer.api.rank_worker import RankWorker
+from kvlayer.runtime.loop_thread import LoopThread
 from kvlayer.tier.messages import Order, Verb
 from kvlayer_vllm.engine import KVCacheConfig, VllmConfig
 from kvlayer_vllm.groups import engine_groups
@@ -41,7 +41,7 @@ class WorkerHalf:
         )
         self._is_alone = vllm_config.parallel_config.distributed_executor_backend == "uni"
         self._caches: list[list[Any]] = []
-        self._rank: LoopThread[Rank] | None = None
+        self._rank: LoopThread[RankWorker] | None = None
         self._has_tried = False
         self._answers = Answers()
         self._invalid: set[int] = set()
@@ -69,7 +69,7 @@ class WorkerHalf:
             save.wait()
         if step.greeting and not self._has_tried:
             self._has_tried = True  # once: a rank that cannot join would cost something every step
-            self._rank = Rank.start(
+            self._rank = RankWorker.start(
                 step.greeting,
                 self._held.layout,
                 self._number,
@@ -122,7 +122,9 @@ class WorkerHalf:
             assert self._rank is not None
             slots = [np.frombuffer(each, np.int64) for each in errand.slots]
             view = KVView(self._caches, slots)
-            self._answers.completions.append(self._rank.call(Rank.carry_out, errand.order, view))
+            self._answers.completions.append(
+                self._rank.call(RankWorker.carry_out, errand.order, view)
+            )
             step.errands.remove(errand)
 
     def give_up(self, step: Step) -> None:

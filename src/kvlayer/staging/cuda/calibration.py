@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from kvlayer._home import cache_directory
-from kvlayer._own import read_own
+from kvlayer.identity.own import read_own
 
 __all__ = ["Calibration", "load", "save"]
 

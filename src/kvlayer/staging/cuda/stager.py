@@ -17,11 +17,11 @@ from itertools import repeat
 from traceback import clear_frames
 from typing import Any
 
-from kvlayer._offload import Offload, settled
 from kvlayer.abc.stager import HostCopy, Landed, Stager
 from kvlayer.errors import KVLayerError, UnsupportedError
 from kvlayer.layout import KVLayout, KVView
 from kvlayer.memory.slab import Slab
+from kvlayer.runtime.offload import Offload, settled
 from kvlayer.staging.cuda.devices import Devices
 from kvlayer.staging.cuda.fills import LayerGroup, layer_groups
 from kvlayer.staging.cuda.pipeline import Call, Pipeline
@@ -32,7 +32,7 @@ from kvlayer.staging.moves import Move, batches, growing, in_model_order, plan_m
 from kvlayer.staging.torch_stager import TorchStager
 from kvlayer.staging.torch_view import GeometryReader, tensors_of
 
-__all__ = ["CudaStager"]
+__all__ = ["DeviceStager"]
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ _FIRST_NBYTES = 32 << 20
 and larger, each worked out while the one before is under way."""
 
 
-class CudaStager(Stager):
+class DeviceStager(Stager):
     """Copies between payloads and paged torch tensors; those of a CUDA device at its link's speed.
 
     A call is one of ``threads`` threads' work, which all calls share: it queues a batch, and sleeps

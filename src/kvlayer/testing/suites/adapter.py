@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import ClassVar, Protocol
 
-from kvlayer.config import CacheConfig, ModelConfig, TierConfig
+from kvlayer.config.model import CacheConfig, ModelConfig, TierConfig
 from kvlayer.scope import Scope
 from kvlayer.testing.promise import Promise, broken, expect, promise, same_bytes
 from kvlayer.testing.suite import Suite

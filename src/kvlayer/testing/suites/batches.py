@@ -7,7 +7,7 @@ from random import Random
 
 from kvlayer.abc.backend import Hit, Miss, Read, Write
 from kvlayer.errors import BackendError
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.testing.loan import PAGE, Loan, noise
 from kvlayer.testing.promise import Need, broken, expect, promise, same_bytes
 from kvlayer.testing.suites.place import BackendPlace

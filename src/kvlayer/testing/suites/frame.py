@@ -1,7 +1,7 @@
 """The suite of an object's frame: what is written is read back, and all else has a named cause.
 
-What is driven is what the tiers themselves call: :mod:`kvlayer.tier.coding`. A subclass may put
-other functions of the same signatures in place of its ``encode`` and ``verify``, as
+What is driven is what the tiers themselves call: :mod:`kvlayer.tier.transfer.coding`. A subclass
+may put other functions of the same signatures in place of its ``encode`` and ``verify``, as
 ``write_object`` and ``read_object``.
 """
 
@@ -13,14 +13,14 @@ from typing import Any, ClassVar
 from xxhash import xxh3_64_intdigest
 
 from kvlayer.codec.frame import HEADER_NBYTES, FrameError
-from kvlayer.keys import ObjectKey, Part
+from kvlayer.identity.keys import ObjectKey, Part
 from kvlayer.layout import AttentionKind, KVGroup
 from kvlayer.payload import Payload
 from kvlayer.results import Cause
 from kvlayer.testing.loan import Loan, noise
 from kvlayer.testing.promise import Promise, broken, expect, promise, same_bytes
 from kvlayer.testing.suite import Suite
-from kvlayer.tier.coding import encode, verify, write_scratch
+from kvlayer.tier.transfer.coding import encode, verify, write_scratch
 
 __all__ = ["FrameSuite", "WrittenFrame"]
 
@@ -92,7 +92,7 @@ class WrittenFrame:
 
 
 class FrameSuite(Suite):
-    """Runs on :mod:`kvlayer.tier.coding` as it is."""
+    """Runs on :mod:`kvlayer.tier.transfer.coding` as it is."""
 
     write_object: ClassVar[Callable[..., tuple[memoryview, ...]]] = staticmethod(encode)
     read_object: ClassVar[Callable[..., None]] = staticmethod(verify)

@@ -9,7 +9,7 @@ from typing import cast
 
 from kvlayer.abc.backend import Capability, Damaged, Hit
 from kvlayer.errors import UnsupportedError
-from kvlayer.keys import ObjectKey, Part
+from kvlayer.identity.keys import ObjectKey, Part
 from kvlayer.testing.loan import PAGE, noise
 from kvlayer.testing.promise import Need, broken, expect, promise, same_bytes
 from kvlayer.testing.suites.place import BackendPlace

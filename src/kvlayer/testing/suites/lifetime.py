@@ -9,7 +9,7 @@ from typing import Any
 
 from kvlayer.abc.backend import Capability, Hit, Miss
 from kvlayer.errors import BackendError, ClosedError
-from kvlayer.keys import ObjectKey
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.testing.loan import PAGE, noise
 from kvlayer.testing.promise import Need, broken, expect, promise, same_bytes
 from kvlayer.testing.suites.place import BackendPlace

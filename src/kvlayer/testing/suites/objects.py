@@ -7,9 +7,9 @@ import re
 from functools import partial
 
 from kvlayer.abc.backend import Hit, Miss, Read, Write
+from kvlayer.config.registry import open_backend
 from kvlayer.errors import BackendError, ConfigError
-from kvlayer.keys import Encoding, ObjectKey, Part
-from kvlayer.registry import open_backend
+from kvlayer.identity.keys import Encoding, ObjectKey, Part
 from kvlayer.testing.framed import framed
 from kvlayer.testing.loan import PAGE, Loan, noise
 from kvlayer.testing.promise import Need, broken, expect, promise, same_bytes

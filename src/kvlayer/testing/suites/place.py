@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from kvlayer.abc.backend import Backend, Capability
+from kvlayer.config.registry import BACKENDS, Registry, open_backend
 from kvlayer.errors import ConfigError
-from kvlayer.keys import ObjectKey
-from kvlayer.registry import BACKENDS, Registry, open_backend
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.testing.promise import Need, Promise
 from kvlayer.testing.suite import Suite
 from kvlayer.testing.trial import Trial

@@ -22,7 +22,7 @@ import torch
 import xxhash
 
 from kvlayer.errors import UnsupportedError
-from kvlayer.weights import weights_digest
+from kvlayer.identity.weights import weights_digest
 from kvlayer_transformers.demo.gguf import GGUFError, GGUFFile
 from kvlayer_transformers.geometry import Geometry
 

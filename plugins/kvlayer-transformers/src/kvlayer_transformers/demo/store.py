@@ -10,8 +10,8 @@ from urllib.parse import quote
 
 from kvlayer import CacheConfig, Scope, TierConfig
 from kvlayer.errors import KVLayerError
-from kvlayer.keys import ChunkChain
-from kvlayer.links import link_size
+from kvlayer.identity.keys import ChunkChain
+from kvlayer.identity.links import link_size
 
 __all__ = ["CHUNK_TOKENS", "PASS_TOKENS", "DemoError", "Store"]
 

@@ -1,0 +1,1 @@
+"""What users hold: the cache, its hits and its control, and what puts them together."""

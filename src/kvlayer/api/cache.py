@@ -1,0 +1,576 @@
+"""The cache: store, lookup, retrieve and prefetch KV by token. Start reading here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import weakref
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+from kvlayer._values import flag, function, instance, number, waiting, whole
+from kvlayer.abc.backend import Backend
+from kvlayer.abc.stager import Landed, MakeStager
+from kvlayer.api import assembly
+from kvlayer.api.control import Control
+from kvlayer.api.hit import PrefixHit
+from kvlayer.api.lookup import Lookup, Lookups
+from kvlayer.api.prefetch import Prefetch
+from kvlayer.config.model import CacheConfig
+from kvlayer.config.registry import BACKENDS, Registry
+from kvlayer.errors import (
+    ClosedError,
+    ForkedError,
+    IdentityError,
+    LayoutError,
+    UnsupportedError,
+)
+from kvlayer.events import PrefetchDone, RetrieveDone, Sink, StoreDone
+from kvlayer.identity.keys import ChunkChain, Scope, Span, Tokens, token_bytes
+from kvlayer.identity.namespace import Namespace
+from kvlayer.layout import KVLayout, KVView
+from kvlayer.patience import Patience
+from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
+from kvlayer.tier.planner.lease import lease_seconds
+from kvlayer.tier.planner.matcher import Match
+from kvlayer.tier.planner.sources import Sources
+from kvlayer.tier.ranks.rank_team import RankTeam
+from kvlayer.tier.stack import Window
+from kvlayer.tier.storing import Stored
+
+__all__ = ["Cache"]
+
+PUBLIC = Scope()
+
+_SCOPE = 'a tenant\'s is Scope.private("...")'
+_HIT = "what `async with cache.lookup(...)` yields"
+_LONGEST_PREFILL = 1e9  # seconds
+_LONGEST_WAIT = 1e6
+_SLICE = 64  # spans remembered in one turn of the loop
+_STEP = 8192  # tokens hashed in one turn of the loop: a quarter of a millisecond
+_LARGEST_PREFILL = 10**12  # tokens
+
+
+class Cache:
+    """KV of one model, for one engine rank, on one event loop.
+
+    Made by :meth:`open`. Every method belongs to the loop it was opened on; engine threads use
+    :class:`kvlayer.Portal`. Nothing here raises because a tier, a disk or a peer failed: that is
+    a shorter prefix and a cause. Misuse raises: a wrong view, wrong tokens, use after close.
+    """
+
+    def __init__(self, parts: assembly.OpenCache) -> None:
+        self._parts = parts
+        self._stack = parts.stack
+        self._planner = parts.stack.planner
+        self._lookups = Lookups(parts, self.chain, self.named)
+        self._emit = parts.emit
+        self._clock = parts.clock
+        self._pid = os.getpid()
+        self._loop = asyncio.get_running_loop()
+        self._closed = False
+        self.namespace = parts.namespace
+        self.config = parts.config
+        self.control = Control(self)
+        self._unclosed = weakref.finalize(self, _say_lost, parts, self._pid)
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        config: CacheConfig,
+        layout: KVLayout,
+        namespace: Namespace | None = None,
+        *,
+        sinks: Iterable[Sink] = (),
+        backends: Registry[type[Backend]] = BACKENDS,
+        ranks: RankTeam | None = None,
+        make_stager: MakeStager = assembly.make_stager,
+    ) -> AsyncGenerator[Cache]:
+        """Open the tiers of ``config`` for an engine whose KV lies as ``layout`` says.
+
+        ``namespace`` is what identifies the KV; without one it is made from ``config.model`` and
+        the layout, which reads the model's files once to digest them. ``sinks`` are told of every
+        operation. ``backends`` says where URL schemes are found: the installed ones by default;
+        ``BACKENDS.extended({"mine": MyBackend})`` adds one that is not installed.
+
+        With ``ranks`` the tensors are in other processes: ``layout`` is that of all ranks together,
+        views are ``RemoteView``, and what a rank failed to move is in the reports. ``make_stager``
+        is for an engine whose memory no layout describes: called with the layout, the slab and a
+        number of threads, it returns what gathers and scatters there.
+
+        On a clean exit everything stored reaches the lower tiers first (at most
+        ``config.close_seconds``); on an exception only what is being written ends.
+
+        Raises ``ConfigError``, ``IdentityError``, ``CapacityError``, ``PluginError`` or
+        ``BackendError`` when the cache cannot be built; then nothing stays open.
+        """
+        parts = await assembly.build(
+            config, layout, namespace, sinks, backends, ranks=ranks, make_stager=make_stager
+        )
+        cache = cls(parts)
+        clean = False
+        try:
+            yield cache
+            clean = True
+        finally:
+            cache._closed = True
+            await _to_the_end(parts, flush=clean)
+            cache._unclosed.detach()  # not before: the process may end meanwhile
+
+    # -- the four verbs --------------------------------------------------------------------------
+
+    async def store(
+        self,
+        tokens: Tokens,
+        kv: KVView,
+        *,
+        scope: Scope = PUBLIC,
+        first_token: int = 0,
+        tail: bool = True,
+        on_gathered: Callable[[], None] | None = None,
+        patience: Patience | float | None = None,
+    ) -> StoreReport:
+        """Store the KV of a prompt as far as ``kv`` covers it; what is there already is skipped.
+        What only a tier has that is down for now counts as missing.
+
+        ``tokens`` are all tokens from the prompt's start; entry 0 of ``kv``'s slots is token
+        ``first_token``, and chunks that start before it are left alone (a growing conversation
+        names them again but need not hold them). ``tail`` also stores the partial chunk at the
+        end: do so once, when the prompt is complete. Who keeps a conversation's
+        :meth:`chain` and lets it grow passes that as ``tokens``: only what is new is hashed then.
+
+        Returns when the bytes have left the engine's memory and, for tiers with ``write =
+        "through"``, have been committed there or failed to. ``on_gathered`` is called on the loop
+        once the view is not needed any more, which is earlier there; not when this raises.
+
+        Where host memory is full of what lower tiers have still to get, this waits while they make
+        progress, so a prompt longer than host memory is stored whole. ``patience`` bounds that: in
+        seconds, or a :class:`Patience` that an engine ends when it wants its blocks back. With 0
+        nothing waits: what is not written makes room, counted as ``dropped_writes``. What another
+        store is gathering is waited for, and stored by this one where the other fails.
+
+        Cancelling it releases the view and leaves every object whole or absent. Raises
+        ``LayoutError`` and ``TokensError``. From an id of 2^30 or more on a prompt has no names:
+        what comes before it is stored, the rest is reported as failed (``Cause.NO_NAME``).
+        """
+        started = self.check_loop()
+        window = self._window(kv, first_token)
+        flag("tail", tail)
+        function("on_gathered", on_gathered)
+        chain = await self._chain_to_store(tokens, scope, window)
+        with self._emit.request("store", chain.scope.owner, chain.num_tokens):
+            stored = await self._stack.store(
+                chain,
+                kv,
+                window,
+                tail=tail,
+                on_gathered=on_gathered,
+                patience=Patience.of(patience),
+            )
+            stored.failed += _nameless(chain, window.start)
+            report = stored.report()
+            if stored.spans or stored.skipped:
+                await self._remember(chain, stored)
+            if self._emit:
+                self._emit(
+                    StoreDone(
+                        owner=chain.scope.owner,
+                        stored=report.stored,
+                        skipped=report.skipped,
+                        dropped=report.dropped,
+                        failed=report.failed,
+                        nbytes=stored.nbytes,
+                        seconds=self._clock() - started,
+                    )
+                )
+        return report
+
+    @asynccontextmanager
+    async def lookup(
+        self, tokens: Tokens, *, scope: Scope = PUBLIC, presume: bool = True, patience: float = 0.0
+    ) -> AsyncGenerator[PrefixHit]:
+        """The longest usable prefix, pinned until the block ends (or ``lease_seconds`` pass).
+
+        A tier that may hold more than is known here is asked about a few chunks of a long prompt:
+        those between two that are there are presumed to be there, too. Where one is not,
+        :meth:`retrieve` loads what comes before it, and names it in its report. With ``presume``
+        False the tier is asked about every chunk, so a hit holds what was seen and nothing else.
+
+        Where another request is storing the chunk that comes next, this waits for it, at most
+        ``patience`` seconds in all (0: not at all), and for nothing else. Nothing is pinned
+        meanwhile. If that store fails, the hit ends before the chunk.
+
+        Raises ``TokensError``.
+        """
+        self.check_loop()
+        flag("presume", presume)
+        patience = number("patience", patience, most=_LONGEST_WAIT)
+        hit = await self._lookups.find(tokens, scope, presume=presume, patience=patience)
+        assert hit.lease is not None
+        try:
+            yield hit
+        finally:
+            self._planner.release(hit.lease.number)
+
+    def begin_lookup(self, tokens: Tokens, *, scope: Scope = PUBLIC) -> Lookup:
+        """Start a lookup to poll, for a callback that must not await. See :class:`Lookup`.
+
+        Where the directory alone can answer it is answered when this returns. Raises
+        ``TokensError``.
+        """
+        self.check_loop()
+        return self._lookups.begin(tokens, scope, self._spawn, _call)
+
+    def _spawn(self, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+        return self._parts.spawn(work())
+
+    async def retrieve(
+        self,
+        hit: PrefixHit,
+        kv: KVView,
+        *,
+        first_token: int = 0,
+        deadline: float | None = None,
+        on_layer: Landed | None = None,
+    ) -> RetrieveReport:
+        """Load a hit into the engine's memory, as far as ``kv`` covers it.
+
+        Entry 0 of ``kv``'s slots is token ``first_token``; what lies before it the engine has.
+        Loads ``min(hit.tokens, first_token + kv.num_tokens)`` tokens; whatever fails ends the
+        prefix there and is named in the report. A view that ends inside a native block, or where
+        a window or state is not kept, gets what ends before that. Bytes are verified before they
+        are scattered.
+
+        Loading is abandoned ``deadline`` seconds from now, when a tier missed its own deadline, or
+        when it has taken as long as recomputing would (see :meth:`report_prefill`): whichever
+        comes first.
+
+        ``on_layer`` is called on the loop as soon as a layer holds all that is going to be loaded,
+        in the model's order, so that attention over it need not wait for the others. It is not
+        called where the engine's memory is filled all at once, nor after a failure.
+
+        The view may be written beyond ``report.tokens``, never outside its slots. Cancelling
+        returns once the view is untouched. Raises ``LayoutError``.
+        """
+        started = self.check_loop()
+        window = self._window(kv, first_token)
+        deadline = waiting("deadline", deadline)
+        function("on_layer", on_layer)
+        instance("hit", hit, PrefixHit, hint=_HIT)
+        with self._emit.request("retrieve", hit.owner, hit.tokens):
+            match = self._claim(hit)
+            sources = Sources(match, self._planner.tiers) if self._emit else None
+            report = await self._stack.retrieve(
+                match, kv, window, deadline=deadline, landed=on_layer, lease=hit.lease
+            )
+            asked = min(hit.tokens, window.stop)
+            if match.tokens < asked and not report.failed:
+                lost = next(span for span in hit.spans if span.stop > match.tokens)
+                gone = Failure(lost, Cause.VANISHED, detail="gone since the lookup's lease ran out")
+                report = RetrieveReport(report.tokens, (gone,))
+            if sources is not None:
+                nbytes_by_tier = sources.nbytes(window.start, report.tokens)
+                self._emit(
+                    RetrieveDone(
+                        owner=hit.owner,
+                        asked_tokens=asked,
+                        tokens=report.tokens,
+                        failed=report.failed,
+                        nbytes=sum(nbytes_by_tier.values()),
+                        seconds=self._clock() - started,
+                        by_tier=sources.tokens(window.start, report.tokens),
+                        nbytes_by_tier=nbytes_by_tier,
+                    )
+                )
+        return report
+
+    def prefetch(
+        self, tokens: Tokens, *, scope: Scope = PUBLIC, deadline: float | None = None
+    ) -> Prefetch:
+        """Start bringing a prompt's usable prefix into host memory and hold it there.
+
+        The prefix stays pinned for ``deadline`` seconds (default ``lease_seconds``), whether or
+        not anyone asks for it. Raises ``TokensError``.
+        """
+        started = self.check_loop()
+        instance("scope", scope, Scope, hint=_SCOPE)
+        packed = self._own(tokens, scope) if isinstance(tokens, ChunkChain) else token_bytes(tokens)
+        seconds = self.config.lease_seconds if deadline is None else lease_seconds(deadline)
+        return Prefetch(self._parts.spawn(self._promote(packed, scope, seconds, started)))
+
+    async def _promote(
+        self, prompt: ChunkChain | bytes, scope: Scope, seconds: float, started: float
+    ) -> RetrieveReport:
+        if isinstance(prompt, bytes):
+            prompt = await self._named_in_steps(prompt, scope)
+        chain = prompt
+        owner = chain.scope.owner
+        with self._emit.request("prefetch", owner, chain.num_tokens):
+            _, report = await self._stack.hold(chain, owner=owner, seconds=seconds)
+            self._prefetched(owner, chain.num_tokens, report, started)
+        return report
+
+    def _prefetched(self, owner: str, asked: int, report: RetrieveReport, started: float) -> None:
+        if self._emit:
+            seconds = self._clock() - started
+            done = PrefetchDone(
+                owner=owner,
+                asked_tokens=asked,
+                tokens=report.tokens,
+                failed=report.failed,
+                seconds=seconds,
+            )
+            self._emit(done)
+
+    async def promote(self, hit: PrefixHit, *, deadline: float | None = None) -> RetrieveReport:
+        """Bring a hit into host memory: for an engine that makes room only for what is certain.
+
+        The report's tokens are there then, for as long as the hit is leased, and ``retrieve``
+        copies them without a tier in between. Abandoned ``deadline`` seconds from now, and when a
+        tier missed its own. Raises ``LayoutError`` for a hit of another cache.
+        """
+        started = self.check_loop()
+        deadline = waiting("deadline", deadline)
+        instance("hit", hit, PrefixHit, hint=_HIT)
+        with self._emit.request("prefetch", hit.owner, hit.tokens):
+            match = self._claim(hit)
+            assert hit.lease is not None
+            hit.lease.is_holding = True
+            try:
+                report = await self._stack.promote(match, deadline=deadline)
+            finally:
+                self._planner.unpin(match.path())
+            self._prefetched(hit.owner, hit.tokens, report, started)
+        return report
+
+    def report_prefill(self, tokens: int, seconds: float) -> None:
+        """The engine has just computed the KV of ``tokens`` tokens in ``seconds``.
+
+        From then on hits end where loading the rest would take longer than computing it. Nothing
+        is assumed before the first report, unless ``prefill_tokens_per_second`` is configured.
+        """
+        self._begin()
+        computed = whole("tokens", tokens, most=_LARGEST_PREFILL)
+        took = number("seconds", seconds, most=_LONGEST_PREFILL)
+        self._stack.prefill.observe(computed, took)
+
+    async def flush(self) -> None:
+        """Wait until everything stored so far has reached the lower tiers, or failed to.
+
+        A tier with ``write = "demote"`` is written when objects leave host memory: of that it waits
+        for what is on its way.
+        """
+        self.check_loop()
+        await self._stack.flush()
+
+    async def recovered(self) -> None:
+        """Wait until what the lower tiers already held has been listed.
+
+        Lookups need not wait: they ask a tier for what is not listed yet. Only objects that were
+        cut into other parts than this rank's are found through the listing alone.
+        """
+        self.check_loop()
+        await self._stack.recovered()
+
+    # -- shared with control and Portal ----------------------------------------------------------
+
+    @property
+    def lookups(self) -> Lookups:
+        """How prompts are looked up; for ``Portal``, in any thread."""
+        self._begin()
+        return self._lookups
+
+    @property
+    def stack(self) -> assembly.Stack:
+        """The tiers; for the control API."""
+        self._begin()
+        return self._stack
+
+    @property
+    def parts(self) -> assembly.OpenCache:
+        """What the cache was built from; for the control API."""
+        self._begin()
+        return self._parts
+
+    async def _remember(self, chain: ChunkChain, stored: Stored) -> None:
+        """Keep for ``explain`` what was stored, in slices; all of it if this is cancelled, too."""
+        slices = [
+            (spans[at : at + _SLICE], is_new)
+            for spans, is_new in ((stored.spans, True), ([*stored.skipped], False))
+            for at in range(0, len(spans), _SLICE)
+        ]
+        done = 0
+        try:
+            while done < len(slices):
+                spans, is_new = slices[done]
+                self._planner.remember(chain, *((spans, ()) if is_new else ((), spans)))
+                done += 1
+                if done < len(slices):
+                    await asyncio.sleep(0)
+        finally:
+            for spans, is_new in slices[done:]:
+                self._planner.remember(chain, *((spans, ()) if is_new else ((), spans)))
+
+    async def _chain_to_store(self, tokens: Tokens, scope: Scope, window: Window) -> ChunkChain:
+        """The names of what a view covers up to its end."""
+        if isinstance(tokens, ChunkChain):
+            chain = self.chain(tokens, scope)
+            count = chain.num_tokens
+        else:
+            packed = token_bytes(tokens)
+            count = len(packed) // 4
+            chain = await self._named_in_steps(packed[: 4 * window.stop], scope)
+        if window.stop > count:
+            raise LayoutError(
+                f"the view covers tokens {window.start}..{window.stop}, but there are only "
+                f"{count} tokens",
+                hint="pass all tokens from the prompt's start, and first_token for the view's",
+            )
+        return chain.until(window.stop)
+
+    def chain(self, tokens: Tokens, scope: Scope = PUBLIC) -> ChunkChain:
+        """The names of a prompt under this cache's chunk size: pass them wherever tokens are taken.
+
+        ``chain.grown(tokens)`` names a longer prompt and hashes only what is new. A chain that is
+        given is returned if it is of this cache's sizes and of ``scope``, which may be left out;
+        another owner is taken over. In any thread: it only computes.
+        Raises ``TokensError``, and ``IdentityError`` for a chain that is of neither.
+        ``ArgumentError`` for a scope that is none.
+        """
+        if isinstance(tokens, ChunkChain):
+            return self._own(tokens, scope)
+        return self._named(token_bytes(tokens), scope)
+
+    async def named(self, tokens: Tokens, scope: Scope = PUBLIC) -> ChunkChain:
+        """:meth:`chain` on the loop: others get their turn while a long prompt is hashed."""
+        if isinstance(tokens, ChunkChain):
+            return self._own(tokens, scope)
+        return await self._named_in_steps(token_bytes(tokens), scope)
+
+    async def _named_in_steps(self, packed: bytes, scope: Scope) -> ChunkChain:
+        if len(packed) <= 4 * _STEP:
+            return self._named(packed, scope)
+        steps = ChunkChain.in_steps(
+            packed,
+            instance("scope", scope, Scope, hint=_SCOPE),
+            tokens_per_chunk=self.namespace.tokens_per_chunk,
+            tokens_per_tail=self.namespace.tokens_per_tail,
+            tokens_per_step=_STEP,
+        )
+        while True:
+            try:
+                next(steps)
+            except StopIteration as named:
+                self._begin()  # it may have been closed meanwhile
+                return cast(ChunkChain, named.value)
+            await asyncio.sleep(0)
+
+    def _named(self, packed: bytes, scope: Scope) -> ChunkChain:
+        return ChunkChain.from_bytes(
+            packed,
+            instance("scope", scope, Scope, hint=_SCOPE),
+            tokens_per_chunk=self.namespace.tokens_per_chunk,
+            tokens_per_tail=self.namespace.tokens_per_tail,
+        )
+
+    def _own(self, chain: ChunkChain, scope: Scope) -> ChunkChain:
+        sizes = self.namespace.tokens_per_chunk, self.namespace.tokens_per_tail
+        if (chain.chunk_step, chain.tail_step) != sizes:
+            raise IdentityError(
+                f"the chain's chunks and links are of {chain.chunk_step} and {chain.tail_step} "
+                f"tokens, this cache's of {sizes[0]} and {sizes[1]}",
+                hint="make it with Cache.chain",
+            )
+        instance("scope", scope, Scope, hint=_SCOPE)
+        if scope in (PUBLIC, chain.scope):
+            return chain
+        if scope.extras() != chain.scope.extras():
+            raise IdentityError(
+                "the chain was made under other salts, contents or another adapter",
+                hint="leave the scope out: the chain has it",
+            )
+        return chain.under(scope)
+
+    def by_tier(self, match: Match) -> dict[str, int]:
+        """Tokens of a match by the name of the farthest tier each span needs."""
+        return self._planner.by_tier(match)
+
+    def check_loop(self) -> float:
+        """The time, on the cache's own loop. For the control API.
+
+        Raises ``UnsupportedError`` on another loop or none: what is awaited there would never be
+        told of its end. ``ClosedError`` and ``ForkedError`` come first.
+        """
+        now = self._begin()
+        try:
+            is_here = asyncio.get_running_loop() is self._loop
+        except RuntimeError:  # there is none
+            is_here = False
+        if not is_here:
+            raise UnsupportedError(
+                "the cache was opened on another event loop, or this thread runs none",
+                hint="call it where it was opened; kvlayer.Portal serves other threads and loops",
+            )
+        return now
+
+    def _begin(self) -> float:
+        if self._closed:
+            raise ClosedError("the cache is closed", hint="use it inside `async with Cache.open`")
+        if os.getpid() != self._pid:
+            raise ForkedError(
+                f"the cache was opened in process {self._pid} and used in {os.getpid()}",
+                hint="open a cache in each process, after the fork",
+            )
+        return self._clock()
+
+    def _claim(self, hit: PrefixHit) -> Match:
+        """A hit's match, or what is left of it, pinned: the caller unpins its path."""
+        if hit.match is None or hit.lease is None or not self._planner.granted(hit.lease):
+            raise LayoutError(
+                "this hit did not come from a lookup of this cache",
+                hint="use a hit with the cache whose lookup yielded it",
+            )
+        return self._planner.claim(hit.match, hit.lease)
+
+    def _window(self, kv: KVView, first_token: int) -> Window:
+        """The tokens that a view covers, once it is known to be one."""
+        instance("kv", kv, KVView, hint="KVView.single(caches, slots)", error=LayoutError)
+        self._stack.device.check(kv)
+        start = whole("first_token", first_token, error=LayoutError)
+        return Window(start, start + kv.num_tokens)
+
+
+def _say_lost(parts: assembly.OpenCache, pid: int) -> None:
+    """A cache was left without being closed: the process ends, or nobody has it any more."""
+    if os.getpid() == pid:
+        parts.say_lost("the process ended, or forgot its cache,")
+
+
+def _call(entry: Callable[[], None]) -> None:
+    entry()
+
+
+async def _to_the_end(parts: assembly.OpenCache, *, flush: bool) -> None:
+    """Close everything. Being cancelled only ends the wait for the lower tiers, then raises."""
+    closing = asyncio.ensure_future(parts.aclose(flush=flush))
+    cancelled: asyncio.CancelledError | None = None
+    while not closing.done():
+        try:
+            await asyncio.wait({closing})
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+            parts.stop_flushing()
+    if cancelled is not None and (closing.cancelled() or closing.exception() is None):
+        raise cancelled
+    closing.result()
+
+
+def _nameless(chain: ChunkChain, start: int) -> list[Failure]:
+    """What of a prompt cannot be stored from token ``start`` on, since nothing names it."""
+    first = max(start, chain.named_tokens)
+    if chain.unnamed is None or first >= chain.num_tokens:
+        return []
+    detail = f"token {chain.unnamed} has an id of 2^30 or more, which is never named"
+    return [Failure(Span(first, chain.num_tokens, b""), Cause.NO_NAME, detail=detail)]

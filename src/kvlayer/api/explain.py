@@ -1,0 +1,178 @@
+"""Why a prompt missed: the cause of every span after the usable prefix, in words."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING
+
+from kvlayer.errors import IdentityError
+from kvlayer.identity.keys import ChunkChain, ObjectKey, Scope, Span, Tokens
+from kvlayer.identity.namespace import Namespace
+from kvlayer.results import Cause, Explanation, MissedChunk
+from kvlayer.tier.guard.guard import Refused
+from kvlayer.tier.planner.records import HostState, ObjectRecord
+from kvlayer.tier.tier import LowerTier
+from kvlayer.tier.transfer.loads import LATE, down
+
+if TYPE_CHECKING:
+    from kvlayer.api.cache import Cache
+
+__all__ = ["explain"]
+
+# What made trouble may name an object of somebody else's.
+_HEALTH = "control.health() says why"
+
+
+async def explain(cache: Cache, tokens: Tokens, scope: Scope) -> Explanation:
+    """Look a prompt up without pinning it and name the cause of each miss.
+
+    Causes come from what this process remembers (a bounded journal) and from what the tiers say.
+    Nothing is told of what another owner stored, or of what lies under a salt that ``scope`` has
+    not: such tokens were never stored, for all that whoever asks may know. What is usable is said,
+    whoever stored it: a lookup finds it, too.
+    """
+    chain = await cache.named(tokens, scope)
+    match = await cache.stack.finder.find(chain)
+    others = await _other_namespaces(cache, chain, match.tokens)
+    misses: list[MissedChunk] = []
+    for span in _unusable(cache, chain, match.tokens):
+        missed = _missed(cache, chain, span, others)
+        if missed is not None:
+            _append(misses, missed)
+    return Explanation(chain.num_tokens, match.tokens, cache.by_tier(match), tuple(misses))
+
+
+def _unusable(cache: Cache, chain: ChunkChain, start: int) -> list[Span]:
+    """The spans a complete hit would have had after ``start``, and the rest that has no name."""
+    step = chain.chunk_step
+    spans = [chain.span(i) for i in range(len(chain)) if (i + 1) * step > start]
+    end = len(chain) * step
+    tails = chain.tails(len(chain))
+    if tails and tails[0].stop > start:
+        spans.append(tails[0])
+    named = spans[-1].stop if spans else max(start, end)
+    if named < chain.num_tokens:
+        spans.append(Span(named, chain.num_tokens, b""))
+    return spans
+
+
+def _missed(  # noqa: PLR0911  # one return per cause, most telling first
+    cache: Cache,
+    chain: ChunkChain,
+    span: Span,
+    others: dict[bytes, str],
+) -> MissedChunk | None:
+    """The cause for one span; None when the span itself is there."""
+    planner = cache.stack.planner
+    at = (span.start, span.stop)
+    if not span.hash and chain.unnamed is not None:
+        detail = f"token {chain.unnamed} has an id of 2^30 or more, which no vocabulary has"
+        return MissedChunk(*at, Cause.NO_NAME, detail)
+    if not span.hash:
+        detail = (
+            f"{span.tokens} tokens are left over: a prompt's end is kept in multiples of "
+            f"{chain.tail_step}"
+        )
+        return MissedChunk(*at, Cause.SHORT, detail)
+    account = planner.account(chain, span)
+    if None not in account.covers:
+        return _not_taken(cache, span, [found for cover in account.covers for found in cover or ()])
+    loss = account.loss
+    if account.is_filling:
+        return MissedChunk(*at, Cause.IN_FLIGHT, "on its way into host memory right now")
+    if loss is not None:
+        ago = max(time.time() - loss.when, 0)
+        return MissedChunk(*at, loss.cause, f"{loss.detail}, {ago:.0f} s ago")
+    if account.elsewhere is not None:
+        detail = f"you stored the same tokens under: {account.elsewhere}"
+        return MissedChunk(*at, Cause.OTHER_SALT, detail)
+    if account.is_own and span.hash in others:
+        return MissedChunk(*at, Cause.OTHER_NAMESPACE, others[span.hash])
+    for tier in cache.stack.lower:
+        if tier.trouble:
+            return MissedChunk(*at, Cause.TIER_DOWN, f"{tier.name} has trouble: {_HEALTH}")
+    detail = "no record of these tokens after what precedes them"
+    if account.divergent is not None:
+        detail = f"a stored prompt starts alike and differs from token {account.divergent} on"
+    return MissedChunk(*at, Cause.NEVER_STORED, detail, account.divergent)
+
+
+def _not_taken(cache: Cache, span: Span, records: list[ObjectRecord]) -> MissedChunk | None:
+    """Why a span that is there would not be loaded now; None when only something before it is."""
+    dead = down(cache.stack.lower)
+    for found in records:
+        if tier_name := cache.stack.loads.stuck(found):
+            return MissedChunk(span.start, span.stop, Cause.DEADLINE, f"{tier_name}: {LATE}")
+    for tier in cache.stack.lower:
+        if any(
+            found.host is not HostState.READY
+            and not found.tiers & ~dead
+            and found.tiers >> tier.index & 1
+            for found in records
+        ):
+            detail = f"{tier.name} is not asked for now: {_HEALTH}"
+            return MissedChunk(span.start, span.stop, Cause.TIER_DOWN, detail)
+    if any(found.host is not HostState.READY for found in records):
+        rate = cache.stack.prefill.tokens_per_second
+        if rate is not None:
+            detail = f"computing it takes {span.tokens / rate:.3f} s, which loading would not beat"
+            return MissedChunk(span.start, span.stop, Cause.SLOW, detail)
+    return None
+
+
+async def _other_namespaces(cache: Cache, chain: ChunkChain, start: int) -> dict[bytes, str]:
+    """Missing chunks that other namespaces of the lower tiers hold, and which fields differ."""
+    spans = [chain.span(i) for i in range(start // chain.chunk_step, len(chain))]
+    found: dict[bytes, str] = {}
+    for tier in cache.stack.lower:
+        with suppress(Refused):
+            call = tier.guard.start(partial(_held_elsewhere, cache, tier, chain, spans))
+            if await tier.guard.wait_alone(call) and call.error is None:
+                found.update(call.result())
+            call.cancel()  # an explanation that cannot be had is not worth failing for
+    return found
+
+
+async def _held_elsewhere(
+    cache: Cache, tier: LowerTier, chain: ChunkChain, spans: list[Span]
+) -> dict[bytes, str]:
+    found: dict[bytes, str] = {}
+    for digest, canonical in (await cache.stack.objects.namespaces(tier.index)).items():
+        if digest == cache.namespace.digest:
+            continue
+        try:
+            theirs = Namespace.from_canonical(canonical)
+        except IdentityError:  # of a later release, say: that is no reason to miss the others
+            continue
+        keys = [
+            ObjectKey.of(digest, chain.zone(span), span.hash, span.tokens, part)
+            for span in spans
+            for part in cache.stack.planner.directory.needs
+        ]
+        sizes = await cache.stack.objects.contains(tier.index, keys)
+        differing = ", ".join(cache.namespace.differences(theirs))
+        detail = f"stored on {tier.name} for another setup: {differing}"
+        there = (key for key, size in zip(keys, sizes, strict=True) if isinstance(size, int))
+        found.update((key.end_hash, detail) for key in there)
+    return found
+
+
+def _append(misses: list[MissedChunk], missed: MissedChunk) -> None:
+    """Join neighbours that share a cause, so that a long prompt stays readable.
+
+    What follows a chunk that was never stored was not stored either, and says nothing new.
+    """
+    last = misses[-1] if misses else None
+    if (
+        last is not None
+        and last.stop == missed.start
+        and last.cause is missed.cause
+        and (last.detail == missed.detail or missed.cause is Cause.NEVER_STORED)
+    ):
+        misses[-1] = MissedChunk(
+            last.start, missed.stop, last.cause, last.detail, last.divergent_token
+        )
+    else:
+        misses.append(missed)

@@ -1,0 +1,1 @@
+"""What names KV: tokens, links, chains, keys, namespaces and weights."""

@@ -1,0 +1,288 @@
+"""The names of one prompt: its links, grouped into the spans that objects hold. Pure.
+
+Chunks, tails and cuts only group links. A span is named by the link at its end and by how many
+tokens it holds, so the same end may close a whole chunk or only what follows a cut.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple, cast
+
+from xxhash import xxh3_128
+
+from kvlayer._values import whole
+from kvlayer.errors import IdentityError, TokensError
+from kvlayer.identity import links
+from kvlayer.identity.tokens import Tokens, first_unnamed, token_bytes
+from kvlayer.scope import PUBLIC_ZONE, Scope, zone_at
+
+__all__ = ["ChunkChain", "Span"]
+
+_PUBLIC = Scope()
+_new_tuple = cast(Any, tuple).__new__
+
+
+class Span(NamedTuple):
+    """A token range ``[start, stop)`` of one prompt that one object holds, and its end hash.
+
+    ``parent`` is the hash it continues: of what lies right before it in that prompt. Empty at the
+    prompt's start, and where nobody said.
+    """
+
+    start: int
+    stop: int
+    hash: bytes
+    parent: bytes = b""
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it covers."""
+        return self.stop - self.start
+
+
+class ChunkChain:
+    """The names of one prompt under ``scope``. Immutable: a longer prompt is another chain.
+
+    ``links[i]`` names tokens ``[0, (i + 1) * tokens_per_tail)``, ``hashes[i]`` tokens
+    ``[0, (i + 1) * tokens_per_chunk)``. The tokens are copied: the caller may reuse the buffer at
+    once. Names end before a token id above ``tokens.MAX_NAMED``: ``unnamed`` is where it stands.
+    Raises ``TokensError`` as ``token_bytes``.
+    """
+
+    __slots__ = ("_bytes", "_fingerprints", "_folds", "_zones", "chunk_step", "hashes", "links",
+                 "num_tokens", "scope", "tail_step", "unnamed")  # fmt: skip
+
+    def __init__(
+        self, tokens: Tokens, scope: Scope, *, tokens_per_chunk: int, tokens_per_tail: int
+    ) -> None:
+        self._begin(scope, tokens_per_chunk, tokens_per_tail)
+        packed = token_bytes(tokens)
+        self._hold(packed, [], first_unnamed(packed))
+
+    def _begin(self, scope: Scope, tokens_per_chunk: int, tokens_per_tail: int) -> None:
+        self.scope = scope
+        self.chunk_step = tokens_per_chunk
+        self.tail_step = tokens_per_tail
+        self._zones = scope.zones()
+        self._folds = links.folds_of(scope, tokens_per_tail)
+        self._fingerprints: list[bytes] = []
+        """Of the first full chunks, as far as they were asked for; shared by chains cut short."""
+
+    def _hold(self, packed: bytes, known: list[bytes], unnamed: int | None) -> None:
+        """Take ``packed`` as the prompt, of which ``known`` are the first links."""
+        self._bytes: bytes | None = packed
+        self.num_tokens = len(packed) // 4
+        self.unnamed = unnamed
+        stop = self.num_tokens if unnamed is None else unnamed
+        links.extend(known, packed, stop // self.tail_step, self.tail_step, self._folds)
+        self._group(known)
+
+    def _group(self, known: list[bytes]) -> None:
+        self.links = known
+        per_chunk = self.chunk_step // self.tail_step
+        self.hashes = known[per_chunk - 1 :: per_chunk]
+        """The end hash of every full chunk."""
+
+    @classmethod
+    def from_bytes(
+        cls, packed: bytes, scope: Scope, *, tokens_per_chunk: int, tokens_per_tail: int
+    ) -> ChunkChain:
+        """The chain of tokens that ``token_bytes`` has packed already."""
+        chain = cls.__new__(cls)
+        chain._begin(scope, tokens_per_chunk, tokens_per_tail)
+        chain._hold(packed, [], first_unnamed(packed))
+        return chain
+
+    @classmethod
+    def in_steps(
+        cls,
+        packed: bytes,
+        scope: Scope,
+        *,
+        tokens_per_chunk: int,
+        tokens_per_tail: int,
+        tokens_per_step: int,
+    ) -> Generator[None, None, ChunkChain]:
+        """:meth:`from_bytes`, for whoever keeps others waiting: yields after each step.
+
+        Returns the chain.
+        """
+        chain = cls.__new__(cls)
+        chain._begin(scope, tokens_per_chunk, tokens_per_tail)
+        known: list[bytes] = []
+        unnamed: int | None = None
+        count = len(packed) // 4
+        for start in range(0, count, tokens_per_step):
+            stop = min(start + tokens_per_step, count)
+            found = first_unnamed(packed[4 * start : 4 * stop])
+            if found is not None:
+                stop = unnamed = start + found
+            links.extend(known, packed, stop // tokens_per_tail, tokens_per_tail, chain._folds)
+            if unnamed is not None:
+                break
+            yield
+        chain._bytes, chain.num_tokens, chain.unnamed = packed, count, unnamed
+        chain._group(known)
+        return chain
+
+    @classmethod
+    def from_links(
+        cls,
+        known: Sequence[bytes],
+        scope: Scope = _PUBLIC,
+        *,
+        tokens_per_chunk: int,
+        tokens_per_tail: int,
+    ) -> ChunkChain:
+        """The chain of a prompt whose tokens only an engine knows; it has hashed them.
+
+        ``known`` are its links from the prompt's start, 32 bytes each. The scope may name an owner
+        only: what shaped the KV has to be in the links already. Raises ``IdentityError``.
+        """
+        if scope.extras():
+            raise IdentityError(
+                "links that are already made cannot take up salts, adapters or contents",
+                hint="let the engine hash them, or pass the tokens",
+            )
+        if wrong := [link for link in known if type(link) is not bytes or len(link) != 32]:
+            raise IdentityError(
+                f"a link is a sha256 digest of 32 bytes, found {wrong[0]!r}",
+                hint="decode hex digests with bytes.fromhex",
+            )
+        chain = cls.__new__(cls)
+        chain._begin(scope, tokens_per_chunk, tokens_per_tail)
+        chain._bytes = chain.unnamed = None
+        chain.num_tokens = len(known) * tokens_per_tail
+        chain._group([*known])
+        return chain
+
+    def grown(self, tokens: Tokens) -> ChunkChain:
+        """The chain of this prompt followed by ``tokens``: packs those and hashes new links only.
+
+        Raises ``TokensError`` as ``token_bytes``, and for a chain made from links.
+        """
+        if self._bytes is None:
+            raise TokensError(
+                "a chain made from links has no tokens to follow",
+                hint="make it anew from all links",
+            )
+        chain, more, unnamed = self._like(), token_bytes(tokens), self.unnamed
+        if unnamed is None and (found := first_unnamed(more)) is not None:
+            unnamed = self.num_tokens + found
+        chain._hold(self._bytes + more, [*self.links], unnamed)
+        chain._fingerprints = self._fingerprints[: len(self)]
+        return chain
+
+    def until(self, stop: int) -> ChunkChain:
+        """The chain of the first ``stop`` tokens; hashes nothing. Raises ``ArgumentError``."""
+        stop = whole("stop", stop)
+        if stop >= self.num_tokens:
+            return self
+        chain = self._like()
+        chain._bytes = None if self._bytes is None else self._bytes[: 4 * stop]
+        chain.num_tokens = stop
+        chain.unnamed = None if self.unnamed is None or self.unnamed >= stop else self.unnamed
+        chain._group(self.links[: stop // self.tail_step])
+        return chain
+
+    def under(self, scope: Scope) -> ChunkChain:
+        """The same names for a scope that differs in what names nothing: the owner, say."""
+        chain = self._like()
+        chain.scope = scope
+        chain._bytes, chain.num_tokens, chain.unnamed = self._bytes, self.num_tokens, self.unnamed
+        chain._group(self.links)
+        return chain
+
+    def _like(self) -> ChunkChain:
+        """A chain of the same scope and sizes, not filled yet."""
+        chain = ChunkChain.__new__(ChunkChain)
+        chain.scope, chain._zones, chain._folds = self.scope, self._zones, self._folds
+        chain.chunk_step, chain.tail_step = self.chunk_step, self.tail_step
+        chain._fingerprints = self._fingerprints
+        return chain
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    @property
+    def packed(self) -> bytes:
+        """The tokens as little-endian u32; empty in a chain made from links."""
+        return self._bytes or b""
+
+    @property
+    def named_tokens(self) -> int:
+        """How many tokens spans can name: all but a rest shorter than a link, or without names."""
+        return len(self.links) * self.tail_step
+
+    def parent(self, start: int) -> bytes:
+        """The hash that a span from ``start`` on continues; empty at the prompt's start."""
+        return self.links[start // self.tail_step - 1] if start else b""
+
+    def span(self, index: int) -> Span:
+        """Full chunk ``index`` as a span."""
+        start = index * self.chunk_step
+        parent = self.hashes[index - 1] if index else b""
+        return Span(start, start + self.chunk_step, self.hashes[index], parent)
+
+    def spans(self, count: int) -> list[Span]:
+        """The first ``count`` full chunks as spans."""
+        step = self.chunk_step
+        starts, stops = range(0, count * step, step), range(step, (count + 1) * step, step)
+        fields = zip(starts, stops, self.hashes, itertools.chain((b"",), self.hashes), strict=False)
+        # Half as long as with Span._make, and no lookup is without it.
+        return [*map(_new_tuple, itertools.repeat(Span), fields)]
+
+    def ends(self, start: int) -> list[Span]:
+        """Every span that may start at ``start``, a multiple of a link; longest first.
+
+        None reaches beyond the next multiple of a chunk: after a short object the next one runs to
+        there at most.
+        """
+        step, last = self.tail_step, start - start % self.chunk_step + self.chunk_step
+        first, stop = start // step, min(last // step, len(self.links))
+        parent = self.parent(start)
+        return [
+            Span(start, (at + 1) * step, self.links[at], parent)
+            for at in range(stop - 1, first - 1, -1)
+        ]
+
+    def tails(self, index: int) -> list[Span]:
+        """Tails that may stand where chunk ``index`` (0 to ``len``) would, longest first.
+
+        A tail is a multiple of ``tokens_per_tail`` tokens, shorter than a chunk: with an eighth of
+        a chunk there are at most seven. One that ends before an extra starts is named without it.
+        """
+        spans = self.ends(index * self.chunk_step)
+        return spans[1:] if spans and spans[0].tokens == self.chunk_step else spans
+
+    def zone(self, span: Span) -> str:
+        """Who owns the span."""
+        return self.zone_before(span.stop)
+
+    def zone_before(self, stop: int) -> str:
+        """Who owns a span that ends before token ``stop``."""
+        return zone_at(self._zones, stop) if self._zones else PUBLIC_ZONE
+
+    def token_bytes(self, span: Span) -> bytes:
+        """The span's tokens as packed little-endian u32; empty in a chain made from links."""
+        return b"" if self._bytes is None else self._bytes[4 * span.start : 4 * span.stop]
+
+    def fingerprints(self, count: int | None = None) -> list[bytes]:
+        """By full chunk, what its tokens and those before are whatever the scope: for ``explain``.
+
+        Of the first ``count``, or of all.
+
+        No name: quick to make, and two prompts may be made to share one. Empty without tokens.
+        A chain that has grown makes only those of what is new.
+        """
+        wanted = len(self) if count is None else min(count, len(self))
+        found = self._fingerprints[:wanted]
+        if self._bytes is not None and (at := len(found)) < wanted:
+            nbytes = 4 * self.chunk_step
+            for start in range(at * nbytes, wanted * nbytes, nbytes):
+                before = found[-1] if found else b""
+                found.append(xxh3_128(before + self._bytes[start : start + nbytes]).digest())
+            self._fingerprints[at:] = found[at:]
+        return found

@@ -1,0 +1,1 @@
+"""How work leaves a loop and comes back: threads, offloading, other people's code."""

@@ -1,0 +1,1 @@
+"""What stands between a request and a tier: turns, deadlines, retries, breakers, estimates."""

@@ -1,0 +1,399 @@
+"""Finding the longest usable prefix in the directory, and what to ask lower tiers for. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias, cast
+
+from kvlayer.identity.keys import ChunkChain, ObjectKey, Part, Span
+from kvlayer.layout import HitRule, KVGroup
+from kvlayer.payload import Payload
+from kvlayer.tier.planner import plan
+from kvlayer.tier.planner.directory import Directory
+from kvlayer.tier.planner.records import ChunkRecord, HostState, ObjectRecord
+from kvlayer.tier.planner.strand import Held, Strand, flat
+
+__all__ = ["Match", "Matcher", "Run"]
+
+Covers: TypeAlias = list[tuple[ObjectRecord, ...] | None]
+"""Per group, what serves a span; None where nothing does."""
+
+
+class Run(NamedTuple):
+    """Chunks ``[first, stop)`` of a prompt, presumed on ``tiers`` where nothing is known of them.
+
+    Bit t stands for tier t: it has said that it holds chunk ``stop``.
+    """
+
+    first: int
+    stop: int
+    tiers: int
+
+
+_MAX_PARTS = 1024  # bounds what is remembered about parts that others name
+
+
+class Match:
+    """The longest usable prefix of a prompt. ``covers[i][g]``: what serves span i for group g.
+
+    Whoever reads it changes nothing: the directory shares what it remembers.
+    """
+
+    __slots__ = ("_covers", "_first", "_path", "_rest", "chain", "runs", "spans")
+
+    def __init__(
+        self,
+        chain: ChunkChain,
+        spans: list[Span],
+        covers: list[list[tuple[ObjectRecord, ...]]],
+        *,
+        first: Sequence[Held] = (),
+    ) -> None:
+        """``first`` serves the first spans, an object each, in host memory; ``covers`` the rest."""
+        self.chain = chain
+        self.spans = spans
+        self._first = first
+        self._rest = covers
+        self._covers = None if first else covers  # made when somebody asks
+        self._path: list[ObjectRecord] | None = None
+        self.runs: Sequence[Run] = ()
+        """What of it was presumed, for whoever matches it again."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Match):
+            return NotImplemented
+        mine, its = (self.chain, self.spans), (other.chain, other.spans)
+        return mine == its and self.covers == other.covers
+
+    def __hash__(self) -> int:
+        return hash((self.chain, len(self.spans)))
+
+    @property
+    def covers(self) -> list[list[tuple[ObjectRecord, ...]]]:
+        if self._covers is None:
+            covers: list[list[tuple[ObjectRecord, ...]]]
+            covers = [[(found,)] for found in flat(self._first)]
+            self._covers = covers + self._rest
+        return self._covers
+
+    @property
+    def tokens(self) -> int:
+        return self.spans[-1].stop if self.spans else 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of the prompt that has a name."""
+        return self.tokens == self.chain.named_tokens
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether all of it was in host memory when it was found."""
+        return all(found.host is HostState.READY for found in _objects(self._rest))
+
+    def path(self) -> list[ObjectRecord]:
+        """Every object of the match, root first."""
+        if self._path is None:
+            self._path = [*flat(self._first), *_objects(self._rest)]
+        return self._path
+
+    def held(self) -> tuple[Sequence[Held], list[ObjectRecord]]:
+        """The same to be leased: what may be strung together, and what comes after that."""
+        return self._first, [*_objects(self._rest)]
+
+    def first(self, count: int) -> Match:
+        """The first ``count`` spans of it, where a hit may end anywhere."""
+        match = Match(self.chain, self.spans[:count], self.covers[:count])
+        match.runs = self.runs
+        return match
+
+    def by_tier(self, count: int) -> list[int]:
+        """Tokens by the farthest of ``count`` tiers that each span needs."""
+        if self.is_resident:  # nearly always: keep it quick
+            return [self.tokens] + [0] * (count - 1)
+        tokens = [0] * count
+        for span, covers in zip(self.spans, self.covers, strict=True):
+            farthest = max((found.tier for cover in covers for found in cover), default=0)
+            tokens[max(farthest, 0)] += span.tokens
+        return tokens
+
+
+def _objects(covers: Iterable[Iterable[Iterable[ObjectRecord]]]) -> Iterator[ObjectRecord]:
+    return (found for groups in covers for cover in groups for found in cover)
+
+
+class Matcher:
+    """Matches prompts for one rank. The caller holds the directory's lock."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        groups: Sequence[KVGroup],
+        cuts: Sequence[Sequence[Part]],
+        lengths: range,
+    ) -> None:
+        """``lengths``: how many tokens an object may hold."""
+        self._directory = directory
+        self._lengths = lengths
+        self._groups = groups
+        self._cuts = cuts
+        self._every = [i for i, g in enumerate(groups) if g.hit_rule is HitRule.EVERY_CHUNK]
+        self.is_plain = len(self._every) == len(groups)
+        """Whether every group needs every chunk, so that a hit may end anywhere."""
+        self._parts: dict[str, bool] = {}
+        """Parts named in keys from outside, and whether the model has them."""
+
+    def match(self, chain: ChunkChain, stop: int, runs: Sequence[Run] = ()) -> Match:
+        """The longest usable prefix of at most ``stop`` tokens. ``runs``: what is presumed now."""
+        match = self._longest(chain, stop)
+        match.runs = runs
+        return match
+
+    def _longest(self, chain: ChunkChain, stop: int) -> Match:
+        first, known = self.first(chain, stop)
+        reached = known * chain.chunk_step
+        if min(stop, chain.named_tokens) - reached < chain.tail_step:  # there is no more of it
+            return Match(chain, chain.spans(known), [], first=first)
+        spans, found = self._chunks(chain, stop, known)
+        reached = spans[-1].stop if spans else reached
+        for path in self._paths(chain, reached, stop):
+            longer = [*spans, *(span for span, _ in path)]
+            covers = [*found, *(groups for _, groups in path)]
+            if self._count(longer, covers) == len(longer):
+                spans, found = longer, covers
+                break
+        count = self._count(spans, found)
+        spans = spans[:count]
+        needed = self._needed(spans, found)
+        return Match(chain, [*chain.spans(known), *spans], needed, first=first)
+
+    def _count(self, spans: list[Span], found: list[Covers]) -> int:
+        """How many of ``spans``, which every-chunk groups have, trailing groups can use."""
+        if self.is_plain:
+            return len(spans)
+        stops = [span.stop for span in spans]
+        return plan.prefix(stops, self._groups, lambda i, g: found[i][g] is not None)
+
+    def first(self, chain: ChunkChain, stop: int) -> tuple[list[Held], int]:
+        """What serves the first full chunks, as far as each is one object in host memory.
+
+        Also how many chunks those are.
+        """
+        if not self.is_plain:  # of a window only its end is wanted
+            return [], 0
+        step, hashes = chain.chunk_step, chain.hashes
+        if stop < chain.num_tokens:
+            hashes = hashes[: stop // step]
+        # Where another zone begins, this ends: zones only follow each other.
+        found = self._directory.leading(hashes, step, chain.zone_before(step))
+        return found, sum(len(each) if isinstance(each, Strand) else 1 for each in found)
+
+    def _chunks(self, chain: ChunkChain, stop: int, known: int) -> tuple[list[Span], list[Covers]]:
+        """Spans that every-chunk groups have, up to a chunk's end, and covers.
+
+        From full chunk ``known`` on. Mostly full chunks; where one is missing, shorter spans may
+        reach its end together.
+        """
+        covers, step, spans = self._directory.covers, chain.chunk_step, list[Span]()
+        found: list[Covers] = []
+        listed = known  # full chunks that are in ``spans``, whole or in pieces, or before them
+        for index in range(known, min(stop // step, len(chain))):
+            end_hash = chain.hashes[index]
+            groups = covers(end_hash, step, chain.zone_before((index + 1) * step))
+            if self._has_every(groups):
+                found.append(groups)
+                continue
+            path = next(self._paths(chain, index * step, stop), ())
+            if not path or path[-1][0].stop < (index + 1) * step:
+                break
+            spans += [*chain.spans(index)[listed:], *(span for span, _ in path)]
+            found += [groups for _, groups in path]
+            listed = index + 1
+        missing = len(found) - len(spans)
+        return [*spans, *chain.spans(listed + missing)[listed:]], found
+
+    def _has_every(self, groups: Covers) -> bool:
+        return None not in groups or all(groups[g] is not None for g in self._every)
+
+    def _paths(
+        self, chain: ChunkChain, start: int, stop: int
+    ) -> Iterator[tuple[tuple[Span, Covers], ...]]:
+        """Ways from a chunk's start to each end before or at the chunk's, the farthest first.
+
+        Of the ways to one end that with the fewest objects.
+        """
+        ways: dict[int, tuple[tuple[Span, Covers], ...]] = {start: ()}
+        for end in reversed(chain.ends(start)):
+            if end.stop > stop:
+                break
+            zone = chain.zone(end)
+            for record in self._directory.ending(end.hash):
+                before = ways.get(end.stop - record.tokens)
+                if before is None or record.zone != zone:
+                    continue
+                groups = self._directory.covers_of(record)
+                known = ways.get(end.stop)
+                if self._has_every(groups) and (known is None or len(before) + 1 < len(known)):
+                    at = end.stop - record.tokens
+                    span = Span(at, end.stop, end.hash, chain.parent(at))
+                    ways[end.stop] = (*before, (span, groups))
+        del ways[start]
+        return (ways[end] for end in sorted(ways, reverse=True))
+
+    def _needed(
+        self, spans: list[Span], found: list[Covers]
+    ) -> list[list[tuple[ObjectRecord, ...]]]:
+        """Covers of the hit, empty where a trailing group needs nothing of a span."""
+        if self.is_plain:  # every group of every span
+            return cast("list[list[tuple[ObjectRecord, ...]]]", found[: len(spans)])
+        if not spans:
+            return []
+        first = [
+            plan.trailing_start(g, spans[-1].stop) if g.hit_rule is HitRule.TRAILING else 0
+            for g in self._groups
+        ]
+        return [
+            [(c or ()) if span.stop > first[g] else () for g, c in enumerate(groups)]
+            for span, groups in zip(spans, found, strict=False)
+        ]
+
+    # -- what is not known -----------------------------------------------------------------------
+
+    def lacking(self, chain: ChunkChain, *, seen: bool = False) -> list[int]:
+        """Full chunks that every-chunk groups lack, from the first gap on.
+
+        ``seen``: what is only presumed counts as lacking.
+        """
+        return [
+            index
+            for index in range(self._reached(chain, seen=seen) // chain.chunk_step, len(chain))
+            if self.holders(chain, index, seen=seen) is None
+        ]
+
+    def holders(self, chain: ChunkChain, index: int, *, seen: bool = False) -> int | None:
+        """Lower tiers (bit t: tier t) that hold any of a full chunk.
+
+        None where every-chunk groups lack it. ``seen``: also where it is only presumed.
+        """
+        covers, tiers = self._covers(chain, index), 0
+        for g in self._every:
+            cover = covers[g]
+            if cover is None or (seen and not _is_seen(cover)):
+                return None
+            for found in cover:
+                tiers |= found.readable
+        return tiers
+
+    def lacks(self, chain: ChunkChain, index: int, group: int) -> bool:
+        """Whether a group lacks a full chunk."""
+        return self._covers(chain, index)[group] is None
+
+    def lacked(self, chain: ChunkChain, index: int, group: int) -> list[ObjectKey]:
+        """The objects to ask about where a group lacks a full chunk; none where it does not."""
+        if not self.lacks(chain, index, group):
+            return []
+        return self._keys(chain, chain.span(index), group)
+
+    def _covers(self, chain: ChunkChain, index: int) -> Covers:
+        step = chain.chunk_step
+        zone = chain.zone_before((index + 1) * step)
+        return self._directory.covers(chain.hashes[index], step, zone)
+
+    def probes(self, chain: ChunkChain) -> list[ObjectKey]:
+        """Full-chunk objects that nobody has seen, from the first gap on."""
+        keys: list[ObjectKey] = []
+        reached = self._reached(chain, seen=True)
+        for i in range(len(chain)):
+            gap = (i + 1) * chain.chunk_step > reached
+            if not gap and self.holders(chain, i, seen=True) is None:
+                continue  # shorter spans stand in its place
+            for g, cover in enumerate(self._covers(chain, i)):
+                if (cover is None or not _is_seen(cover)) and (gap or g not in self._every):
+                    keys += self._keys(chain, chain.span(i), g)
+        return keys
+
+    def _reached(self, chain: ChunkChain, *, seen: bool) -> int:
+        _, known = self.first(chain, chain.num_tokens)
+        spans, found = self._chunks(chain, chain.num_tokens, known)
+        if seen:
+            for span, groups in zip(spans, found, strict=True):
+                if not all(_is_seen(groups[g] or ()) for g in self._every):
+                    return span.start
+        return spans[-1].stop if spans else 0
+
+    def tail_probes(self, chain: ChunkChain, index: int) -> list[ObjectKey]:
+        """Objects of the tails that may stand in the place of a full chunk, longest first.
+
+        None below a tail that is there: a shorter one adds nothing to it.
+        """
+        keys: list[ObjectKey] = []
+        for tail in chain.tails(index):
+            groups = self._directory.covers(tail.hash, tail.tokens, chain.zone(tail))
+            missing = [g for g, cover in enumerate(groups) if cover is None]
+            if not missing:
+                break
+            for g in missing:
+                keys += self._keys(chain, tail, g)
+        return keys
+
+    def leading(self, chain: ChunkChain) -> Iterator[ChunkRecord]:
+        """What is known of a prompt's full chunks, and of what leads there in their place."""
+        step, is_whole = chain.chunk_step, True
+        for index, end_hash in enumerate(chain.hashes):
+            start, stop = index * step, (index + 1) * step
+            record = self._directory.chunk(end_hash, step, chain.zone_before(stop))
+            if record is not None:
+                yield record
+            elif is_whole:
+                path = next(self._paths(chain, start, stop), ())
+                is_whole = bool(path) and path[-1][0].stop == stop
+                for span, _ in path:
+                    piece = self._directory.chunk(span.hash, span.tokens, chain.zone(span))
+                    assert piece is not None
+                    yield piece
+
+    def presume(self, chain: ChunkChain, run: Run) -> list[ObjectRecord]:
+        """Take it that the run's tiers hold what every-chunk groups lack of its chunks."""
+        presumed: list[ObjectRecord] = []
+        for index in range(run.first, run.stop):
+            span = chain.span(index)
+            for g in self._every:
+                if not self.lacks(chain, index, g):
+                    continue
+                for part in self._cuts[g]:
+                    found = self._directory.presume(span, chain.zone(span), part, run.tiers)
+                    if found is not None:
+                        presumed.append(found)
+        return presumed
+
+    def _keys(self, chain: ChunkChain, span: Span, group: int) -> list[ObjectKey]:
+        zone, space = chain.zone(span), self._directory.namespace
+        return [
+            ObjectKey.of(space, zone, span.hash, span.tokens, part) for part in self._cuts[group]
+        ]
+
+    def can_exist(self, key: ObjectKey) -> bool:
+        """Whether a key from outside names this namespace and what the model can have."""
+        if key.count("/") != 3 or not key.startswith(f"{self._directory.namespace}/"):
+            return False
+        try:
+            if key.tokens not in self._lengths:
+                return False
+        except ValueError:
+            return False
+        text = key.rsplit("/", 1)[1]
+        known = self._parts.get(text)
+        if known is None:
+            try:
+                part = Part.parse(text)
+                Payload.of(self._groups[part.group], part, 1)
+                known = True
+            except (ValueError, IndexError):
+                known = False
+            if len(self._parts) < _MAX_PARTS:
+                self._parts[text] = known
+        return known
+
+
+def _is_seen(cover: tuple[ObjectRecord, ...]) -> bool:
+    """Whether nothing of it is only presumed."""
+    return all(found.is_ready for found in cover)

@@ -1,0 +1,294 @@
+"""The Planner: owns directory, leases and slab offsets, and decides what to move. No I/O.
+
+One lock guards all of it, and nobody else takes it. The loop's thread changes state; any thread may
+look up and lease.
+Moves are described by :class:`~kvlayer.tier.messages.Piece` and carried out by Device, which may be
+in other processes, and Objects; outcomes come back through ``gathered``, ``fetched`` and
+``spilled``.
+
+Pure files decide, and are given the :class:`~kvlayer.tier.planner.moment.Moment`: ``matcher`` and
+``asking`` for lookups, ``store_planner`` for stores, ``holdings`` for lower tiers, ``leaving`` for
+demotion. Its parts are ``tables`` (the state), ``lookup_planner`` and ``survey`` (what it tells).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from sys import maxsize
+from typing import cast
+
+from kvlayer.identity.keys import ChunkChain, ObjectKey, Span
+from kvlayer.results import Cause, Failure
+from kvlayer.tier.messages import Outcome, Piece
+from kvlayer.tier.planner.demotion_step import (
+    DemotionStep,
+    DemotionTargets,
+    PendingWrite,
+    end_leaving,
+    plan_leaving,
+)
+from kvlayer.tier.planner.lease import Lease
+from kvlayer.tier.planner.lookup_planner import LookupPlanner
+from kvlayer.tier.planner.records import HostState, ObjectRecord
+from kvlayer.tier.planner.store_plan import Holds, Keeps, Reservation, StorePlan
+from kvlayer.tier.planner.store_planner import spans_to_store
+from kvlayer.tier.planner.survey import Survey
+
+__all__ = ["Keeps", "Planner", "Reservation", "StorePlan"]
+
+
+class Planner(LookupPlanner, Survey):
+    """Decides for one rank of one namespace, or for several ``ranks`` that ``layout`` unites."""
+
+    # -- store -----------------------------------------------------------------------------------
+
+    def plan_store(
+        self,
+        chain: ChunkChain,
+        first_token: int,
+        *,
+        tail: bool,
+        holds: Holds,
+        at_once: int = maxsize,
+        dead: int = 0,
+        keeps: Keeps | None = None,
+    ) -> StorePlan:
+        """Reserve a slot for every object that is missing, in prompt order.
+
+        ``holds(g, span)`` says whether the engine still has the span for trailing group g. When
+        host memory runs out the rest of the prompt is dropped: later chunks are useless alone.
+        ``dead``: bit t where tier t is not asked for now; what only such tiers have is missing.
+
+        Where room would cost an object that ``keeps`` names, or that a move holds, planning stops
+        there (``is_blocked``) and nothing is dropped: :meth:`plan_rest` goes on.
+
+        Plans the first ``at_once`` spans; :meth:`plan_more` goes on while some are
+        ``unplanned``. However that ends, :meth:`gathered` must be called.
+        """
+        todo = StorePlan(chain, holds, keeps, dead)
+        todo.unplanned.extend(spans_to_store(chain, first_token, tail=tail))
+        with self.lock:
+            # Room must not come from the prefix that leads to what is stored.
+            self._begin(todo, self._stores.resident(chain), at_once)
+        return todo
+
+    def plan_rest(
+        self,
+        chain: ChunkChain,
+        spans: Iterable[Span],
+        *,
+        holds: Holds,
+        at_once: int = maxsize,
+        dead: int = 0,
+        keeps: Keeps | None = None,
+    ) -> StorePlan:
+        """Plan ``spans``, which an earlier plan of this store has left.
+
+        Of the prefix only what no serving tier has is held: a prompt may be longer than host
+        memory. As for :meth:`plan_store`, :meth:`gathered` must be called.
+        """
+        todo = StorePlan(chain, holds, keeps, dead)
+        todo.unplanned.extend(spans)
+        with self.lock:
+            resident = self._stores.resident(chain)
+            self._begin(todo, [found for found in resident if not found.tiers & ~dead], at_once)
+        return todo
+
+    def _begin(self, todo: StorePlan, held: list[ObjectRecord], at_once: int) -> None:
+        now = self._now()
+        self.leases.expire(now.clock)
+        self._stores.begin(todo, held, now)
+        planned = False
+        try:
+            self._stores.more(todo, at_once, now)
+            planned = True
+        finally:  # a policy of somebody else's may raise
+            if not planned:
+                self.gathered(todo, None)
+
+    def plan_more(self, todo: StorePlan, at_once: int) -> None:
+        """Plan the next ``at_once`` spans of a store. Others may have stored some meanwhile."""
+        with self.lock:
+            self._stores.more(todo, at_once, self._now())
+
+    def retire(self) -> None:
+        """Hand out no slot any more: memory that is given back now may still be written to."""
+        with self.lock:
+            self._stores.is_retired = True
+
+    def stored(self, slots: Sequence[Reservation], *, ok: bool) -> None:
+        """The gather of these slots ended: serve them or give the memory back.
+
+        When ``ok`` they stay held, until :meth:`settle`.
+        """
+        with self.lock:
+            self._stores.stored(slots, ok=ok)
+
+    def gathered(self, todo: StorePlan, missed: Sequence[Outcome] | None) -> list[Failure]:
+        """The gather of a plan ended; ``missed`` is what was not moved, None: it raised.
+
+        A span that was missed ends what is stored: the plan keeps what comes before it, and the
+        memory of the rest is given back. A plan of which some is ``unplanned`` may go on, after
+        ``StorePlan.part_done``.
+        """
+        before, failed = todo.gathers, todo.cut(missed, self.tiers[0])
+        goes_on = bool(todo.unplanned) and not (failed or missed is None or todo.is_blocked)
+        with self.lock:
+            self._stores.gathered(todo, before[len(todo.gathers) :], goes_on=goes_on)
+        return failed
+
+    def remember(
+        self, chain: ChunkChain, spans: Sequence[Span], known: Iterable[Span] = ()
+    ) -> None:
+        """Keep for ``explain`` what was stored, or was there already (``known``)."""
+        with self.lock:
+            self.journal.stored(chain, spans, known)
+
+    def settle(self, chain: ChunkChain, slots: Sequence[Reservation]) -> list[ObjectRecord]:
+        """Let go of what a store gathered; the whole prompt is recent now. Returns its objects."""
+        steps = self.settling(chain, slots)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as settled:
+                return cast("list[ObjectRecord]", settled.value)
+
+    def settling(
+        self, chain: ChunkChain, slots: Sequence[Reservation]
+    ) -> Generator[None, None, list[ObjectRecord]]:
+        """:meth:`settle` step by step, for whoever keeps others waiting: finish it in any case."""
+        steps = self._stores.settling(chain, slots)
+        while True:
+            with self.lock:
+                try:
+                    next(steps)
+                except StopIteration as settled:
+                    return cast("list[ObjectRecord]", settled.value)
+            yield
+
+    def pin(self, records: Sequence[ObjectRecord]) -> None:
+        """Hold objects for a running move."""
+        with self.lock:
+            self.host.pin(records)
+
+    def has_room(self, wanted: Iterable[tuple[Span, Sequence[ObjectRecord]]]) -> bool:
+        """Whether host memory has room for all of these, with what is pinned."""
+        with self.lock:
+            left = self.host.extents.capacity - self.host.pinned_nbytes
+            for span, records in wanted:
+                for record in records:
+                    if record.host is HostState.ABSENT:
+                        left -= self.payload(record.part, span.tokens).nbytes
+            return left >= 0
+
+    def scattered(self, records: Sequence[ObjectRecord], lease: Lease | None) -> None:
+        """A load has scattered these: it lets go of them, and so does a lease that only reads."""
+        with self.lock:
+            self.host.unpin(records)
+            if lease is not None:
+                self.leases.give_back(lease.number, records)
+
+    def in_order(self, path: Sequence[ObjectRecord]) -> None:
+        """A path was let go of piece by piece: its root is the most recent of it again."""
+        with self.lock:
+            self.host.refresh(path)
+
+    def unpin(self, records: Sequence[ObjectRecord]) -> None:
+        """Let go of objects after a move; counts as one use, root first."""
+        with self.lock:
+            self.host.unpin(records)
+
+    # -- lower tiers -----------------------------------------------------------------------------
+
+    def plan_fetch(
+        self, span: Span, record: ObjectRecord, evicted: list[ObjectRecord]
+    ) -> Reservation | None:
+        """Reserve a slot to bring an object up; None when there is no room for it."""
+        with self.lock:
+            now = self._now()
+            self.leases.expire(now.clock)
+            return self._stores.reserve(span, record, evicted, None, now)
+
+    def fetched(self, slot: Reservation, tier: int, *, ok: bool) -> None:
+        """The fetch into this slot ended: serve it or give the memory back. Lets go of its pin.
+
+        ``tier`` has held it if ``ok``, which may have been presumed.
+        """
+        with self.lock:
+            if ok:
+                self.host.commit((slot.record,))
+                if slot.record.presumed:
+                    self.directory.add_tier(slot.record, tier)
+                self.host.let_go((slot.record,))
+            else:
+                self._stores.stored((slot,), ok=False)
+
+    def plan_spill(self, span: Span, record: ObjectRecord, tier: int) -> Piece | None:
+        """Hold a host object that tier should get; None when it has or gets it already."""
+        with self.lock:
+            bit = 1 << tier
+            if record.host is not HostState.READY or (record.tiers | record.writing) & bit:
+                return None
+            record.writing |= bit
+            self.host.hold((record,))
+            return Piece(
+                record.key,
+                span.start,
+                span.tokens,
+                record.offset,
+                record.nbytes,
+                record.retention,
+                span.parent,
+            )
+
+    def spilled(self, record: ObjectRecord, tier: int, *, ok: bool) -> None:
+        """A spill ended; lets go of its pin."""
+        with self.lock:
+            record.writing &= ~(1 << tier)
+            if ok:
+                self._holdings.written(record, tier)
+            self.host.let_go((record,))
+
+    def missing(
+        self, record: ObjectRecord, tier: int, cause: Cause, detail: str, *, aside: bool = False
+    ) -> None:
+        """A tier turned out not to have a usable copy.
+
+        ``aside``: it may still say that it has one; it is believed again once it was written to.
+        """
+        with self.lock:
+            wall = self._wall_clock()
+            self._holdings.missing(record, tier, cause, detail, aside=aside, wall=wall)
+
+    def vanished(
+        self, keys: Iterable[ObjectKey], tier: int, detail: str, cause: Cause = Cause.EVICTED
+    ) -> None:
+        """A lower tier no longer holds these objects."""
+        with self.lock:
+            self._holdings.vanished(keys, tier, cause, detail, self._wall_clock())
+
+    def plan_leaving(
+        self, keep_nbytes: int, outlets: DemotionTargets, at_once: int
+    ) -> DemotionStep:
+        """The next step of making room; see ``demotion_step.plan_leaving``."""
+        with self.lock:
+            return plan_leaving(self.host, keep_nbytes, outlets, at_once, self._wall_clock())
+
+    def end_leaving(self, ways: Sequence[PendingWrite]) -> list[ObjectRecord]:
+        """Writes of a step ended; see :func:`kvlayer.tier.planner.demotion_step.end_leaving`."""
+        with self.lock:
+            return end_leaving(self.host, ways)
+
+    # -- control ---------------------------------------------------------------------------------
+
+    def evict(self, records: Iterable[ObjectRecord], cause: Cause, detail: str) -> list[ObjectKey]:
+        """Drop ready, unpinned objects from host memory; returns the keys of those dropped."""
+        gone: list[ObjectKey] = []
+        with self.lock:
+            for record in list(records):
+                if record.host is HostState.READY and not record.pins:
+                    self.host.drop(record)
+                    gone.append(record.key)
+                    if not record.tiers:
+                        self._holdings.lost(record.key, cause, 0, detail, self._wall_clock())
+        return gone

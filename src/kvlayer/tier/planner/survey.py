@@ -1,0 +1,104 @@
+"""What the Planner tells of its state: for statistics, removal and explanations. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from kvlayer.identity.keys import ChunkChain, Span
+from kvlayer.results import OwnerStats
+from kvlayer.tier.planner.journal import Loss
+from kvlayer.tier.planner.records import ChunkRecord, HostState, ObjectRecord
+from kvlayer.tier.planner.tables import Tables
+
+__all__ = ["Account", "Counts", "Survey"]
+
+_SLICE = 256  # spans for each hold of the lock, which lookups wait for
+
+
+class Counts(NamedTuple):
+    """How much there is. ``held``: objects known on each lower tier; the rest is of the host."""
+
+    held: Mapping[int, int]
+    objects: int
+    used_nbytes: int
+    capacity_nbytes: int
+    pinned_nbytes: int
+    policies_replaced: int
+    leases: int
+    owners: Mapping[str, OwnerStats]
+
+
+class Account(NamedTuple):
+    """What is known of one span, as far as whoever asks may be told."""
+
+    covers: Sequence[tuple[ObjectRecord, ...] | None]
+    """By group, what serves it."""
+    is_own: bool
+    is_filling: bool
+    loss: Loss | None
+    elsewhere: str | None
+    divergent: int | None
+
+
+class Survey(Tables):
+    """Reads what others change. In any thread."""
+
+    def counts(self, lower: Iterable[int]) -> Counts:
+        """How much there is in host memory and on the ``lower`` tiers. Constant time."""
+        with self.lock:
+            extents = self.host.extents
+            return Counts(
+                {tier: self.directory.held(tier) for tier in lower},
+                len(self.host),
+                extents.used,
+                extents.capacity,
+                self.host.pinned_nbytes,
+                self.host.order.replaced,
+                len(self.leases),
+                self.leases.owners(),
+            )
+
+    def account(self, chain: ChunkChain, span: Span) -> Account:
+        """What is known of a span of a prompt, and what became of it."""
+        zone = chain.zone(span)
+        with self.lock:
+            record = self.directory.chunk(span.hash, span.tokens, zone)
+            objects = () if record is None else record.objects
+            is_own = self.journal.is_own(chain, span)
+            return Account(
+                self.directory.covers(span.hash, span.tokens, zone),
+                is_own,
+                is_own and any(found.host is HostState.FILLING for found in objects),
+                self.journal.loss(chain, span),
+                self.journal.elsewhere(chain, span.start // chain.chunk_step),
+                self.journal.divergence(chain, span.start),
+            )
+
+    def known(self, chain: ChunkChain) -> list[ObjectRecord]:
+        """The objects of a prompt's full chunks, and of the tails at its end."""
+        spans = [*chain.spans(len(chain)), *chain.tails(len(chain))]
+        records: list[ObjectRecord] = []
+        for at in range(0, len(spans), _SLICE):
+            with self.lock:
+                for span in spans[at : at + _SLICE]:
+                    record = self.directory.chunk(span.hash, span.tokens, chain.zone(span))
+                    records += () if record is None else record.objects
+        return records
+
+    def chunks(self) -> list[ChunkRecord]:
+        """Every span that is known. See :meth:`objects_of` for what there is of them."""
+        with self.lock:
+            return self.directory.chunks()
+
+    def objects_of(self, chunks: Sequence[ChunkRecord]) -> list[ObjectRecord]:
+        """The objects of some spans: a few hundred at once."""
+        with self.lock:
+            return [found for chunk in chunks for found in chunk.objects]
+
+    def resident(self) -> list[ObjectRecord]:
+        """What is in host memory, or on its way there, in the order in which it came."""
+        with self.lock:
+            return [
+                found for found in self.directory.active() if found.host is not HostState.ABSENT
+            ]

@@ -1,0 +1,1 @@
+"""What moves bytes between engine, host memory and lower tiers."""

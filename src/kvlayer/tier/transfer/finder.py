@@ -1,0 +1,233 @@
+"""What a lookup finds: the longest prefix that loads faster than it is computed. Reads only."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from kvlayer.identity.keys import ChunkChain, ObjectKey
+from kvlayer.tier.guard.estimate import Rate
+from kvlayer.tier.planner import plan
+from kvlayer.tier.planner.lease import Lease
+from kvlayer.tier.planner.matcher import Match, Run
+from kvlayer.tier.planner.planner import Planner
+from kvlayer.tier.planner.promises import Promise
+from kvlayer.tier.planner.records import HostState
+from kvlayer.tier.tier import LowerTier
+from kvlayer.tier.transfer.loads import Loads, Wanted, down, wanted_of
+from kvlayer.tier.transfer.objects import Objects
+from kvlayer.tier.transfer.promised import settled
+from kvlayer.tier.transfer.questions import Questions
+
+__all__ = ["Finder"]
+
+
+class Finder:
+    """Asks the tiers what the directory does not know, and says what of it is worth loading."""
+
+    def __init__(
+        self,
+        planner: Planner,
+        objects: Objects,
+        loads: Loads,
+        lower: Sequence[LowerTier],
+        *,
+        prefill: Rate,
+        clock: Callable[[], float],
+    ) -> None:
+        self._planner = planner
+        self._loads = loads
+        self._lower = tuple(lower)
+        self._prefill = prefill
+        self._clock = clock
+        self._questions = {tier.index: Questions(tier, planner, objects, clock) for tier in lower}
+
+    async def find(self, chain: ChunkChain, *, at_any_price: bool = False) -> Match:
+        """The longest prefix worth loading of what was seen: tiers are asked about every chunk.
+
+        ``at_any_price``: nobody waits for the loading, so that it is worth any time.
+        """
+        await self._learn(chain, every=True)
+        return self._worth_loading(self._seen(self._planner.match(chain)), self._rate(at_any_price))
+
+    async def lease(
+        self,
+        chain: ChunkChain,
+        *,
+        owner: str,
+        seconds: float,
+        presume: bool = True,
+        patience: float = 0.0,
+        at_any_price: bool = False,
+        is_holding: bool = False,
+    ) -> tuple[Match, Lease]:
+        """The longest prefix worth loading, leased. Asks tiers what the directory does not know.
+
+        ``presume``: not about every chunk, see :mod:`kvlayer.tier.planner.asking`. Tiers are asked
+        side by side, so a lookup pays one deadline at most, the longest. Where another request is
+        storing what comes next, that is waited for, ``patience`` seconds in all; nothing is leased
+        meanwhile.
+        """
+        runs = await self._learn(chain, every=not presume)
+        rate = self._rate(at_any_price)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + patience
+        promised: tuple[Promise, bytes] | None = None
+
+        def choose(match: Match) -> Match | None:
+            nonlocal promised
+            if loop.time() < until:
+                promised = self._planner.promised(match, self._clock())
+                if promised is not None:
+                    return None
+            return self._worth_loading(match if presume else self._seen(match), rate)
+
+        while True:
+            leased = self._planner.lease_match(
+                chain, runs, choose, owner=owner, seconds=seconds, is_holding=is_holding
+            )
+            if leased is not None:
+                return leased
+            assert promised is not None
+            await settled(*promised, until - loop.time())
+
+    def lease_at_once(
+        self, chain: ChunkChain, *, owner: str, seconds: float
+    ) -> tuple[Match, Lease] | None:
+        """What :meth:`lease` would answer, or None when a tier must be asked first.
+
+        In any thread.
+        """
+        has_forgotten = self._planner.has_forgotten
+        tiers = _bits(t for t in self._lower if t.guard.serves and _must_ask(t, has_forgotten))
+        rate = self._rate()
+
+        def choose(match: Match) -> Match | None:
+            if tiers and not match.is_whole:
+                search = self._planner.search(chain, every=False)
+                if self._planner.questions(search, tiers, self._clock()):
+                    return None
+            return self._worth_loading(match, rate)
+
+        return self._planner.lease_match(chain, (), choose, owner=owner, seconds=seconds)
+
+    def lease_known(
+        self, chain: ChunkChain, runs: Sequence[Run] = (), *, owner: str, seconds: float
+    ) -> tuple[Match, Lease]:
+        """What is known of a prompt, or presumed (``runs``), leased. In any thread."""
+        rate = self._rate()
+        leased = self._planner.lease_match(
+            chain, runs, partial(self._worth_loading, rate=rate), owner=owner, seconds=seconds
+        )
+        assert leased is not None
+        return leased
+
+    async def _learn(self, chain: ChunkChain, *, every: bool) -> Sequence[Run]:
+        """Ask lower tiers about a prompt, round by round; what may be presumed of it."""
+        has_forgotten = self._planner.has_forgotten
+        asked = {tier.index: tier for tier in self._lower if _must_ask(tier, has_forgotten)}
+        search = self._planner.search(chain, every=every)
+        until = self._clock() + max((t.guard.deadline for t in asked.values()), default=0.0)
+        while asked:
+            round_ = self._planner.questions(search, _bits(asked.values()), self._clock())
+            if not round_:
+                break
+            for tier in await self._ask([(asked[index], keys) for index, keys in round_], until):
+                del asked[tier.index]
+        return search.runs
+
+    async def _ask(
+        self, asked: Sequence[tuple[LowerTier, Sequence[ObjectKey]]], until: float
+    ) -> list[LowerTier]:
+        """Ask tiers side by side, and note what they hold; those that did not answer."""
+        questions = [
+            (tier, question)
+            for tier, keys in asked
+            for question in self._questions[tier.index].ask(keys)
+        ]
+        try:
+            patience = until - self._clock()
+            waits = (self._questions[tier.index].wait(q, patience) for tier, q in questions)
+            answered = await asyncio.gather(*waits)
+        finally:
+            for tier, question in questions:
+                self._questions[tier.index].leave(question)
+        heard = {tier.index for (tier, _), ok in zip(questions, answered, strict=True) if ok}
+        return [tier for tier, _ in asked if tier.index not in heard]
+
+    def _seen(self, match: Match) -> Match:
+        """What of it somebody has seen; another request may presume more of it."""
+        for count, records in enumerate(found for _, found in wanted_of(match)):
+            if not all(record.is_ready for record in records):
+                return self._planner.shortened(match, count)
+        return match
+
+    def _rate(self, at_any_price: bool = False) -> float | None:
+        return None if at_any_price else self._prefill.tokens_per_second
+
+    def _worth_loading(self, match: Match, rate: float | None) -> Match:
+        """``match`` cut where a tier is not asked for now, or where recomputing is faster."""
+        dead = down(self._lower)
+        if (not dead and rate is None) or match.is_resident:
+            return match
+        best, most = self._planner.shortened(match, 0), 0.0
+        while match.spans:
+            needs = self._needs(match, dead)
+            stops = [span.stop for span in match.spans[: len(needs)]]
+            saved = plan.savings(stops, needs, self._takes if rate else _no_time, rate or 1.0)
+            # A shorter hit may need other windows and save less than the longer one did.
+            if len(needs) == len(match.spans) and saved[-1] > most:
+                best, most = match, saved[-1]
+            count = plan.worthwhile(saved)
+            if count == len(match.spans):
+                break
+            match = self._planner.shortened(match, count)
+        return best
+
+    def _needs(self, match: Match, dead: int) -> list[dict[int, int]]:
+        """Bytes each span needs from each lower tier, up to the first that no tier can give."""
+        needs: list[dict[int, int]] = []
+        for span, records in wanted_of(match):
+            need: dict[int, int] = {}
+            for record in records:
+                if record.host is HostState.READY:
+                    continue
+                live = record.readable & ~dead
+                if not live or self._loads.stuck(record):
+                    return needs
+                tier = (live & -live).bit_length() - 1
+                nbytes = self._planner.payload(record.part, span.tokens).nbytes
+                need[tier] = need.get(tier, 0) + nbytes
+            needs.append(need)
+        return needs
+
+    def _takes(self, tier: int, nbytes: int) -> float:
+        return self._lower[tier - 1].estimate.seconds(nbytes, self._clock())
+
+    def budget(self, wanted: Wanted, deadline: float | None) -> float | None:
+        """When a load has cost as much as computing it anew, so that it never costs twice that.
+
+        Without the first span that is not in host memory all behind it is of no use.
+        """
+        ends = [] if deadline is None else [self._clock() + deadline]
+        rate = self._prefill.tokens_per_second
+        if rate is not None:
+            absent = (s for s, found in wanted if any(r.host is not HostState.READY for r in found))
+            first = next(absent, None)
+            tokens = 0 if first is None else wanted[-1][0].stop - first.start
+            ends.append(self._clock() + tokens / rate)
+        return min(ends, default=None)
+
+
+def _no_time(_tier: int, _nbytes: int) -> float:
+    """What loading takes where nobody knows what computing takes."""
+    return 0.0
+
+
+def _must_ask(tier: LowerTier, has_forgotten: bool) -> bool:
+    return tier.must_ask or has_forgotten
+
+
+def _bits(tiers: Iterable[LowerTier]) -> int:
+    return sum(1 << tier.index for tier in tiers)

@@ -1,0 +1,416 @@
+"""Bringing objects up into host memory, each once, in prompt order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from math import inf
+from typing import Protocol
+
+from kvlayer.abc.backend import Damaged
+from kvlayer.events import ObjectQuarantined
+from kvlayer.identity.keys import ObjectKey, Span
+from kvlayer.results import Cause, Failure
+from kvlayer.runtime.foreign import words
+from kvlayer.tier.guard.guard import Lane, Refused, TierCall
+from kvlayer.tier.messages import Outcome
+from kvlayer.tier.planner.matcher import Match
+from kvlayer.tier.planner.planner import Planner, Reservation
+from kvlayer.tier.planner.records import HostState, ObjectRecord
+from kvlayer.tier.tier import LowerTier, Tier
+from kvlayer.tier.transfer.flight import Flight, Flights, outcome_of
+from kvlayer.tier.transfer.objects import Objects
+
+__all__ = ["LATE", "Loads", "Wanted", "down", "wanted_of"]
+
+_AT_ONCE = 8  # flights begun per turn of the loop, to travel together: some 0.1 ms each
+
+LATE = "it has been on its way for longer than a deadline"
+
+Wanted = Sequence[tuple[Span, Sequence[ObjectRecord]]]
+"""Spans in prompt order and the objects each needs. The caller keeps the objects pinned."""
+
+
+def down(lower: Iterable[LowerTier]) -> int:
+    """Bit t: tier t is not asked for now."""
+    return sum(1 << tier.index for tier in lower if not tier.guard.serves)
+
+
+@dataclass(slots=True, eq=False)
+class _Trip:
+    """What one request loads from one tier, to learn from how long it took."""
+
+    tier: LowerTier
+    began: float
+    nbytes: int = 0
+    arrived_nbytes: int = 0
+    left: int = 0
+    """Flights that have not landed."""
+    is_whole: bool = True
+    is_growing: bool = True
+    """More flights may be started: an estimate is made of all of them."""
+
+    def started(self, nbytes: int) -> None:
+        self.nbytes += nbytes
+        self.left += 1
+
+    def landed(self, now: float, outcome: Outcome) -> None:
+        self.left -= 1
+        self.arrived_nbytes += outcome.nbytes
+        self.is_whole = self.is_whole and outcome.ok
+        self._observe(now)
+
+    def all_started(self, now: float) -> None:
+        """No flight will join it."""
+        self.is_growing = False
+        self._observe(now)
+
+    def _observe(self, now: float) -> None:
+        if self.nbytes and not self.left and self.is_whole and not self.is_growing:
+            self.tier.estimate.observe(self.nbytes, now - self.began, now)
+
+    def abandoned(self, now: float) -> None:
+        """It took longer than it was worth; the whole would have taken longer still."""
+        if not self.left:
+            return
+        self.is_whole = False
+        share = self.arrived_nbytes / self.nbytes or 0.5  # if nothing came: twice as long, at least
+        self.tier.estimate.observe(self.nbytes, (now - self.began) / share, now)
+        if not self.arrived_nbytes:  # and nobody stays to see a deadline missed
+            self.tier.guard.failed(Lane.READS, "nothing arrived while it was waited for")
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """What one caller waits for, and until when by the clock."""
+
+    wanted: Wanted
+    until: float | None = None
+    room: Room | None = None
+    last: int = 0
+    """The last span of which something may be held that was not given up."""
+    started: int = 0
+    """How many spans of it are there or on their way."""
+    flights: dict[ObjectKey, Flight] = field(default_factory=dict[ObjectKey, Flight])
+    trips: dict[int, _Trip] = field(default_factory=dict[int, _Trip])
+
+    def gives_up(self) -> bool:
+        """Give up what is held of the prompt's end, a span at a time; whether something was."""
+        while self.room is not None and self.last > self.started:
+            _, records = self.wanted[self.last]
+            self.last -= 1
+            if self.room.give_up(records):
+                return True
+        return False
+
+    def all_started(self, now: float) -> None:
+        """Nothing more will be started: what was is measured."""
+        for trip in self.trips.values():
+            if trip.is_growing:
+                trip.all_started(now)
+
+    def stopped(self, failure: Failure, now: float) -> None:
+        """No more can be started for now, or at all."""
+        if failure.cause is not Cause.NO_ROOM:
+            self.all_started(now)
+        for trip in self.trips.values():  # what waits for room says nothing of its tier
+            trip.is_whole = trip.is_whole and failure.cause is not Cause.NO_ROOM
+
+
+class Room(Protocol):
+    """What a load holds, for one that streams through host memory."""
+
+    def need(self, records: Sequence[ObjectRecord]) -> None:
+        """These are brought up now: hold them, also where they were given up before."""
+
+    def give_up(self, records: Sequence[ObjectRecord]) -> bool:
+        """Let go of these where a lower tier has them; whether any was held."""
+        ...
+
+
+class Loads:
+    """Runs flights from the lower tiers into the host."""
+
+    def __init__(
+        self,
+        planner: Planner,
+        objects: Objects,
+        host: Tier,
+        lower: Sequence[LowerTier],
+        *,
+        clock: Callable[[], float],
+        evicted: Callable[[Sequence[ObjectRecord]], None],
+    ) -> None:
+        """``evicted`` is told what had to make room."""
+        self._evicted = evicted
+        self._planner = planner
+        self._objects = objects
+        self._host = host
+        self._lower = {tier.index: tier for tier in lower}
+        self._flights = Flights()
+        self._clock = clock
+
+    def stuck(self, record: ObjectRecord) -> str:
+        """Where from an object has been on its way for longer than a deadline; empty: it is not."""
+        flight = self._flights.find(record.key) if record.host is HostState.FILLING else None
+        return self._lower[flight.tier].name if flight is not None and flight.is_stuck else ""
+
+    def forsake(self, records: Iterable[ObjectRecord]) -> None:
+        """These objects are removed: what is on its way of them is not served when it arrives."""
+        for record in records:
+            if (flight := self._flights.find(record.key)) is not None:
+                flight.is_forsaken = True
+
+    async def arrive(
+        self,
+        wanted: Wanted,
+        trouble: list[Failure],
+        until: float | None = None,
+        *,
+        room: Room | None = None,
+    ) -> AsyncGenerator[Wanted]:
+        """Yield ``wanted`` in order, in batches, each as soon as all of it is in host memory.
+
+        Everything is started at once, or as much as there is room for. With ``room`` the caller
+        has let go of a batch when it asks for the next, so more is started then; and where what it
+        holds of the prompt's end leaves no room for what comes before, that goes first. The first
+        span that
+        cannot be brought up, or not before the clock reads ``until``, ends the sequence and leaves
+        its failure in ``trouble``. Close the iterator: that lets go of what is still on its way.
+        """
+        request = _Request(wanted, until, room, last=len(wanted) - 1)
+        flights = request.flights
+        at, failure = 0, None
+        try:
+            while at < len(wanted):
+                if failure is None or failure.cause is Cause.NO_ROOM:
+                    failure = await self._take_off(request)
+                batch: list[tuple[Span, Sequence[ObjectRecord]]] = []
+                missed: Failure | None = None
+                while at + len(batch) < request.started:
+                    span, records = wanted[at + len(batch)]
+                    absent = [r for r in records if r.host is not HostState.READY]
+                    if absent:
+                        if batch and not all(flights[r.key].has_ended for r in absent):
+                            break
+                        missed = await self._bring_all(span, absent, request)
+                        if missed is not None:
+                            break
+                    batch.append((span, records))
+                at += len(batch)
+                if batch:
+                    yield batch
+                may_start = failure is not None and failure.cause is Cause.NO_ROOM
+                may_start = may_start and room is not None and (bool(batch) or request.gives_up())
+                if missed is None and (at < request.started or may_start):
+                    continue
+                if (ended := missed or failure) is not None:
+                    if ended.cause is Cause.NO_ROOM:
+                        self._host.refused(Cause.NO_ROOM)
+                    trouble.append(ended)
+                    break
+        finally:
+            request.all_started(self._clock())
+            for flight in flights.values():
+                flight.leave()
+
+    async def _bring_all(
+        self, span: Span, absent: Sequence[ObjectRecord], request: _Request
+    ) -> Failure | None:
+        for record in absent:
+            missed = await self._bring(span, record, request)
+            if missed is not None:
+                return missed
+        return None
+
+    async def _take_off(self, request: _Request) -> Failure | None:
+        """Start flights for what is absent, as far as there is room; what stopped it, if anything.
+
+        ``request.started`` spans are on their way or there.
+        """
+        for span, records in request.wanted[request.started :]:
+            if request.room is not None:
+                request.room.need(records)
+            for record in records:
+                if record.host is HostState.READY or record.key in request.flights:
+                    continue
+                started = self._fly(span, record, trips=request.trips)
+                if isinstance(started, Failure):
+                    request.stopped(started, self._clock())
+                    return started
+                request.flights[record.key] = started
+                if not len(request.flights) % _AT_ONCE:
+                    await asyncio.sleep(0)
+            request.started += 1
+        request.all_started(self._clock())
+        return None
+
+    def _fly(
+        self,
+        span: Span,
+        record: ObjectRecord,
+        after: int = 0,
+        trips: dict[int, _Trip] | None = None,
+    ) -> Flight | Failure:
+        """Join the object's flight or start one, from the nearest serving tier below ``after``."""
+        if record.host is HostState.FILLING:
+            return self._join(span, record)
+        tier = self._source(span, record, after)
+        if isinstance(tier, Failure):
+            return tier
+        evicted: list[ObjectRecord] = []
+        slot = self._planner.plan_fetch(span, record, evicted)
+        if evicted:
+            self._evicted(evicted)
+        if slot is None:
+            return Failure(span, Cause.NO_ROOM, self._host.name, "host memory is all in use")
+        trip: _Trip | None = None
+        if trips is not None:
+            trip = trips.get(tier.index)
+            if trip is None:
+                trip = trips[tier.index] = _Trip(tier, self._clock())
+        try:
+            call = tier.guard.send(
+                self._objects.reading(tier.index, slot.piece),
+                partial(self._landed, tier, slot, trip),
+                nbytes=slot.piece.nbytes,
+            )
+        except Refused as refused:
+            self._planner.fetched(slot, tier.index, ok=False)
+            tier.refused(refused.cause)
+            return Failure(span, refused.cause, tier.name, refused.detail)
+        tier.begins("load", record.key, slot.piece.nbytes)
+        if trip is not None:
+            trip.started(slot.piece.nbytes)
+        flight = Flight(record.key, tier.index, call, tier.guard)
+        self._flights.add(flight)
+        return flight
+
+    def _join(self, span: Span, record: ObjectRecord) -> Flight | Failure:
+        """Share the flight of an object that somebody else is bringing up."""
+        if tier_name := self.stuck(record):
+            return Failure(span, Cause.DEADLINE, tier_name, LATE)
+        joined = self._flights.join(record.key)
+        if joined is None:
+            return Failure(span, Cause.IN_FLIGHT, self._host.name, "being stored right now")
+        return joined
+
+    def _source(self, span: Span, record: ObjectRecord, after: int) -> LowerTier | Failure:
+        """The nearest tier below ``after`` that has the object and is asked at all."""
+        below = record.readable >> (after + 1) << (after + 1)
+        if not below:
+            return Failure(span, Cause.VANISHED, self._host.name, "gone since the lookup")
+        silent: LowerTier | None = None
+        for tier in self._lower.values():  # the nearest first
+            if below >> tier.index & 1:
+                if tier.guard.serves:
+                    return tier
+                silent = silent or tier
+        assert silent is not None, record.key
+        silent.refused(Cause.TIER_DOWN)
+        detail = silent.trouble or "not asked for now"
+        return Failure(span, Cause.TIER_DOWN, silent.name, detail)
+
+    def _landed(
+        self, tier: LowerTier, slot: Reservation, trip: _Trip | None, call: TierCall[Outcome]
+    ) -> None:
+        flight = self._flights.land(slot.record.key)
+        outcome = outcome_of(call, slot.record.key)
+        is_wanted = flight is None or not flight.is_forsaken
+        self._planner.fetched(slot, tier.index, ok=outcome.ok and is_wanted)
+        tier.transferred("load", outcome, call)
+        if trip is not None:
+            trip.landed(self._clock(), outcome)
+
+    async def _bring(self, span: Span, record: ObjectRecord, request: _Request) -> Failure | None:
+        """Wait until an object is in host memory, trying one tier after the other."""
+        while True:
+            flight = request.flights[record.key]
+            tier = self._lower[flight.tier]
+            left = inf if request.until is None else request.until - self._clock()
+            outcome = await flight.wait(left)
+            if record.host is HostState.READY:
+                return None
+            if outcome is None and left < tier.guard.deadline:
+                for trip in request.trips.values():
+                    trip.abandoned(self._clock())
+            if outcome is None and not flight.call.was_late:
+                tier.refused(Cause.DEADLINE)
+                return Failure(span, Cause.DEADLINE, tier.name, "took longer than it was worth")
+            if outcome is None:
+                detail = f"not loaded within {tier.guard.deadline} s"
+                tier.fails(Cause.DEADLINE, detail, key=record.key)
+                return Failure(span, Cause.DEADLINE, tier.name, detail)
+            await self._withdraw(tier, record, outcome)
+            request.flights.pop(record.key).leave()
+            if record.tier == 0:
+                return None  # stored anew while the damaged copy was taken away
+            # A tier that failed but may still hold the object is not asked again by this request.
+            failed = record.readable >> tier.index & 1 and not flight.was_given_up
+            after = tier.index if failed else 0
+            if not record.readable >> (after + 1):
+                cause = outcome.cause or Cause.VANISHED
+                return Failure(span, cause, tier.name, outcome.detail)
+            again = self._fly(span, record, after)
+            if isinstance(again, Failure):
+                return again
+            request.flights[record.key] = again
+            if flight.was_given_up:
+                self._renew(request)
+
+    def _renew(self, request: _Request) -> None:
+        """Start anew, side by side, what others gave up when this request had just joined them."""
+        for span, records in request.wanted:
+            for record in records:
+                flight = request.flights.get(record.key)
+                if flight is None or not flight.was_given_up or record.host is HostState.READY:
+                    continue
+                again = self._fly(span, record)
+                if isinstance(again, Flight):  # else its turn says what is wrong
+                    request.flights[record.key] = again
+                    flight.leave()
+
+    async def _withdraw(self, tier: LowerTier, record: ObjectRecord, outcome: Outcome) -> None:
+        """Stop offering what a tier could not deliver; take a damaged object out of sight.
+
+        So is one that failed several times in a row while others did not: its tier would not
+        replace it, and every prompt that needs it would fail again.
+        """
+        cause = outcome.cause
+        if cause is None or not record.readable >> tier.index & 1:
+            return  # another request was faster
+        is_hopeless = tier.is_hopeless(Lane.READS, record.key)
+        is_foreign = cause is Cause.FOREIGN_VERSION  # another release serves it
+        if not (is_hopeless or is_foreign or cause.is_damage or cause is Cause.VANISHED):
+            return
+        detail = f"{tier.name}: {outcome.detail}"
+        aside = is_hopeless or is_foreign
+        self._planner.missing(record, tier.index, cause, detail, aside=aside)
+        if is_hopeless and not is_foreign:
+            tier.sets_aside(record.key)
+        elif not cause.is_damage:
+            return
+        if tier.emit:
+            tier.emit(
+                ObjectQuarantined(
+                    tier=tier.name, key=record.key, cause=cause, detail=outcome.detail
+                )
+            )
+        damaged = Damaged(record.key, outcome.version)
+        with suppress(Refused):  # found again, and quarantined then, at the next load
+            call = tier.guard.start(partial(self._objects.quarantine, tier.index, damaged))
+            if not await tier.guard.wait_alone(call):
+                tier.fails(Cause.DEADLINE, "quarantine did not end in time")
+            elif call.error is not None:
+                tier.complains(Cause.TIER_DOWN, words(call.error))
+
+
+def wanted_of(match: Match) -> Wanted:
+    """What a match needs, span by span."""
+    return [
+        (span, [record for cover in covers for record in cover])
+        for span, covers in zip(match.spans, match.covers, strict=True)
+    ]
