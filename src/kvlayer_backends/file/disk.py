@@ -261,19 +261,26 @@ def make_folder(path: str) -> bool:
 def make_folders(path: str) -> None:
     """Make a folder, which no other may write, and what is missing above it."""
     missing = [path]
-    while missing:
-        try:
-            os.mkdir(missing[-1], 0o755)
-        except FileNotFoundError:
-            above = missing[-1].rstrip("/").rpartition("/")[0]
-            if not above or len(missing) > _DEEPEST:
-                raise
-            missing.append(above)
-        except FileExistsError:
-            if not os.path.isdir(missing.pop()):  # noqa: PTH112
-                raise
-        else:
-            missing.pop()
+    while not _there(missing[-1]):
+        above = missing[-1].rstrip("/").rpartition("/")[0]
+        if not above or len(missing) > _DEEPEST:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        missing.append(above)
+    for folder in missing[-2::-1]:
+        if not _there(folder):  # a file system that lets nobody make any, as /proc
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder)
+
+
+def _there(path: str) -> bool:
+    """Make a folder where none is; False where what is above it is missing."""
+    try:
+        os.mkdir(path, 0o755)
+    except FileNotFoundError:
+        return False
+    except FileExistsError:
+        if not os.path.isdir(path):  # noqa: PTH112
+            raise
+    return True
 
 
 def link(source: str, target: str) -> None:
