@@ -112,8 +112,12 @@ class ClosesForEverybody(HonestBackend):
 
 @breaks("a full tier stays within its capacity")
 class CountsWhatItHasAfterwards(HonestBackend):
+    async def open(self) -> None:
+        await super().open()
+        self.is_fresh = not self.place.objects
+
     def make_room(self, nbytes: int) -> None:
-        super().make_room(0)
+        super().make_room(0 if self.is_fresh else nbytes)
 
 
 @breaks("a full tier takes writes after a restart and stays within bounds")
