@@ -23,7 +23,7 @@ MUST_HAPPEN = {
     "cancellation": ["loaded", "cancelled at 1", "cancelled at 2", "cancelled at 3"],
     "lease_expiry": ["loaded", "dropped"],
     "janitor_hand_over": ["got", "died", "evicted"],
-    "back_pressure": ["loaded", "dropped", "refused"],
+    "back_pressure": ["loaded", "dropped"],
     "two_planners": ["loaded", "damaged"],
     "full_memory": ["loaded", "stored", "prefetched", "held every slot"],
 }

@@ -29,7 +29,7 @@ class Retry:
 
     def __init__(self, retries: int) -> None:
         self.retries = retries
-        self._retrying: AsyncRetrying | None = None
+        self._retrying = _retrying(retries) if retries else None
 
     async def batch(
         self, call: Callable[[Sequence[I]], Awaitable[list[R]]], items: Sequence[I]
@@ -59,11 +59,9 @@ class Retry:
         try:
             return await call()
         except BackendError as exc:
-            if not self.retries or not exc.transient:
+            if self._retrying is None or not exc.transient:
                 raise
             failed: list[BackendError] = [exc]
-        if self._retrying is None:
-            self._retrying = _retrying(self.retries)
 
         async def again() -> R:
             if failed:
@@ -84,7 +82,8 @@ def _is_transient(answer: object) -> bool:
 
 
 def _retrying(retries: int) -> AsyncRetrying:
-    # Imported when a cache opens a lower tier: importing kvlayer stays light.
+    # Imported when a cache opens a lower tier: importing kvlayer stays light, and a process that has
+    # run out of descriptors by the first error cannot import.
     from tenacity import (
         AsyncRetrying,
         retry_if_exception,
