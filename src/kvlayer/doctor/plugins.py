@@ -58,15 +58,6 @@ def _troubles(registry: Registry[Any]) -> Iterator[Finding]:
         except PluginError as exc:
             advice = exc.hint or "repair or uninstall it"
             yield _CHECK.bad(str(exc), advice, group=registry.group, name=name, claims=who)
-        except SystemExit as exc:
-            yield _CHECK.bad(
-                f"the {registry.noun} {name!r} of {who[0]} ends the process when it is imported: "
-                f"SystemExit: {exc}",
-                f"repair or uninstall {claims[0].distribution}",
-                group=registry.group,
-                name=name,
-                claims=who,
-            )
 
 
 def _look_for(registry: Registry[Any], plugin: Plugin) -> None:
