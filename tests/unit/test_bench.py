@@ -66,6 +66,12 @@ ROWS = {
         "loop.callback.file": "s",
         "loop.wall.host": "s",
         "loop.wall.file": "s",
+        **{
+            f"loop.{way}.{where}{alone}": "s"
+            for way in ("put", "get")
+            for where in ("still", "file")
+            for alone in ("", ".alone")
+        },
     },
     "tier": {
         "tier.healthy": "s",

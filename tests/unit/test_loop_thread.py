@@ -684,7 +684,7 @@ def test_an_interpreter_that_exits_does_not_wait_for_work_that_will_not_end() ->
     code = """
 import threading
 from contextlib import asynccontextmanager
-from kvlayer import loop_thread
+from kvlayer.runtime import loop_thread
 
 loop_thread._EXIT_SECONDS = 0.1
 

@@ -125,7 +125,11 @@ def names(source: str) -> list[str]:
 
 
 def test_a_files_tests_are_those_named_after_it_else_its_folders() -> None:
-    assert names("src/kvlayer/tier/guard/guard.py") == ["test_guard.py", "test_guard_breaker.py"]
+    assert names("src/kvlayer/tier/guard/guard.py") == [
+        "test_guard.py",
+        "test_guard_breaker.py",
+        "test_guard_closing.py",
+    ]
     assert "test_slots.py" in names("src/kvlayer/staging/slots.py")
     assert "test_file_janitor.py" in names("src/kvlayer_backends/file/janitor.py")
     beside = names("src/kvlayer/tier/guard/lane_queue.py")

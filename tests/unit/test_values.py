@@ -159,13 +159,19 @@ class Calls:
             "deadline": lambda _: 1.0, "on_layer": lambda _: None,
         },
         "promote": {"hit": lambda c: c.hit, "deadline": lambda _: 1.0},
-        "lookup": {"tokens": lambda c: c.prompt, "scope": lambda _: Scope()},
+        "lookup": {
+            "tokens": lambda c: c.prompt,
+            "scope": lambda _: Scope(),
+            "patience": lambda _: 0.0,
+            "presume": lambda _: True,
+        },
         "begin_lookup": {"tokens": lambda c: c.prompt, "scope": lambda _: Scope()},
         "prefetch": {
             "tokens": lambda c: c.prompt, "scope": lambda _: Scope(), "deadline": lambda _: 1.0,
         },
         "report_prefill": {"tokens": lambda _: 100, "seconds": lambda _: 0.1},
         "chain": {"tokens": lambda c: c.prompt, "scope": lambda _: Scope()},
+        "named": {"tokens": lambda c: c.prompt, "scope": lambda _: Scope()},
         "control.pin": {
             "tokens": lambda c: c.prompt, "scope": lambda _: Scope(), "seconds": lambda _: 5.0,
             "owner": lambda _: "me",

@@ -83,6 +83,7 @@ class Stack:
         self.demotion = Demotion(
             planner, self.spills, host, lower, high=high_watermark, low=low_watermark
         )
+        self.loads.spares = self.demotion.lacks
         native = (g.tokens_per_block for g in planner.layout.groups if g.form != "canonical")
         self._native_step = math.lcm(*native)
         """Native payloads move in whole blocks; 1 where there are none."""

@@ -202,7 +202,7 @@ async def test_a_batch_makes_room_for_all_of_it(tmp_path: Path) -> None:
         gone: list[int] = []
         files.on_evicted = lambda victims, _: gone.append(len(victims))
         assert await files.put([*map(write, line(1, 10))]) == [None] * 10
-        assert gone == [10]
+        assert sum(gone) == 10
         assert await held(files, line(0, 16)) == [True] * 6 + [False] * 10
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import pytest
 from caches import WEIGHTS, layout, tokens
 from engine import Engine, same
+from hang import HANG
 
 from kvlayer import Cache, CacheConfig, Cause, KVLayerError, ModelConfig, TierConfig
 from kvlayer.abc.backend import (
@@ -370,9 +371,9 @@ def test_a_tier_that_refuses_to_be_cancelled_holds_nobody_up(shelf: type[Shelf],
     try:
         if call == "open":
             with pytest.raises(BackendTimeoutError, match="shelf did not open within"):
-                loop.run_until_complete(asyncio.wait_for(use(), 30))
+                loop.run_until_complete(asyncio.wait_for(use(), HANG))
         else:
-            loop.run_until_complete(asyncio.wait_for(use(), 30))
+            loop.run_until_complete(asyncio.wait_for(use(), HANG))
     finally:
         shelf.fault = ""  # it ends when it is cancelled once more
         for task in asyncio.all_tasks(loop):

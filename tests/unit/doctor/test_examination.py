@@ -127,11 +127,11 @@ def test_a_directory_that_does_not_answer_is_one_finding_and_the_rest_is_looked_
 def test_the_interpreter_ends_beside_a_disk_that_never_answers(tmp_path: Path) -> None:
     program = (
         "import os, sys, threading\n"
-        "from kvlayer import _threads\n"
+        "from kvlayer.runtime import threads\n"
         "from kvlayer.doctor.configured import Place\n"
         "from kvlayer.doctor.examination import Examination\n"
         "from kvlayer.doctor.machine import Machine\n"
-        "_threads._EXIT_SECONDS = 0.01\n"
+        "threads._EXIT_SECONDS = 0.01\n"
         "os.pwritev = lambda *_: threading.Event().wait()\n"
         "looked = Examination(machine=Machine(), directories=sys.argv[1:], patience_seconds=2)\n"
         "print(*[each.found for each in looked.run(lambda _: None)], sep='\\n')\n"

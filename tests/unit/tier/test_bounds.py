@@ -153,7 +153,7 @@ class Life:
 def test_no_table_grows_beyond_its_bound(policy: Any, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("holdings._MAX_ASIDE", "holdings._MAX_WITHDRAWN", "tables._MAX_SHAPES"):
-            patch.setattr(f"kvlayer.tier.{name}", MOST)
+            patch.setattr(f"kvlayer.tier.planner.{name}", MOST)
         patch.setattr("kvlayer.tier.planner.matcher._MAX_PARTS", MOST)
         clock = Clock()
         planner = make_planner(pages=PAGES, clock=clock, policy=policy)

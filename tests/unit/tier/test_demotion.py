@@ -152,9 +152,8 @@ async def test_a_round_goes_on_until_the_mark_however_much_there_is_to_drop(
     rig = demoting(write="through", pages=600, watermarks=(0.1, 0.9))
     rig.backend.gate = asyncio.Event()
     storing = asyncio.create_task(store(rig, 0, tokens=16 * 560))
-    while not sum(left.objects for left in rig.stack.spills.unwritten()):  # noqa: ASYNC110
+    while sum(left.objects for left in rig.stack.spills.unwritten()) < 560:  # noqa: ASYNC110
         await asyncio.sleep(0)
-    assert rig.stack.spills.unwritten()[0].objects == 560
     rig.backend.gate.set()  # all of it is still to be written when it settles
     await storing
     await rig.stack.flush()

@@ -37,7 +37,7 @@ KEYS = st.builds(
     st.booleans(),
 )
 # A rank has no use for what a request wishes to be kept: it does not travel.
-PIECE = st.builds(Piece, KEYS, NUMBERS, NUMBERS, NUMBERS, NUMBERS, st.just(ORDINARY))
+PIECE = st.builds(Piece, KEYS, NUMBERS, NUMBERS, NUMBERS, NUMBERS, st.just(ORDINARY), st.just(b""))
 JUNK: st.SearchStrategy[Any] = st.recursive(
     st.none()
     | st.booleans()

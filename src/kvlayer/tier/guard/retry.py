@@ -82,8 +82,8 @@ def _is_transient(answer: object) -> bool:
 
 
 def _retrying(retries: int) -> AsyncRetrying:
-    # Imported when a cache opens a lower tier: importing kvlayer stays light, and a process that has
-    # run out of descriptors by the first error cannot import.
+    # Imported when a cache opens a lower tier: importing kvlayer stays light, and at the first
+    # error a process may have no descriptor left to import with.
     from tenacity import (
         AsyncRetrying,
         retry_if_exception,

@@ -22,6 +22,8 @@ from kvlayer.tier.planner.strand import Held, Strand, flat
 
 __all__ = ["HostTier"]
 
+_SPARED = 32  # objects passed over for others: some 2 us each
+
 _LONG = 256  # objects of a strand: to make one, or to dissolve it, takes some 50 microseconds
 
 
@@ -65,23 +67,40 @@ class HostTier:
         nbytes: int,
         evicted: list[ObjectRecord],
         now: float,
+        *,
         keeps: Callable[[ObjectRecord], bool] | None = None,
+        spares: Callable[[ObjectRecord], bool] | None = None,
     ) -> bool:
         """Make room and start filling ``found``, with one more hold. False when nothing can go.
 
         What had to be given up is appended to ``evicted``; it is not enough only where pinned
         objects leave no gap of that size, or where the next to go is one that ``keeps`` names.
+        What ``spares`` names goes only where little else can.
         """
         if nbytes > self.extents.capacity - self.pinned_nbytes:
             return False
+        spared: list[ObjectRecord] = []
         offset = self.extents.allocate(nbytes)
         while offset is None:
             victim = self.victim(now)
+            if victim is not None and spares is not None and spares(victim):
+                if len(spared) < _SPARED:
+                    self.take(victim)
+                    spared.append(victim)
+                    continue
+                victim = None
+            if victim is None and spared:
+                self.let_go(spared)
+                spared, spares = [], None
+                continue
             if victim is None or (keeps is not None and keeps(victim)):
-                return False
+                break
             self.drop(victim, evicted=True)
             evicted.append(victim)
             offset = self.extents.allocate(nbytes)
+        self.let_go(spared)
+        if offset is None:
+            return False
         self.directory.fill(found, offset, nbytes)
         self._filling += 1
         found.pins += 1

@@ -201,13 +201,20 @@ class Planner(LookupPlanner, Survey):
     # -- lower tiers -----------------------------------------------------------------------------
 
     def plan_fetch(
-        self, span: Span, record: ObjectRecord, evicted: list[ObjectRecord]
+        self,
+        span: Span,
+        record: ObjectRecord,
+        evicted: list[ObjectRecord],
+        spares: Keeps | None = None,
     ) -> Reservation | None:
-        """Reserve a slot to bring an object up; None when there is no room for it."""
+        """Reserve a slot to bring an object up; None when there is no room for it.
+
+        What ``spares`` names makes room only where little else can.
+        """
         with self.lock:
             now = self._now()
             self.leases.expire(now.clock)
-            return self._stores.reserve(span, record, evicted, None, now)
+            return self._stores.reserve(span, record, evicted, None, now, spares=spares)
 
     def fetched(self, slot: Reservation, tier: int, *, ok: bool) -> None:
         """The fetch into this slot ended: serve it or give the memory back. Lets go of its pin.

@@ -189,6 +189,8 @@ class StorePlanner:
         evicted: list[ObjectRecord],
         keeps: Keeps | None,
         now: Moment,
+        *,
+        spares: Keeps | None = None,
     ) -> Reservation | None:
         """A slot for an object; None: no room. Appends to ``evicted`` what had to make it."""
         if self.is_retired:
@@ -196,7 +198,7 @@ class StorePlanner:
         nbytes = self._payload(record.part, span.tokens).nbytes
         record.chunk.span = span
         before = len(evicted)
-        made = self._host.reserve(record, nbytes, evicted, now.wall, keeps)
+        made = self._host.reserve(record, nbytes, evicted, now.wall, keeps=keeps, spares=spares)
         for gone in evicted[before:]:
             self._note_eviction(gone, now)
         if not made:

@@ -59,6 +59,10 @@ class Demotion:
         self._round: asyncio.Task[None] | None = None
         self._is_closed = False
 
+    def lacks(self, record: ObjectRecord) -> bool:
+        """Whether a tier is still to get an object."""
+        return bool(self.outlets.wanted(record))
+
     def grown(self) -> None:
         """Host memory may be fuller than before: begin a round if it is too full."""
         if self._round is not None or self._is_closed or not self._lower:

@@ -18,7 +18,7 @@ from kvlayer.runtime.foreign import words
 from kvlayer.tier.guard.guard import Lane, Refused, TierCall
 from kvlayer.tier.messages import Outcome
 from kvlayer.tier.planner.matcher import Match
-from kvlayer.tier.planner.planner import Planner, Reservation
+from kvlayer.tier.planner.planner import Keeps, Planner, Reservation
 from kvlayer.tier.planner.records import HostState, ObjectRecord
 from kvlayer.tier.tier import LowerTier, Tier
 from kvlayer.tier.transfer.flight import Flight, Flights, outcome_of
@@ -152,6 +152,8 @@ class Loads:
         self._lower = {tier.index: tier for tier in lower}
         self._flights = Flights()
         self._clock = clock
+        self.spares: Keeps | None = None
+        """What a load gives up last for its room: no tier has it yet, and one is to get it."""
 
     def stuck(self, record: ObjectRecord) -> str:
         """Where from an object has been on its way for longer than a deadline; empty: it is not."""
@@ -262,7 +264,7 @@ class Loads:
         if isinstance(tier, Failure):
             return tier
         evicted: list[ObjectRecord] = []
-        slot = self._planner.plan_fetch(span, record, evicted)
+        slot = self._planner.plan_fetch(span, record, evicted, self.spares)
         if evicted:
             self._evicted(evicted)
         if slot is None:
