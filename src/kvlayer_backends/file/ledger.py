@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import merge
 
@@ -48,6 +49,8 @@ class Ledger:
         """Whether the last ``take`` stopped before it had looked at everything."""
         self._keys = KeyTable()
         self._lineage = Lineage(self._keys)
+        self._coming: Counter[ObjectKey] = Counter()
+        """What is being written: counted as granted until it is settled."""
         self._waiting = bytearray()
         """By row, whether it waits for its followers to go."""
         self._refusals = Refusals(self._lineage)
@@ -152,11 +155,15 @@ class Ledger:
         Else room for an object might be made at the cost of what it is of no use without.
         """
         for write in writes:
+            self._coming[write.key] += 1
             self._lineage.expect(write)
 
     def expect_no_more(self, writes: Iterable[Write]) -> None:
         """They were written, or not."""
         for write in writes:
+            self._coming[write.key] -= 1
+            if not self._coming[write.key]:
+                del self._coming[write.key]
             for row in self._lineage.expect_no_more(write):
                 self._expose(row)
 
@@ -279,14 +286,15 @@ class Ledger:
     def discover(self, found: Sequence[tuple[ObjectKey, int, int, bytes]], run: Run) -> None:
         """Add the next of a run that nobody here had written: key, bytes, time of use (ns), parent.
 
-
-        Where it stands among the others is settled by ``sort``.
+        A file that is being written is counted already, as granted. Where it stands among the
+        others is settled by ``sort``.
         """
         for key, nbytes, used_ns, parent in found:
-            if key not in self._keys and not self._is_newer(key):
-                row = self._add(key, nbytes, used_ns, parent)
-                self.unlisted_nbytes = max(self.unlisted_nbytes - nbytes, 0)
-                run.append(used_ns, row, self._entries[row])
+            if key in self._coming or key in self._keys or self._is_newer(key):
+                continue
+            row = self._add(key, nbytes, used_ns, parent)
+            self.unlisted_nbytes = max(self.unlisted_nbytes - nbytes, 0)
+            run.append(used_ns, row, self._entries[row])
 
     def by_use(self) -> Iterator[tuple[int, int, int]]:
         """What was found, and what changed meanwhile, by time of use: for ``sort``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvlayer.abc.backend import Write
 from kvlayer.eviction.lru import PrefixLRU
 from kvlayer.identity.keys import ObjectKey, ObjectName, Part
 from kvlayer_backends.file.ledger import Ledger
@@ -58,3 +59,19 @@ def test_what_was_spared_goes_in_the_order_in_which_it_was_used() -> None:
     assert ledger.take(1, 1, 0.0) == []  # not named again before all are
     ledger.spare(spared)
     assert [victim.key for victim in ledger.take(120, 1, 0.0)] == [OTHER, THIRD, KEY]
+
+
+def test_a_file_that_is_being_written_is_not_counted_twice() -> None:
+    """Else what lies there would make room for bytes that are not there."""
+    ledger = Ledger(PrefixLRU, 100)
+    write = Write(OTHER, (memoryview(bytes(40)),))
+    ledger.expect([write])
+    ledger.granted_nbytes += 40
+    ledger.begin_scan()
+    ledger.discover([(OTHER, 40, 5, b"")], ledger.begin_run())
+    assert ledger.used_nbytes == 40
+    ledger.granted_nbytes -= 40
+    ledger.create(OTHER, 40, 6, write)
+    ledger.expect_no_more([write])
+    ledger.discover([(OTHER, 40, 5, b"")], ledger.begin_run())
+    assert (ledger.used_nbytes, len(ledger)) == (40, 1)
