@@ -6,6 +6,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import merge
+from operator import itemgetter
 
 from kvlayer.abc.backend import Listed, Write
 from kvlayer.abc.policy import PolicyMaker
@@ -297,15 +298,28 @@ class Ledger:
             run.append(used_ns, row, self._entries[row])
 
     def by_use(self) -> Iterator[tuple[int, int, int]]:
-        """What was found, and what changed meanwhile, by time of use: for ``sort``.
+        """What was found, and all that was used since, by time of use: for ``sort``.
 
         Nothing in it changes the ledger, so a thread may draw from it.
         """
-        rows = [row for key in self._changed or () if (row := self._keys.row(key)) is not None]
+        since = min((ns for run in self._runs for ns in run.first_ns), default=None)
+        if since is None:
+            return
+        used, entries = self._used_ns, self._entries
+        others = bytearray(len(entries))
+        for run in self._runs:
+            for _, row, _ in run:
+                others[row] = 1
+        rows = [
+            row
+            for row, is_found in enumerate(others)
+            if not is_found and entries[row] and used[row] >= since
+        ]
         mine = Run()
-        for row in sorted(rows, key=self._used_ns.__getitem__):
-            mine.append(self._used_ns[row], row, self._entries[row])
-        return merge(*self._runs, mine)
+        for row in sorted(rows, key=used.__getitem__):
+            mine.append(used[row], row, entries[row])
+        # At one time, what was found goes first.
+        yield from merge(*self._runs, mine, key=itemgetter(0))
 
     def sort(self, used: Iterable[tuple[int, int, int]]) -> None:
         """Put the next of ``by_use`` in order. What was used since stays as it is."""

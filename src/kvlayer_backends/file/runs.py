@@ -21,5 +21,10 @@ class Run:
         self._rows.append(row)
         self._entries.append(entry)
 
+    @property
+    def first_ns(self) -> array[int]:
+        """The earliest time, if there is any."""
+        return self._used_ns[:1]
+
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         return zip(self._used_ns, self._rows, self._entries, strict=True)

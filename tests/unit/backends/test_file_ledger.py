@@ -75,3 +75,14 @@ def test_a_file_that_is_being_written_is_not_counted_twice() -> None:
     ledger.expect_no_more([write])
     ledger.discover([(OTHER, 40, 5, b"")], ledger.begin_run())
     assert (ledger.used_nbytes, len(ledger)) == (40, 1)
+
+
+def test_what_is_found_takes_its_place_among_what_was_used_before_the_scan() -> None:
+    ledger = Ledger(PrefixLRU, 100)
+    ledger.add(KEY, 10, 10)
+    ledger.add(OTHER, 10, 30)
+    ledger.begin_scan()
+    ledger.discover([(THIRD, 10, 20, b"")], ledger.begin_run())
+    ledger.sort(ledger.by_use())
+    ledger.end_scan()
+    assert [victim.key for victim in ledger.take(30, 1, 0.0)] == [KEY, THIRD, OTHER]
