@@ -102,7 +102,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         "evict": lambda ask: evict_rows(ask.rounds, pinned=256, free=128),
         "directory": lambda ask: directory_rows(ask.rounds, known=2_000),
         "lookup": lambda ask: lookup_rows(ask.rounds, few=2, many=4),
-        "loop": lambda ask: loop_rows(ask.nbytes, samples=200, directory=str(ask.directory)),
+        "loop": lambda ask: loop_rows(
+            ask.nbytes, samples=200, rounds=1, directory=str(ask.directory)
+        ),
         "tier": lambda ask: sick_rows(1, requests=3),
     }
     use(monkeypatch, *(replace(g, rows=tiny.get(g.name, g.rows)) for g in GROUPS))

@@ -66,7 +66,11 @@ class LongestCallback:
 
 
 async def loop_rows(
-    nbytes: int, *, samples: int = 10_000, directory: str | None = None
+    nbytes: int,
+    *,
+    samples: int = 10_000,
+    rounds: int = _OBJECT_ROUNDS,
+    directory: str | None = None,
 ) -> list[Row]:
     """``loop.callback.*`` and ``loop.wall.*`` beside host memory and a file tier, in seconds.
 
@@ -89,7 +93,7 @@ async def loop_rows(
         ):
             async with opened as (traffic, bare):
                 rows += await _measure(name, traffic, bare, samples)
-        rows += await object_rows(_OBJECT_ROUNDS, Path(folder, "objects"))
+        rows += await object_rows(rounds, Path(folder, "objects"))
     return rows
 
 
