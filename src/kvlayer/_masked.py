@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 from kvlayer.errors import BackendError, ConfigError, KVLayerError
@@ -23,7 +23,7 @@ class Mask:
 
     def __init__(self, url: str | BackendURL = "", *, public: frozenset[str] = frozenset()) -> None:
         parsed = BackendURL.parse(url) if isinstance(url, str) and url else url
-        options = parsed.options if isinstance(parsed, BackendURL) else {}
+        options: Mapping[str, str] = parsed.options if isinstance(parsed, BackendURL) else {}
         self._hidden = [
             value
             for value in sorted(options.values(), key=len, reverse=True)
@@ -47,7 +47,7 @@ class Mask:
         return answer
 
     @contextmanager
-    def hiding(self) -> Iterator[None]:
+    def hiding(self) -> Generator[None]:
         """Raise a clean error for one that says too much, also in what led to it."""
         try:
             yield

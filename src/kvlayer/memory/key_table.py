@@ -48,7 +48,9 @@ class KeyTable:
                  "_left", "_of_row", "_segments", "_uses")  # fmt: skip
 
     def __init__(self) -> None:
-        self._segments = [array("I", bytes(4 * _FEWEST)) for _ in range(_SEGMENTS)]
+        self._segments: list[array[int]] = [
+            array("I", bytes(4 * _FEWEST)) for _ in range(_SEGMENTS)
+        ]
         """Open hash tables of rows, by family and hash. One that is too full is replaced."""
         self._left = array("I", (_most(n, _FEWEST) for n in range(_SEGMENTS)))
         """How many more slots of each segment may be taken."""
@@ -203,7 +205,8 @@ class KeyTable:
             if slot >= _ROWS:
                 row = slot - _ROWS
                 start = row * _DIGEST
-                if frames[row] == number and digests[start : start + _DIGEST] == digest:
+                known: object = digests[start : start + _DIGEST]  # equal to bytes, as those are
+                if frames[row] == number and known == digest:
                     return slots, at & mask, row
             at += 1
         return None

@@ -226,7 +226,9 @@ class LoopThread(Generic[S]):
 
     def _give_up(self) -> None:
         """Nobody may wait for what is not answered; what goes on has not ended for its job, too."""
-        begin = [entry for entry in tuple(self._inbox) if isinstance(entry, partial)]
+        begin: list[partial[Any]] = [
+            entry for entry in tuple(self._inbox) if isinstance(entry, partial)
+        ]
         waiting = [entry.args[0] for entry in begin if entry.func == self._begin]
         for job in (*tuple(self._tasks), *waiting):
             job.cancel()

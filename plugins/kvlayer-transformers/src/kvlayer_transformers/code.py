@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
 from types import BuiltinFunctionType, CodeType, FunctionType
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 import torch
 
@@ -126,14 +126,15 @@ def _is_followed(module: str) -> bool:
 
 def _classes(model: Model) -> Iterator[Any]:
     """The classes of the model's modules and caches, torch's apart, in a fixed order."""
-    kinds = {type(module) for _, module in own_modules(model)} | set(CACHES)
-    bases = {base for kind in kinds for base in kind.__mro__}
+    kinds: set[Any] = {type(module) for _, module in own_modules(model)} | set(CACHES)
+    bases: set[Any] = {base for kind in kinds for base in kind.__mro__}
     found = [b for b in bases if b.__module__.split(".")[0] not in ("torch", "builtins")]
     return iter(sorted(found, key=lambda kind: f"{kind.__module__}.{kind.__qualname__}"))
 
 
 def _methods(kind: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(kind).items() if _is_code(value)}
+    members: dict[str, Any] = dict(vars(kind))
+    return {name: value for name, value in members.items() if _is_code(value)}
 
 
 def _is_code(value: object) -> bool:
@@ -217,9 +218,9 @@ def _add_code(update: Callable[[bytes], None], code: CodeType) -> None:
 def _shown(value: object) -> str:
     """A text that is the same in every process; other things than numbers and texts by kind."""
     if isinstance(value, frozenset):
-        return repr(sorted(map(_shown, value)))
+        return repr(sorted(map(_shown, cast("frozenset[object]", value))))
     if isinstance(value, tuple):
-        return repr([_shown(each) for each in value])
+        return repr([_shown(each) for each in cast("tuple[object, ...]", value)])
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return repr(value)
     return type(value).__qualname__

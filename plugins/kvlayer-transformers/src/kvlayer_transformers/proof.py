@@ -48,12 +48,13 @@ class _Timed(DynamicCache):  # type: ignore[misc]  # Any: see engine
     """A past that ends its pass, at the next layer, when the time is over."""
 
     def __init__(self, until: float) -> None:
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self._until = until
 
     def update(self, *args: Any, **arguments: Any) -> Any:
         self.check()
-        return super().update(*args, **arguments)
+        moved: Any = super().update(*args, **arguments)  # pyright: ignore[reportUnknownMemberType]
+        return moved
 
     def check(self) -> None:
         if time.monotonic() >= self._until:

@@ -223,7 +223,8 @@ def _foreign_code(module: Any) -> Iterator[str]:
             if not _is_trusted(hook):
                 yield f"a {kind} ({_shown(hook)})"
     own_hook = attributes(module).get("_hf_hook")  # accelerate's, which calls it
-    for hook in (own_hook, *getattr(own_hook, "hooks", ())):
+    more: Any = getattr(own_hook, "hooks", ())
+    for hook in (own_hook, *more):
         if hook is not None and not _is_trusted(hook):
             yield f"a hook ({_shown(hook)})"
     for name, value in attributes(module).items():
@@ -239,11 +240,12 @@ def _foreign_everywhere() -> Iterator[str]:
             if not _is_trusted(hook):
                 yield f"a global forward hook ({_shown(hook)})"
     overrides: Any = torch.overrides
-    dispatch: Any = torch.utils._python_dispatch
-    for mode in (
+    utils: Any = torch.utils
+    modes: list[Any] = [
         *overrides._get_current_function_mode_stack(),
-        *dispatch._get_current_dispatch_mode_stack(),
-    ):
+        *utils._python_dispatch._get_current_dispatch_mode_stack(),
+    ]
+    for mode in modes:
         if not _is_trusted(mode):
             yield f"a torch mode ({_shown(mode)})"
 

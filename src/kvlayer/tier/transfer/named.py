@@ -164,7 +164,7 @@ class Named(Backend):
         with self._mask.hiding():
             answers = await call()
         given: object = answers
-        if not self._mask or not isinstance(given, Answers):
+        if not self._mask or not isinstance(given, Answers):  # pyright: ignore[reportUnnecessaryIsInstance]
             return answers  # whoever asked says what is wrong with it
         return cast("Answers[T]", [self._mask.cleaned(answer) for answer in answers])
 
