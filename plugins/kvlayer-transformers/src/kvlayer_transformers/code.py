@@ -6,6 +6,9 @@ and compared at every call, and what is neither transformers' nor torch's is par
 the KV.
 """
 
+# What classes hold has any type.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import functools
@@ -218,7 +221,7 @@ def _add_code(update: Callable[[bytes], None], code: CodeType) -> None:
 def _shown(value: object) -> str:
     """A text that is the same in every process; other things than numbers and texts by kind."""
     if isinstance(value, frozenset):
-        return repr(sorted(map(_shown, cast("frozenset[object]", value))))
+        return repr(sorted(map(_shown, value)))
     if isinstance(value, tuple):
         return repr([_shown(each) for each in cast("tuple[object, ...]", value)])
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):

@@ -6,6 +6,9 @@ break each of these without an error. So a family is tried before its KV is stor
 prompt at once, as the model answers by itself, against passes that continue another prompt's KV.
 """
 
+# transformers' caches are not typed.
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import inspect

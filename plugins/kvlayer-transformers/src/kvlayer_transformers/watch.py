@@ -5,6 +5,9 @@ looked at again: weights and buffers, the modules themselves and their numbers, 
 configuration, dtype and device. Counters and pointers first, then a sample of the content.
 """
 
+# Hooks have any type.
+# pyright: reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import weakref
