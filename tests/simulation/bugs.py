@@ -93,8 +93,8 @@ BUGS = {
     "janitor_hand_over": Bug(
         "who takes office does not count what it finds",
         Ledger.discover,
-        "if key not in self._keys and not self._is_newer(key):",
-        "if key not in self._keys and self._is_newer(key):",
+        "or self._is_newer(key):",
+        "or not self._is_newer(key):",
     ),
     "back_pressure": Bug(
         "a write that has ended holds its object on",
