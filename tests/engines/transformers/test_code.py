@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
@@ -239,6 +239,91 @@ def test_code_is_told_apart_by_its_numbers(tiny: Tiny) -> None:
         finally:
             LlamaMLP.forward.__code__ = kept
     assert len(constants) == 3
+
+
+_OWN = """
+class Own(Layer):
+    def forward(self, x):
+        return Layer.forward(self, x) * {}
+"""
+
+
+def _of_a_global(factor: Any) -> Any:
+    """A class whose code names a number of its module."""
+    space: dict[str, Any] = {"__name__": __name__, "SCALE": factor, "Layer": LlamaMLP}
+    exec(_OWN.format("SCALE"), space)  # noqa: S102  a module of its own
+    return space["Own"]
+
+
+def _of_a_default(factor: Any) -> Any:
+    class Layer(LlamaMLP):
+        def forward(self, x: torch.Tensor, by: Any = ({"by": [factor]},)) -> torch.Tensor:
+            return super().forward(x) * by[0]["by"][0]
+
+    return Layer
+
+
+def _of_its_class(factor: Any) -> Any:
+    class Layer(LlamaMLP):
+        by = factor
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * self.by
+
+    return Layer
+
+
+def _of_a_module(factor: Any) -> Any:
+    ops = ModuleType("ops_of_a_user")
+    ops.__dict__["by"] = factor
+    space: dict[str, Any] = {"__name__": __name__, "ops": ops, "Layer": LlamaMLP}
+    exec(_OWN.format("ops.by"), space)  # noqa: S102  a module of its own
+    return space["Own"]
+
+
+KINDS = [_layer, _of_a_global, _of_a_default, _of_its_class, _of_a_module]
+
+
+@pytest.mark.parametrize("place", KINDS)
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(0.5, 0.25), (torch.tensor([0.5]), torch.tensor([0.25]))],
+    ids=["float", "tensor"],
+)
+def test_whatever_code_of_others_computes_with_is_part_of_its_digest(
+    tiny: Tiny, place: Any, one: Any, other: Any
+) -> None:
+    def digest(factor: Any) -> str | None:
+        model = tiny()
+        model.model.layers[0].mlp = place(factor)(model.config).eval()
+        return Code(model).foreign()
+
+    assert digest(one) == digest(one) is not None
+    assert digest(one) != digest(other)
+
+
+@pytest.mark.parametrize("place", KINDS)
+def test_what_cannot_be_shown_is_shared_with_no_other_process(tiny: Tiny, place: Any) -> None:
+    """An object of any kind: equal while it is the same one, and never in another process."""
+
+    def digest(factor: object) -> str | None:
+        model = tiny()
+        model.model.layers[0].mlp = place(factor)(model.config).eval()
+        return Code(model).foreign()
+
+    one = object()
+    assert digest(one) == digest(one)
+    assert digest(one) != digest(object())
+
+
+def test_a_global_that_code_of_others_names_is_watched(tiny: Tiny) -> None:
+    model = tiny()
+    own = _of_a_global(0.5)
+    model.model.layers[0].mlp = own(model.config).eval()
+    code = Code(model)
+    assert code.changed() is None
+    own.forward.__globals__["SCALE"] = 0.25
+    assert code.changed() == "SCALE"
 
 
 def test_a_verdict_is_not_remembered_for_code_of_others(

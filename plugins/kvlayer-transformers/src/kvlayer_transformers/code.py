@@ -11,7 +11,6 @@ the KV.
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
@@ -22,6 +21,7 @@ import torch
 
 from kvlayer_transformers.contents import own_modules
 from kvlayer_transformers.engine import ATTENTION, CACHES, MASKS, Model
+from kvlayer_transformers.foreign_code import functions_in, names, shown
 
 __all__ = ["Code", "is_known", "origin"]
 
@@ -77,9 +77,13 @@ class Code:
         return _digest(self._functions.values())
 
     def foreign(self) -> str | None:
-        """The same of what is in none of the packages that are known; None if nothing is."""
-        found = [each for each in self._functions.values() if not is_known(origin(each))]
-        return _digest(found) if found else None
+        """What is in none of the packages that are known, with the values that it names; or None.
+
+        What cannot be shown as text gives a digest that no other process has.
+        """
+        found: list[Any] = [each for each in self._functions.values() if not is_known(origin(each))]
+        found += [kind for kind in self._classes if not is_known(kind.__module__)]
+        return shown(found, is_known) if found else None
 
     def _note(self, place: _Place) -> None:
         holder, name = place
@@ -90,7 +94,7 @@ class Code:
 
     def _walk(self, value: object) -> None:
         """Note functions, what they wrap, and what those worth looking into call by name."""
-        for function in _functions_in(value):
+        for function in functions_in(value):
             if id(function) in self._functions:
                 continue
             self._functions[id(function)] = function
@@ -98,10 +102,13 @@ class Code:
                 with_content = _cell(cell)
                 if isinstance(with_content, FunctionType):
                     self._walk(with_content)
-            if _is_followed(origin(function)):
-                for name in _names(function.__code__):
-                    if isinstance(_found(function.__globals__, name), FunctionType):
-                        self._note((function.__globals__, name))
+            if not _is_followed(origin(function)):
+                continue
+            is_foreign = not is_known(origin(function))
+            for name in names(function.__code__):
+                named = _found(function.__globals__, name)
+                if isinstance(named, FunctionType) or (is_foreign and named is not None):
+                    self._note((function.__globals__, name))
 
 
 def origin(value: Any) -> str:
@@ -167,29 +174,11 @@ def _found(holder: Any, name: str) -> Any:
     return table.get(name)
 
 
-def _functions_in(value: Any) -> Iterator[FunctionType]:
-    if isinstance(value, property):
-        for accessor in (value.fget, value.fset):
-            yield from _functions_in(accessor)
-    value = getattr(value, "__func__", value)
-    while isinstance(value, functools.partial):
-        value = value.func
-    if isinstance(value, FunctionType):
-        yield value
-
-
 def _cell(cell: Any) -> object:
     try:
         return cell.cell_contents
     except ValueError:  # not filled yet
         return None
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
 
 
 def _digest(functions: Any) -> str:
@@ -219,7 +208,10 @@ def _add_code(update: Callable[[bytes], None], code: CodeType) -> None:
 
 
 def _shown(value: object) -> str:
-    """A text that is the same in every process; other things than numbers and texts by kind."""
+    """A text that is the same in every process; other things than numbers and texts by kind.
+
+    Of code that is known, which holds no others: see ``foreign_code``.
+    """
     if isinstance(value, frozenset):
         return repr(sorted(map(_shown, value)))
     if isinstance(value, tuple):
