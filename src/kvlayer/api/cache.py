@@ -337,9 +337,9 @@ class Cache:
         with self._emit.request("prefetch", hit.owner, hit.tokens):
             match = self._claim(hit)
             assert hit.lease is not None
-            hit.lease.is_holding = True
             try:
                 report = await self._stack.promote(match, deadline=deadline)
+                self._planner.keep(hit.lease, match)
             finally:
                 self._planner.unpin(match.path())
             self._prefetched(hit.owner, hit.tokens, report, started)

@@ -1,4 +1,4 @@
-"""What an open cache consists of, and how it ends. ``opening`` puts it together."""
+"""What an open cache consists of, and how it ends. ``assembly`` puts it together."""
 
 from __future__ import annotations
 

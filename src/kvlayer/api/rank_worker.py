@@ -55,7 +55,7 @@ class RankWorker:
         slab_fd: int | None = None,
         make_stager: MakeStager = make_stager,
     ) -> AsyncGenerator[Self]:
-        """Join the planner that sent ``greeting`` (``Ranks.greeting``) as rank ``number``.
+        """Join the planner that sent ``greeting`` (``RankTeam.greeting``) as rank ``number``.
 
         ``layout`` is how this rank's own tensors lie. The slab is found through the planner's
         process id; ``slab_fd`` is a descriptor of it where that cannot be (other containers), and
@@ -166,6 +166,6 @@ def _greeted(packed: bytes, layout: KVLayout, number: int) -> Greeting:
         if here != there:
             raise MessageError(
                 f"rank {number} holds {here}, the planner expects {there}",
-                hint="build the planner's Ranks from the ranks' own layouts, in their order",
+                hint="build the planner's RankTeam from the ranks' own layouts, in their order",
             )
     return greeting

@@ -8,7 +8,6 @@ nobody who holds some of it waits for a slot, or for more of it.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import accumulate, pairwise
@@ -46,7 +45,7 @@ class Arena:
     def __init__(self, memory: memoryview) -> None:
         self._memory = memory
         self._extents = Extents(memory.nbytes)
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: list[asyncio.Future[None]] = []
 
     @property
     def nbytes(self) -> int:
@@ -78,29 +77,17 @@ class Arena:
     async def given_back(self) -> None:
         """Wait until something is given back. Only for who holds nothing of it.
 
-        Those who wait are woken in the order they came, one for each return; who finds too little
-        then waits again.
+        A return wakes all who wait, in the order they came: it may be enough for several. Who
+        finds too little then waits again.
         """
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(waiter)
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled():
-                self._wake()  # it was another's turn as well
-            raise
-        finally:
-            if not waiter.done():
-                self._waiting.remove(waiter)
+        await waiter
 
     def take_back(self, offset: int) -> None:
         """For :meth:`Scratch.give_back` alone."""
         self._extents.release(offset)
-        self._wake()
-
-    def _wake(self) -> None:
-        while self._waiting:
-            waiter = self._waiting.popleft()
-            if not waiter.done():
+        waiting, self._waiting = self._waiting, []
+        for waiter in waiting:
+            if not waiter.done():  # cancelled
                 waiter.set_result(None)
-                return

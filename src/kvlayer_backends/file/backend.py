@@ -181,9 +181,9 @@ class FileBackend(Backend):
             aside: list[Aside] = []
             try:
                 answers = await site.meta.run(site.quarantine.take, items, gone, aside)
-                await site.notes.write(aside)
                 # First: for a moment they count twice, never nowhere.
                 await janitor.weigh_quarantine()
+                await site.notes.write(aside)
             except OSError as exc:  # of the weighing: the next pass does it
                 return [explain(exc, "weigh the quarantine of", self.root) for _ in items]
             finally:

@@ -58,8 +58,6 @@ _NO_FILE = frozenset({errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EACCES, errn
 """What opening something else than a file of one's own may answer."""
 _HASH_NBYTES = 32
 _PARENT = "user.kvlayer.parent"
-_NO_ATTRIBUTES = frozenset({errno.ENOTSUP, errno.EPERM, errno.ENOSPC, errno.E2BIG})
-"""What noting something beside a file answers where nothing, or nothing more, can be noted."""
 LATEST_NS = (1 << 63) - 1
 """In the year 2262. What a clock that jumped says beyond that is as late as any."""
 _GET_GENERATION = 0x80087601  # FS_IOC_GETVERSION
@@ -334,13 +332,13 @@ def stamp(target: str | int, used_ns: int) -> None:
 
 
 def note_parent(fd: int, parent: bytes) -> None:
-    """Note beside an open file what comes before it, where the file system keeps attributes."""
+    """Note beside an open file what comes before it, where the file system keeps attributes.
+
+    A note that cannot be made is none, as for :func:`parent`.
+    """
     if sys.platform == "linux":
-        try:
+        with suppress(OSError):
             os.setxattr(fd, _PARENT, parent)
-        except OSError as exc:
-            if exc.errno not in _NO_ATTRIBUTES:
-                raise
 
 
 def parent(path: str) -> bytes:

@@ -52,6 +52,8 @@ class Ledger:
         self._lineage = Lineage(self._keys)
         self._coming: Counter[ObjectKey] = Counter()
         """What is being written: counted as granted until it is settled."""
+        self._seen: dict[ObjectKey, tuple[int, int, bytes]] = {}
+        """What a scan has found of it: counted when no write of it has been."""
         self._waiting = bytearray()
         """By row, whether it waits for its followers to go."""
         self._refusals = Refusals(self._lineage)
@@ -165,6 +167,10 @@ class Ledger:
             self._coming[write.key] -= 1
             if not self._coming[write.key]:
                 del self._coming[write.key]
+                seen = self._seen.pop(write.key, None)
+                if seen is not None and write.key not in self._keys:
+                    self._add(write.key, *seen)
+                    self._note(write.key)
             for row in self._lineage.expect_no_more(write):
                 self._expose(row)
 
@@ -291,7 +297,10 @@ class Ledger:
         others is settled by ``sort``.
         """
         for key, nbytes, used_ns, parent in found:
-            if key in self._coming or key in self._keys or self._is_newer(key):
+            if key in self._keys or self._is_newer(key):
+                continue
+            if key in self._coming:
+                self._seen[key] = (nbytes, used_ns, parent)
                 continue
             row = self._add(key, nbytes, used_ns, parent)
             self.unlisted_nbytes = max(self.unlisted_nbytes - nbytes, 0)

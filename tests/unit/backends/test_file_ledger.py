@@ -86,3 +86,16 @@ def test_what_is_found_takes_its_place_among_what_was_used_before_the_scan() -> 
     ledger.sort(ledger.by_use())
     ledger.end_scan()
     assert [victim.key for victim in ledger.take(30, 1, 0.0)] == [KEY, THIRD, OTHER]
+
+
+def test_a_file_that_was_seen_while_a_write_of_it_failed_is_counted() -> None:
+    """The write was cancelled, or found no room: the file lies there all the same."""
+    ledger = Ledger(PrefixLRU, 100)
+    write = Write(OTHER, (memoryview(bytes(40)),))
+    ledger.expect([write])
+    ledger.begin_scan()
+    ledger.discover([(OTHER, 40, 5, b"")], ledger.begin_run())
+    ledger.end_scan()
+    assert ledger.used_nbytes == 0  # its room was granted, which this test leaves out
+    ledger.expect_no_more([write])
+    assert (ledger.used_nbytes, len(ledger)) == (40, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 from collections.abc import Sequence
@@ -397,3 +398,16 @@ def test_followers_are_counted_whatever_comes_and_goes(seed: int) -> None:
     for node in expected:
         lineage.expect_no_more(write(node))
     assert not lineage._awaited and not lineage._left
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("code", [errno.EDQUOT, errno.EACCES, errno.ENOSYS, errno.EINVAL])
+async def test_what_cannot_be_noted_costs_no_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuses(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "setxattr", refuses)
+    async with backend(tmp_path, 8) as files:
+        assert await files.put([write((1,)), write((1, 2))]) == [None, None]

@@ -17,6 +17,7 @@ from kvlayer.payload import Payload
 from kvlayer.results import Cause
 from kvlayer.testing.loan import Loan, noise
 from kvlayer.tier.messages import Outcome
+from kvlayer.tier.transfer import coding
 from kvlayer.tier.transfer.batch import MAX_ITEMS
 from kvlayer.tier.transfer.objects import Item, Lending, Objects
 
@@ -316,4 +317,23 @@ async def test_a_backend_that_breaks_ends_every_job_of_the_batch(slab: Slab) -> 
         )
     assert [outcome.cause for outcome in outcomes] == [Cause.TIER_DOWN] * 4
     assert "SystemExit" in outcomes[0].detail
+    objects.close()
+
+
+@pytest.mark.asyncio
+async def test_what_fails_while_an_object_is_verified_says_nothing_of_the_object(
+    slab: Slab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory, say: called damage, it would have a good object quarantined."""
+    objects = objects_of(slab, Recorder())
+    await stored(objects, 2)
+
+    def fails(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(coding, "verify", fails)
+    loans = [Loan(payload_of().body_nbytes) for _ in range(2)]
+    calls = [objects.get(1, lent(loan, n, Lending.HELD)) for n, loan in enumerate(loans)]
+    outcomes = await asyncio.gather(*calls)
+    assert [outcome.cause for outcome in outcomes] == [Cause.TIER_DOWN] * 2
     objects.close()

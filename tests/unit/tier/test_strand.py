@@ -5,14 +5,16 @@ from __future__ import annotations
 import gc
 import tracemalloc
 
-from stacks import CHUNK, chain_of, make_planner, store
+from stacks import CHUNK, NAMESPACE, TAIL, chain_of, holds_all, make_planner, store
 
-from kvlayer.identity.keys import ChunkChain
+from kvlayer.identity.keys import ChunkChain, ObjectKey, Part
 from kvlayer.results import Cause
 from kvlayer.tier.planner.lease import Lease
 from kvlayer.tier.planner.planner import Planner
 from kvlayer.tier.planner.records import HostState, ObjectRecord
 from kvlayer.tier.planner.strand import Strand
+
+FULL = Part(0, (0, 2), (0, 2))
 
 
 def looked_up(planner: Planner, chain: ChunkChain) -> Lease:
@@ -147,3 +149,56 @@ def test_a_conversation_goes_on_in_the_same_strand_up_to_256_chunks() -> None:
         store(planner, chain_of(chunks * CHUNK))
     lease = looked_up(planner, chain_of(297 * CHUNK))
     assert [len(held) for held in lease.held if isinstance(held, Strand)] == [256, 41]
+
+
+def test_a_lease_that_has_given_objects_back_is_matched_anew() -> None:
+    """One of them was evicted and stored again since: what the hit names of it is dead."""
+    planner, chain = make_planner(pages=16), chain_of(4 * CHUNK)
+    store(planner, chain)
+    match, lease = planner.lease_match(chain, (), lambda found: found, owner="", seconds=60.0)
+    planner.scattered(planner.claim(match, lease).path(), lease)
+    planner.evict(objects(planner, chain)[2:3], Cause.CLEARED, "")
+    store(planner, chain)
+    again = planner.claim(match, lease)
+    assert [found.host for found in again.path()] == [HostState.READY] * 4
+    planner.unpin(again.path())
+    planner.release(lease.number)
+    assert planner.host.pinned_nbytes == 0
+
+
+def test_a_lease_that_is_to_keep_its_path_holds_what_it_had_given_back() -> None:
+    planner, chain = make_planner(pages=16), chain_of(4 * CHUNK)
+    store(planner, chain)
+    match, lease = planner.lease_match(chain, (), lambda found: found, owner="", seconds=60.0)
+    first = planner.claim(match, lease).path()
+    planner.scattered(first[:2], lease)
+    planner.unpin(first[2:])
+    mine = planner.claim(match, lease)
+    planner.keep(lease, mine)
+    planner.unpin(mine.path())
+    assert planner.evict(objects(planner, chain), Cause.CLEARED, "") == []
+    planner.keep(lease, mine)  # once more changes nothing
+    planner.release(lease.number)
+    assert planner.host.pinned_nbytes == 0
+    assert len(planner.evict(objects(planner, chain), Cause.CLEARED, "")) == 4
+
+
+def test_what_a_tier_takes_back_while_a_prompt_settles_is_passed_over() -> None:
+    """The lock is let go of between slices, in the middle of what stands in a chunk's place."""
+    planner, count = make_planner(pages=1024), 256
+    chain = chain_of(count * CHUNK)
+    start = (count - 1) * CHUNK
+    todo = planner.plan_store(chain.until(start + TAIL), 0, tail=True, holds=holds_all)
+    planner.gathered(todo, ())
+    ends = {end.stop: end for end in chain.ends(start)}
+    pieces = [
+        ObjectKey.of(NAMESPACE, "0", ends[stop].hash, TAIL, FULL)
+        for stop in range(start + 2 * TAIL, count * CHUNK + 1, TAIL)
+    ]
+    planner.note(pieces, 1)
+    assert planner.match(chain).tokens == count * CHUNK
+    for step, _ in enumerate(planner.settling(chain, list(todo.gathers))):
+        if step == 1:
+            planner.vanished(pieces, 1, "evicted")
+    assert planner.match(chain).tokens == start + TAIL
+    assert planner.host.pinned_nbytes == 0

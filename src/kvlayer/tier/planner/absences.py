@@ -5,6 +5,7 @@ The caller brings the time, and holds the planner's lock.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 
 from kvlayer.identity.keys import ObjectKey
@@ -24,7 +25,7 @@ class Absences:
     def __init__(self, *, seconds: float = _BELIEVED_SECONDS, most: int = _MOST) -> None:
         self._seconds = seconds
         self._most = most
-        self._until: dict[tuple[int, ObjectKey], float] = {}
+        self._until: OrderedDict[tuple[int, ObjectKey], float] = OrderedDict()
         """In the order in which they end."""
 
     def __len__(self) -> int:
@@ -39,7 +40,7 @@ class Absences:
             first = next(iter(self._until))
             if len(self._until) <= self._most and self._until[first] > now:
                 break
-            del self._until[first]
+            self._until.popitem(last=False)
 
     def withdraw(self, tier: int, key: ObjectKey) -> None:
         """Something was heard of an object: it may be there."""

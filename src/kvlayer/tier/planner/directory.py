@@ -1,7 +1,7 @@
 """What is where: the state of every object on every tier. Pure memory; no clock, no I/O, no locks.
 
 Records are found by the hash at their end; the same end may close a whole chunk and a shorter span,
-which are two records (``tier/records``).
+which are two records (``records``).
 
 A span is *active* while any of its objects is in host memory, on its way there, or unknown to every
 lower tier; all other spans *rest* in a :class:`~kvlayer.tier.planner.below.BelowTable`, where a

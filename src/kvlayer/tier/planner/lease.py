@@ -106,6 +106,16 @@ class LeaseTable:
             del lease.left[found]
         self._host.unpin(free)
 
+    def keep(self, lease: Lease, path: Sequence[ObjectRecord]) -> None:
+        """From now on a lease holds all of ``path`` until it ends; also what it had given back."""
+        if not self.holds(lease.number):
+            return
+        lease.is_holding = True
+        if lease.left is not None:
+            again = [found for found in path if found not in lease.left]
+            self._host.pin(again)
+            lease.left.update(dict.fromkeys(again))
+
     def holds(self, number: int) -> bool:
         """Whether a lease is neither released nor expired."""
         return number in self._leases

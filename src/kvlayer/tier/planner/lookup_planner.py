@@ -126,19 +126,24 @@ class LookupPlanner(Tables):
         return lease.table is self.leases
 
     def claim(self, match: Match, lease: Lease) -> Match:
-        """``match`` while its lease holds; after that whatever is still usable of it.
+        """``match`` while its lease holds all of it; after that whatever is still usable of it.
 
         Pinned, whoever releases the lease meanwhile: the caller unpins its path.
         """
         with self.lock:
             self.leases.expire(self._clock())
-            if self.leases.holds(lease.number):
+            if self.leases.holds(lease.number) and lease.left is None:
                 self.host.pin(match.path())
                 return match
             with self._presuming(match.chain, match.runs):
                 match = self._matcher.match(match.chain, match.tokens, match.runs)
                 self.host.pin(match.path())
             return match
+
+    def keep(self, lease: Lease, match: Match) -> None:
+        """A lease holds its match, which was brought up, until it ends: ``Lease.is_holding``."""
+        with self.lock:
+            self.leases.keep(lease, match.path())
 
     def bounded(self, match: Match, stop: int) -> Match:
         """``match`` for a reader that takes at most ``stop`` tokens.

@@ -7,8 +7,9 @@ in other processes, and Objects; outcomes come back through ``gathered``, ``fetc
 ``spilled``.
 
 Pure files decide, and are given the :class:`~kvlayer.tier.planner.moment.Moment`: ``matcher`` and
-``asking`` for lookups, ``store_planner`` for stores, ``holdings`` for lower tiers, ``leaving`` for
-demotion. Its parts are ``tables`` (the state), ``lookup_planner`` and ``survey`` (what it tells).
+``asking`` for lookups, ``store_planner`` for stores, ``holdings`` for lower tiers,
+``demotion_step`` for demotion. Its parts are ``tables`` (the state), ``lookup_planner`` and
+``survey`` (what it tells).
 """
 
 from __future__ import annotations

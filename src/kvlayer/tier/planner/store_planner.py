@@ -63,6 +63,8 @@ class StorePlanner:
 
     def more(self, todo: StorePlan, at_once: int, now: Moment) -> None:
         """Plan the next ``at_once`` spans; see ``Planner.plan_store`` for where that stops."""
+        assert todo.promise is not None
+        todo.promise.until = now.clock + _BELIEVED_SECONDS  # its holder is heard of
         for _ in range(min(at_once, len(todo.unplanned))):
             if not self._plan_span(todo.unplanned[0], todo, now):
                 if todo.keeps is not None:

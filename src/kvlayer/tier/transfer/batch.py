@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 from asyncio import CancelledError
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
 from enum import Enum
 from functools import partial
 from threading import Lock
@@ -211,16 +211,25 @@ class Job:
         with lock:
             yield not self._is_given_up
 
+    def lends(self, views: tuple[memoryview, ...]) -> None:
+        """Lend these for a read, in the place of what an earlier one was lent and has brought."""
+        _release(self.lent)
+        self.lent = views
+        self.landed_nbytes, self.fault = -1, None
+
     def free(self) -> None:
         """Nobody uses the memory any more: the batch has ended, or never began."""
         views = (*self.lent, *self.regions) if self._is_ours else self.lent
         self.lent = self.regions = ()
-        for view in views:  # a backend that kept one cannot touch memory through it any more
-            try:
-                view.release()
-            except BufferError:  # unless it has made something else of it
-                continue
+        _release(views)
         self.scratch = None
+
+
+def _release(views: Iterable[memoryview]) -> None:
+    """A backend that kept one cannot touch memory through it, unless it has made more of it."""
+    for view in views:
+        with suppress(BufferError):
+            view.release()
 
 
 Run: TypeAlias = Callable[[list[Job]], Coroutine[Any, Any, list[Job]]]

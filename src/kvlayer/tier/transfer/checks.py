@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 from kvlayer.runtime.offload import Offload
 
@@ -66,7 +67,8 @@ class Checks:
             if turn.done() and not turn.cancelled():  # it was granted just then
                 self._nbytes -= nbytes
             else:
-                self._waiting.remove(entry)
+                with suppress(ValueError):  # somebody's end has passed over it already
+                    self._waiting.remove(entry)
             self._next()
             raise
 

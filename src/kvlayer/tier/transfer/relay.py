@@ -13,19 +13,23 @@ from kvlayer.identity.keys import ObjectKey, ObjectName, Part
 from kvlayer.memory.arena import Arena
 from kvlayer.payload import Payload
 from kvlayer.results import Cause
+from kvlayer.retention import ORDINARY, Retention
 from kvlayer.runtime.foreign import awaited
 from kvlayer.tier.messages import Outcome
 from kvlayer.tier.transfer.checks import Checks
 from kvlayer.tier.transfer.encodings import Coding
+from kvlayer.tier.transfer.faults import fault_of
 
 __all__ = ["End", "Relay", "Relayed"]
 
 
 class Relayed(NamedTuple):
-    """An object to be relayed: its key, and the position of its first token."""
+    """An object to be relayed, and what a tier is told of one that is written: see ``Write``."""
 
     key: ObjectKey
     first_token: int
+    retention: Retention = ORDINARY
+    parent: bytes = b""
 
 
 class End(NamedTuple):
@@ -101,15 +105,16 @@ class Relay:
                 for each, frame in zip(objects, frames, strict=False)
             ]
             answers = await awaited(partial(source.backend.get, reads))
+            asked = objects[: len(frames)]
             outcomes = {
                 each.key: _failed(each.key, answer)
-                for each, answer in zip(objects, answers, strict=False)
+                for each, answer in zip(asked, answers, strict=True)
                 if isinstance(answer, BackendError)
             }
             arrived = [
                 (each, payload, frame, answer.nbytes)
                 for each, payload, frame, answer in zip(
-                    objects, payloads, frames, answers, strict=False
+                    asked, payloads[: len(frames)], frames, answers, strict=True
                 )
                 if isinstance(answer, Hit)
             ]
@@ -123,19 +128,27 @@ class Relay:
                         outcomes[each.key] = Outcome(each.key, exc.cause, exc.detail)
                         continue
                     name = target.name(each.key, coding)
-                    writes.append(Write(name, (frame[:nbytes],), each.first_token, payload.tokens))
+                    writes.append(
+                        Write(
+                            name,
+                            (frame[:nbytes],),
+                            each.first_token,
+                            payload.tokens,
+                            each.retention,
+                            each.parent,
+                        )
+                    )
 
             await self._checks.run(check, sum(sizes[: len(frames)]))
             errors = await awaited(partial(target.backend.put, writes)) if writes else []
             written = [each for each, *_ in arrived if each.key not in outcomes]
             for each, write, error in zip(written, writes, errors, strict=True):
-                is_well = error is None
-                ended = Outcome(each.key, nbytes=write.nbytes) if is_well else None
-                outcomes[each.key] = ended or _failed(each.key, error)
+                well = Outcome(each.key, nbytes=write.nbytes)
+                outcomes[each.key] = well if error is None else _failed(each.key, error)
             return len(frames), outcomes
         finally:
             scratch.give_back()
 
 
-def _failed(key: ObjectKey, error: object) -> Outcome:
-    return Outcome(key, Cause.TIER_DOWN, str(error))
+def _failed(key: ObjectKey, error: BackendError) -> Outcome:
+    return Outcome(key, *fault_of(error))

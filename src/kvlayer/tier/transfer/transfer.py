@@ -19,7 +19,7 @@ from kvlayer.abc.backend import (
     WriteResult,
 )
 from kvlayer.codec.frame import FrameError
-from kvlayer.errors import BackendError, BackendTimeoutError, NoRoomError
+from kvlayer.errors import BackendError
 from kvlayer.identity.keys import Encoding, ObjectKey, ObjectName
 from kvlayer.memory.arena import Arena
 from kvlayer.results import Cause
@@ -28,6 +28,7 @@ from kvlayer.tier.guard.retry import Retry
 from kvlayer.tier.transfer.batch import Job
 from kvlayer.tier.transfer.checks import Checks
 from kvlayer.tier.transfer.encodings import Coding
+from kvlayer.tier.transfer.faults import fault_of
 
 __all__ = ["Arenas", "OtherVersion", "Transfers"]
 
@@ -93,7 +94,7 @@ class Transfers:
         reads: list[Read] = []
         arriving: dict[int, Job] = {}
         for job in jobs:
-            job.lent = coding.into(job)
+            job.lends(coding.into(job))
             read = Read(self._name(coding, job.key), job.lent, landed=partial(landing.check, job))
             arriving[id(read)] = job
             reads.append(read)
@@ -132,7 +133,7 @@ class Transfers:
             elif isinstance(result, Miss):
                 missed.append(job)
             else:
-                job.end(now, _fault(result))
+                job.end(now, fault_of(result))
         return missed
 
     def _name(self, coding: Coding, key: ObjectKey) -> ObjectKey:
@@ -179,7 +180,7 @@ class Transfers:
             errors = [exc] * len(jobs)
         now = self._clock()
         for job, error in zip(jobs, errors, strict=True):
-            job.end(now, None if error is None else _fault(error))
+            job.end(now, None if error is None else fault_of(error))
         return left
 
     def _encode_all(self, jobs: Sequence[Job]) -> None:
@@ -235,7 +236,7 @@ class _Landing:
         except FrameError as exc:
             fault = exc.cause, exc.detail
         except Exception as exc:  # noqa: BLE001  # a backend's thread must not die of ours
-            fault = Cause.CORRUPT, words(exc)
+            fault = Cause.TIER_DOWN, words(exc)  # no evidence against the object
         job.fault = fault
         job.landed_nbytes = nbytes
         if fault is None and not self.is_alone:
@@ -255,10 +256,3 @@ class _Landing:
 def _check_all(landing: _Landing, silent: Sequence[tuple[Job, int]]) -> None:
     for job, nbytes in silent:
         landing.check(job, nbytes)
-
-
-def _fault(error: BackendError) -> tuple[Cause, str]:
-    if isinstance(error, NoRoomError):
-        return Cause.NO_ROOM, str(error)
-    is_late = isinstance(error, BackendTimeoutError)
-    return Cause.DEADLINE if is_late else Cause.TIER_DOWN, str(error)
