@@ -58,7 +58,11 @@ class Feed:
     @property
     def ids(self) -> torch.Tensor | None:
         """int64 ``(rows, columns)`` on the CPU, ids of begun passes included; None if unknown."""
-        fed = [self._prompts.ids[:, : self._before], *(ids.cpu() for ids in self._passes)]
-        if not self._known or any(len(ids) != self._prompts.rows for ids in fed):
+        rows = {len(ids) for ids in self._passes}
+        if not self._known or rows - {self._prompts.rows}:
             return None
-        return torch.cat(fed, dim=1).to(torch.long)
+        before = self._prompts.ids[:, : self._before]
+        if not self._passes:
+            return before.to(torch.long)
+        fed = torch.cat(self._passes, dim=1).cpu()  # once, whatever device they are on
+        return torch.cat((before, fed), dim=1).to(torch.long)
