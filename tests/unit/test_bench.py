@@ -399,9 +399,13 @@ def test_what_is_forgotten_has_to_be_read_again(tmp_path: Path) -> None:
             assert os.preadv(fd, [page], 0, os.RWF_NOWAIT) == 4096
         except OSError as exc:
             pytest.skip(f"cannot be asked: {exc}")
-        forget(tmp_path)
-        with pytest.raises(BlockingIOError):
-            os.preadv(fd, [page], 0, os.RWF_NOWAIT)
+        for _ in range(1000):  # the kernel keeps a page that anybody else is holding just then
+            forget(tmp_path)
+            try:
+                os.preadv(fd, [page], 0, os.RWF_NOWAIT)
+            except BlockingIOError:
+                return
+        pytest.fail("the kernel kept it, however often it was told")
     finally:
         os.close(fd)
 

@@ -27,13 +27,14 @@ from kvlayer import Cache, Portal
 
 SETTINGS = config(Path(sys.argv[1]), write=WRITE, host="8MiB")
 ENGINE = Engine(layout(), 512, 1)
+LOADED = Engine(layout(), 512, 2)  # a load writes: never where a store that still runs reads
 KEEP = []
 
 def start(cache):
     # Stores, loads and prefetches, none of which has ended when this returns.
     async def load(prompt, slots):
         async with cache.lookup(prompt) as hit:
-            await cache.retrieve(hit, ENGINE.view(slots))
+            await cache.retrieve(hit, LOADED.view(slots))
     for seed in range(6):
         slots = ENGINE.slots(512, seed=seed)
         KEEP.append(asyncio.ensure_future(cache.store(tokens(512, seed), ENGINE.view(slots))))

@@ -202,3 +202,15 @@ def test_what_a_tier_takes_back_while_a_prompt_settles_is_passed_over() -> None:
             planner.vanished(pieces, 1, "evicted")
     assert planner.match(chain).tokens == start + TAIL
     assert planner.host.pinned_nbytes == 0
+
+
+def test_what_shorter_prompts_have_parted_is_one_strand_again() -> None:
+    planner, chain = make_planner(pages=64), chain_of(32 * CHUNK)
+    store(planner, chain)
+    for count in range(1, 33):
+        planner.release(looked_up(planner, chain.until(count * CHUNK)).number)
+    lease = looked_up(planner, chain)
+    (strand,) = lease.held
+    assert isinstance(strand, Strand) and len(strand) == 32
+    planner.release(lease.number)
+    assert planner.host.pinned_nbytes == 0

@@ -10,6 +10,7 @@ for, at most once per hold; let go, it is the first that the policy names.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeGuard
 
 from kvlayer.abc.policy import PolicyMaker
 from kvlayer.eviction.order import EvictionOrder
@@ -212,14 +213,21 @@ class HostTier:
 
     @staticmethod
     def string(first: Sequence[Held]) -> list[Held]:
-        """Make strands of what is ready and in none, of consecutive full chunks; the same path."""
+        """Make strands of what is ready and in none, of consecutive full chunks; the same path.
+
+        What shorter prompts have parted is joined again while nobody leases it.
+        """
         held, alone = list[Held](), list[ObjectRecord]()
         for each in _as_they_are(first):
             if isinstance(each, ObjectRecord) and _may_be_strung(each):
                 alone.append(each)
                 continue
             _string(alone, held)
-            held.append(each)
+            if isinstance(each, Strand) and held and _may_join(held[-1], each):
+                each.dissolve()
+                held[-1] = held[-1].extended(each.records)
+            else:
+                held.append(each)
         _string(alone, held)
         return held
 
@@ -380,6 +388,13 @@ def _as_they_are(path: Sequence[Held]) -> Iterator[Held]:
 
 def _may_be_strung(found: ObjectRecord) -> bool:
     return found.row >= 0 and found.strand is None and found.chunk is found
+
+
+def _may_join(before: Held, strand: Strand) -> TypeGuard[Strand]:
+    """Whether two strands that follow each other may be one."""
+    if not isinstance(before, Strand) or before.leases or strand.leases:
+        return False
+    return len(before) + len(strand) <= _LONG
 
 
 def _string(alone: list[ObjectRecord], held: list[Held]) -> None:
