@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from threading import Event
+from typing import Any
 
 import pytest
-from codecs_of_tests import DOUBLES, FAILS, SHRINKS
+from codecs_of_tests import DOUBLES, FAILS, SHRINKS, Doubles
+from hang import HANG
 from stacks import CHUNK, NAMESPACE, MemoryBackend, full_group
 
 from kvlayer.abc.codec import Coded
 from kvlayer.identity.keys import PUBLIC_ZONE, ObjectKey, Part
 from kvlayer.memory.slab import Slab
-from kvlayer.payload import Payload
+from kvlayer.payload import Payload, Segment
 from kvlayer.results import Cause
 from kvlayer.testing.loan import Loan, noise
-from kvlayer.tier.transfer.encodings import Coding
+from kvlayer.tier.transfer.encodings import Coding, Segments
 from kvlayer.tier.transfer.objects import Item, Lending, Objects
 
 PART = Part(0, (0, 2), (0, 2))
 PAYLOAD = Payload.of(full_group(), PART, CHUNK)
+LARGE = Payload.of(full_group(), PART, 128 * CHUNK)
+"""Of two segments, and too large to be coded on the loop."""
 CODINGS = {"doubles": DOUBLES, "shrinks": SHRINKS}
 
 
-def key(number: int) -> ObjectKey:
-    return ObjectKey.of(NAMESPACE, PUBLIC_ZONE, number.to_bytes(32, "little"), CHUNK, PART)
+def key(number: int, tokens: int = CHUNK) -> ObjectKey:
+    return ObjectKey.of(NAMESPACE, PUBLIC_ZONE, number.to_bytes(32, "little"), tokens, PART)
 
 
 @pytest.fixture
@@ -34,11 +39,13 @@ def slab() -> Iterator[Slab]:
     slab.close()
 
 
-def objects_of(slab: Slab, backend: MemoryBackend, *codings: Coding) -> Objects:
+def objects_of(
+    slab: Slab, backend: MemoryBackend, *codings: Coding, payload: Payload = PAYLOAD
+) -> Objects:
     return Objects(
         slab,
         [None, backend],
-        shape=lambda _, tokens: PAYLOAD,
+        shape=lambda _, tokens: payload,
         clock=asyncio.get_running_loop().time,
         wall_clock=lambda: 0.0,
         build="test",
@@ -48,6 +55,10 @@ def objects_of(slab: Slab, backend: MemoryBackend, *codings: Coding) -> Objects:
 
 def lent(loan: Loan, number: int, lending: Lending) -> Item:
     return Item(key(number), PAYLOAD, 0, loan.pieces((13, 1)), lending)
+
+
+def whole(loan: Loan, lending: Lending) -> Item:
+    return Item(key(1, LARGE.tokens), LARGE, 0, loan.pieces((13, 1)), lending)
 
 
 @pytest.mark.parametrize("name", CODINGS)
@@ -85,7 +96,7 @@ async def test_an_object_that_cannot_be_coded_is_not_written_and_its_batch_is(sl
 
 
 @pytest.mark.asyncio
-async def test_what_a_codec_cannot_read_is_corrupt_and_leaves_a_caller_that_may_go_nothing(
+async def test_what_a_codec_cannot_read_is_corrupt(
     slab: Slab,
 ) -> None:
     objects = objects_of(slab, MemoryBackend(), FAILS)
@@ -110,4 +121,89 @@ async def test_a_codec_that_writes_more_than_it_said_is_not_believed(
     outcome = await objects.put(1, lent(Loan(len(content), content), 1, Lending.HELD))
     assert outcome.cause is Cause.TIER_DOWN and "at most" in outcome.detail
     assert not backend.objects
+    objects.close()
+
+
+class Halts(Doubles):
+    """Waits on its thread, in the middle of a segment, until it is told to go on."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.is_at_work = asyncio.Event()
+        self.goes_on = Event()
+        self.was_told: list[bool] = []
+        self._loop = loop
+
+    def _halt(self) -> None:
+        self._loop.call_soon_threadsafe(self.is_at_work.set)
+        self.was_told.append(self.goes_on.wait(HANG))
+
+    def encode(
+        self, payload: Payload, segment: Segment, raw: Sequence[memoryview], into: memoryview, /
+    ) -> Coded:
+        self._halt()
+        return super().encode(payload, segment, raw, into)
+
+    def decode(self, *args: Any) -> None:
+        self._halt()
+        super().decode(*args)
+
+
+@pytest.mark.parametrize("direction", ["put", "get"])
+@pytest.mark.asyncio
+async def test_who_leaves_while_its_object_is_coded_holds_no_loop_up_and_waits_for_its_memory(
+    slab: Slab, direction: str
+) -> None:
+    codec = Halts(asyncio.get_running_loop())
+    backend = MemoryBackend()
+    objects = objects_of(slab, backend, Segments(codec), payload=LARGE)
+    content = noise(1, LARGE.body_nbytes)
+    loan = Loan(len(content), content)
+    item = whole(loan, Lending.CALL)
+    if direction == "get":
+        codec.goes_on.set()
+        assert (await objects.put(1, item)).ok
+        codec.goes_on.clear()
+        codec.is_at_work.clear()
+    call = asyncio.ensure_future(getattr(objects, direction)(1, item))
+    await codec.is_at_work.wait()
+    call.cancel()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not call.done()  # its memory is in use
+    codec.goes_on.set()
+    await asyncio.wait({call}, timeout=HANG)
+    assert call.cancelled() and all(codec.was_told)
+    loan.guards_stand()
+    loan.poison()
+    objects.close()
+    loan.is_poisoned_still()
+
+
+@pytest.mark.parametrize("lending", Lending)
+@pytest.mark.asyncio
+async def test_after_an_object_that_cannot_be_decoded_its_memory_may_hold_anything(
+    slab: Slab, lending: Lending, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Segments that came before it are there. Nothing else was written."""
+    objects = objects_of(slab, MemoryBackend(), DOUBLES, payload=LARGE)
+    content = noise(1, LARGE.body_nbytes)
+    assert (await objects.put(1, whole(Loan(len(content), content), Lending.HELD))).ok
+    codec = type(DOUBLES._codec)  # type: ignore[attr-defined]
+    decode = codec.decode
+
+    def fails_at_the_last(self: Doubles, payload: Payload, segment: Segment, *args: Any) -> None:
+        if segment == payload.segments()[-1]:
+            raise ValueError("it ends too soon")
+        decode(self, payload, segment, *args)
+
+    monkeypatch.setattr(codec, "decode", fails_at_the_last)
+    into = Loan(len(content), shift=3)
+    outcome = await objects.get(1, whole(into, lending))
+    assert outcome.cause is Cause.CORRUPT and outcome.nbytes == 0
+    first = LARGE.segments()[0]
+    assert into.content(first.nbytes) == content[: first.nbytes]
+    into.guards_stand()
+    monkeypatch.undo()
+    assert (await objects.get(1, whole(into, lending))).ok
+    into.holds(content, "an object, once it can be read")
     objects.close()

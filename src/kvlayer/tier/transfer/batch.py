@@ -50,15 +50,18 @@ class Job:
 
     A ride (:class:`~kvlayer.tier.guard.tier_call.Ride`). ``memory()`` is asked for the regions when
     it begins; with ``is_ours`` they were made for this job, and end with it. With ``copies`` the
-    backend is lent scratch instead: the caller may leave any time.
+    backend is lent scratch instead: the caller may leave any time, or, while a thread copies or
+    codes its object, as soon as that is done. The loop never waits for it.
     """
 
     __slots__ = (
         "_batcher",
         "_copying",
         "_ended",
+        "_is_delivering",
         "_is_given_up",
         "_is_ours",
+        "_loop",
         "_memory",
         "batch",
         "began",
@@ -118,7 +121,10 @@ class Job:
         self._memory = memory
         self._is_ours = is_ours
         self._is_given_up = False
+        self._is_delivering = False
         self._copying = Lock() if copies else None
+        """Held to look at the two and to change them, never while anything is copied."""
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: Ended[Outcome] | None = None
 
     @property
@@ -136,6 +142,7 @@ class Job:
     def begin(self, ended: Ended[Outcome], /) -> None:
         """Travel with what else begins in this turn of the loop; see :meth:`Ride.begin`."""
         self.regions = self._memory()
+        self._loop = asyncio.get_running_loop() if self.copies else None
         self._ended = ended
         self._batcher.add(self)
 
@@ -143,18 +150,20 @@ class Job:
         """Give it up. It is over when the memory is the caller's again."""
         if self._is_given_up or self.is_over:
             return  # asked again: it cannot be any faster
-        self._give_up()
+        is_busy = self._give_up()
         if self.batch is not None:
             self.batch.given_up()
-        if self.copies or self.batch is None:
+        if (self.copies and not is_busy) or self.batch is None:
             asyncio.get_running_loop().call_soon(self.called_off)
 
-    def _give_up(self) -> None:
+    def _give_up(self) -> bool:
+        """Whether a thread is at the caller's memory: it says when it is not any more."""
         if self._copying is None:
             self._is_given_up = True
-            return
-        with self._copying:  # held for as long as it takes to copy one payload
+            return False
+        with self._copying:
             self._is_given_up = True
+            return self._is_delivering
 
     async def outcome(self) -> Outcome:
         """Begin, and wait for it. Cancelled, it returns when the memory is the caller's again."""
@@ -209,7 +218,16 @@ class Job:
             yield True
             return
         with lock:
-            yield not self._is_given_up
+            may = self._is_delivering = not self._is_given_up
+        try:
+            yield may
+        finally:
+            with lock:
+                self._is_delivering = False
+                is_awaited = may and self._is_given_up
+            if is_awaited and self._loop is not None:
+                with suppress(RuntimeError):  # the loop has been closed: nobody waits there
+                    self._loop.call_soon_threadsafe(self.called_off)
 
     def lends(self, views: tuple[memoryview, ...]) -> None:
         """Lend these for a read, in the place of what an earlier one was lent and has brought."""

@@ -69,7 +69,8 @@ class Coding(ABC):
     def deliver(self, job: Job, filled: int) -> None:
         """Verify what arrived and leave the payload in the caller's memory.
 
-        Raises ``FrameError``, by when a caller that lent its memory for the call has got nothing.
+        Raises ``FrameError``, by when that memory may hold anything: what arrived is read into it
+        before it is verified, and segments that can be decoded lie there beside one that cannot.
         """
 
 
