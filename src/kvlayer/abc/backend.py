@@ -10,7 +10,7 @@ from enum import StrEnum
 from types import TracebackType
 from typing import ClassVar, NamedTuple, Self, TypeAlias
 
-from kvlayer.codec.frame import contradicts_header, stands_for
+from kvlayer.codec.frame import contradicts_header, parent_of, stands_for
 from kvlayer.errors import BackendError, UnsupportedError
 from kvlayer.identity.keys import ObjectKey
 from kvlayer.retention import ORDINARY, Retention
@@ -32,6 +32,7 @@ __all__ = [
     "Write",
     "WriteResult",
     "contradicts_header",
+    "parent_of",
     "stands_for",
 ]
 

@@ -35,6 +35,7 @@ __all__ = [
     "contradicts_header",
     "pack_header",
     "pack_rows",
+    "parent_of",
     "read_header",
     "read_rows",
     "stands_for",
@@ -48,6 +49,7 @@ _PREFIX = struct.Struct("<8sHHI")
 _CHECKSUM = struct.Struct("<Q")
 _MAP_AT = _PREFIX.size + _CHECKSUM.size
 _ROPE = "absolute"  # K is stored rotated for the positions it was computed at
+_HASH_NBYTES = 32
 _MAX_TABLE = 64  # segments of an object
 
 
@@ -100,13 +102,15 @@ def pack_rows(
     first_token: int | None,
     created: float,
     build: str,
+    parent: bytes = b"",
     required: Mapping[str, object] | None = None,
 ) -> None:
     """Fill ``header`` (4 KiB) for segments that are stored as ``rows`` say, back to back.
 
-    ``first_token`` is None where only the engine knows the position. ``required``: further entries
-    of the map, such as a seal's table, without which nobody may read the object. Raises
-    ``ValueError`` when it does not fit.
+    ``first_token`` is None where only the engine knows the position. ``parent``: the end hash (32
+    bytes) of what comes right before the object, where anything does and it is known.
+    ``required``: further entries of the map, such as a seal's table, without which nobody may read
+    the object. Raises ``ValueError`` when it does not fit.
     """
     fields: dict[str, object] = {
         "name": str(name),
@@ -117,6 +121,7 @@ def pack_rows(
         "build": build,
         "must": sorted(required or ()),
         "segments": rows,
+        **({"parent": parent} if parent else {}),
         **(required or {}),
     }
     packed = pack(fields)
@@ -217,6 +222,18 @@ def stands_for(head: bytes | memoryview, written: bytes | memoryview) -> bool:
     return found.get("name") == wanted.get("name")
 
 
+def parent_of(head: bytes | memoryview) -> bytes:
+    """The end hash of what comes right before the object that ``head`` is the first 4 KiB of.
+
+    Empty where nothing does, and where ``head`` is no header that says so.
+    """
+    try:
+        parent = _fields(memoryview(head)[:HEADER_NBYTES]).get("parent")
+    except FrameError:
+        return b""
+    return parent if isinstance(parent, bytes) and len(parent) == _HASH_NBYTES else b""
+
+
 # -- raw: the encoded bytes are the payload --------------------------------------------------------
 
 
@@ -229,6 +246,7 @@ def pack_header(
     first_token: int | None,
     created: float,
     build: str,
+    parent: bytes = b"",
 ) -> None:
     """Fill ``header`` (4 KiB) for a payload whose segments have these checksums."""
     segments = payload.segments()
@@ -237,7 +255,15 @@ def pack_header(
         for segment, checksum in zip(segments, checksums, strict=True)
     ]
     name = ObjectName.raw(key)
-    pack_rows(header, rows, name=name, first_token=first_token, created=created, build=build)
+    pack_rows(
+        header,
+        rows,
+        name=name,
+        first_token=first_token,
+        created=created,
+        build=build,
+        parent=parent,
+    )
 
 
 def read_header(

@@ -26,8 +26,10 @@ __all__ = [
     "UntrustedError",
     "check_folder",
     "check_private",
+    "check_way",
     "create",
     "exists",
+    "has_way",
     "identity",
     "link",
     "list_folder",
@@ -247,6 +249,28 @@ def check_folder(path: str) -> None:
         raise UntrustedError(path, _described(status), _wanted("folder", _FOLDER_MODE), _HINT)
 
 
+def check_way(path: str) -> None:
+    """Check the two folders that an object lies in, before anything there is changed.
+
+    Else it would be changed wherever a link leads. Raises ``UntrustedError`` for a folder that
+    is none of this user's, ``FileNotFoundError`` where there is none.
+    """
+    folder = path.rpartition("/")[0]
+    check_folder(folder.rpartition("/")[0])
+    check_folder(folder)
+
+
+def has_way(path: str) -> bool:
+    """:func:`check_way`, and whether there are such folders."""
+    try:
+        check_way(path)
+    except OSError as exc:
+        if is_absent(exc):
+            return False
+        raise
+    return True
+
+
 def make_folder(path: str) -> bool:
     """Make a folder that is closed to others; False when something has that name already."""
     try:
@@ -334,6 +358,8 @@ def stamp(target: str | int, used_ns: int) -> None:
 def note_parent(fd: int, parent: bytes) -> None:
     """Note beside an open file what comes before it, where the file system keeps attributes.
 
+    That nothing does is noted, too: who looks need not ask the file itself.
+
     A note that cannot be made is none, as for :func:`parent`.
     """
     if sys.platform == "linux":
@@ -341,16 +367,16 @@ def note_parent(fd: int, parent: bytes) -> None:
             os.setxattr(fd, _PARENT, parent)
 
 
-def parent(path: str) -> bytes:
-    """What comes before a file, as it was noted beside it; empty where nothing was, or can be.
+def parent(path: str) -> bytes | None:
+    """What comes before a file, as it was noted beside it; empty: nothing. None: no note is there.
 
     It helps to choose what to give up and nothing else, so a note that cannot be read is none.
     """
     if sys.platform == "linux":
         with suppress(OSError):
             noted = os.getxattr(path, _PARENT, follow_symlinks=False)
-            return noted if len(noted) == _HASH_NBYTES else b""
-    return b""
+            return noted if len(noted) in (0, _HASH_NBYTES) else None
+    return None
 
 
 def sync_folder(path: str) -> None:

@@ -17,6 +17,7 @@ from kvlayer.memory.key_table import KeyTable
 from kvlayer_backends.file.lineage import Lineage
 from kvlayer_backends.file.paths import Shard
 from kvlayer_backends.file.refusals import Refusals
+from kvlayer_backends.file.rings import Rings
 from kvlayer_backends.file.runs import Run
 from kvlayer_backends.file.shards import Shards
 from kvlayer_backends.file.victims import Eviction, Victim
@@ -57,6 +58,7 @@ class Ledger:
         self._waiting = bytearray()
         """By row, whether it waits for its followers to go."""
         self._refusals = Refusals(self._lineage)
+        self._rings = Rings(self._lineage)
         self._used_ns = array("q")
         self._entries = array("Q")
         """By row, which of all objects ever counted it is; 0 where there is none."""
@@ -195,7 +197,9 @@ class Ledger:
         while (nbytes > 0 or len(victims) < at_least) and len(victims) < _AT_ONCE:
             row = self.order.victim(now)
             if row is None:
-                break
+                if victims or not self._open_ring():
+                    break
+                continue
             self.order.pin((row,))
             if self.order.name == PrefixLRU.name and self._lineage.is_followed(row):
                 self._waiting[row] = 1
@@ -211,6 +215,14 @@ class Ledger:
             for exposed in self._lineage.leave(row):
                 self._expose(exposed, row)
         return victims
+
+    def _open_ring(self) -> bool:
+        """All that is left waits. Where some wait for each other, one of those need not."""
+        exposed = self._rings.open(self._waiting, _LOOKS)
+        self.has_more = exposed is None
+        for row in exposed or ():
+            self._expose(row)
+        return bool(exposed)
 
     def _expose(self, row: int, follower: int | None = None) -> None:
         """Nothing follows a row any more: where it waited for that, it is the next to go.

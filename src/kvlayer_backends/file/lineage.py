@@ -35,6 +35,8 @@ class Lineage:
         """Followers of what is not there."""
         self._left: set[int] = set()
         """Rows that count as gone."""
+        self.learnt = 0
+        """How often it was told what a row follows."""
 
     def add(self, row: int, parent: bytes, *, has_twins: bool = True) -> None:
         """A row has got its key; ``has_twins``: another may end with the same hash."""
@@ -63,8 +65,15 @@ class Lineage:
         prefix = _prefix(parent)
         if prefix and not self._parents[row] and prefix != self._keys.prefix(row):
             self._parents[row] = prefix
+            self.learnt += 1
             if row not in self._left:
                 self._count(self._place_before(row), 1)
+
+    def unlearn(self, row: int) -> list[int]:
+        """What a row is said to follow is not so. Answers as :meth:`leave` does."""
+        exposed = [] if row in self._left else self._count(self._place_before(row), -1)
+        self._parents[row] = 0
+        return exposed
 
     def discard(self, row: int) -> list[int]:
         """A row is about to lose its key. Answers as :meth:`leave` does."""

@@ -94,6 +94,7 @@ class ObjectFiles:
                 if used_ns is not None:
                     with suppress(OSError):  # no error of the read: it counts as unused
                         self._pulse.check()
+                        disk.check_way(path)
                         disk.stamp(opened, used_ns)
                 if read.landed is not None:
                     read.landed(nbytes)
@@ -140,8 +141,7 @@ class ObjectFiles:
             fd = disk.create(temporary, direct)
             try:
                 drain(fd, write.regions)
-                if write.parent:
-                    disk.note_parent(fd, write.parent)
+                disk.note_parent(fd, write.parent)
                 disk.stamp(fd, used_ns)
                 if self.fsync:
                     os.fsync(fd)
@@ -165,8 +165,7 @@ class ObjectFiles:
         """
         folder = _folder(path)
         try:
-            for each in (_folder(folder), folder):
-                disk.check_folder(each)  # or it would be written wherever a link leads
+            disk.check_way(path)  # or it would be written wherever a link leads
             return _link(temporary, path)
         except FileNotFoundError:
             self._paths.make(folder)
@@ -231,10 +230,15 @@ class ObjectFiles:
             self._pulse.check()
             for key, used_ns in zip(keys, stamps, strict=True):
                 with suppress(OSError, ValueError):
-                    disk.stamp(self._paths.object(key), used_ns)
+                    path = self._paths.object(key)
+                    disk.check_way(path)
+                    disk.stamp(path, used_ns)
 
     def delete(self, keys: Iterable[ObjectKey], gone: list[ObjectKey]) -> list[DeleteResult]:
-        """Remove files, noting in ``gone`` those that are not there any more; an error per key."""
+        """Remove files, noting in ``gone`` those that are not there any more; an error per key.
+
+        Where a folder on the way is a link, or another user's, nothing is removed.
+        """
         errors: list[DeleteResult] = []
         for key in keys:
             error = None
@@ -245,7 +249,8 @@ class ObjectFiles:
                 continue
             try:
                 self._pulse.check()
-                disk.remove(path)
+                if disk.has_way(path):
+                    disk.remove(path)
                 gone.append(key)
             except OSError as exc:
                 error = explain(exc, "delete", path)
@@ -255,7 +260,8 @@ class ObjectFiles:
     def evict(self, victims: Sequence[Victim], nbytes: int, eviction: Eviction) -> None:
         """Remove victims in order until ``nbytes`` are free, sparing what others have used since.
 
-        A victim whose ``used_ns`` is negative is not spared.
+        A victim whose ``used_ns`` is negative is not spared. One that lies behind a link, or in
+        another user's folder, is none of ours any more: as a scan sees it, it is lost.
         """
         for victim in victims:
             if eviction.freed_nbytes >= nbytes:
@@ -265,7 +271,7 @@ class ObjectFiles:
             path = self._paths.object(victim.key)
             try:
                 self._pulse.check()
-                status = disk.look(path)
+                status = self._victim(path)
                 if status is None:
                     eviction.lose(victim)
                 elif 0 <= victim.used_ns < disk.used_ns(status):
@@ -277,6 +283,13 @@ class ObjectFiles:
             except OSError as exc:
                 eviction.fail(victim)
                 eviction.error = explain(exc, "evict", path)
+
+    @staticmethod
+    def _victim(path: str) -> os.stat_result | None:
+        try:
+            return disk.look(path) if disk.has_way(path) else None
+        except disk.UntrustedError:
+            return None
 
 
 def _link(temporary: str, path: str) -> bool:

@@ -78,9 +78,11 @@ class Quarantine:
     def _isolate(self, key: ObjectKey, aside: list[Aside]) -> None:
         """Move an object aside. Evidence that cannot be moved is deleted.
 
-        Raises ``OSError`` when that fails too.
+        Raises ``OSError`` when that fails too, or where it lies behind a link.
         """
         source = self._paths.object(key)
+        if not disk.has_way(source):
+            return
         # Milliseconds first: names sort by age. Key and clock stay under the 255 bytes of a name.
         name = f"{time.time_ns() // 1_000_000:013d}.{key.replace('/', '.')}"
         target = f"{self._paths.quarantine}/{name}"

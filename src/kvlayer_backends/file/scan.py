@@ -7,8 +7,9 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvlayer.abc.backend import Listed
+from kvlayer.abc.backend import Listed, parent_of
 from kvlayer.identity.keys import ObjectKey
+from kvlayer.payload import ALIGNMENT
 from kvlayer_backends.file import disk
 from kvlayer_backends.file.paths import Paths, Shard
 
@@ -25,7 +26,7 @@ class Found(NamedTuple):
     nbytes: int
     used_ns: int
     parent: bytes
-    """The end hash of what comes right before it; empty where nobody noted it."""
+    """The end hash of what comes right before it; empty where nobody said."""
 
 
 class Visit(NamedTuple):
@@ -176,10 +177,21 @@ class Scan:
                 status = disk.look_at_object(f"{folder}/{name}")
                 if status is not None:
                     present.add(key)
-                    parent = disk.parent(f"{folder}/{name}")
+                    parent = _parent(f"{folder}/{name}")
                     found.append(Found(key, status.st_size, disk.used_ns(status), parent))
         new += found
         return present
+
+
+def _parent(path: str) -> bytes:
+    """What comes right before an object: as noted beside it, else as its own header says."""
+    noted = disk.parent(path)
+    if noted is not None:
+        return noted
+    try:
+        return parent_of(disk.read_note(path, ALIGNMENT) or b"")
+    except OSError:
+        return b""  # it is counted all the same: see disk.parent
 
 
 class Listing:

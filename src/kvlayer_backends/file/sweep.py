@@ -24,7 +24,12 @@ def sweep(
     and descriptions are ever removed, and who is about to write there makes them again. Raises
     ``OSError``.
     """
-    removed = [shard for shard in empty if disk.remove_folder(paths.shard(shard))]
+    removed = [
+        shard
+        for shard in empty
+        if disk.look_at_folder(f"{paths.folder}/{shard.namespace}") is not None
+        and disk.remove_folder(paths.shard(shard))
+    ]
     gone = set(removed)
     left = {shard.namespace for shard in shards if shard not in gone}
     emptied = {shard.namespace for shard in removed}

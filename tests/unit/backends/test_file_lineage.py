@@ -7,6 +7,7 @@ import errno
 import os
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from mmap import mmap
 from pathlib import Path
@@ -17,12 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvlayer.abc.backend import Write
+from kvlayer.codec.frame import pack_header
 from kvlayer.errors import NoRoomError
 from kvlayer.eviction.lru import LRU, PrefixLRU
 from kvlayer.identity.keys import ObjectKey, ObjectName, Part
+from kvlayer.layout import AttentionKind, KVGroup
 from kvlayer.memory.key_table import KeyTable
+from kvlayer.payload import Payload
 from kvlayer.retention import ORDINARY, Retention
-from kvlayer_backends.file import FileBackend, FileOptions
+from kvlayer_backends.file import FileBackend, FileOptions, disk
 from kvlayer_backends.file.ledger import Ledger
 from kvlayer_backends.file.lineage import Lineage
 from kvlayer_backends.file.victims import Eviction
@@ -411,3 +415,138 @@ async def test_what_cannot_be_noted_costs_no_write(
     monkeypatch.setattr(os, "setxattr", refuses)
     async with backend(tmp_path, 8) as files:
         assert await files.put([write((1,)), write((1, 2))]) == [None, None]
+
+
+def _without_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "setxattr", refuses)
+    monkeypatch.setattr(os, "getxattr", refuses)
+
+
+def framed(node: Node) -> Write:
+    """What a tier is given: an object that says itself what it follows."""
+    plain = write(node)
+    group = KVGroup(AttentionKind.MHA, tuple(range(4)), "float16", 8, 8)
+    payload = Payload.of(group, PART, CHUNK)
+    header = memoryview(bytearray(PAGE))
+    segments = payload.segments()
+    pack_header(
+        header,
+        [0] * len(segments),
+        key=ObjectKey(plain.key.rpartition("/")[0]),
+        payload=payload,
+        first_token=plain.first_token,
+        created=0.0,
+        build="test",
+        parent=plain.parent,
+    )
+    return replace(plain, regions=(header, memoryview(bytes(payload.nbytes))))
+
+
+@pytest.mark.asyncio
+async def test_without_attributes_a_file_itself_says_what_it_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a restarted process would give up first what was written first: the root."""
+    _without_attributes(monkeypatch)
+    pages = framed((0,)).nbytes // PAGE
+    nodes, others = line(0, 6), line(1, 4)
+    async with backend(tmp_path, 8 * pages) as files:
+        for node in nodes:
+            assert await files.put([framed(node)]) == [None]
+    async with backend(tmp_path, 8 * pages) as files:
+        await files.recovered()
+        for node in others:
+            assert await files.put([framed(node)]) == [None]
+        assert await held(files, nodes) == [True] * 4 + [False] * 2
+        assert await held(files, others) == [True] * 4
+
+
+@pytest.mark.asyncio
+async def test_a_root_is_not_read_to_learn_that_it_follows_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with backend(tmp_path, 8) as files:
+        assert await files.put([*map(write, line(0, 3))]) == [None] * 3
+    read: list[str] = []
+    note = disk.read_note
+    monkeypatch.setattr(disk, "read_note", lambda path, n: read.append(path) or note(path, n))
+    async with backend(tmp_path, 8) as files:
+        await files.recovered()
+        assert files.objects == 3
+    kept = os.listxattr(next(tmp_path.glob(f"v2/*/*/{hashed((0,)).hex()}*")))
+    assert bool(kept) is not any("/v2/" + "ab" * 32 in path for path in read)
+
+
+def _forge(root: Path, node: Node, parent: Node) -> None:
+    (path,) = root.glob(f"v2/*/*/{hashed(node).hex()}*")
+    try:
+        os.setxattr(path, "user.kvlayer.parent", hashed(parent))
+    except OSError as exc:
+        pytest.skip(f"the file system keeps no attributes: {exc}")
+
+
+@pytest.mark.asyncio
+async def test_objects_that_are_said_to_follow_each_other_go_like_others(tmp_path: Path) -> None:
+    ring: list[Node] = [(0,), (1,), (2,)]
+    async with backend(tmp_path, 3) as files:
+        await files.put([*map(write, ring)])
+    for node, parent in zip(ring, [*ring[1:], ring[0]], strict=True):
+        _forge(tmp_path, node, parent)
+    async with backend(tmp_path, 3) as files:
+        await files.recovered()
+        for node in line(3, 3):
+            assert await files.put([write(node)]) == [None]
+        assert await held(files, ring) == [False] * 3
+        assert await held(files, line(3, 3)) == [True] * 3
+
+
+@given(st.integers(0, 2**32), st.integers(1, 40))
+@settings(max_examples=60)
+def test_whatever_is_said_to_follow_what_everything_can_go(seed: int, count: int) -> None:
+    chance = random.Random(seed)
+    books = Ledger(PrefixLRU, 0)
+    for number in range(count):
+        parent = hashed((chance.randrange(count),)) if chance.random() < 0.9 else b""
+        for part in (PART, OTHER)[: chance.randrange(1, 3)]:
+            if chance.random() < 0.3:  # each of its parts says something else
+                parent = hashed((chance.randrange(count),))
+            made = replace(write((number,), part), parent=parent)
+            books.create(made.key, PAGE, number, made)
+    left = len(books)
+    for _ in range(2 * count * count + 2):
+        victims = books.take(PAGE, 1, 0.0)
+        if victims:
+            gone = Eviction()
+            for victim in victims:
+                gone.go(victim)
+            books.settle(victims, gone)
+            left -= len(victims)
+        elif not books.has_more:
+            break
+    assert left == len(books) == 0
+
+
+def test_rings_are_looked_for_in_slices_and_only_when_more_was_learnt() -> None:
+    long = [(0,) * n for n in range(1, 1500)]
+    books = Ledger(PrefixLRU, 0)
+    for number, node in enumerate(long):
+        made = write(node)
+        if len(node) == 1:
+            made = replace(made, parent=hashed(long[-1]))
+        books.create(made.key, PAGE, number, made)
+    calls = 0
+    while not (victims := books.take(PAGE, 1, 0.0)):
+        assert books.has_more
+        calls += 1
+    assert calls >= 2 and len(victims) == 1
+    books = ledger(line(0, 3))
+    books.expect([write((0, 0, 0, 0))])
+    looks: list[int] = []
+    before = books._lineage.before
+    books._lineage.before = lambda row: looks.append(row) or before(row)  # type: ignore[method-assign, func-returns-value]
+    assert taken(books, 3) == [] and looks
+    looks.clear()
+    assert taken(books, 3) == [] and not looks

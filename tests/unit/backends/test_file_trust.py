@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import kvlayer_backends
-from kvlayer.abc.backend import Hit, Miss, Read, Write
+from kvlayer.abc.backend import Damaged, Hit, Miss, Read, Write
 from kvlayer.errors import BackendError
 from kvlayer.eviction.lru import PrefixLRU
 from kvlayer.identity.keys import ObjectKey, ObjectName, Part
@@ -24,6 +24,7 @@ from kvlayer_backends.file.paths import Paths
 PAGE = 4096
 KEY = ObjectName.raw(ObjectKey.of("ab" * 32, "0", bytes(range(32)), 16, Part(0, (0, 4), (0, 8))))
 NOBODY = 65534
+CHANGES = ["delete", "evict", "get", "touch", "quarantine", "describe", "sweep"]
 
 
 def backend(root: Path, **more: object) -> FileBackend:
@@ -260,3 +261,49 @@ async def test_nothing_is_written_into_a_folder_that_is_not_this_users_own(
         assert [*elsewhere.rglob("*")] == [] == [*folder.rglob("*")]
         assert await files.contains([KEY]) == [None]
         assert (files.objects, files.used_nbytes) == (0, 0)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("depth", [1, 2], ids=["shard", "namespace"])
+@pytest.mark.parametrize("what", CHANGES)
+async def test_nothing_is_changed_behind_a_link(tmp_path: Path, depth: int, what: str) -> None:
+    """A folder with the same names in it lies elsewhere, and a link in the folder's place."""
+    root, elsewhere = tmp_path / "kv", tmp_path / "elsewhere"
+    folder = Path(Paths(str(root)).object(KEY)).parents[depth - 1]
+    other = ObjectName.raw(
+        ObjectKey.of("cd" * 32, "0", bytes(range(1, 33)), 16, Part(0, (0, 4), (0, 8)))
+    )
+    async with backend(root, capacity=PAGE) as files:
+        await files.recovered()
+        assert await files.put([Write(KEY, (page(1),))]) == [None]
+        if what == "sweep":
+            Path(Paths(str(root)).object(KEY)).unlink()
+            assert files.janitor is not None
+            files.janitor.lost([KEY])
+        folder.rename(elsewhere)
+        folder.symlink_to(elsewhere)
+        before = {p: (p.lstat().st_mtime_ns, p.is_dir() or p.read_bytes()) for p in _all(elsewhere)}
+        if what == "delete":
+            (error,) = await files.delete([KEY])
+            assert isinstance(error, BackendError) and "symbolic link" in str(error) and error.hint
+        elif what == "evict":
+            assert await files.put([Write(other, (page(2),))]) == [None]
+            assert (files.objects, files.used_nbytes) == (1, PAGE)
+        elif what == "get":
+            await files.get([Read(KEY, (page(),))])
+        elif what == "touch":
+            await files.touch([KEY])
+        elif what == "quarantine":
+            await files.quarantine([Damaged(KEY)])
+            assert await files.contains([KEY]) == [None]  # hidden
+        elif what == "describe":
+            await files.describe(KEY.namespace, b"what it is")
+        else:
+            assert files.janitor is not None
+            await files.janitor.pass_()
+        after = {p: (p.lstat().st_mtime_ns, p.is_dir() or p.read_bytes()) for p in _all(elsewhere)}
+        assert after == before and folder.is_symlink()
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*"))

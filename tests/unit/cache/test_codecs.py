@@ -10,6 +10,7 @@ from codecs_of_tests import DOUBLES, SHRINKS, coded
 from engine import Engine, same
 
 from kvlayer import Cache, Cause
+from kvlayer.codec.frame import parent_of
 from kvlayer.events import Event, ObjectQuarantined
 from kvlayer.tier.transfer.encodings import Coding, Raw
 
@@ -50,7 +51,11 @@ async def test_what_is_coded_comes_back_to_the_bit_also_in_part_and_after_a_rest
     with coded(coding):
         async with Cache.open(settings(tmp_path), layout()) as cache:
             assert (await cache.store(prompt, ours.view(slots))).failed == ()
+            hashes = cache.chain(prompt).hashes
         stored = files(tmp_path, coding)
+        for path, content in stored.items():  # it says itself what comes before it
+            at = [*map(bytes.hex, hashes)].index(path.name[:64]) if "-64." in path.name else 4
+            assert parent_of(content[:4096]) == (hashes[at - 1] if at else b"")
         assert len(stored) == 5 and not files(tmp_path, Raw())
         whole = sorted(len(content) - 4096 for content in stored.values())[1:]
         if coding is DOUBLES:

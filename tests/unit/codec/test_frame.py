@@ -23,6 +23,7 @@ from kvlayer.codec.frame import (
     contradicts_header,
     pack_header,
     pack_rows,
+    parent_of,
     read_header,
     read_rows,
     stands_for,
@@ -517,6 +518,37 @@ def test_encoded_segments_lie_back_to_back_and_are_padded_once(payload: Payload,
         with pytest.raises(FrameError) as caught:
             wrong()
         assert caught.value.cause is cause
+
+
+@given(payload=payloads(), parent=st.binary(min_size=32, max_size=32), tags=st.booleans())
+def test_a_header_says_what_comes_right_before_its_object(
+    payload: Payload, parent: bytes, tags: bool
+) -> None:
+    """Beside as many tags as a seal may add."""
+    name = ObjectName.raw(make_key(payload))
+    rows = [Row(*segment, segment.nbytes, 2**64 - 1) for segment in payload.segments()]
+    header = memoryview(bytearray(HEADER_NBYTES))
+    more = {"required": {"tags": [bytes(16)] * len(rows)}} if tags else {}
+    pack_rows(header, rows, name=name, first_token=16, created=0.0, build="", parent=parent, **more)
+    assert parent_of(header) == parent == parent_of(bytes(header))
+    pack_rows(header, rows, name=name, first_token=0, created=0.0, build="")
+    assert parent_of(header) == b""
+
+
+@given(st.binary(max_size=64), st.integers(0, 200))
+def test_what_is_no_header_says_of_nothing_what_comes_before_it(junk: bytes, at: int) -> None:
+    assert parent_of(junk) == b"" == parent_of(junk + bytes(HEADER_NBYTES))
+    payload = shape()
+    header = memoryview(bytearray(HEADER_NBYTES))
+    name = ObjectName.raw(make_key(payload))
+    rows = [Row(*segment, segment.nbytes, 7) for segment in payload.segments()]
+    for wrong in (b"short", "x" * 32):
+        more: dict[str, Any] = {"parent": wrong}
+        pack_rows(header, rows, name=name, first_token=16, created=0.0, build="", **more)
+        assert parent_of(header) == b""
+    pack_rows(header, rows, name=name, first_token=16, created=0.0, build="", parent=bytes(32))
+    header[at] ^= 1
+    assert parent_of(header) == b""
 
 
 def test_an_object_whose_position_nobody_knows_is_for_readers_that_do_not_know_it_either() -> None:

@@ -59,6 +59,7 @@ def encode(
     first_token: int,
     created: float,
     build: str,
+    parent: bytes = b"",
 ) -> tuple[memoryview, ...]:
     """The object as a tier stores it: regions of the caller's memory between pages of scratch.
 
@@ -83,6 +84,7 @@ def encode(
         first_token=first_token,
         created=created,
         build=build,
+        parent=parent,
     )
     return tuple(lent)
 

@@ -93,6 +93,7 @@ class Raw(Coding):
             first_token=job.first_token,
             created=created,
             build=build,
+            parent=job.parent,
         )
 
     def read_scratch(self, payload: Payload, *, copies: bool) -> int:
@@ -179,6 +180,7 @@ class Segments(Coding):
             first_token=job.first_token,
             created=created,
             build=build,
+            parent=job.parent,
         )
         return (memory[:end],)
 
