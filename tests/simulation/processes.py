@@ -123,7 +123,7 @@ class Process:
 
     def holds(self, chunk_hash: bytes, *, in_host: bool = False) -> bool:
         """Whether the cache believes that it can serve all of a chunk."""
-        records = self.cache.stack.planner.directory.ending(chunk_hash)
+        records = self.cache.stack.planner.directory.ending(self.cache.namespace.digest, chunk_hash)
         objects = [found for record in records for found in record.objects]
         ready = [o.host is HostState.READY or (o.is_ready and not in_host) for o in objects]
         return bool(ready) and all(ready)

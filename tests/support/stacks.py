@@ -135,7 +135,8 @@ def make_planner(
 def chain_of(count: int, *, seed: int = 0, scope: Scope | None = None) -> ChunkChain:
     """The names of a prompt of ``count`` tokens; equal seeds begin alike."""
     tokens = array("i", ((seed * 7919 + i * 31) % 50_000 for i in range(count)))
-    return ChunkChain(tokens, scope or Scope(), tokens_per_chunk=CHUNK, tokens_per_tail=TAIL)
+    chain = ChunkChain(tokens, scope or Scope(), tokens_per_chunk=CHUNK, tokens_per_tail=TAIL)
+    return chain.named_in(NAMESPACE)
 
 
 def holds_all(_group: int, _span: object) -> bool:

@@ -41,7 +41,7 @@ def test_a_key_reads_back_from_its_text(
     key = ObjectKey.parse(str(ObjectKey.of(namespace.hex(), zone, end, tokens, part)))
     assert (key.namespace, key.zone, key.end_hash) == (namespace.hex(), zone, end)
     assert (key.tokens, key.part) == (tokens, part)
-    assert key.fields() == (zone, end, tokens, part)
+    assert key.fields() == (key.namespace, zone, end, tokens, part)
     assert pickle.loads(pickle.dumps(key)) == key  # noqa: S301  our own bytes
 
 

@@ -237,7 +237,7 @@ def _lower_tier(place: Tier, backend: Backend, tier: TierConfig, *, max_nbytes: 
         write=tier.write,
         tails=tier.tails,
         is_shared=Capability.SHARED in backend.capabilities,
-        is_recovered=Capability.PERSISTENT not in backend.capabilities,
+        was_empty=Capability.PERSISTENT not in backend.capabilities,
     )
 
 
@@ -399,7 +399,7 @@ def _make_stack(
         tier.guard.hint(partial(objects.describe, tier.index, namespace.digest, canonical))
         tier.guard.probe = partial(objects.probe, tier.index, nothing)
         if Capability.LIST in tier.backend.capabilities:
-            stack.recover(tier)
+            stack.recover(tier, namespace.digest)
     return stack
 
 

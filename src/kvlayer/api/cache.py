@@ -452,6 +452,7 @@ class Cache:
     async def _named_in_steps(self, packed: bytes, scope: Scope) -> ChunkChain:
         if len(packed) <= 4 * _STEP:
             return self._named(packed, scope)
+        namespace = self.namespace.digest
         steps = ChunkChain.in_steps(
             packed,
             instance("scope", scope, Scope, hint=_SCOPE),
@@ -464,7 +465,7 @@ class Cache:
                 next(steps)
             except StopIteration as named:
                 self._begin()  # it may have been closed meanwhile
-                return cast(ChunkChain, named.value)
+                return cast(ChunkChain, named.value).named_in(namespace)
             await asyncio.sleep(0)
 
     def _named(self, packed: bytes, scope: Scope) -> ChunkChain:
@@ -473,7 +474,7 @@ class Cache:
             instance("scope", scope, Scope, hint=_SCOPE),
             tokens_per_chunk=self.namespace.tokens_per_chunk,
             tokens_per_tail=self.namespace.tokens_per_tail,
-        )
+        ).named_in(self.namespace.digest)
 
     def _own(self, chain: ChunkChain, scope: Scope) -> ChunkChain:
         sizes = self.namespace.tokens_per_chunk, self.namespace.tokens_per_tail
@@ -484,6 +485,8 @@ class Cache:
                 hint="make it with Cache.chain",
             )
         instance("scope", scope, Scope, hint=_SCOPE)
+        if chain.namespace != self.namespace.digest:
+            chain = chain.named_in(self.namespace.digest)
         if scope in (PUBLIC, chain.scope):
             return chain
         if scope.extras() != chain.scope.extras():

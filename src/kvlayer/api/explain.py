@@ -140,7 +140,7 @@ async def _held_elsewhere(
 ) -> dict[bytes, str]:
     found: dict[bytes, str] = {}
     for digest, canonical in (await cache.stack.objects.namespaces(tier.index)).items():
-        if digest == cache.namespace.digest:
+        if digest == chain.namespace:
             continue
         try:
             theirs = Namespace.from_canonical(canonical)

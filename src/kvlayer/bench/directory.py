@@ -27,7 +27,7 @@ async def directory_rows(rounds: int, *, known: int = 100_000) -> list[Row]:
     the second is a full garbage collection before the directory knew any of its ``known`` objects.
     """
     bare = _traced(lambda: {_hash(n): n for n in range(known)})
-    directory = Directory(_NAMESPACE, [_PART])
+    directory = Directory([_PART])
     before = _collection(rounds)
 
     def fill() -> Directory:

@@ -18,6 +18,7 @@ from kvlayer.tier.planner.records import ObjectRecord
 
 __all__ = ["evict_rows"]
 
+_NAMESPACE = "ab" * 32
 _CHUNK = 256
 _PROMPT_CHUNKS = 128
 _PUBLIC = Scope()
@@ -42,7 +43,7 @@ class _Full:
     def __init__(self, pinned: int, free: int, *, lease: bool) -> None:
         oldest, newest = -(-pinned // _PROMPT_CHUNKS), -(-free // _PROMPT_CHUNKS)
         self._planner = Planner(
-            "ab" * 32,
+            _NAMESPACE,
             KVLayout.single(_GROUP, NHD, tokens_per_block=_CHUNK),
             tiers=["cpu"],
             capacity=(oldest + newest) * _PROMPT_CHUNKS * ALIGNMENT,
@@ -63,7 +64,7 @@ class _Full:
         """Seconds to find a place for a new object, to evict for it and to account for both."""
         chain = self._chain(prompt(_CHUNK, 1_000_000 + number))
         span, evicted = chain.span(0), list[ObjectRecord]()
-        record = self._planner.directory.ensure(span, PUBLIC_ZONE, self._part)
+        record = self._planner.directory.ensure(_NAMESPACE, span, PUBLIC_ZONE, self._part)
         started = time.perf_counter()
         slot = self._planner.plan_fetch(span, record, evicted)
         if slot is not None:
@@ -82,4 +83,6 @@ class _Full:
 
     @staticmethod
     def _chain(tokens: array[int]) -> ChunkChain:
-        return ChunkChain(tokens, _PUBLIC, tokens_per_chunk=_CHUNK, tokens_per_tail=_CHUNK // 8)
+        return ChunkChain(
+            tokens, _PUBLIC, tokens_per_chunk=_CHUNK, tokens_per_tail=_CHUNK // 8
+        ).named_in(_NAMESPACE)

@@ -13,6 +13,7 @@ from kvlayer.tier.planner.planner import Planner
 __all__ = ["question_rows"]
 
 _TOKENS = 131_072
+_NAMESPACE = "ab" * 32
 _CHUNK = 256
 _LINK = 32
 _GROUP = KVGroup(AttentionKind.MHA, (0,), "bfloat16", 1, 1)
@@ -32,7 +33,7 @@ async def question_rows() -> list[Row]:
 
 def _asked(*, holds: bool) -> int:
     planner = Planner(
-        "ab" * 32,
+        _NAMESPACE,
         _LAYOUT,
         tiers=("host", "shared"),
         capacity=1 << 20,
@@ -44,7 +45,7 @@ def _asked(*, holds: bool) -> int:
     )
     chain = ChunkChain(
         array("i", range(_TOKENS)), Scope(), tokens_per_chunk=_CHUNK, tokens_per_tail=_LINK
-    )
+    ).named_in(_NAMESPACE)
     search = planner.search(chain, every=False)
     count = 0
     while asked := planner.questions(search, 1 << 1, 0.0):

@@ -45,6 +45,9 @@ class Span(NamedTuple):
 class ChunkChain:
     """The names of one prompt under ``scope``. Immutable: a longer prompt is another chain.
 
+    Tokens are named alike whatever KV they have. In which ``namespace`` (a digest) a cache looks
+    for that, and stores it, is what the chain says besides: empty until :meth:`named_in`.
+
     ``links[i]`` names tokens ``[0, (i + 1) * tokens_per_tail)``, ``hashes[i]`` tokens
     ``[0, (i + 1) * tokens_per_chunk)``. The tokens are copied: the caller may reuse the buffer at
     once. Names end before a token id above ``tokens.MAX_NAMED``: ``unnamed`` is where it stands.
@@ -52,7 +55,7 @@ class ChunkChain:
     """
 
     __slots__ = ("_bytes", "_fingerprints", "_folds", "_zones", "chunk_step", "hashes", "links",
-                 "num_tokens", "scope", "tail_step", "unnamed")  # fmt: skip
+                 "namespace", "num_tokens", "scope", "tail_step", "unnamed")  # fmt: skip
 
     def __init__(
         self, tokens: Tokens, scope: Scope, *, tokens_per_chunk: int, tokens_per_tail: int
@@ -63,6 +66,7 @@ class ChunkChain:
 
     def _begin(self, scope: Scope, tokens_per_chunk: int, tokens_per_tail: int) -> None:
         self.scope = scope
+        self.namespace = ""
         self.chunk_step = tokens_per_chunk
         self.tail_step = tokens_per_tail
         self._zones = scope.zones()
@@ -189,16 +193,27 @@ class ChunkChain:
 
     def under(self, scope: Scope) -> ChunkChain:
         """The same names for a scope that differs in what names nothing: the owner, say."""
-        chain = self._like()
+        chain = self._copy()
         chain.scope = scope
+        return chain
+
+    def named_in(self, namespace: str) -> ChunkChain:
+        """The same names in another namespace."""
+        chain = self._copy()
+        chain.namespace = namespace
+        return chain
+
+    def _copy(self) -> ChunkChain:
+        chain = self._like()
         chain._bytes, chain.num_tokens, chain.unnamed = self._bytes, self.num_tokens, self.unnamed
-        chain._group(self.links)
+        chain.links, chain.hashes = self.links, self.hashes
         return chain
 
     def _like(self) -> ChunkChain:
         """A chain of the same scope and sizes, not filled yet."""
-        chain = ChunkChain.__new__(ChunkChain)
+        chain = type(self).__new__(type(self))
         chain.scope, chain._zones, chain._folds = self.scope, self._zones, self._folds
+        chain.namespace = self.namespace
         chain.chunk_step, chain.tail_step = self.chunk_step, self.tail_step
         chain._fingerprints = self._fingerprints
         return chain

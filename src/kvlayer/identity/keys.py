@@ -109,10 +109,10 @@ class ObjectKey(str):
         Part.parse(match[2])
         return cls(text)
 
-    def fields(self) -> tuple[str, bytes, int, Part]:
-        """Zone, end hash, tokens and part, at the price of one. Raises ``ValueError``."""
-        _, zone, name, part = self.split("/")
-        return zone, bytes.fromhex(name[:64]), int(name[65:]), Part.parse(part)
+    def fields(self) -> tuple[str, str, bytes, int, Part]:
+        """Namespace, zone, end hash, tokens, part: at the price of one. Raises ``ValueError``."""
+        namespace, zone, name, part = self.split("/")
+        return namespace, zone, bytes.fromhex(name[:64]), int(name[65:]), Part.parse(part)
 
     @property
     def namespace(self) -> str:

@@ -65,9 +65,10 @@ def nothing_lost(cache: Cache, committed: Iterable[bytes]) -> None:
 
     The caller takes out what was evicted, cleared or found damaged since.
     """
-    directory = cache.stack.planner.directory
+    directory, namespace = cache.stack.planner.directory, cache.namespace.digest
     for chunk_hash in committed:
-        objects = [o for record in directory.ending(chunk_hash) for o in record.objects]
+        records = directory.ending(namespace, chunk_hash)
+        objects = [o for record in records for o in record.objects]
         _hold(
             bool(objects) and all(found.is_ready for found in objects),
             f"chunk {chunk_hash.hex()[:12]} was committed, nothing took it away, and it is gone",

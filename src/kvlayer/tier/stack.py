@@ -255,23 +255,22 @@ class Stack:
         while paths:
             self._tell_use(tier, paths.popleft())
 
-    def recover(self, tier: LowerTier) -> None:
-        """Start learning what a tier already holds."""
-        tier.is_recovered = False
-        task = asyncio.get_running_loop().create_task(self._recover(tier))
+    def recover(self, tier: LowerTier, namespace: str) -> None:
+        """Start learning what a tier already holds of a namespace."""
+        task = asyncio.get_running_loop().create_task(self._recover(tier, namespace))
         task.add_done_callback(partial(_recovery_ended, tier))
         self._recoveries.append(task)
 
-    async def _recover(self, tier: LowerTier) -> None:
-        self.planner.listing(tier.index, started=True)
+    async def _recover(self, tier: LowerTier, namespace: str) -> None:
+        self.planner.listing(tier.index, namespace, started=True)
         try:
-            await self._read_listing(tier)
+            await self._read_listing(tier, namespace)
         finally:
-            self.planner.listing(tier.index, started=False)
-        tier.is_recovered = True
+            self.planner.listing(tier.index, namespace, started=False)
+        tier.listed[namespace] = None
 
-    async def _read_listing(self, tier: LowerTier) -> None:
-        async for batch in listed(tier, self.planner.directory.namespace):
+    async def _read_listing(self, tier: LowerTier, namespace: str) -> None:
+        async for batch in listed(tier, namespace):
             self.planner.note(batch, tier.index)
             await asyncio.sleep(0)
 

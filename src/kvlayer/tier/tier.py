@@ -23,6 +23,7 @@ from kvlayer.runtime.foreign import words
 from kvlayer.tier.guard.estimate import Estimate
 from kvlayer.tier.guard.guard import Guard, Lane, Refused, TierCall
 from kvlayer.tier.messages import Outcome
+from kvlayer.tier.planner.recent import Recent
 from kvlayer.tier.planner.records import ObjectRecord
 
 __all__ = ["LowerTier", "Tier"]
@@ -30,6 +31,7 @@ __all__ = ["LowerTier", "Tier"]
 _log = logging.getLogger(__name__)
 
 _TRIES = 3  # failures in a row of one object at which it is set aside
+_MAX_LISTED = 64  # namespaces; one that is forgotten is asked about again
 _MAX_FAILING = 1024  # objects whose failures are counted; the oldest is forgotten first
 
 
@@ -111,8 +113,10 @@ class LowerTier(Tier):
     write: str
     tails: bool
     is_shared: bool
-    is_recovered: bool = True
-    """Whether the directory knows all that the tier held when it was opened."""
+    was_empty: bool = True
+    """Whether the tier held nothing when it was opened, so that the directory knows all of it."""
+    listed: Recent[str, None] = field(default_factory=lambda: Recent[str, None](_MAX_LISTED))
+    """Namespaces of which the directory has learnt all that the tier held."""
     estimate: Estimate = field(default_factory=Estimate)
     """How long loads take."""
     dropped: int = 0
@@ -297,7 +301,6 @@ class LowerTier(Tier):
         if self._troubles.pop(lane, None) and not self._troubles and self.emit:
             self.emit(TierChanged(tier=self.name, ok=True, detail=detail))
 
-    @property
-    def must_ask(self) -> bool:
-        """Whether it may hold more than the directory knows."""
-        return self.is_shared or not self.is_recovered
+    def must_ask(self, namespace: str) -> bool:
+        """Whether it may hold more of a namespace than the directory knows."""
+        return self.is_shared or not (self.was_empty or namespace in self.listed)

@@ -74,7 +74,9 @@ class Tiers:
 
 
 def long_chain(count: int) -> ChunkChain:
-    return ChunkChain(array("i", range(count)), Scope(), tokens_per_chunk=256, tokens_per_tail=32)
+    return ChunkChain(
+        array("i", range(count)), Scope(), tokens_per_chunk=256, tokens_per_tail=32
+    ).named_in(NAMESPACE)
 
 
 def long_planner() -> Planner:

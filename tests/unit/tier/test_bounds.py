@@ -82,7 +82,11 @@ class Life:
     def chain(self) -> Any:
         self.count += 1
         scope = Scope.private(f"tenant {self.count}") if self.rng.random() < 0.3 else Scope()
-        return chain_of(self.rng.randrange(4, 80), seed=self.count, scope=scope)
+        chain = chain_of(self.rng.randrange(4, 80), seed=self.count, scope=scope)
+        if self.rng.random() < 0.3:  # any number of qualities and epochs
+            chain = chain.named_in(f"{self.count:064x}")
+            self.planner.serve(chain.namespace)
+        return chain
 
     def key(self) -> ObjectKey:
         """Of an object that only a lower tier has, in parts and forms of somebody else's."""
@@ -152,7 +156,12 @@ class Life:
 @given(seed=st.integers(0, 2**32))
 def test_no_table_grows_beyond_its_bound(policy: Any, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("holdings._MAX_ASIDE", "holdings._MAX_WITHDRAWN", "tables._MAX_SHAPES"):
+        for name in (
+            "holdings._MAX_ASIDE",
+            "holdings._MAX_WITHDRAWN",
+            "holdings._MAX_SERVED",
+            "tables._MAX_SHAPES",
+        ):
             patch.setattr(f"kvlayer.tier.planner.{name}", MOST)
         patch.setattr("kvlayer.tier.planner.matcher._MAX_PARTS", MOST)
         clock = Clock()
@@ -160,7 +169,7 @@ def test_no_table_grows_beyond_its_bound(policy: Any, seed: int) -> None:
         planner.journal = planner._holdings._journal = Journal(MOST)
         planner._holdings._absences = Absences(most=MOST)
         planner.directory._most_below = MOST
-        planner.listing(1, started=True)
+        planner.listing(1, NAMESPACE, started=True)
         life = Life(planner, clock, seed)
         life.live(900)
         bound = PAGES + MOST + LEASED_AT_ONCE + ROOM
@@ -173,6 +182,7 @@ def test_no_table_grows_beyond_its_bound(policy: Any, seed: int) -> None:
 def test_the_walk_sees_a_table_that_grows() -> None:
     planner = make_planner(pages=PAGES)
     for n in range(500):
-        planner.promises.add(planner.promises.make("", holder="", until=0.0), n.to_bytes(32, "big"))
+        promise = planner.promises.make("", "", holder="", until=0.0)
+        planner.promises.add(promise, n.to_bytes(32, "big"))
     (path,) = {path for path, size in tables(planner) if size > 400}
-    assert path.endswith("promises._by_hash")
+    assert path.endswith("promises._by_chunk")

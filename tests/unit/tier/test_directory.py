@@ -33,34 +33,34 @@ def key(number: int, part: Part = WHOLE) -> ObjectKey:
 
 @pytest.fixture
 def directory() -> Directory:
-    return Directory(NAMESPACE, NEEDS)
+    return Directory(NEEDS)
 
 
 def host(directory: Directory, number: int, part: Part) -> ObjectRecord:
-    found = directory.ensure(span(number), "0", part)
+    found = directory.ensure(NAMESPACE, span(number), "0", part)
     directory.fill(found, 0, 4096)
     directory.ready(found)
     return found
 
 
 def test_an_object_is_served_only_once_its_bytes_are_there(directory: Directory) -> None:
-    found = directory.ensure(span(1), "0", WHOLE)
-    assert directory.covers(span(1).hash, 16, "0") == [None, None]
+    found = directory.ensure(NAMESPACE, span(1), "0", WHOLE)
+    assert directory.covers(NAMESPACE, span(1).hash, 16, "0") == [None, None]
     directory.fill(found, 8192, 4096)
     assert not found.is_ready
-    assert directory.covers(span(1).hash, 16, "0") == [None, None]
+    assert directory.covers(NAMESPACE, span(1).hash, 16, "0") == [None, None]
     directory.ready(found)
-    assert directory.covers(span(1).hash, 16, "0") == [(found,), None]
+    assert directory.covers(NAMESPACE, span(1).hash, 16, "0") == [(found,), None]
     assert directory.drop_host(found) == 8192
-    assert directory.covers(span(1).hash, 16, "0") == [None, None]
+    assert directory.covers(NAMESPACE, span(1).hash, 16, "0") == [None, None]
 
 
 def test_a_record_that_nothing_refers_to_is_forgotten(directory: Directory) -> None:
     found = host(directory, 1, WHOLE)
     directory.drop_host(found)
     assert len(directory) == 0
-    assert directory.chunk(span(1).hash, 16, "0") is None
-    assert directory.ensure(span(1), "0", WHOLE) is not found
+    assert directory.chunk(NAMESPACE, span(1).hash, 16, "0") is None
+    assert directory.ensure(NAMESPACE, span(1), "0", WHOLE) is not found
 
 
 @pytest.mark.parametrize("why", ["pins", "writing", "tiers"])
@@ -82,7 +82,7 @@ def test_forgetting_an_old_record_leaves_the_new_one_alone(directory: Directory)
     directory.forget(old)
     directory.drop_tier(old, 1)
     assert directory.find(key(1)) is new
-    assert directory.covers(span(1).hash, 16, "0")[0] == (new,)
+    assert directory.covers(NAMESPACE, span(1).hash, 16, "0")[0] == (new,)
 
 
 def test_the_nearest_tier_serves(directory: Directory) -> None:
@@ -106,13 +106,13 @@ def test_the_nearest_tier_serves(directory: Directory) -> None:
 
 def test_two_halves_cover_one_need_and_losing_one_uncovers_it(directory: Directory) -> None:
     low, high = host(directory, 1, LOW), host(directory, 1, HIGH)
-    cover = directory.covers(span(1).hash, 16, "0")[0]
+    cover = directory.covers(NAMESPACE, span(1).hash, 16, "0")[0]
     assert cover is not None
     assert set(cover) == {low, high}
     directory.drop_host(low)
-    assert directory.covers(span(1).hash, 16, "0")[0] is None
+    assert directory.covers(NAMESPACE, span(1).hash, 16, "0")[0] is None
     directory.note(key(1, LOW), 2)
-    cover = directory.covers(span(1).hash, 16, "0")[0]
+    cover = directory.covers(NAMESPACE, span(1).hash, 16, "0")[0]
     assert cover is not None
     assert {o.tier for o in cover} == {0, 2}
 
@@ -123,15 +123,15 @@ def test_of_two_that_serve_the_nearer_is_chosen_and_chosen_again_when_it_moves(
     wide = Part(0, (0, 4), (0, 4))
     directory.note(key(1, wide), 1)
     near = host(directory, 1, WHOLE)
-    assert directory.covers(span(1).hash, 16, "0")[0] == (near,)
+    assert directory.covers(NAMESPACE, span(1).hash, 16, "0")[0] == (near,)
     directory.add_tier(near, 2)
     directory.drop_host(near)
     far = directory.find(key(1, wide))
-    assert directory.covers(span(1).hash, 16, "0")[0] == (far,)
+    assert directory.covers(NAMESPACE, span(1).hash, 16, "0")[0] == (far,)
 
 
 def test_an_unknown_chunk_covers_nothing_and_is_not_remembered(directory: Directory) -> None:
-    assert directory.covers(bytes(32), 16, "0") == [None, None]
+    assert directory.covers(NAMESPACE, bytes(32), 16, "0") == [None, None]
     assert directory.find(key(9)) is None
     assert len(directory) == 0
 
@@ -153,7 +153,7 @@ class DirectoryMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.directory = Directory(NAMESPACE, NEEDS)
+        self.directory = Directory(NEEDS)
         self.host: dict[tuple[int, Part], HostState] = {}
         self.tiers: dict[tuple[int, Part], set[int]] = {}
 
@@ -163,7 +163,7 @@ class DirectoryMachine(RuleBasedStateMachine):
     @rule(number=NUMBERS, part=PARTS)
     def fill(self, number: int, part: Part) -> None:
         if (number, part) not in self.host:
-            self.directory.fill(self.directory.ensure(span(number), "0", part), 0, 4096)
+            self.directory.fill(self.directory.ensure(NAMESPACE, span(number), "0", part), 0, 4096)
             self.host[number, part] = HostState.FILLING
 
     @rule(number=NUMBERS, part=PARTS)
@@ -220,7 +220,7 @@ class DirectoryMachine(RuleBasedStateMachine):
             }
             ready |= {part for (n, part), tiers in self.tiers.items() if n == number and tiers}
             for need, cover in zip(
-                NEEDS, self.directory.covers(span(number).hash, 16, "0"), strict=True
+                NEEDS, self.directory.covers(NAMESPACE, span(number).hash, 16, "0"), strict=True
             ):
                 assert (cover is None) == (plan.cover(need, ready) is None)
                 for one in cover or ():
@@ -243,14 +243,14 @@ def known(directory: Directory, number: int) -> ObjectRecord:
 
 def test_what_is_below_costs_some_bytes_and_the_garbage_collector_nothing() -> None:
     count = 5_000
-    directory = Directory(NAMESPACE, [WHOLE])
+    directory = Directory([WHOLE])
     gc.collect()
     before = len(gc.get_objects())
     tracemalloc.start()
     try:
         for number in range(count):
             directory.note(key(number), 1)
-            directory.covers(span(number).hash, 16, "0")
+            directory.covers(NAMESPACE, span(number).hash, 16, "0")
         gc.collect()
         used, _ = tracemalloc.get_traced_memory()
     finally:
@@ -267,11 +267,11 @@ def test_whoever_asks_for_what_is_below_is_given_the_same_record(directory: Dire
     assert known(directory, 1) is found
     directory.note(key(1), 2)
     assert found.tiers == 0b110
-    assert directory.covers(span(1).hash, 16, "0")[0] == (found,)
+    assert directory.covers(NAMESPACE, span(1).hash, 16, "0")[0] == (found,)
 
 
 def test_what_left_host_memory_is_known_as_before(directory: Directory) -> None:
-    found = directory.ensure(span(1), "0", WHOLE)
+    found = directory.ensure(NAMESPACE, span(1), "0", WHOLE)
     found.chunk.span = Span(32, 48, span(1).hash)
     found.retention = Retention(2, 50.0)
     directory.fill(found, 0, 4096)
@@ -307,7 +307,7 @@ def test_who_holds_a_record_holds_the_one_that_others_find(directory: Directory)
 
 
 def test_what_is_below_is_bounded_and_the_least_recent_goes_first() -> None:
-    directory = Directory(NAMESPACE, NEEDS, most_below=4)
+    directory = Directory(NEEDS, most_below=4)
     for number in range(4):
         directory.note(key(number), 1)
     del_later = [known(directory, 0)]
@@ -319,7 +319,7 @@ def test_what_is_below_is_bounded_and_the_least_recent_goes_first() -> None:
 
 
 def test_what_is_held_is_not_forgotten_and_what_was_forgotten_is_nowhere() -> None:
-    directory = Directory(NAMESPACE, NEEDS, most_below=2)
+    directory = Directory(NEEDS, most_below=2)
     directory.note(key(0), 1)
     directory.note(key(1), 1)
     pinned, seen = known(directory, 0), known(directory, 1)
@@ -362,7 +362,7 @@ def test_spans_of_one_end_rest_one_by_one(directory: Directory) -> None:
     for one in (key(1), short, other):
         directory.note(one, 1)
     assert len(directory) == 3
-    assert {(r.tokens, r.zone) for r in directory.ending(span(1).hash)} == {
+    assert {(r.tokens, r.zone) for r in directory.ending(NAMESPACE, span(1).hash)} == {
         (16, "0"),
         (4, "0"),
         (16, "1" * 32),

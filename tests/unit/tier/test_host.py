@@ -32,12 +32,12 @@ class Small:
     """A host tier of a few pages."""
 
     def __init__(self, pages: int = 4, policy: type[EvictionPolicy] = PrefixLRU) -> None:
-        self.directory = Directory("ab" * 32, [PART])
+        self.directory = Directory([PART])
         self.host = HostTier(pages * PAGE, policy, self.directory)
         self.evicted: list[ObjectRecord] = []
 
     def reserve(self, number: int, nbytes: int = PAGE) -> ObjectRecord | None:
-        found = self.directory.ensure(span(number), "0", PART)
+        found = self.directory.ensure("ab" * 32, span(number), "0", PART)
         if self.host.reserve(found, nbytes, self.evicted, 0.0):
             return found
         self.directory.forget(found)
@@ -111,7 +111,7 @@ def test_nothing_is_given_up_for_what_cannot_fit_anyway() -> None:
 
 def test_a_pin_on_an_absent_object_holds_its_record_until_it_is_let_go() -> None:
     small = Small()
-    found = small.directory.ensure(span(1), "0", PART)
+    found = small.directory.ensure("ab" * 32, span(1), "0", PART)
     small.host.pin([found])
     assert small.host.pinned_nbytes == 0
     assert small.directory.find(span_key(1)) is found
@@ -121,7 +121,7 @@ def test_a_pin_on_an_absent_object_holds_its_record_until_it_is_let_go() -> None
 
 def test_bytes_that_arrive_for_a_pinned_absent_object_count_as_pinned() -> None:
     small = Small()
-    found = small.directory.ensure(span(1), "0", PART)
+    found = small.directory.ensure("ab" * 32, span(1), "0", PART)
     small.host.pin([found])
     assert small.host.reserve(found, PAGE, [], 0.0)
     assert small.host.pinned_nbytes == PAGE
@@ -260,7 +260,7 @@ def test_a_lease_outlives_the_hold_beside_it() -> None:
 def test_who_waits_for_an_object_is_not_counted_as_its_second_user() -> None:
     """Under ARC an object that one request loaded and used was used once."""
     small = Small(pages=3, policy=ARC)
-    waited = small.directory.ensure(span(0), "0", PART)
+    waited = small.directory.ensure("ab" * 32, span(0), "0", PART)
     small.host.pin([waited])
     assert small.host.reserve(waited, PAGE, [], 0.0)
     small.host.commit([waited])
@@ -276,7 +276,7 @@ def test_who_waits_for_an_object_is_not_counted_as_its_second_user() -> None:
 
 def test_a_path_of_which_a_part_was_waited_for_still_loses_its_end_first() -> None:
     small = Small()
-    path = [small.directory.ensure(span(n), "0", PART) for n in range(3)]
+    path = [small.directory.ensure("ab" * 32, span(n), "0", PART) for n in range(3)]
     small.host.pin(path)
     for found in (path[1], path[0], path[2]):
         assert small.host.reserve(found, PAGE, [], 0.0)
@@ -306,7 +306,7 @@ def test_a_store_of_a_prompt_refreshes_only_what_is_there() -> None:
     small = Small()
     ready = [small.add(n) for n in range(2)]
     filling = small.reserve(2)
-    absent = small.directory.ensure(span(3), "0", PART)
+    absent = small.directory.ensure("ab" * 32, span(3), "0", PART)
     assert filling is not None
     small.host.refresh([ready[0], filling, absent])
     assert small.named() is ready[1]
@@ -339,7 +339,7 @@ class HostMachine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 7), pages=st.integers(1, 4), odd=st.booleans())
     def reserve(self, number: int, pages: int, odd: bool) -> None:
-        found = self.small.directory.ensure(span(number), "0", PART)
+        found = self.small.directory.ensure("ab" * 32, span(number), "0", PART)
         self.known[number] = found
         if found.host is not HostState.ABSENT:
             return
@@ -387,7 +387,9 @@ class HostMachine(RuleBasedStateMachine):
 
     def leading(self, count: int) -> list[Held]:
         """What is ready of a prompt of numbers 0 to ``count - 1``."""
-        return self.small.directory.leading([span(n).hash for n in range(count)], 16, "0")
+        return self.small.directory.leading(
+            "ab" * 32, [span(n).hash for n in range(count)], 16, "0"
+        )
 
     @rule(count=st.integers(1, 8), late=st.booleans())
     def lease(self, count: int, late: bool) -> None:

@@ -35,8 +35,8 @@ def loss(detail: str = "gone") -> Loss:
 
 def test_the_last_loss_of_a_chunk_is_remembered_until_it_is_stored_again() -> None:
     journal, prompt = Journal(), chain(list(range(8)))
-    journal.lost(prompt.hashes[0], CHUNK, loss("first"))
-    journal.lost(prompt.hashes[0], CHUNK, loss("second"))
+    journal.lost("", prompt.hashes[0], CHUNK, loss("first"))
+    journal.lost("", prompt.hashes[0], CHUNK, loss("second"))
     found = journal.loss(prompt, prompt.span(0))
     assert found is not None
     assert found.detail == "second"
@@ -49,9 +49,9 @@ def test_no_map_grows_beyond_its_limit(limit: int, count: int) -> None:
     journal = Journal(limit)
     for n in range(count):
         prompt = chain([n] * 16)
-        journal.lost(prompt.hashes[0], CHUNK, loss(str(n)))
+        journal.lost("", prompt.hashes[0], CHUNK, loss(str(n)))
         journal.stored(prompt, spans(prompt))
-        journal.lost(prompt.hashes[1], CHUNK, loss(str(n)))
+        journal.lost("", prompt.hashes[1], CHUNK, loss(str(n)))
     assert len(journal._losses._entries) <= limit
     assert len(journal._unscoped._entries) <= limit
     assert len(journal._children._entries) <= max(limit // 16, 1)
@@ -64,14 +64,14 @@ def test_the_oldest_entry_goes_first_and_a_renewed_one_stays() -> None:
     journal = Journal(2)
     a, b, c = (Span(0, 8, name) for name in (b"a", b"b", b"c"))
     for span in (a, b, a, c):
-        journal.lost(span.hash, span.tokens, loss())
+        journal.lost("", span.hash, span.tokens, loss())
     assert journal.loss(ANYBODY, b) is None
     assert journal.loss(ANYBODY, a) is not None
 
 
 def test_two_spans_that_end_alike_are_lost_one_by_one() -> None:
     journal = Journal()
-    journal.lost(b"a", 8, loss())
+    journal.lost("", b"a", 8, loss())
     assert journal.loss(ANYBODY, Span(0, 8, b"a")) is not None
     assert journal.loss(ANYBODY, Span(4, 8, b"a")) is None
 
@@ -121,7 +121,7 @@ def test_the_same_tokens_under_fewer_salts_are_found_and_the_secret_is_not_told(
 def test_what_nobody_is_known_to_have_stored_is_told_to_who_holds_its_salt() -> None:
     journal, scope = Journal(), Scope(salts=(Salt("s"),))
     for prompt in (chain(list(range(8))), chain(list(range(8)), scope)):
-        journal.lost(prompt.hashes[0], CHUNK, loss())
+        journal.lost("", prompt.hashes[0], CHUNK, loss())
         for owner in ("", "bob"):
             asked = chain(list(range(8)), replace(prompt.scope, owner=owner))
             is_told = not owner or bool(prompt.scope.salts)

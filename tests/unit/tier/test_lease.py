@@ -24,12 +24,14 @@ class Small:
     """Three ready objects and the leases on them."""
 
     def __init__(self) -> None:
-        self.directory = Directory("ab" * 32, [PART])
+        self.directory = Directory([PART])
         self.host = HostTier(3 * 4096, PrefixLRU, self.directory)
         self.leases = LeaseTable(self.host)
         self.records: list[ObjectRecord] = []
         for n in range(3):
-            found = self.directory.ensure(Span(0, 16, sha256(b"%d" % n).digest()), "0", PART)
+            found = self.directory.ensure(
+                "ab" * 32, Span(0, 16, sha256(b"%d" % n).digest()), "0", PART
+            )
             assert self.host.reserve(found, 4096, [], 0.0)
             self.host.commit([found])
             self.host.let_go([found])

@@ -124,8 +124,9 @@ async def test_a_listing_that_fails_costs_a_cache_only_questions() -> None:
     rig, chain = make_rig(shared=True), chain_of(16)
     await rig.send_down(chain)
     rig.backend.list = lambda prefix: _raises(SystemExit(1))  # type: ignore[method-assign]
-    rig.stack.recover(rig.tier)
+    rig.tier.was_empty = rig.tier.is_shared = False
+    rig.stack.recover(rig.tier, NAMESPACE)
     await rig.stack.recovered()
-    assert not rig.tier.is_recovered
+    assert rig.tier.must_ask(NAMESPACE)
     assert (await rig.stack.finder.find(chain)).tokens == 16
     await rig.aclose()

@@ -96,7 +96,7 @@ def test_the_same_end_with_other_tokens_is_another_object() -> None:
     assert len(planner.directory) == 2
     assert found(planner, chain) == [(0, 16)]
     planner.vanished([key(chain, 0, 16)], 1, "gone")
-    assert [r.tokens for r in planner.directory.ending(chain.hashes[0])] == [4]
+    assert [r.tokens for r in planner.directory.ending(NAMESPACE, chain.hashes[0])] == [4]
     assert planner.journal.loss(chain, chain.ends(12)[0]) is None
     assert planner.journal.loss(chain, chain.span(0)) is not None
 
@@ -115,10 +115,10 @@ def test_what_is_in_use_is_told_apart_by_tokens_and_by_zone() -> None:
     directory = make_planner().directory
     spans = [(Span(0, 16, b"h" * 32), "0"), (Span(12, 16, b"h" * 32), "0")]
     spans.append((Span(0, 16, b"h" * 32), Salt("s").zone))
-    records = [directory.ensure(span, zone, FULL) for span, zone in spans]
+    records = [directory.ensure(NAMESPACE, span, zone, FULL) for span, zone in spans]
     assert len({record.key for record in records}) == 3
     for record, (span, zone) in zip(records, spans, strict=True):
-        assert directory.chunk(span.hash, span.tokens, zone) is record.chunk
+        assert directory.chunk(NAMESPACE, span.hash, span.tokens, zone) is record.chunk
         assert (record.key.tokens, record.key.zone) == (span.tokens, zone)
 
 

@@ -51,7 +51,7 @@ def stops(match: Match) -> list[int]:
 
 
 def records(planner: Planner, chain: ChunkChain, index: int) -> list[ObjectRecord]:
-    chunk = planner.directory.chunk(chain.hashes[index], CHUNK, "0")
+    chunk = planner.directory.chunk(NAMESPACE, chain.hashes[index], CHUNK, "0")
     return [] if chunk is None else list(chunk.objects)
 
 
@@ -105,7 +105,7 @@ def test_a_tail_without_its_state_gives_way_to_a_shorter_one_that_has_it() -> No
     store(planner, chain_of(24), tail=True)
     chain = chain_of(24)
     tail = chain.tails(1)[0]
-    longest = planner.directory.chunk(tail.hash, tail.tokens, "0")
+    longest = planner.directory.chunk(NAMESPACE, tail.hash, tail.tokens, "0")
     assert longest is not None
     state = [found for found in longest.objects if found.part == STATE]
     planner.evict(state, Cause.CLEARED, "")
@@ -775,7 +775,9 @@ class PlannerMachine(RuleBasedStateMachine):
                 if span.stop > first:
                     assert covers[g], (g, span)
                     if all(found.is_ready for found in covers[g]):
-                        assert directory.covers(span.hash, span.tokens, "0")[g] is not None
+                        assert (
+                            directory.covers(NAMESPACE, span.hash, span.tokens, "0")[g] is not None
+                        )
                     else:  # its tier lost it while it was on its way up
                         assert all(found.is_ready or found.pins for found in covers[g])
 
@@ -820,7 +822,7 @@ TestPlannerMachine: Any = PlannerMachine.TestCase
 def test_what_is_withdrawn_while_a_tier_is_listed_does_not_come_back_with_the_list() -> None:
     planner, chain = make_planner(), chain_of(32)
     keys = probes(planner, chain)
-    planner.listing(1, started=True)
+    planner.listing(1, NAMESPACE, started=True)
     planner.note(keys, 1)
     damaged = planner.match(chain).covers[1][0][0]
     planner.missing(damaged, 1, Cause.CORRUPT, "flipped")
@@ -829,7 +831,7 @@ def test_what_is_withdrawn_while_a_tier_is_listed_does_not_come_back_with_the_li
     planner.vanished(keys[:1], 1, "evicted")
     planner.note(keys, 1)
     assert planner.match(chain).tokens == 0
-    planner.listing(1, started=False)
+    planner.listing(1, NAMESPACE, started=False)
     planner.note(keys, 1)  # whatever is said from now on was seen from now on
     assert planner.match(chain).tokens == 32
 

@@ -238,7 +238,7 @@ async def test_a_second_store_stores_what_the_first_failed_to(cancels: bool) -> 
     else:
         rig.stager.raises = RuntimeError("device lost")
         first.get_loop().call_soon(rig.stager.gate.set)  # type: ignore[union-attr]
-        rig.planner.promises.find(chain.hashes[0], 0.0).watch(  # type: ignore[union-attr]
+        rig.planner.promises.find(chain.namespace, chain.hashes[0], 0.0).watch(  # type: ignore[union-attr]
             lambda: setattr(rig.stager, "raises", None)
         )
     await asyncio.wait({first})

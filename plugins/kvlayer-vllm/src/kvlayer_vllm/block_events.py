@@ -280,7 +280,7 @@ def _places(cache: Cache, name: Name) -> list[Place]:
     end_hash, tokens = name
     tiers = cache.stack.lower
     host = cache.stack.host.name
-    records = cache.stack.planner.directory.ending(end_hash)
+    records = cache.stack.planner.directory.ending(cache.namespace.digest, end_hash)
     objects = [o for record in records if record.tokens == tokens for o in record.objects]
     return [
         *(Place(host, found.part.group) for found in objects if found.host is HostState.READY),

@@ -20,8 +20,8 @@ _DIGEST = 32
 _NOBODY = -1
 _UNKNOWN = 0xFFFFFFFF
 
-SpanName: TypeAlias = tuple[bytes, int, str]
-"""Which span it is: the hash at its end, its tokens, its zone."""
+SpanName: TypeAlias = tuple[str, bytes, int, str]
+"""Which span it is: its namespace, the hash at its end, its tokens, its zone."""
 
 
 class Known(NamedTuple):
@@ -36,6 +36,7 @@ class Known(NamedTuple):
 
 
 class _Kind(NamedTuple):
+    namespace: str
     tokens: int
     zone: str
     part: Part
@@ -74,9 +75,10 @@ class BelowTable:
         return list(self._first)
 
     def ending(self, end_hash: bytes) -> list[SpanName]:
-        """The spans that end so."""
+        """The spans that end so, in every namespace."""
         kinds = [self._kind_of[self._kind[row]] for row in self._rows(end_hash)]
-        return list(dict.fromkeys((end_hash, kind.tokens, kind.zone) for kind in kinds))
+        names = ((kind.namespace, end_hash, kind.tokens, kind.zone) for kind in kinds)
+        return list(dict.fromkeys(names))
 
     def tiers(self, name: SpanName, part: Part) -> int:
         """Which tiers hold an object; 0 where it is not known here."""
@@ -85,11 +87,11 @@ class BelowTable:
 
     def add(self, name: SpanName, known: Known) -> None:
         """An object that is not known here; the most recent now."""
-        end_hash, tokens, zone = name
+        namespace, end_hash, tokens, zone = name
         if next(self._of_span(name), None) is None:
             self.spans += 1
         row = self._free.pop() if self._free else self._grow()
-        kind = self._kind_number(_Kind(tokens, zone, known.part))
+        kind = self._kind_number(_Kind(namespace, tokens, zone, known.part))
         self._kind[row] = kind
         self._digests[row * _DIGEST : (row + 1) * _DIGEST] = end_hash
         self._tiers[row] = known.tiers
@@ -123,7 +125,7 @@ class BelowTable:
     def remove(self, name: SpanName) -> None:
         """Take a span's objects out."""
         for row in list(self._of_span(name)):
-            self._unlink(name[0], row)
+            self._unlink(name[1], row)
             self._order.unlink((row,))
             self._let_kind_go(self._kind[row])
             self._free.append(row)
@@ -136,7 +138,8 @@ class BelowTable:
         if row is None:
             return None
         kind = self._kind_of[self._kind[row]]
-        return bytes(self._digests[row * _DIGEST : (row + 1) * _DIGEST]), kind.tokens, kind.zone
+        end_hash = bytes(self._digests[row * _DIGEST : (row + 1) * _DIGEST])
+        return kind.namespace, end_hash, kind.tokens, kind.zone
 
     # -- rows ------------------------------------------------------------------------------------
 
@@ -147,15 +150,15 @@ class BelowTable:
             row = self._next[row]
 
     def _of_span(self, name: SpanName) -> Iterator[int]:
-        end_hash, tokens, zone = name
+        namespace, end_hash, tokens, zone = name
         for row in self._rows(end_hash):
             kind = self._kind_of[self._kind[row]]
-            if kind.tokens == tokens and kind.zone == zone:
+            if (kind.namespace, kind.tokens, kind.zone) == (namespace, tokens, zone):
                 yield row
 
     def _row(self, name: SpanName, part: Part) -> int:
-        end_hash, tokens, zone = name
-        kind = self._kinds.get(_Kind(tokens, zone, part))
+        namespace, end_hash, tokens, zone = name
+        kind = self._kinds.get(_Kind(namespace, tokens, zone, part))
         return next((row for row in self._rows(end_hash) if self._kind[row] == kind), _NOBODY)
 
     def _grow(self) -> int:

@@ -1,7 +1,8 @@
 """What is where: the state of every object on every tier. Pure memory; no clock, no I/O, no locks.
 
-Records are found by the hash at their end; the same end may close a whole chunk and a shorter span,
-which are two records (``records``).
+Records are found by the hash at their end. The same end may close a whole chunk and a shorter span,
+and the same tokens may have KV in several namespaces: those are as many records (``records``). Who
+asks names the namespace, and is never given a record of another.
 
 A span is *active* while any of its objects is in host memory, on its way there, or unknown to every
 lower tier; all other spans *rest* in a :class:`~kvlayer.tier.planner.below.BelowTable`, where a
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from sys import intern
 from weakref import WeakValueDictionary
 
 from kvlayer.identity.keys import ObjectKey, Part, Span
@@ -28,16 +30,13 @@ _TRIES = 64  # spans that somebody holds which are passed over to find one to fo
 
 
 class Directory:
-    """All records of one namespace, seen by a rank that needs ``needs`` (one part per group).
+    """All records, seen by a rank that needs ``needs`` (one part per group).
 
     Of what only lower tiers hold at most ``most_below`` objects are known: those used longest ago
     are forgotten first, and counted.
     """
 
-    def __init__(
-        self, namespace: str, needs: Sequence[Part], *, most_below: int = _MOST_BELOW
-    ) -> None:
-        self.namespace = namespace
+    def __init__(self, needs: Sequence[Part], *, most_below: int = _MOST_BELOW) -> None:
         self.needs = tuple(needs)
         self._chunks: dict[bytes, ChunkRecord] = {}
         """By end hash; :attr:`ChunkRecord.other` leads to more with the same end."""
@@ -59,21 +58,29 @@ class Directory:
         """Objects that a lower tier holds, as far as is known. Constant time: a scrape asks."""
         return self._held[tier]
 
-    def chunk(self, end_hash: bytes, tokens: int, zone: str) -> ChunkRecord | None:
+    def chunk(self, namespace: str, end_hash: bytes, tokens: int, zone: str) -> ChunkRecord | None:
         """The record of the span of ``tokens`` tokens that ends so."""
-        record = self._active(end_hash, tokens, zone)
+        record = self._active(namespace, end_hash, tokens, zone)
         if record is None and end_hash in self._below:
-            record = self._wake((end_hash, tokens, zone))
+            record = self._wake((namespace, end_hash, tokens, zone))
         return record
 
-    def _active(self, end_hash: bytes, tokens: int, zone: str) -> ChunkRecord | None:
+    def _active(
+        self, namespace: str, end_hash: bytes, tokens: int, zone: str
+    ) -> ChunkRecord | None:
         record = self._chunks.get(end_hash)
-        while record is not None and (record.tokens != tokens or record.zone != zone):
+        while record is not None and (
+            record.tokens != tokens or record.zone != zone or record.namespace != namespace
+        ):
             record = record.other
         return record
 
-    def ending(self, end_hash: bytes) -> Iterator[ChunkRecord]:
-        """Every span known to end so."""
+    def ending(self, namespace: str, end_hash: bytes) -> Iterator[ChunkRecord]:
+        """Every span of a namespace known to end so."""
+        return (found for found in self.every_ending(end_hash) if found.namespace == namespace)
+
+    def every_ending(self, end_hash: bytes) -> Iterator[ChunkRecord]:
+        """Every span known to end so, in any namespace."""
         record = self._chunks.get(end_hash)
         while record is not None:
             yield record
@@ -84,10 +91,10 @@ class Directory:
             yield resting
 
     def covers(
-        self, end_hash: bytes, tokens: int, zone: str
+        self, namespace: str, end_hash: bytes, tokens: int, zone: str
     ) -> list[tuple[ObjectRecord, ...] | None]:
         """Per group, ready objects that together hold what this rank needs of the span."""
-        record = self.chunk(end_hash, tokens, zone)
+        record = self.chunk(namespace, end_hash, tokens, zone)
         return [None] * len(self.needs) if record is None else self.covers_of(record)
 
     def covers_of(self, record: ChunkRecord) -> list[tuple[ObjectRecord, ...] | None]:
@@ -112,7 +119,9 @@ class Directory:
         chosen = plan.cover(need, by_part)
         return None if chosen is None else tuple(by_part[part] for part in chosen)
 
-    def leading(self, hashes: Sequence[bytes], tokens: int, zone: str) -> list[Held]:
+    def leading(
+        self, namespace: str, hashes: Sequence[bytes], tokens: int, zone: str
+    ) -> list[Held]:
         """What serves the first of these spans, as far as one object in host memory is enough.
 
         The quick way to what :meth:`covers` says; where it ends, more may be there. Objects that
@@ -122,6 +131,8 @@ class Directory:
         ready, known, at = HostState.READY, self._chunks.get, 0
         while at < len(hashes):
             record = known(hashes[at])
+            while record is not None and record.namespace != namespace:
+                record = record.other
             if (
                 type(record) is not ObjectRecord
                 or record.host is not ready
@@ -145,21 +156,21 @@ class Directory:
         return found
 
     def find(self, key: ObjectKey) -> ObjectRecord | None:
-        """The record of an object; ``key`` is of this namespace."""
-        zone, end_hash, tokens, part = key.fields()
-        record = self.chunk(end_hash, tokens, zone)
+        """The record of an object."""
+        namespace, zone, end_hash, tokens, part = key.fields()
+        record = self.chunk(namespace, end_hash, tokens, zone)
         return None if record is None else _of_part(record, part)
 
-    def ensure(self, span: Span, zone: str, part: Part) -> ObjectRecord:
+    def ensure(self, namespace: str, span: Span, zone: str, part: Part) -> ObjectRecord:
         """The object's record, made if it is new."""
-        return self._ensure(span.hash, span.tokens, zone, part)
+        return self._ensure((namespace, span.hash, span.tokens, zone), part)
 
     def note(self, key: ObjectKey, tier: int) -> None:
         """Record that a lower tier has an object, as its listing says."""
-        zone, end_hash, tokens, part = key.fields()
-        name = (end_hash, tokens, zone)
+        namespace, zone, end_hash, tokens, part = key.fields()
+        name = (namespace, end_hash, tokens, zone)
         if self._active(*name) is not None or name in self._awake:
-            self.add_tier(self._ensure(end_hash, tokens, zone, part), tier)
+            self.add_tier(self._ensure(name, part), tier)
             return
         tiers = self._below.tiers(name, part)  # nobody has a record: none has to be made
         if not tiers:
@@ -169,15 +180,15 @@ class Directory:
             self._below.hold(name, part, tier)
         self._held[tier] += not tiers >> tier & 1
 
-    def _ensure(self, end_hash: bytes, tokens: int, zone: str, part: Part) -> ObjectRecord:
-        record = self.chunk(end_hash, tokens, zone)
+    def _ensure(self, name: SpanName, part: Part) -> ObjectRecord:
+        record = self.chunk(*name)
         found = None if record is None else _of_part(record, part)
         if found is not None:
             return found
-        found = self._record((end_hash, tokens, zone), part)
+        found = self._record(name, part)
         if record is None:
-            found.other = self._chunks.get(end_hash)
-            self._chunks[end_hash] = found
+            found.other = self._chunks.get(found.hash)
+            self._chunks[found.hash] = found
             self._count += 1
             return found
         self._rise(record)
@@ -188,7 +199,10 @@ class Directory:
         return found
 
     def _record(self, name: SpanName, part: Part) -> ObjectRecord:
-        return ObjectRecord(self.namespace, *name, part, is_whole=part in self.needs)
+        namespace, end_hash, tokens, zone = name
+        return ObjectRecord(
+            intern(namespace), end_hash, tokens, zone, part, is_whole=part in self.needs
+        )
 
     def _part_off(self, alone: ObjectRecord) -> Several:
         """Give a span a record of its own, that its object was until now."""
@@ -206,12 +220,14 @@ class Directory:
         at.other = record
         return record
 
-    def presume(self, span: Span, zone: str, part: Part, tiers: int) -> ObjectRecord | None:
+    def presume(
+        self, namespace: str, span: Span, zone: str, part: Part, tiers: int
+    ) -> ObjectRecord | None:
         """Presume that lower ``tiers``, which were not asked, hold an object while it is pinned.
 
         None where more is known of it. Whoever does not pin it calls :meth:`forget`.
         """
-        found = self.ensure(span, zone, part)
+        found = self.ensure(namespace, span, zone, part)
         if found.is_ready or found.host is HostState.FILLING:
             return None
         found.presumed |= tiers
@@ -221,8 +237,8 @@ class Directory:
 
     def deny(self, key: ObjectKey, tier: int) -> None:
         """A lower tier said that it does not hold an object: it is presumed there no more."""
-        zone, end_hash, tokens, part = key.fields()
-        record = self._active(end_hash, tokens, zone)
+        namespace, zone, end_hash, tokens, part = key.fields()
+        record = self._active(namespace, end_hash, tokens, zone)
         found = None if record is None else _of_part(record, part)
         if found is not None and found.presumed >> tier & 1:
             found.presumed &= ~(1 << tier)
@@ -322,7 +338,7 @@ class Directory:
         """Something of a span changes: it is active until it may rest again."""
         if record.is_resting:
             record.is_resting = False
-            name = (record.hash, record.tokens, record.zone)
+            name = _name(record)
             self._below.remove(name)
             self._awake.pop(name, None)
             record.other = self._chunks.get(record.hash)
@@ -334,7 +350,7 @@ class Directory:
         for found in record.objects:
             if found.host is not HostState.ABSENT or not found.tiers or found.writing:
                 return
-        name = (record.hash, record.tokens, record.zone)
+        name = _name(record)
         if record.is_resting or self._active(*name) is not record:
             return  # what was forgotten and is known anew is another record's
         self._unlink(record)
@@ -386,7 +402,7 @@ class Directory:
     def chunks(self) -> list[ChunkRecord]:
         """Every span known now. Makes a record of each that rests."""
         ends = dict.fromkeys([*self._chunks, *self._below.ends()])
-        return [record for end_hash in ends for record in self.ending(end_hash)]
+        return [record for end_hash in ends for record in self.every_ending(end_hash)]
 
     def active(self) -> Iterator[ObjectRecord]:
         """The objects of active spans, all that are in host memory among them.
@@ -403,6 +419,10 @@ class Directory:
         """Every object's record. Do not change states while iterating."""
         for record in self.chunks():
             yield from record.objects
+
+
+def _name(record: ChunkRecord) -> SpanName:
+    return record.namespace, record.hash, record.tokens, record.zone
 
 
 def _of_part(record: ChunkRecord, part: Part) -> ObjectRecord | None:

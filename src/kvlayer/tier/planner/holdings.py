@@ -19,6 +19,7 @@ from kvlayer.tier.planner.records import ObjectRecord
 __all__ = ["Holdings"]
 
 _MAX_ASIDE = 4096  # objects set aside that are remembered
+_MAX_SERVED = 64  # namespaces
 _MAX_WITHDRAWN = 65_536  # objects that went while their tier is listed
 
 
@@ -33,17 +34,21 @@ class Holdings:
         self._journal = journal
         self._tiers = tiers
         self._absences = Absences()
-        self._withdrawn: dict[int, Recent[ObjectKey, None]] = {}
-        """By tier that is being listed, what has gone from it meanwhile. What is forgotten may be
-        noted although it has gone: a read then finds it missing."""
+        self.served: Recent[str, None] = Recent(_MAX_SERVED)
+        """Namespaces that requests have asked for, lately. What is heard of others is passed over:
+        a tier may hold those of other models, too."""
+        self._withdrawn: dict[tuple[int, str], Recent[ObjectKey, None]] = {}
+        """By tier and namespace that are being listed, what has gone from it meanwhile. What is
+        forgotten may be noted although it has gone: a read then finds it missing."""
         self._aside: Recent[tuple[int, ObjectKey], None] = Recent(_MAX_ASIDE)
         """What a tier may hold but could not deliver."""
 
     def note(self, keys: Iterable[ObjectKey], tier: int) -> None:
         """See ``Planner.note``."""
-        withdrawn = self._withdrawn.get(tier, ())
         for key in keys:
-            if key in withdrawn or (tier, key) in self._aside:
+            if (namespace := key.namespace) not in self.served:
+                continue
+            if key in self._withdrawn.get((tier, namespace), ()) or (tier, key) in self._aside:
                 continue
             if self._matcher.can_exist(key):
                 self._absences.withdraw(tier, key)
@@ -59,12 +64,12 @@ class Holdings:
         """Those of ``keys`` that a tier has not just said to be absent."""
         return self._absences.open(tier, keys, now)
 
-    def listing(self, tier: int, *, started: bool) -> None:
+    def listing(self, tier: int, namespace: str, *, started: bool) -> None:
         """See ``Planner.listing``."""
         if started:
-            self._withdrawn[tier] = Recent(_MAX_WITHDRAWN)
+            self._withdrawn[tier, namespace] = Recent(_MAX_WITHDRAWN)
         else:
-            self._withdrawn.pop(tier, None)
+            self._withdrawn.pop((tier, namespace), None)
 
     def written(self, record: ObjectRecord, tier: int) -> None:
         """A tier has got an object."""
@@ -96,6 +101,8 @@ class Holdings:
     ) -> None:
         """See ``Planner.vanished``."""
         for key in keys:
+            if key.namespace not in self.served:
+                continue
             self._withdraw(key, tier)
             record = self._directory.find(key)
             if record is not None and record.tiers >> tier & 1:
@@ -106,8 +113,9 @@ class Holdings:
     def lost(self, key: ObjectKey, cause: Cause, tier: int, detail: str, wall: float) -> None:
         """Remember why an object is gone."""
         loss = Loss(cause, self._tiers[tier], wall, detail)
-        self._journal.lost(key.end_hash, key.tokens, loss)
+        self._journal.lost(key.namespace, key.end_hash, key.tokens, loss)
 
     def _withdraw(self, key: ObjectKey, tier: int) -> None:
-        if tier in self._withdrawn:
-            self._withdrawn[tier][key] = None
+        withdrawn = self._withdrawn.get((tier, key.namespace)) if self._withdrawn else None
+        if withdrawn is not None:
+            withdrawn[key] = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from sys import intern
 from typing import TypeAlias
 
 from kvlayer.identity.keys import PUBLIC_ZONE, ChunkChain, Span
@@ -24,7 +25,10 @@ class Loss:
 
 
 class Journal:
-    """Losses by end hash and tokens, and for recent stores what else began the same way.
+    """Losses by span, and for recent stores what else began the same way.
+
+    A span is named by its namespace, end hash and tokens. What is known of one namespace is told to
+    nobody who asks for another.
 
     Nobody learns of another's data here, not even that there is some. What is remembered of a store
     is told to the owner that stored, under the salts it was stored under; what nobody is known to
@@ -36,17 +40,17 @@ class Journal:
     """
 
     def __init__(self, limit: int = 65536) -> None:
-        self._losses: Recent[tuple[bytes, int], Loss] = Recent(limit)
-        self._stored: Recent[tuple[bytes, int], None] = Recent(limit)
+        self._losses: Recent[_Name, Loss] = Recent(limit)
+        self._stored: Recent[_Name, None] = Recent(limit)
         """Spans that somebody has stored, lately."""
-        self._owners: Recent[tuple[bytes, int, str], None] = Recent(limit)
+        self._owners: Recent[tuple[str, bytes, int, str], None] = Recent(limit)
         """The same, with who it was: a span may have any number of owners."""
         self._children: Recent[tuple[bytes, _View], bytes] = Recent(max(limit // 16, 1))
         self._unscoped: Recent[tuple[bytes, _View], tuple[bytes, str]] = Recent(limit)
 
-    def lost(self, end_hash: bytes, tokens: int, loss: Loss) -> None:
+    def lost(self, namespace: str, end_hash: bytes, tokens: int, loss: Loss) -> None:
         """An object of this span is gone."""
-        self._losses[end_hash, tokens] = loss
+        self._losses[intern(namespace), end_hash, tokens] = loss
 
     def stored(self, chain: ChunkChain, spans: Sequence[Span], known: Iterable[Span] = ()) -> None:
         """These spans were stored; ``known`` ones were there already, and are the owner's too."""
@@ -54,27 +58,27 @@ class Journal:
         last = max((span.start // chain.chunk_step for span in told), default=-1)
         prints, scope, owner = chain.fingerprints(last + 1), describe(chain), chain.scope.owner
         for span in told:
-            name = span.hash, span.tokens
+            name = _name(chain, span)
             self._stored[name] = None
             self._owners[*name, owner] = None
-            view = owner, _zones(chain, span.stop)
+            view = chain.namespace, owner, _zones(chain, span.stop)
             self._children[chain.parent(span.start), view] = chain.token_bytes(span)
             index = span.start // chain.chunk_step
             if index < len(prints) and span.tokens == chain.chunk_step:
                 self._unscoped[prints[index], view] = (span.hash, scope)
         for span in spans:
-            self._losses.pop((span.hash, span.tokens))
+            self._losses.pop(_name(chain, span))
 
     def is_own(self, chain: ChunkChain, span: Span) -> bool:
         """Whether whoever asks about the prompt may be told of this span."""
-        name, owner = (span.hash, span.tokens), chain.scope.owner
+        name, owner = _name(chain, span), chain.scope.owner
         if name not in self._stored:
             return not owner or chain.zone(span) != PUBLIC_ZONE
         return (*name, owner) in self._owners
 
     def loss(self, chain: ChunkChain, span: Span) -> Loss | None:
         """How the span was lost, as far as it is the asker's."""
-        return self._losses.get((span.hash, span.tokens)) if self.is_own(chain, span) else None
+        return self._losses.get(_name(chain, span)) if self.is_own(chain, span) else None
 
     def elsewhere(self, chain: ChunkChain, index: int) -> str | None:
         """Under which other scope its owner stored the tokens of chunk ``index``, in words."""
@@ -100,8 +104,16 @@ class Journal:
         return None
 
 
-_View: TypeAlias = tuple[str, tuple[str, ...]]
-"""Who may be told: an owner, and zones whose salts whoever asks must present, in their order."""
+_Name: TypeAlias = tuple[str, bytes, int]
+"""Which span: its namespace, end hash and tokens."""
+
+_View: TypeAlias = tuple[str, str, tuple[str, ...]]
+"""Who may be told: who asks for a namespace, an owner, and with zones whose salts must be
+presented, in their order."""
+
+
+def _name(chain: ChunkChain, span: Span) -> _Name:
+    return chain.namespace, span.hash, span.tokens
 
 
 def _zones(chain: ChunkChain, stop: int) -> tuple[str, ...]:
@@ -112,7 +124,9 @@ def _zones(chain: ChunkChain, stop: int) -> tuple[str, ...]:
 def _views(chain: ChunkChain) -> list[_View]:
     """What whoever asks about a prompt may see: with all of its salts first, without any last."""
     zones = _zones(chain, chain.num_tokens)
-    return [(chain.scope.owner, zones[:count]) for count in range(len(zones), -1, -1)]
+    return [
+        (chain.namespace, chain.scope.owner, zones[:count]) for count in range(len(zones), -1, -1)
+    ]
 
 
 def describe(chain: ChunkChain) -> str:

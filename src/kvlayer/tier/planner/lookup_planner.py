@@ -25,6 +25,7 @@ class LookupPlanner(Tables):
 
     def search(self, chain: ChunkChain, *, every: bool) -> Search:
         """What to ask the tiers about a prompt; ``every``: about every chunk of it."""
+        self.serve(chain.namespace)
         return Search(self._matcher, self._groups, chain, every=every)
 
     def questions(
@@ -88,7 +89,7 @@ class LookupPlanner(Tables):
             return None
         next_ = chain.span(index) if index < len(chain) else chain.tails(index)[0]
         with self.lock:
-            promise = self.promises.find(next_.hash, now)
+            promise = self.promises.find(chain.namespace, next_.hash, now)
         return None if promise is None else (promise, next_.hash)
 
     def by_tier(self, match: Match) -> dict[str, int]:
@@ -106,10 +107,10 @@ class LookupPlanner(Tables):
         with self.lock:
             self._holdings.absent(keys, tier, now)
 
-    def listing(self, tier: int, *, started: bool) -> None:
+    def listing(self, tier: int, namespace: str, *, started: bool) -> None:
         """A tier is being listed: what is withdrawn meanwhile must not come back with the list."""
         with self.lock:
-            self._holdings.listing(tier, started=started)
+            self._holdings.listing(tier, namespace, started=started)
 
     def lease(self, match: Match, *, owner: str, seconds: float, is_holding: bool = False) -> Lease:
         """Pin a match. Also drops leases whose deadline has passed. See ``Lease.is_holding``."""

@@ -184,7 +184,8 @@ class Matcher:
         if stop < chain.num_tokens:
             hashes = hashes[: stop // step]
         # Where another zone begins, this ends: zones only follow each other.
-        found = self._directory.leading(hashes, step, chain.zone_before(step))
+        zone = chain.zone_before(step)
+        found = self._directory.leading(chain.namespace, hashes, step, zone)
         return found, sum(len(each) if isinstance(each, Strand) else 1 for each in found)
 
     def _chunks(self, chain: ChunkChain, stop: int, known: int) -> tuple[list[Span], list[Covers]]:
@@ -194,11 +195,12 @@ class Matcher:
         reach its end together.
         """
         covers, step, spans = self._directory.covers, chain.chunk_step, list[Span]()
+        namespace = chain.namespace
         found: list[Covers] = []
         listed = known  # full chunks that are in ``spans``, whole or in pieces, or before them
         for index in range(known, min(stop // step, len(chain))):
             end_hash = chain.hashes[index]
-            groups = covers(end_hash, step, chain.zone_before((index + 1) * step))
+            groups = covers(namespace, end_hash, step, chain.zone_before((index + 1) * step))
             if self._has_every(groups):
                 found.append(groups)
                 continue
@@ -226,7 +228,7 @@ class Matcher:
             if end.stop > stop:
                 break
             zone = chain.zone(end)
-            for record in self._directory.ending(end.hash):
+            for record in self._directory.ending(chain.namespace, end.hash):
                 before = ways.get(end.stop - record.tokens)
                 if before is None or record.zone != zone:
                     continue
@@ -296,7 +298,7 @@ class Matcher:
     def _covers(self, chain: ChunkChain, index: int) -> Covers:
         step = chain.chunk_step
         zone = chain.zone_before((index + 1) * step)
-        return self._directory.covers(chain.hashes[index], step, zone)
+        return self._directory.covers(chain.namespace, chain.hashes[index], step, zone)
 
     def probes(self, chain: ChunkChain) -> list[ObjectKey]:
         """Full-chunk objects that nobody has seen, from the first gap on."""
@@ -327,7 +329,8 @@ class Matcher:
         """
         keys: list[ObjectKey] = []
         for tail in chain.tails(index):
-            groups = self._directory.covers(tail.hash, tail.tokens, chain.zone(tail))
+            zone = chain.zone(tail)
+            groups = self._directory.covers(chain.namespace, tail.hash, tail.tokens, zone)
             missing = [g for g, cover in enumerate(groups) if cover is None]
             if not missing:
                 break
@@ -340,14 +343,15 @@ class Matcher:
         step, is_whole = chain.chunk_step, True
         for index, end_hash in enumerate(chain.hashes):
             start, stop = index * step, (index + 1) * step
-            record = self._directory.chunk(end_hash, step, chain.zone_before(stop))
+            zone = chain.zone_before(stop)
+            record = self._directory.chunk(chain.namespace, end_hash, step, zone)
             if record is not None:
                 yield record
             elif is_whole:
                 path = next(self._paths(chain, start, stop), ())
                 is_whole = bool(path) and path[-1][0].stop == stop
                 for span, _ in path:
-                    piece = self._directory.chunk(span.hash, span.tokens, chain.zone(span))
+                    piece = self.record(chain, span)
                     if piece is not None:  # who draws this slowly may find it gone
                         yield piece
 
@@ -360,20 +364,26 @@ class Matcher:
                 if not self.lacks(chain, index, g):
                     continue
                 for part in self._cuts[g]:
-                    found = self._directory.presume(span, chain.zone(span), part, run.tiers)
+                    found = self._directory.presume(
+                        chain.namespace, span, chain.zone(span), part, run.tiers
+                    )
                     if found is not None:
                         presumed.append(found)
         return presumed
 
     def _keys(self, chain: ChunkChain, span: Span, group: int) -> list[ObjectKey]:
-        zone, space = chain.zone(span), self._directory.namespace
+        zone, space = chain.zone(span), chain.namespace
         return [
             ObjectKey.of(space, zone, span.hash, span.tokens, part) for part in self._cuts[group]
         ]
 
+    def record(self, chain: ChunkChain, span: Span) -> ChunkRecord | None:
+        """What is known of a span of a prompt."""
+        return self._directory.chunk(chain.namespace, span.hash, span.tokens, chain.zone(span))
+
     def can_exist(self, key: ObjectKey) -> bool:
-        """Whether a key from outside names this namespace and what the model can have."""
-        if key.count("/") != 3 or not key.startswith(f"{self._directory.namespace}/"):
+        """Whether a key from outside names what the model can have."""
+        if key.count("/") != 3:
             return False
         try:
             if key.tokens not in self._lengths:

@@ -40,28 +40,27 @@ class Promise:
 
 
 class Promises:
-    """All promises of one namespace, by chunk."""
+    """All promises, by namespace and chunk."""
 
-    def __init__(self, namespace: str) -> None:
-        self._namespace = namespace
-        self._by_hash: dict[bytes, Promise] = {}
+    def __init__(self) -> None:
+        self._by_chunk: dict[tuple[str, bytes], Promise] = {}
 
     def __len__(self) -> int:
         """Chunks that are promised."""
-        return len(self._by_hash)
+        return len(self._by_chunk)
 
-    def make(self, zone: str, *, holder: str, until: float) -> Promise:
+    def make(self, namespace: str, zone: str, *, holder: str, until: float) -> Promise:
         """A promise of nothing yet."""
-        return Promise(self._namespace, zone, holder, until)
+        return Promise(namespace, zone, holder, until)
 
     def add(self, promise: Promise, chunk_hash: bytes) -> None:
         """``promise`` is about one more chunk. Who promised it first stays the one to ask."""
         promise.hashes[chunk_hash] = None
-        self._by_hash.setdefault(chunk_hash, promise)
+        self._by_chunk.setdefault((promise.namespace, chunk_hash), promise)
 
-    def find(self, chunk_hash: bytes, now: float) -> Promise | None:
+    def find(self, namespace: str, chunk_hash: bytes, now: float) -> Promise | None:
         """Who promised a chunk and is still believed."""
-        promise = self._by_hash.get(chunk_hash)
+        promise = self._by_chunk.get((namespace, chunk_hash))
         if promise is not None and promise.until <= now:
             self.end(promise, promise.hashes, kept=False)
             return None
@@ -74,6 +73,7 @@ class Promises:
                 continue
             del promise.hashes[chunk_hash]
             promise.kept += kept
-            if self._by_hash.get(chunk_hash) is promise:
-                del self._by_hash[chunk_hash]
+            chunk = promise.namespace, chunk_hash
+            if self._by_chunk.get(chunk) is promise:
+                del self._by_chunk[chunk]
         promise.changed()

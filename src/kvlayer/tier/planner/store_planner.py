@@ -57,7 +57,7 @@ class StorePlanner:
     def begin(self, todo: StorePlan, held: list[ObjectRecord], now: Moment) -> None:
         """Begin a plan that holds ``held``. :meth:`gathered` must be called."""
         until = now.clock + _BELIEVED_SECONDS
-        todo.promise = self._promises.make("", holder="store", until=until)
+        todo.promise = self._promises.make(todo.chain.namespace, "", holder="store", until=until)
         todo.held = held
         self._host.hold(held)
 
@@ -116,7 +116,7 @@ class StorePlanner:
                 yield
         for slot in slots[-1:]:
             span = slot.span
-            last = self._directory.chunk(span.hash, span.tokens, chain.zone(span))
+            last = self._matcher.record(chain, span)
             if last is not None:
                 found[last] = None
         path = [o for record in found for o in record.objects]
@@ -146,11 +146,11 @@ class StorePlanner:
             if self._groups[g].hit_rule is HitRule.TRAILING and not todo.holds(g, span):
                 continue
             for part in cut:
-                record = self._directory.ensure(span, chain.zone(span), part)
+                record = self._directory.ensure(chain.namespace, span, chain.zone(span), part)
                 if record.host is not HostState.ABSENT or record.tiers & ~todo.dead:
                     known.append(record)
                     if record.host is HostState.FILLING and not record.tiers & ~todo.dead:
-                        other = self._promises.find(span.hash, now.clock)
+                        other = self._promises.find(chain.namespace, span.hash, now.clock)
                     continue
                 slot: Reservation | None = None
                 try:
@@ -179,7 +179,7 @@ class StorePlanner:
     def _supersede(self, chain: ChunkChain, span: Span) -> None:
         """Tails that the first newly stored span contains are the cheapest thing to lose."""
         for shorter in chain.tails(span.start // chain.chunk_step):
-            record = self._directory.chunk(shorter.hash, shorter.tokens, chain.zone(shorter))
+            record = self._matcher.record(chain, shorter)
             if record is not None and shorter.stop < span.stop:
                 for found in record.objects:
                     self._host.demote(found)

@@ -61,13 +61,12 @@ class Survey(Tables):
 
     def account(self, chain: ChunkChain, span: Span) -> Account:
         """What is known of a span of a prompt, and what became of it."""
-        zone = chain.zone(span)
         with self.lock:
-            record = self.directory.chunk(span.hash, span.tokens, zone)
+            record = self._matcher.record(chain, span)
             objects = () if record is None else record.objects
             is_own = self.journal.is_own(chain, span)
             return Account(
-                self.directory.covers(span.hash, span.tokens, zone),
+                [None] * len(self._groups) if record is None else self.directory.covers_of(record),
                 is_own,
                 is_own and any(found.host is HostState.FILLING for found in objects),
                 self.journal.loss(chain, span),
@@ -82,7 +81,7 @@ class Survey(Tables):
         for at in range(0, len(spans), _SLICE):
             with self.lock:
                 for span in spans[at : at + _SLICE]:
-                    record = self.directory.chunk(span.hash, span.tokens, chain.zone(span))
+                    record = self._matcher.record(chain, span)
                     records += () if record is None else record.objects
         return records
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from sys import intern
 from threading import RLock
 
 from kvlayer.abc.policy import PolicyMaker
@@ -27,7 +28,10 @@ _MAX_SHAPES = 4096
 
 
 class Tables:
-    """One rank of one namespace, or several ``ranks`` that ``layout`` unites.
+    """One rank, or several ``ranks`` that ``layout`` unites, and KV of any number of namespaces.
+
+    Host memory, its order of eviction and leases are common to all of them; a prompt's chain says
+    in which it is looked up and stored. ``namespace`` (a digest) is served from the start.
 
     ``tiers`` are names, that of the host first; ``generations`` are the slab's. What is decided is
     decided by the pure files that are put together here; they are given the moment.
@@ -60,14 +64,15 @@ class Tables:
         needs = [plan.rank_part(i, g) for i, g in enumerate(layout.groups)]
         self._cuts = plan.cuts(layout, ranks or (layout,), head_shards)
         self._payloads: dict[tuple[Part, int], Payload] = {}
-        self.directory = Directory(namespace, needs)
+        self.directory = Directory(needs)
         lengths = range(tokens_per_tail, tokens_per_chunk + 1, tokens_per_tail)
         self._matcher = Matcher(self.directory, self._groups, self._cuts, lengths)
         self.host = HostTier(capacity, policy, self.directory, generations)
         self.leases = LeaseTable(self.host)
         self.journal = Journal()
-        self.promises = Promises(namespace)
+        self.promises = Promises()
         self._holdings = Holdings(self.directory, self._matcher, self.journal, self.tiers)
+        self.serve(namespace)
         self._stores = StorePlanner(
             self.host,
             self._matcher,
@@ -96,6 +101,16 @@ class Tables:
                 self._payloads.clear()
             self._payloads[part, tokens] = shape
         return shape
+
+    def serve(self, namespace: str) -> None:
+        """Requests ask for a namespace: what tiers say of its objects is noted from now on."""
+        with self.lock:
+            self._holdings.served[intern(namespace)] = None
+
+    def served(self) -> list[str]:
+        """The namespaces that requests have asked for, at most 64: the latest."""
+        with self.lock:
+            return list(self._holdings.served)
 
     def _now(self) -> Moment:
         return Moment(self._clock(), self._wall_clock())

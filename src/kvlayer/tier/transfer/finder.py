@@ -100,7 +100,11 @@ class Finder:
         In any thread.
         """
         has_forgotten = self._planner.has_forgotten
-        tiers = _bits(t for t in self._lower if t.guard.serves and _must_ask(t, has_forgotten))
+        tiers = _bits(
+            tier
+            for tier in self._lower
+            if tier.guard.serves and (has_forgotten or tier.must_ask(chain.namespace))
+        )
         rate = self._rate()
 
         def choose(match: Match) -> Match | None:
@@ -126,7 +130,11 @@ class Finder:
     async def _learn(self, chain: ChunkChain, *, every: bool) -> Sequence[Run]:
         """Ask lower tiers about a prompt, round by round; what may be presumed of it."""
         has_forgotten = self._planner.has_forgotten
-        asked = {tier.index: tier for tier in self._lower if _must_ask(tier, has_forgotten)}
+        asked = {
+            tier.index: tier
+            for tier in self._lower
+            if has_forgotten or tier.must_ask(chain.namespace)
+        }
         search = self._planner.search(chain, every=every)
         until = self._clock() + max((t.guard.deadline for t in asked.values()), default=0.0)
         while asked:
@@ -223,10 +231,6 @@ class Finder:
 def _no_time(_tier: int, _nbytes: int) -> float:
     """What loading takes where nobody knows what computing takes."""
     return 0.0
-
-
-def _must_ask(tier: LowerTier, has_forgotten: bool) -> bool:
-    return tier.must_ask or has_forgotten
 
 
 def _bits(tiers: Iterable[LowerTier]) -> int:
