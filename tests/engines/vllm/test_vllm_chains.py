@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from array import array
+from functools import partial
 from hashlib import sha256
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from kvlayer import Scope
+from kvlayer import KVView, Portal, Scope
 from kvlayer.identity.chain import ChunkChain
 from kvlayer.identity.tokens import Tokens, token_bytes
+from kvlayer_vllm.moves import Save
 from kvlayer_vllm.token_ids import TokenIds
 
 CHUNK, TAIL = 64, 32
@@ -119,15 +122,58 @@ def test_names_under_one_scope_are_never_taken_for_another() -> None:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("stop", [0, 1, 65_536, 65_537, 200_000])
-async def test_a_long_prompt_is_named_in_slices(stop: int) -> None:
+async def test_a_long_prompt_is_named_in_slices(stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
     source = [n % 509 for n in range(stop)]
     ids = TokenIds(source)
-    at_once: list[int] = []
+    counted, turns = Counted(monkeypatch), list[int]()
 
-    def naming(tokens: Tokens, scope: Scope) -> ChunkChain:
-        at_once.append(len(tokens))
-        return name(tokens, scope)
+    async def others() -> None:
+        while True:
+            turns.append(counted.look()[1])
+            await asyncio.sleep(0)
 
-    chain = await ids.chain_in_slices(naming, stop, Scope())
+    other = asyncio.ensure_future(others())
+    chain = await ids.chain_in_slices(name, await ids.upto_in_slices(stop), Scope())
+    other.cancel()
+    turns.append(counted.look()[1])
+    assert max(turns) * TAIL <= 65_536
+    assert sum(turns) == stop // TAIL
+    # A text that was named is not named again, however it is asked for.
+    assert (await ids.chain_in_slices(name, ids.upto(stop), Scope())).links == chain.links
+    assert counted.look()[1] == 0
+    monkeypatch.undo()
     assert chain.links == name(source, Scope()).links
-    assert max(at_once, default=0) <= 65_536
+
+
+@pytest.mark.asyncio
+async def test_a_store_lets_others_run_while_it_names_a_long_prompt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody looked it up before: the whole prompt is named by its first save."""
+    ids, turns = TokenIds([n % 509 for n in range(200_000)]), list[int]()
+    counted = Counted(monkeypatch)
+
+    class Stored:
+        chain = staticmethod(name)
+
+        async def store(self, chain: ChunkChain, view: object, **_: object) -> None:
+            turns.append(-len(chain.links))
+
+    class OnLoop:
+        def submit(self, run: Any, *args: Any, **options: Any) -> None:
+            self.work = run(Stored(), *args, **options)
+
+    async def others() -> None:
+        while True:
+            turns.append(counted.look()[1])
+            await asyncio.sleep(0)
+
+    save, portal = Save("r"), OnLoop()
+    naming = partial(ids.chain_in_slices, tokens=ids.upto(200_000), scope=Scope())
+    save.begin(cast("Portal", portal), naming, cast("KVView", None), first_token=0, tail=True)
+    other = asyncio.ensure_future(others())
+    await portal.work
+    other.cancel()
+    assert min(turns) == -(200_000 // TAIL)
+    assert max(turns) * TAIL <= 65_536
+    assert save.is_over

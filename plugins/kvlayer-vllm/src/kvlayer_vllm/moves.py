@@ -54,7 +54,7 @@ class Save:
     def begin(
         self,
         portal: Portal,
-        name: Callable[[Name], ChunkChain],
+        name: Callable[[Name], Awaitable[ChunkChain]],
         view: KVView,
         *,
         first_token: int,
@@ -72,7 +72,7 @@ class Save:
     async def _run(
         self,
         cache: Cache,
-        name: Callable[[Name], ChunkChain],
+        name: Callable[[Name], Awaitable[ChunkChain]],
         view: KVView,
         *,
         first_token: int,
@@ -80,7 +80,7 @@ class Save:
         learn: Learn | None,
     ) -> None:
         try:
-            chain = name(cache.chain)
+            chain = await name(cache.chain)
             if learn is not None:
                 await learn(cache, chain)
             await cache.store(

@@ -9,8 +9,9 @@ from functools import partial
 from kvlayer import Cache, Portal, RetrieveReport, Scope
 from kvlayer.api.hit import PrefixHit
 from kvlayer.api.lookup import Lookup, LookupState
+from kvlayer.identity.chain import ChunkChain
 from kvlayer.runtime.job import Job
-from kvlayer_vllm.token_ids import TokenIds
+from kvlayer_vllm.token_ids import Name, TokenIds
 
 __all__ = ["Search"]
 
@@ -101,9 +102,11 @@ class Search:
         if count <= _LONG:
             chain = self._ids.chain(name, self._ids.upto(count), scope)
             return self._portal.lookup(chain, scope=scope)
-        return self._portal.lookup_on_loop(
-            partial(self._ids.chain_in_slices, name, count, scope), scope=scope
-        )
+        return self._portal.lookup_on_loop(partial(self._named, name, count, scope), scope=scope)
+
+    async def _named(self, name: Name, count: int, scope: Scope) -> ChunkChain:
+        tokens = await self._ids.upto_in_slices(count)
+        return await self._ids.chain_in_slices(name, tokens, scope)
 
     def _renew(self, lookup: Lookup) -> None:
         self._since = self._clock()

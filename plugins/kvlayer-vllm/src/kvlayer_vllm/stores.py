@@ -104,7 +104,7 @@ class Stores:
             learn = partial(self._events.stores, request=request, first=first)
         save.begin(
             self._portal,
-            partial(tracked.ids.chain, tokens=tokens, scope=scope),
+            partial(tracked.ids.chain_in_slices, tokens=tokens, scope=scope),
             view,
             first_token=first,
             tail=tail,

@@ -73,10 +73,11 @@ class TokenIds:
             self._chain = chain = known.grown(tokens[count:])
         return chain
 
-    async def chain_in_slices(self, name: Name, stop: int, scope: Scope) -> ChunkChain:
-        """:meth:`chain` of the first ``stop`` tokens on a loop that has other things to do."""
-        tokens = await self.upto_in_slices(stop)
-        for count in range(_NAMED_AT_ONCE, len(tokens), _NAMED_AT_ONCE):
+    async def chain_in_slices(self, name: Name, tokens: array[int], scope: Scope) -> ChunkChain:
+        """:meth:`chain` on a loop that has other things to do as well."""
+        known = self._chain
+        named = known.num_tokens if known is not None and known.scope == scope else 0
+        for count in range(named + _NAMED_AT_ONCE, len(tokens), _NAMED_AT_ONCE):
             self.chain(name, tokens[:count], scope)
             await asyncio.sleep(0)
         return self.chain(name, tokens, scope)
