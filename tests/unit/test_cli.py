@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
 
 import click
 import pytest
 from click.testing import CliRunner
 
 from kvlayer._version import version
+from kvlayer.cli import main as main_module
 from kvlayer.cli.main import Program, program
 from kvlayer.config.registry import COMMANDS
 from kvlayer.errors import BackendUnavailableError, ConfigError, PluginError
@@ -88,6 +93,33 @@ def test_an_error_of_ours_is_a_message_a_hint_and_an_exit_code(error, code):
 def test_a_bug_is_not_dressed_up_as_an_answer():
     with pytest.raises(ZeroDivisionError):
         CliRunner().invoke(failing(ZeroDivisionError()), ["fail"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("command", ["info", "doctor", "--version", "--help"])
+def test_output_that_cannot_be_written_is_one_line(command):
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "kvlayer.cli", command],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (ended.returncode, ended.stderr) == (
+        1,
+        f"error: the output cannot be written: {os.strerror(errno.ENOSPC)}\n",
+    )
+
+
+def test_what_a_command_cannot_read_is_not_blamed_on_the_output(monkeypatch):
+    @click.command()
+    def broken() -> None:
+        raise FileNotFoundError(errno.ENOENT, "gone", "file")
+
+    monkeypatch.setattr(main_module, "program", broken)
+    monkeypatch.setattr(sys, "argv", ["kvlayer"])
+    with pytest.raises(FileNotFoundError, match="gone"):
+        main_module.main()
 
 
 def test_info_prints_every_value_with_its_origin(kvlayer, tmp_path, monkeypatch):

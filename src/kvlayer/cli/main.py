@@ -6,6 +6,8 @@ or the configuration is wrong; 3 a plugin is missing or broken.
 
 from __future__ import annotations
 
+import errno
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +26,9 @@ EXIT_PLUGIN = 3
 
 ELSEWHERE: Mapping[str, str] = MappingProxyType({"demo": "kvlayer-transformers[demo]"})
 """Commands of this project that another distribution brings."""
+
+_OUTPUT_IS_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+"""What writing to stdout ends in that no pipe is behind; tiers raise errors of ours."""
 
 
 class ElsewhereError(PluginError):
@@ -120,4 +125,10 @@ program = Program(
 
 def main() -> None:
     """Entry point of the console script."""
-    program.main(prog_name="kvlayer")
+    try:
+        program.main(prog_name="kvlayer")
+    except OSError as exc:
+        if exc.filename is not None or exc.errno not in _OUTPUT_IS_FULL:
+            raise
+        click.echo(f"error: the output cannot be written: {exc.strerror}", err=True)
+        sys.exit(EXIT_BAD)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ __all__ = [
     "is_tuner",
     "own_modules",
     "spread",
+    "tensors_in",
     "tensors_of",
 ]
 
@@ -66,7 +67,12 @@ def spread(tensor: torch.Tensor, count: int, numel: int) -> torch.Tensor | None:
 
 def tensors_of(model: Model) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """Name, tensor, whether it is part of the weights. Adapters are judged elsewhere."""
-    for name, module in own_modules(model):
+    return tensors_in(own_modules(model))
+
+
+def tensors_in(modules: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """:func:`tensors_of` the modules that :func:`own_modules` found."""
+    for name, module in modules:
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 persistent = key not in module._non_persistent_buffers_set

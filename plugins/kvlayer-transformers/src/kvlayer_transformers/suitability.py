@@ -27,22 +27,25 @@ class Suitability:
         self._prove = prove
         self._verdicts: dict[bytes, Verdict] = {}
         self._zeros: dict[str, bool] = {}
-        self._verdict()
+        self._verdict = self._tried()
+        """Of the model with the adapters that were active at the last check."""
         self._watch = Watch(model)
         self._vocabulary = _vocabulary(model)
 
     def check(self) -> None:
         """Before each use: the model is the one the session was opened for, and is ready."""
         self._watch.check()
-        self._verdict()
+        self._verdict = self._tried()
 
     def check_prompts(self, prompts: Prompts) -> None:
-        """Whether these rows may be computed and stored. Raises ``TokensError`` for unknown ids."""
-        verdict = self._verdict()
-        if any(prompts.pads) and verdict.padding is not None:
+        """After :meth:`check`, whether these rows may be computed and stored.
+
+        Raises ``TokensError`` for unknown ids.
+        """
+        padding = self._verdict.padding
+        if any(prompts.pads) and padding is not None:
             raise UnsupportedError(
-                f"{_name(self._model)} cannot share KV of rows padded on the left: "
-                f"{verdict.padding}",
+                f"{_name(self._model)} cannot share KV of rows padded on the left: {padding}",
                 hint="pass prompts of one length together, or one prompt at a time",
             )
         low, high = int(prompts.ids.min()), int(prompts.ids.max())
@@ -63,7 +66,7 @@ class Suitability:
                 hint=f"leave {name} out, or call model.generate() without the session",
             )
 
-    def _verdict(self) -> Verdict:
+    def _tried(self) -> Verdict:
         if not self._prove:
             return Verdict()
         state = self._adapters.active()

@@ -11,7 +11,7 @@ configuration, dtype and device. Counters and pointers first, then a sample of t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ import torch
 
 from kvlayer.errors import UnsupportedError
 from kvlayer_transformers.code import Code, origin
-from kvlayer_transformers.contents import attributes, own_modules, spread, tensors_of
+from kvlayer_transformers.contents import attributes, own_modules, spread, tensors_in
 from kvlayer_transformers.engine import Model
 from kvlayer_transformers.loaded import numbers_of
 
@@ -90,11 +90,13 @@ class Watch:
         check_ready(model)
         self._model = model
         self._config = _config_of(model)
-        self._modules = _modules_of(model)
+        modules = [*own_modules(model)]
+        self._modules = _states_of(modules)
         self._code = Code(model)
-        self._tensors = {name: _Mark(tensor) for name, tensor, _ in tensors_of(model)}
-        self._each = max(_LEAST, _SAMPLE // max(len(self._tensors), 1))
-        self._sample = self._take()
+        tensors = {name: tensor for name, tensor, _ in tensors_in(modules)}
+        self._tensors = {name: _Mark(tensor) for name, tensor in tensors.items()}
+        self._each = max(_LEAST, _SAMPLE // max(len(tensors), 1))
+        self._sample = self._take(tensors)
 
     def check(self) -> None:
         """Raise ``UnsupportedError``, naming what has changed since this was made."""
@@ -111,13 +113,14 @@ class Watch:
         if config != self._config:
             names = sorted(k for k in config if config[k] != self._config.get(k))
             return f"its configuration has another {names[0] if names else 'shape'}"
-        modules = _modules_of(self._model)
-        if modules != self._modules:
-            return _first_difference(modules, self._modules)
+        modules = [*own_modules(self._model)]
+        states = _states_of(modules)
+        if states != self._modules:
+            return _first_difference(states, self._modules)
         replaced = self._code.changed()
         if replaced is not None:
             return f"another function was put in the place of {replaced}"
-        found = {name: (tensor, kept) for name, tensor, kept in tensors_of(self._model)}
+        found = {name: (tensor, kept) for name, tensor, kept in tensors_in(modules)}
         if found.keys() != self._tensors.keys():
             name = min(found.keys() ^ self._tensors.keys())
             return f"{name} has {'come' if name in found else 'gone'}"
@@ -128,25 +131,24 @@ class Watch:
                 return f"{name} {what}"
             if what is not None:
                 grown.append(name)
-        return self._content_changed(grown)
+        return self._content_changed({name: tensor for name, (tensor, _) in found.items()}, grown)
 
-    def _content_changed(self, grown: list[str]) -> str | None:
+    def _content_changed(self, tensors: dict[str, torch.Tensor], grown: list[str]) -> str | None:
         """Compare samples. ``grown``: tables the model computes for itself, made anew."""
-        now = self._take()
+        now = self._take(tensors)
         for name, before in self._sample.items():
             after = now[name]
             if before.shape != after.shape or not torch.equal(before, after):
                 return f"the content of {name} has changed"
-        for name, tensor, _ in tensors_of(self._model):
-            if name in grown:
-                self._tensors[name] = _Mark(tensor)
+        for name in grown:
+            self._tensors[name] = _Mark(tensors[name])
         return None
 
-    def _take(self) -> dict[str, torch.Tensor]:
+    def _take(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A few bits of every tensor, by name."""
         return {
             name: sample
-            for name, tensor, _ in tensors_of(self._model)
+            for name, tensor in tensors.items()
             if (sample := spread(tensor, self._each, self._tensors[name].numel)) is not None
         }
 
@@ -185,7 +187,7 @@ def _pointer(tensor: torch.Tensor) -> int | None:
     return pointer
 
 
-def _modules_of(model: Model) -> dict[str, tuple[object, ...]]:
+def _states_of(modules: Iterable[tuple[str, Any]]) -> dict[str, tuple[object, ...]]:
     """Type and public numbers of every module: a window, a scale, whether it is causal.
 
     Functions that a module holds count as numbers do.
@@ -195,7 +197,7 @@ def _modules_of(model: Model) -> dict[str, tuple[object, ...]]:
             type(module),
             *numbers_of(module, _NUMBERS).items(),
         )
-        for name, module in own_modules(model)
+        for name, module in modules
     }
 
 
