@@ -175,8 +175,10 @@ class TierStats:
     dropped_writes: int = 0
     """Writes given up because host memory itself was needed; stored anew when next computed."""
     foreign: int = 0
-    """Objects that the tier lists in an encoding this build cannot read: never served, and evicted
-    like others."""
+    """Objects that the tier lists in an encoding this cache does not read: never served, and
+    evicted like others."""
+    foreign_encodings: Mapping[str, int] = field(default_factory=dict[str, int])
+    """How many of those in which encoding, such as ``2.squeeze``; of the first 64."""
     set_aside: int = 0
     """Objects that failed three times in a row: not offered until they are written anew."""
     questions: int = 0

@@ -32,6 +32,7 @@ def config(
     write: str = "through",
     tokens_per_chunk: int = 16,
     file_options: str = "",
+    codec: str = "",
     **more: object,
 ) -> CacheConfig:
     """A host tier and, with ``directory``, a file tier below it."""
@@ -42,6 +43,7 @@ def config(
             TierConfig(
                 url=url,
                 write=write,  # type: ignore[arg-type]
+                codec=codec,
                 deadline_seconds=30.0,
                 max_inflight_bytes=1 << 30,  # tests fill host memory, and expect all of it below
             )

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
-from unittest import mock
 
 from kvlayer.abc.codec import Codec, Coded
-from kvlayer.api import assembly
+from kvlayer.config.registry import CODECS
 from kvlayer.payload import Payload, Segment
-from kvlayer.tier.transfer.encodings import Coding, Segments
+from kvlayer.tier.transfer.encodings import Segments
 
-__all__ = ["DOUBLES", "FAILS", "SHRINKS", "coded"]
+__all__ = ["DOUBLES", "FAILS", "GIVEN", "SHRINKS", "Doubles", "Shrinks", "install"]
 
 
 class Doubles(Codec):
@@ -106,9 +105,18 @@ def _fill(into: Sequence[memoryview], content: bytes) -> None:
 
 DOUBLES, SHRINKS, FAILS = Segments(Doubles()), Segments(Shrinks()), Segments(Fails())
 
+GIVEN = CODECS.extended({"doubles": Doubles, "shrinks": Shrinks, "fails": Fails})
+"""For caches that open in a test's own process."""
 
-@contextmanager
-def coded(*codings: Coding) -> Generator[None]:
-    """Caches that open inside write the first to their lower tiers, and read all of them."""
-    with mock.patch.object(assembly, "_codings", lambda tiers: [codings for _ in tiers]):
-        yield
+
+def install(site: Path) -> None:
+    """Let processes that have ``site`` on their path find the codecs as they find anybody's."""
+    info = site / "codecs_of_tests-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: codecs-of-tests\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[kvlayer.codecs]\n"
+        "doubles = codecs_of_tests:Doubles\n"
+        "shrinks = codecs_of_tests:Shrinks\n"
+        "fails = codecs_of_tests:Fails\n"
+    )

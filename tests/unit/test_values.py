@@ -269,7 +269,9 @@ def test_every_call_is_tried() -> None:
         assert set(parameters) - {"self"} == set(names), call
 
 
-OPENING = ["config", "layout", "namespace", "sinks", "backends", "ranks", "make_stager"]
+OPENING = [
+    "config", "layout", "namespace", "sinks", "backends", "codecs", "ranks", "make_stager",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPENING)

@@ -12,11 +12,12 @@ from kvlayer._masked import Mask
 from kvlayer._values import callee, functions, instance
 from kvlayer._version import version
 from kvlayer.abc.backend import Backend, Capability
+from kvlayer.abc.codec import Codec
 from kvlayer.abc.host import HostMemory
 from kvlayer.abc.stager import MakeStager, Stager
 from kvlayer.api.open_cache import OpenCache
 from kvlayer.config.model import CacheConfig, TierConfig
-from kvlayer.config.registry import POLICIES, Registry, open_backend
+from kvlayer.config.registry import CODECS, POLICIES, Registry, make_codec, open_backend
 from kvlayer.errors import (
     BackendError,
     BackendTimeoutError,
@@ -40,7 +41,7 @@ from kvlayer.tier.ranks.rank_team import RankDevice, RankTeam
 from kvlayer.tier.stack import Stack
 from kvlayer.tier.tier import LowerTier, Tier
 from kvlayer.tier.transfer.device import Device, LocalDevice
-from kvlayer.tier.transfer.encodings import Coding, Raw
+from kvlayer.tier.transfer.encodings import Coding, Raw, Segments
 from kvlayer.tier.transfer.named import Named
 from kvlayer.tier.transfer.objects import Objects
 from kvlayer.urls import shown_url
@@ -55,6 +56,7 @@ async def build(
     sinks: Iterable[Sink],
     registry: Registry[type[Backend]],
     *,
+    codecs: Registry[type[Codec]] = CODECS,
     ranks: RankTeam | None,
     make_stager: MakeStager,
 ) -> OpenCache:
@@ -64,6 +66,7 @@ async def build(
     if namespace is not None:
         instance("namespace", namespace, Namespace, hint="leave it out to make one of both")
     instance("backends", registry, Registry, hint='BACKENDS.extended({"mine": MyBackend})')
+    instance("codecs", codecs, Registry, hint='CODECS.extended({"mine": MyCodec})')
     if ranks is not None:
         instance("ranks", ranks, RankTeam, hint="RankTeam([layout of rank 0, ...])")
     callee("make_stager", make_stager)
@@ -72,10 +75,11 @@ async def build(
         if namespace is None:
             namespace = await _identify(config, layout, resources)
         _check_namespace(namespace, layout)
+        codings = _codings(config.tiers, codecs)
         backends = [open_backend(tier.url, backends=registry) for tier in config.tiers]
         host = _host_memory(config, backends)
         _check_sharing(namespace, backends)
-        masks, codings = _masks(config), _codings(config.tiers)
+        masks = _masks(config)
         for index, backend in enumerate(backends[1:], 1):
             encodings = [coding.encoding for coding in codings[index]]
             backends[index] = Named(backend, masks[index], encodings)
@@ -167,9 +171,12 @@ def _check_namespace(namespace: Namespace, layout: KVLayout) -> None:
             )
 
 
-def _codings(tiers: Sequence[TierConfig]) -> list[Sequence[Coding]]:
-    """By tier: the encoding it writes, and at most one other that it may hold. There is one yet."""
-    return [(Raw(),) for _ in tiers]
+def _codings(tiers: Sequence[TierConfig], codecs: Registry[type[Codec]]) -> list[Sequence[Coding]]:
+    """By tier: the encoding it writes, and raw where it may hold some from before."""
+    return [
+        (Segments(make_codec(tier.codec, codecs=codecs)), Raw()) if tier.codec else (Raw(),)
+        for tier in tiers
+    ]
 
 
 def _check_sharing(namespace: Namespace, backends: list[Backend]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from kvlayer._values import flag, function, instance, number, waiting, whole
 from kvlayer.abc.backend import Backend
+from kvlayer.abc.codec import Codec
 from kvlayer.abc.stager import Landed, MakeStager
 from kvlayer.api import assembly
 from kvlayer.api.control import Control
@@ -18,7 +19,7 @@ from kvlayer.api.hit import PrefixHit
 from kvlayer.api.lookup import Lookup, Lookups
 from kvlayer.api.prefetch import Prefetch
 from kvlayer.config.model import CacheConfig
-from kvlayer.config.registry import BACKENDS, Registry
+from kvlayer.config.registry import BACKENDS, CODECS, Registry
 from kvlayer.errors import (
     ClosedError,
     ForkedError,
@@ -85,6 +86,7 @@ class Cache:
         *,
         sinks: Iterable[Sink] = (),
         backends: Registry[type[Backend]] = BACKENDS,
+        codecs: Registry[type[Codec]] = CODECS,
         ranks: RankTeam | None = None,
         make_stager: MakeStager = assembly.make_stager,
     ) -> AsyncGenerator[Cache]:
@@ -93,7 +95,8 @@ class Cache:
         ``namespace`` is what identifies the KV; without one it is made from ``config.model`` and
         the layout, which reads the model's files once to digest them. ``sinks`` are told of every
         operation. ``backends`` says where URL schemes are found: the installed ones by default;
-        ``BACKENDS.extended({"mine": MyBackend})`` adds one that is not installed.
+        ``BACKENDS.extended({"mine": MyBackend})`` adds one that is not installed. ``codecs`` is the
+        same for the codecs that tiers name.
 
         With ``ranks`` the tensors are in other processes: ``layout`` is that of all ranks together,
         views are ``RemoteView``, and what a rank failed to move is in the reports. ``make_stager``
@@ -107,7 +110,14 @@ class Cache:
         ``BackendError`` when the cache cannot be built; then nothing stays open.
         """
         parts = await assembly.build(
-            config, layout, namespace, sinks, backends, ranks=ranks, make_stager=make_stager
+            config,
+            layout,
+            namespace,
+            sinks,
+            backends,
+            codecs=codecs,
+            ranks=ranks,
+            make_stager=make_stager,
         )
         cache = cls(parts)
         clean = False

@@ -8,12 +8,13 @@ from typing import Any, Self
 
 from kvlayer._values import callee
 from kvlayer.abc.backend import Backend
+from kvlayer.abc.codec import Codec
 from kvlayer.abc.stager import MakeStager
 from kvlayer.api.assembly import make_stager
 from kvlayer.api.cache import Cache
 from kvlayer.api.lookup import Lookup
 from kvlayer.config.model import CacheConfig
-from kvlayer.config.registry import BACKENDS, Registry
+from kvlayer.config.registry import BACKENDS, CODECS, Registry
 from kvlayer.events import Sink
 from kvlayer.identity.keys import Scope, Tokens
 from kvlayer.identity.namespace import Namespace
@@ -52,6 +53,7 @@ class Portal(LoopThread[Cache]):
         *,
         sinks: Iterable[Sink] = (),
         backends: Registry[type[Backend]] = BACKENDS,
+        codecs: Registry[type[Codec]] = CODECS,
         ranks: RankTeam | None = None,
         make_stager: MakeStager = make_stager,
     ) -> Self:
@@ -67,6 +69,7 @@ class Portal(LoopThread[Cache]):
             namespace,
             sinks=sinks,
             backends=backends,
+            codecs=codecs,
             ranks=ranks,
             make_stager=make_stager,
         )

@@ -18,7 +18,7 @@ import click
 
 from kvlayer._version import version
 from kvlayer.cli.main import EXIT_USAGE
-from kvlayer.config.registry import ADAPTERS, BACKENDS, COMMANDS, POLICIES
+from kvlayer.config.registry import ADAPTERS, BACKENDS, CODECS, COMMANDS, POLICIES
 from kvlayer.config.source import load_config
 from kvlayer.doctor.machine import Machine
 from kvlayer.errors import ConfigError
@@ -75,7 +75,7 @@ def _versions() -> dict[str, str]:
 
 def _plugins() -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
-    for registry in (BACKENDS, POLICIES, ADAPTERS, COMMANDS):
+    for registry in (BACKENDS, CODECS, POLICIES, ADAPTERS, COMMANDS):
         plugins = registry.installed()
         names = [plugin.name for plugin in plugins]
         for plugin in plugins:
@@ -119,7 +119,7 @@ def _text(report: Mapping[str, Any]) -> Iterator[str]:
     yield "versions"
     yield from _columns(report["versions"].items())
     yield "\nplugins"
-    kinds = {group.group: group.noun for group in (BACKENDS, POLICIES, ADAPTERS, COMMANDS)}
+    kinds = {group.group: group.noun for group in (BACKENDS, CODECS, POLICIES, ADAPTERS, COMMANDS)}
     yield from _columns(
         (
             kinds[row["group"]],

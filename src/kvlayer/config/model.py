@@ -93,6 +93,10 @@ class TierConfig:
     ``flush()`` waits for it. ``demote``: the tier is written only when an object is about to leave
     host memory. ``never``: the tier is read-only."""
 
+    codec: str = ""
+    """What this tier's objects are coded with, without loss: the name of an installed codec. Empty:
+    they lie there as they are. What a tier holds from before it had a codec it serves as well."""
+
     tails: bool = True
     """Whether the partial chunk at a prompt's end is written to this tier."""
 
@@ -254,6 +258,13 @@ class CacheConfig:
                 "a cache needs at least one tier, found none",
                 fields=("tiers",),
                 hint='start with host memory: [[tiers]] url = "cpu://?capacity=8GiB"',
+            )
+        if self.tiers[0].codec:
+            raise FieldError(
+                f"tiers.0.codec must be empty, found {shown_value(self.tiers[0].codec)}: host "
+                "memory holds KV as it is",
+                fields=("tiers.0.codec",),
+                hint="give a codec to a tier below it",
             )
         places: dict[tuple[str, str, int | None, str], int] = {}
         for index, tier in enumerate(self.tiers):

@@ -9,8 +9,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Generic, TypeGuard, TypeVar
 
 from kvlayer.abc.backend import Backend
+from kvlayer.abc.codec import Codec
 from kvlayer.abc.policy import EvictionPolicy
 from kvlayer.errors import ConfigError, KVLayerError, PluginError, UnknownSchemeError
+from kvlayer.identity.keys import RAW, Encoding
 from kvlayer.urls import BackendURL, nearest
 
 if TYPE_CHECKING:
@@ -19,10 +21,12 @@ if TYPE_CHECKING:
 __all__ = [
     "ADAPTERS",
     "BACKENDS",
+    "CODECS",
     "COMMANDS",
     "POLICIES",
     "Plugin",
     "Registry",
+    "make_codec",
     "open_backend",
 ]
 
@@ -119,7 +123,10 @@ class Registry(Generic[T]):
         offers = [f"{plugin.name} ({plugin.distribution})" for plugin in plugins]
         offers += [f"{entry} (given by hand)" for entry in self._entries]
         if not offers:
-            hint = "nothing is installed: run from a checkout, kvlayer needs `pip install -e .`"
+            hint = (
+                f"nothing is installed in the group {self.group!r}: install what offers one; run "
+                "from a checkout, kvlayer itself needs `pip install -e .`"
+            )
         else:
             hint = f"installed: {', '.join(offers)}"
         return UnknownSchemeError(
@@ -170,6 +177,10 @@ def _is_policy(found: object) -> TypeGuard[type[EvictionPolicy]]:
     return isinstance(found, type) and issubclass(found, EvictionPolicy)
 
 
+def _is_codec(found: object) -> TypeGuard[type[Codec]]:
+    return isinstance(found, type) and issubclass(found, Codec)
+
+
 def _is_command(found: object) -> TypeGuard[click.Command]:
     import click
 
@@ -195,6 +206,14 @@ POLICIES: Registry[type[EvictionPolicy]] = Registry(
     check=_is_policy,
 )
 """Eviction policies; the name is the configuration's ``policy``."""
+
+CODECS: Registry[type[Codec]] = Registry(
+    "kvlayer.codecs",
+    noun="codec",
+    expected="a subclass of kvlayer.abc.codec.Codec",
+    check=_is_codec,
+)
+"""Codecs without loss; the name is the configuration's ``codec`` of a tier."""
 
 COMMANDS: Registry[click.Command] = Registry(
     "kvlayer.commands", noun="command", expected="a click command", check=_is_command
@@ -230,3 +249,25 @@ def open_backend(url: str | BackendURL, *, backends: Registry[type[Backend]] = B
             f"the backend {parsed.scheme!r} could not be built from {parsed}: {said}",
             hint="correct the URL, or repair the plugin: it should raise ConfigError",
         ) from None
+
+
+def make_codec(name: str, *, codecs: Registry[type[Codec]] = CODECS) -> Codec:
+    """The codec of a name, to be called from any thread.
+
+    Raises ``UnknownSchemeError`` for a name nobody offers and ``PluginError`` for a plugin that
+    cannot be used.
+    """
+    cls = codecs.load(name)
+    try:
+        codec = cls()
+        encoding = str(Encoding(RAW.frame, codec.name))
+        if Encoding.parse(encoding) == RAW:
+            raise ValueError("its own name is 'raw', which means no codec")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as exc:  # noqa: BLE001  # foreign code: whatever it raises has one owner
+        raise PluginError(
+            f"the codec {name!r} could not be made: {type(exc).__name__}: {exc}",
+            hint="repair or replace the plugin: it takes no arguments, and has a name of its own",
+        ) from None
+    return codec

@@ -10,7 +10,7 @@ from kvlayer.abc.backend import Backend, Capability
 from kvlayer.abc.host import HostMemory
 from kvlayer.config.local_directory import local_directory
 from kvlayer.config.model import CacheConfig
-from kvlayer.config.registry import POLICIES, open_backend
+from kvlayer.config.registry import POLICIES, make_codec, open_backend
 from kvlayer.config.source import LoadedConfig, load_config
 from kvlayer.doctor.finding import Check, Finding
 from kvlayer.errors import ConfigError, KVLayerError
@@ -109,6 +109,11 @@ def _complaints(config: CacheConfig, backends: list[Backend]) -> list[Finding]:
         POLICIES.load(config.policy)
     except KVLayerError as exc:
         found.append(_CHECK.bad(str(exc), exc.hint or "name an installed policy"))
+    for tier in config.tiers:
+        try:
+            _ = tier.codec and make_codec(tier.codec)
+        except KVLayerError as exc:
+            found.append(_CHECK.bad(str(exc), exc.hint or "name an installed codec"))
     weights = config.model.weights
     home = os.path.expanduser(weights)  # noqa: PTH111  # raises nothing, whoever "~nobody" is
     if weights and not weights.startswith("sha256:") and not Path(home).exists():

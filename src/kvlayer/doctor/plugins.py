@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from importlib.util import find_spec
 from typing import Any
 
-from kvlayer.config.registry import ADAPTERS, BACKENDS, COMMANDS, POLICIES, Plugin, Registry
+from kvlayer.config.registry import ADAPTERS, BACKENDS, CODECS, COMMANDS, POLICIES, Plugin, Registry
 from kvlayer.doctor.finding import Check, Finding
 from kvlayer.errors import PluginError
 
@@ -18,14 +18,14 @@ _CHECK = Check(
     "plugins", "a plugin is imported when it is first used: what is broken fails only then"
 )
 
-GROUPS: tuple[Registry[Any], ...] = (BACKENDS, POLICIES, ADAPTERS, COMMANDS)
+GROUPS: tuple[Registry[Any], ...] = (BACKENDS, CODECS, POLICIES, ADAPTERS, COMMANDS)
 
 
 def plugins() -> list[Finding]:
     """One finding for each plugin that cannot be used; one for all where there is none.
 
-    Imports backends, policies and commands. Of an engine adapter only its package is looked for:
-    importing it would import the engine.
+    Imports backends, codecs, policies and commands. Of an engine adapter only its package is
+    looked for: importing it would import the engine.
     """
     troubles = [each for registry in GROUPS for each in _troubles(registry)]
     installed = [(each.group, plugin) for each in GROUPS for plugin in each.installed()]

@@ -152,6 +152,7 @@ class LowerTier(Tier):
         return replace(
             Tier.stats(self, objects, used, capacity, pinned),
             foreign=getattr(self.backend, "foreign", 0),
+            foreign_encodings=dict(getattr(self.backend, "foreign_encodings", {})),
             set_aside=self.set_aside,
             dropped_writes=self.dropped,
             questions=self.questions,

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from caches import config, layout, tokens
-from codecs_of_tests import DOUBLES, SHRINKS, coded
-from engine import Engine, same
+from codecs_of_tests import DOUBLES, GIVEN, SHRINKS, Shrinks
+from coded_process import CHUNK, engine
+from engine import same
 
-from kvlayer import Cache, Cause
+from kvlayer import Cache, Cause, TierConfig
+from kvlayer.abc.codec import Codec
 from kvlayer.codec.frame import parent_of
+from kvlayer.config.model import CacheConfig
+from kvlayer.config.registry import CODECS
+from kvlayer.errors import ConfigError, PluginError, UnknownSchemeError
 from kvlayer.events import Event, ObjectQuarantined
 from kvlayer.tier.transfer.encodings import Coding, Raw
+from kvlayer.tier.transfer.relay import Relayed
 
-CODINGS = {"doubles": DOUBLES, "shrinks": SHRINKS}
-CHUNK = 64
+CODINGS: dict[str, Coding] = {"doubles": DOUBLES, "shrinks": SHRINKS}
 RAW_NBYTES = CHUNK * 3 * 2 * 2 * 8 * 2  # of a chunk
 
 
-def engine(seed: int = 1) -> Engine:
-    """KV of which every second byte is zero."""
-    made = Engine(layout(), 80, seed)
-    for pair in made.caches[0]:
-        for tensor in pair:
-            tensor.view(pytest.importorskip("torch").int16).bitwise_and_(0xFF)
-    return made
+def settings(directory: Path, codec: str = "", **more: object) -> CacheConfig:
+    return config(directory, tokens_per_chunk=CHUNK, codec=codec, **more)  # type: ignore[arg-type]
 
 
-def settings(directory: Path, **more: object):  # type: ignore[no-untyped-def]
-    return config(directory, tokens_per_chunk=CHUNK, **more)  # type: ignore[arg-type]
+def opened(config: CacheConfig, **more: Any) -> AbstractAsyncContextManager[Cache]:
+    return Cache.open(config, layout(), codecs=GIVEN, **more)
 
 
 def files(directory: Path, coding: Coding) -> dict[Path, bytes]:
@@ -38,97 +41,98 @@ def files(directory: Path, coding: Coding) -> dict[Path, bytes]:
 
 
 @pytest.fixture(params=CODINGS)
-def coding(request: pytest.FixtureRequest) -> Coding:
-    return CODINGS[request.param]
+def codec(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def coding(codec: str) -> Coding:
+    return CODINGS[codec]
 
 
 @pytest.mark.asyncio
 async def test_what_is_coded_comes_back_to_the_bit_also_in_part_and_after_a_restart(
-    tmp_path: Path, coding: Coding
+    tmp_path: Path, codec: str, coding: Coding
 ) -> None:
     ours, other = engine(), engine(2)
     prompt, slots = tokens(4 * CHUNK + 24), ours.slots(4 * CHUNK + 24)
-    with coded(coding):
-        async with Cache.open(settings(tmp_path), layout()) as cache:
-            assert (await cache.store(prompt, ours.view(slots))).failed == ()
-            hashes = cache.chain(prompt).hashes
-        stored = files(tmp_path, coding)
-        for path, content in stored.items():  # it says itself what comes before it
-            at = [*map(bytes.hex, hashes)].index(path.name[:64]) if "-64." in path.name else 4
-            assert parent_of(content[:4096]) == (hashes[at - 1] if at else b"")
-        assert len(stored) == 5 and not files(tmp_path, Raw())
-        whole = sorted(len(content) - 4096 for content in stored.values())[1:]
-        if coding is DOUBLES:
-            assert whole == [2 * RAW_NBYTES] * 4
-        else:
-            assert max(whole) < RAW_NBYTES
-        async with Cache.open(settings(tmp_path), layout()) as cache:
-            async with cache.lookup(prompt[: 2 * CHUNK + 8]) as hit:  # in part
-                assert hit.tokens == 2 * CHUNK
-                report = await cache.retrieve(hit, other.view(slots[: 2 * CHUNK]))
-            assert report.tokens == 2 * CHUNK
-            assert same(ours.read(slots[: 2 * CHUNK]), other.read(slots[: 2 * CHUNK]))
-            async with cache.lookup(prompt) as hit:
-                assert (await cache.retrieve(hit, other.view(slots))).tokens == len(prompt)
-            assert same(ours.read(slots), other.read(slots))
+    async with opened(settings(tmp_path, codec)) as cache:
+        assert (await cache.store(prompt, ours.view(slots))).failed == ()
+        hashes = cache.chain(prompt).hashes
+    stored = files(tmp_path, coding)
+    for path, content in stored.items():  # it says itself what comes before it
+        at = [*map(bytes.hex, hashes)].index(path.name[:64]) if "-64." in path.name else 4
+        assert parent_of(content[:4096]) == (hashes[at - 1] if at else b"")
+    assert len(stored) == 5 and not files(tmp_path, Raw())
+    whole = sorted(len(content) - 4096 for content in stored.values())[1:]
+    if coding is DOUBLES:
+        assert whole == [2 * RAW_NBYTES] * 4
+    else:
+        assert max(whole) < RAW_NBYTES
+    async with opened(settings(tmp_path, codec)) as cache:
+        async with cache.lookup(prompt[: 2 * CHUNK + 8]) as hit:  # in part
+            assert hit.tokens == 2 * CHUNK
+            report = await cache.retrieve(hit, other.view(slots[: 2 * CHUNK]))
+        assert report.tokens == 2 * CHUNK
+        assert same(ours.read(slots[: 2 * CHUNK]), other.read(slots[: 2 * CHUNK]))
+        async with cache.lookup(prompt) as hit:
+            assert (await cache.retrieve(hit, other.view(slots))).tokens == len(prompt)
+        assert same(ours.read(slots), other.read(slots))
 
 
 @pytest.mark.asyncio
-async def test_what_is_demoted_is_coded(tmp_path: Path, coding: Coding) -> None:
+async def test_what_is_demoted_is_coded(tmp_path: Path, codec: str, coding: Coding) -> None:
     ours, other = engine(), engine(2)
     prompt, slots = tokens(4 * CHUNK), ours.slots(4 * CHUNK)
     small = {"host": f"{5 * RAW_NBYTES}", "write": "demote"}
-    with coded(coding):
-        async with Cache.open(
-            settings(tmp_path, high_watermark=0.5, low_watermark=0.25, **small), layout()
-        ) as cache:
-            await cache.store(prompt, ours.view(slots))
-            await cache.flush()
-            demoted = cache.control.stats().tiers[0].demoted
-            assert demoted and len(files(tmp_path, coding)) == demoted
-            async with cache.lookup(prompt) as hit:
-                assert (await cache.retrieve(hit, other.view(slots))).tokens == len(prompt)
+    async with opened(
+        settings(tmp_path, codec, high_watermark=0.5, low_watermark=0.25, **small)
+    ) as cache:
+        await cache.store(prompt, ours.view(slots))
+        await cache.flush()
+        demoted = cache.control.stats().tiers[0].demoted
+        assert demoted and len(files(tmp_path, coding)) == demoted
+        async with cache.lookup(prompt) as hit:
+            assert (await cache.retrieve(hit, other.view(slots))).tokens == len(prompt)
     assert same(ours.read(slots), other.read(slots))
 
 
 @pytest.mark.parametrize("at", [60, 4096 + 40])
 @pytest.mark.asyncio
 async def test_a_flipped_bit_of_what_is_coded_is_found_before_it_is_decoded(
-    tmp_path: Path, coding: Coding, at: int
+    tmp_path: Path, codec: str, coding: Coding, at: int
 ) -> None:
     ours, other = engine(), engine(2)
     prompt, slots = tokens(3 * CHUNK), ours.slots(3 * CHUNK)
     events: list[Event] = []
-    with coded(coding):
-        async with Cache.open(settings(tmp_path), layout()) as cache:
-            chain = cache.chain(prompt)
-            await cache.store(prompt, ours.view(slots))
-        (victim,) = [p for p in files(tmp_path, coding) if chain.hashes[1].hex() in p.name]
-        damaged = bytearray(victim.read_bytes())
-        damaged[at] ^= 1
-        victim.write_bytes(damaged)
-        async with Cache.open(settings(tmp_path), layout(), sinks=[events.append]) as cache:
-            async with cache.lookup(prompt) as hit:
-                report = await cache.retrieve(hit, other.view(slots))
-            assert report.tokens == CHUNK
-            assert [failure.cause for failure in report.failed] == [Cause.CORRUPT]
-            assert any(isinstance(event, ObjectQuarantined) for event in events)
-            assert not victim.exists()
-            assert (await cache.store(prompt, ours.view(slots))).stored == 1
-            assert victim.exists()
+    async with opened(settings(tmp_path, codec)) as cache:
+        chain = cache.chain(prompt)
+        await cache.store(prompt, ours.view(slots))
+    (victim,) = [p for p in files(tmp_path, coding) if chain.hashes[1].hex() in p.name]
+    damaged = bytearray(victim.read_bytes())
+    damaged[at] ^= 1
+    victim.write_bytes(damaged)
+    async with opened(settings(tmp_path, codec), sinks=[events.append]) as cache:
+        async with cache.lookup(prompt) as hit:
+            report = await cache.retrieve(hit, other.view(slots))
+        assert report.tokens == CHUNK
+        assert [failure.cause for failure in report.failed] == [Cause.CORRUPT]
+        assert any(isinstance(event, ObjectQuarantined) for event in events)
+        assert not victim.exists()
+        assert (await cache.store(prompt, ours.view(slots))).stored == 1
+        assert victim.exists()
     assert same(ours.read(slots[:CHUNK]), other.read(slots[:CHUNK]))
 
 
 @pytest.mark.asyncio
 async def test_a_process_that_lacks_the_codec_counts_what_is_coded_and_leaves_it(
-    tmp_path: Path, coding: Coding
+    tmp_path: Path, codec: str, coding: Coding
 ) -> None:
     ours, other = engine(), engine(2)
     prompt, slots = tokens(3 * CHUNK), ours.slots(3 * CHUNK)
-    with coded(coding):
-        async with Cache.open(settings(tmp_path), layout()) as cache:
-            await cache.store(prompt, ours.view(slots))
-        before = files(tmp_path, coding)
+    async with opened(settings(tmp_path, codec)) as cache:
+        await cache.store(prompt, ours.view(slots))
+    before = files(tmp_path, coding)
     async with Cache.open(settings(tmp_path), layout()) as lacking:
         await lacking.stack.recovered()
         assert lacking.control.stats().tiers[1].foreign == 3
@@ -136,10 +140,9 @@ async def test_a_process_that_lacks_the_codec_counts_what_is_coded_and_leaves_it
             assert hit.tokens == 0
         assert (await lacking.store(prompt, ours.view(slots))).stored == 3
         assert files(tmp_path, coding) == before and len(files(tmp_path, Raw())) == 3
-        with coded(coding):
-            async with Cache.open(settings(tmp_path), layout()) as beside:
-                async with beside.lookup(prompt) as hit:
-                    assert (await beside.retrieve(hit, other.view(slots))).tokens == len(prompt)
+        async with opened(settings(tmp_path, codec)) as beside:
+            async with beside.lookup(prompt) as hit:
+                assert (await beside.retrieve(hit, other.view(slots))).tokens == len(prompt)
     assert same(ours.read(slots), other.read(slots))
     assert files(tmp_path, coding) == before
     assert not list((tmp_path / "v2").rglob("quarantine/*"))
@@ -148,7 +151,7 @@ async def test_a_process_that_lacks_the_codec_counts_what_is_coded_and_leaves_it
 @pytest.mark.parametrize("is_damaged", [False, True])
 @pytest.mark.asyncio
 async def test_a_tier_reads_the_encoding_it_had_before_and_writes_its_own(
-    tmp_path: Path, coding: Coding, is_damaged: bool
+    tmp_path: Path, codec: str, coding: Coding, is_damaged: bool
 ) -> None:
     ours, other = engine(), engine(2)
     prompt, slots = tokens(4 * CHUNK), ours.slots(4 * CHUNK)
@@ -160,19 +163,95 @@ async def test_a_tier_reads_the_encoding_it_had_before_and_writes_its_own(
         damaged = bytearray(victim.read_bytes())
         damaged[4096] ^= 1
         victim.write_bytes(damaged)
-    with coded(coding, Raw()):
-        async with Cache.open(settings(tmp_path), layout()) as cache:
-            await cache.stack.recovered()
-            assert cache.control.stats().tiers[1].foreign == 0
-            async with cache.lookup(prompt) as hit:
-                assert hit.tokens == 2 * CHUNK
-                report = await cache.retrieve(hit, other.view(slots))
-            assert report.tokens == (CHUNK if is_damaged else 2 * CHUNK)
-            if is_damaged:  # the one that was read is moved aside, under its own name
-                assert [f.cause for f in report.failed] == [Cause.CORRUPT]
-                assert not victim.exists()
-            await cache.store(prompt, ours.view(slots))
-            assert len(files(tmp_path, coding)) == (3 if is_damaged else 2)
-            await cache.control.evict(prompt)
-            assert not files(tmp_path, coding) and not files(tmp_path, Raw())
+    async with opened(settings(tmp_path, codec)) as cache:
+        await cache.stack.recovered()
+        assert cache.control.stats().tiers[1].foreign == 0
+        async with cache.lookup(prompt) as hit:
+            assert hit.tokens == 2 * CHUNK
+            report = await cache.retrieve(hit, other.view(slots))
+        assert report.tokens == (CHUNK if is_damaged else 2 * CHUNK)
+        if is_damaged:  # the one that was read is moved aside, under its own name
+            assert [f.cause for f in report.failed] == [Cause.CORRUPT]
+            assert not victim.exists()
+        await cache.store(prompt, ours.view(slots))
+        assert len(files(tmp_path, coding)) == (3 if is_damaged else 2)
+        await cache.control.evict(prompt)
+        assert not files(tmp_path, coding) and not files(tmp_path, Raw())
     assert same(ours.read(slots[:CHUNK]), other.read(slots[:CHUNK]))
+
+
+@pytest.mark.asyncio
+async def test_frames_are_relayed_from_one_directory_to_another_and_served_there(
+    tmp_path: Path, codec: str, coding: Coding
+) -> None:
+    ours, other = engine(), engine(2)
+    prompt, slots = tokens(4 * CHUNK), ours.slots(4 * CHUNK)
+    near, far = tmp_path / "near", tmp_path / "far"
+    both = settings(near, codec)
+    place = replace(both.tiers[1], url=f"file://{far}", write="never")
+    async with opened(replace(both, tiers=(*both.tiers, place))) as cache:
+        chain = cache.chain(prompt)
+        await cache.store(prompt, ours.view(slots))
+        records = cache.stack.planner.known(chain)
+        moves = [
+            Relayed(record.key, record.start, parent=chain.span(at).parent)
+            for at, record in enumerate(records)
+        ]
+        outcomes = await cache.stack.objects.relay(moves, 1, 2)
+        assert [outcome.cause for outcome in outcomes] == [None] * 4
+    before, after = files(near, coding), files(far, coding)
+    assert len(after) == 4 and not files(far, Raw())
+    assert {p.relative_to(near): b for p, b in before.items()} == {
+        p.relative_to(far): b for p, b in after.items()
+    }
+    async with opened(settings(far, codec)) as cache, cache.lookup(prompt) as hit:
+        assert (await cache.retrieve(hit, other.view(slots))).tokens == len(prompt)
+    assert same(ours.read(slots), other.read(slots))
+
+
+@pytest.mark.asyncio
+async def test_a_codec_that_nobody_offers_is_refused_by_name_and_nothing_is_made(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(UnknownSchemeError, match="no codec is called 'doubbles'") as caught:
+        async with opened(settings(tmp_path / "kv", "doubbles")):
+            pass
+    assert "did you mean 'doubles'" in str(caught.value)
+    assert "shrinks (given by hand)" in (caught.value.hint or "")
+    with pytest.raises(UnknownSchemeError, match="no codec is called 'doubles'") as caught:
+        async with Cache.open(settings(tmp_path / "kv", "doubles"), layout()):
+            pass
+    assert "kvlayer.codecs" in (caught.value.hint or "")
+    assert not (tmp_path / "kv").exists()
+
+
+class Raising(Shrinks):
+    def __init__(self) -> None:
+        raise SystemExit("no licence")
+
+
+class Unnamed(Shrinks):
+    name = "Not a name"
+
+
+class Plain(Shrinks):
+    name = "raw"
+
+
+@pytest.mark.parametrize(
+    ("cls", "said"), [(Raising, "no licence"), (Unnamed, "Not a name"), (Plain, "'raw'")]
+)
+@pytest.mark.asyncio
+async def test_a_codec_that_cannot_be_made_is_its_plugins_fault(
+    tmp_path: Path, cls: type[Codec], said: str
+) -> None:
+    codecs = CODECS.extended({"broken": cls})
+    with pytest.raises(PluginError, match="'broken' could not be made") as caught:
+        async with Cache.open(settings(tmp_path, "broken"), layout(), codecs=codecs):
+            pass
+    assert said in str(caught.value)
+
+
+def test_host_memory_is_given_no_codec() -> None:
+    with pytest.raises(ConfigError, match=r"tiers\.0\.codec must be empty"):
+        CacheConfig(tiers=(TierConfig(url="cpu://?capacity=1MiB", codec="doubles"),))

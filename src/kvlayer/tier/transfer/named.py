@@ -7,6 +7,7 @@ this process cannot read is counted and never offered.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
@@ -35,6 +36,8 @@ T = TypeVar("T")
 
 Answers = list
 
+_MAX_ENCODINGS = 64  # a listing may name any number
+
 
 class Named(Backend):
     """``backend`` under the names of ``encodings``; it is open when that is.
@@ -58,7 +61,9 @@ class Named(Backend):
         self.scheme = backend.scheme  # type: ignore[misc]  # as is what it stands for
         self.capabilities = backend.capabilities
         self.foreign = 0
-        """Objects listed in an encoding that this build cannot read."""
+        """Objects listed in an encoding that this cache does not read."""
+        self.foreign_encodings: Counter[str] = Counter()
+        """Those by their encoding, of the first few."""
         backend.on_evicted = self._evicted
         backend.on_stored = self._stored
 
@@ -155,9 +160,15 @@ class Named(Backend):
                 if not isinstance(found, Listed):
                     yield entry  # whoever reads the listing says what is wrong with it
                 elif (key := self._key(found.key)) is None:
-                    self.foreign += 1
+                    self._count_foreign(found.key)
                 else:
                     yield Listed(key, found.nbytes, found.used)
+
+    def _count_foreign(self, name: ObjectKey) -> None:
+        self.foreign += 1
+        encoding, counts = name.rpartition("/")[2], self.foreign_encodings
+        if encoding in counts or len(counts) < _MAX_ENCODINGS:
+            counts[encoding] += 1
 
     async def _answers(self, call: Callable[[], Awaitable[Answers[T]]]) -> Answers[T]:
         """What the backend answers; its errors without what the URL must not tell."""
