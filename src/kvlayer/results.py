@@ -123,6 +123,8 @@ class Explanation:
     hit_tokens: int
     by_tier: Mapping[str, int]
     misses: tuple[MissedChunk, ...]
+    encoded_nbytes: Mapping[str, int] = field(default_factory=dict[str, int])
+    """By lower tier, what the usable part takes there, coded and with headers, where known."""
 
     def __str__(self) -> str:
         places = ", ".join(f"{n} from {tier}" for tier, n in self.by_tier.items() if n)
@@ -179,6 +181,9 @@ class TierStats:
     evicted like others."""
     foreign_encodings: Mapping[str, int] = field(default_factory=dict[str, int])
     """How many of those in which encoding, such as ``2.squeeze``; of the first 64."""
+    encoded_nbytes: int = 0
+    """What the objects that are known take on the tier, coded and with headers, as far as is known;
+    ``used_nbytes`` is what the tier itself counts, where it does."""
     set_aside: int = 0
     """Objects that failed three times in a row: not offered until they are written anew."""
     questions: int = 0

@@ -36,6 +36,7 @@ from kvlayer.runtime.foreign import awaited, bounded, words
 from kvlayer.runtime.offload import Offload
 from kvlayer.tier.guard.estimate import Rate
 from kvlayer.tier.guard.guard import Guard
+from kvlayer.tier.planner.copies import copy_of
 from kvlayer.tier.planner.planner import Planner
 from kvlayer.tier.ranks.rank_team import RankDevice, RankTeam
 from kvlayer.tier.stack import Stack
@@ -300,7 +301,8 @@ def _evicted(
 
 def _stored(planner: Planner, tier: LowerTier, found: list[tuple[ObjectKey, int]]) -> None:
     """A backend has found objects that nobody here has put there: they are offered."""
-    planner.note([key for key, _ in found], tier.index)
+    copies = [copy_of(0, nbytes) for _, nbytes in found]
+    planner.note([key for key, _ in found], tier.index, copies)
 
 
 def _make_planner(

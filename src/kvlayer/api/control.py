@@ -209,6 +209,7 @@ class Control:
                 ),
                 policies_replaced=tier.figure("policies_replaced") or 0,
                 queued=stack.spills.queued(tier.index),
+                encoded_nbytes=counts.held_nbytes[tier.index],
                 left_unfinished=tier.figure("left_unfinished") or 0,
             )
             for tier in stack.lower
@@ -249,7 +250,7 @@ class Control:
         """Add what a tier lists to ``keys``, as far as it does: the deadline is of each step."""
         try:
             async for batch in listed(lower, self._cache.namespace.digest):
-                keys += batch
+                keys += batch.keys
         except TimeoutError:
             why = f"not listed within {lower.guard.deadline} s"
             lower.complains(Cause.DEADLINE, why)

@@ -12,12 +12,14 @@ from kvlayer.identity.keys import ChunkChain, ObjectKey, Scope, Span, Tokens
 from kvlayer.identity.namespace import Namespace
 from kvlayer.results import Cause, Explanation, MissedChunk
 from kvlayer.tier.guard.guard import Refused
+from kvlayer.tier.planner.copies import Copy, of_tier
 from kvlayer.tier.planner.records import HostState, ObjectRecord
 from kvlayer.tier.tier import LowerTier
 from kvlayer.tier.transfer.loads import LATE, down
 
 if TYPE_CHECKING:
     from kvlayer.api.cache import Cache
+    from kvlayer.tier.planner.matcher import Match
 
 __all__ = ["explain"]
 
@@ -41,7 +43,18 @@ async def explain(cache: Cache, tokens: Tokens, scope: Scope) -> Explanation:
         missed = _missed(cache, chain, span, others)
         if missed is not None:
             _append(misses, missed)
-    return Explanation(chain.num_tokens, match.tokens, cache.by_tier(match), tuple(misses))
+    takes = _takes(cache, match)
+    by_tier = cache.by_tier(match)
+    return Explanation(chain.num_tokens, match.tokens, by_tier, tuple(misses), takes)
+
+
+def _takes(cache: Cache, match: Match) -> dict[str, int]:
+    """By lower tier, the bytes that what is usable takes there, as far as is known."""
+    path = match.path()
+    return {
+        tier.name: sum(Copy.read(of_tier(found.copies, tier.index)).nbytes for found in path)
+        for tier in cache.stack.lower
+    }
 
 
 def _unusable(cache: Cache, chain: ChunkChain, start: int) -> list[Span]:

@@ -73,6 +73,8 @@ class Outcome(NamedTuple):
     seconds: float = 0.0
     version: Hashable = None
     """Which bytes a tier gave, for its quarantine. Stays in the process."""
+    copy: int = 0
+    """How the object lies on that tier (:mod:`kvlayer.tier.planner.copies`). Stays, too."""
 
     @property
     def ok(self) -> bool:

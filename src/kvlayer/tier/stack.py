@@ -271,7 +271,7 @@ class Stack:
 
     async def _read_listing(self, tier: LowerTier, namespace: str) -> None:
         async for batch in listed(tier, namespace):
-            self.planner.note(batch, tier.index)
+            self.planner.note(batch.keys, tier.index, batch.copies)
             await asyncio.sleep(0)
 
     async def recovered(self) -> None:

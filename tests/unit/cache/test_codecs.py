@@ -14,6 +14,7 @@ from coded_process import CHUNK, engine
 from engine import same
 
 from kvlayer import Cache, Cause, TierConfig
+from kvlayer.abc.backend import Read
 from kvlayer.abc.codec import Codec
 from kvlayer.codec.frame import parent_of
 from kvlayer.config.model import CacheConfig
@@ -22,6 +23,7 @@ from kvlayer.errors import ConfigError, PluginError, UnknownSchemeError
 from kvlayer.events import Event, ObjectQuarantined
 from kvlayer.tier.transfer.encodings import Coding, Raw
 from kvlayer.tier.transfer.relay import Relayed
+from kvlayer_backends.file.objects import ObjectFiles
 
 CODINGS: dict[str, Coding] = {"doubles": DOUBLES, "shrinks": SHRINKS}
 RAW_NBYTES = CHUNK * 3 * 2 * 2 * 8 * 2  # of a chunk
@@ -178,6 +180,87 @@ async def test_a_tier_reads_the_encoding_it_had_before_and_writes_its_own(
         await cache.control.evict(prompt)
         assert not files(tmp_path, coding) and not files(tmp_path, Raw())
     assert same(ours.read(slots[:CHUNK]), other.read(slots[:CHUNK]))
+
+
+def _taken(cache: Cache) -> int:
+    return cache.control.stats().tiers[1].encoded_nbytes
+
+
+@pytest.mark.asyncio
+async def test_what_is_stored_takes_on_a_tier_is_known_however_it_was_learnt(
+    tmp_path: Path, codec: str, coding: Coding
+) -> None:
+    ours, other = engine(), engine(2)
+    prompt, slots = tokens(4 * CHUNK), ours.slots(4 * CHUNK)
+    async with Cache.open(settings(tmp_path), layout()) as cache:  # as it was before
+        await cache.store(prompt[:CHUNK], ours.view(slots[:CHUNK]))
+    async with opened(settings(tmp_path, codec)) as cache:
+        await cache.stack.recovered()
+        assert _taken(cache) == sum(map(len, files(tmp_path, Raw()).values())) > 0
+        await cache.store(prompt, ours.view(slots))  # written
+        there = [*files(tmp_path, coding).values(), *files(tmp_path, Raw()).values()]
+        assert len(there) == 4 and _taken(cache) == sum(map(len, there))
+    taken = sum(map(len, there))
+    async with opened(settings(tmp_path, codec)) as cache:
+        await cache.stack.recovered()  # listed
+        assert _taken(cache) == taken
+        explained = await cache.control.explain(prompt)
+        assert explained.encoded_nbytes == {"file": taken}
+        records = cache.stack.planner.known(cache.chain(prompt))
+        assert [record.encoding(1) for record in records] == [2, 1, 1, 1]
+        async with cache.lookup(prompt) as hit:  # loaded
+            assert (await cache.retrieve(hit, other.view(slots))).tokens == len(prompt)
+        assert _taken(cache) == taken
+        await cache.control.evict(prompt)
+        assert _taken(cache) == 0 and not files(tmp_path, coding) and not files(tmp_path, Raw())
+
+
+@pytest.mark.asyncio
+async def test_an_object_is_asked_for_first_in_the_encoding_it_is_known_to_lie_in(
+    tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, other = engine(), engine(2)
+    prompt, slots = tokens(3 * CHUNK), ours.slots(3 * CHUNK)
+    async with Cache.open(settings(tmp_path), layout()) as cache:
+        await cache.store(prompt, ours.view(slots))
+    asked: list[str] = []
+    read = ObjectFiles.read
+
+    def reads(self: ObjectFiles, wanted: Read, used_ns: int | None) -> object:
+        asked.append(wanted.key.rpartition("/")[2])
+        return read(self, wanted, used_ns)
+
+    monkeypatch.setattr(ObjectFiles, "read", reads)
+    async with opened(settings(tmp_path, codec)) as cache:
+        await cache.stack.recovered()
+        async with cache.lookup(prompt) as hit:
+            assert (await cache.retrieve(hit, other.view(slots))).tokens == len(prompt)
+    assert asked == ["2.raw"] * 3
+    assert same(ours.read(slots), other.read(slots))
+
+
+@pytest.mark.asyncio
+async def test_what_is_not_where_it_was_said_to_be_is_looked_for_in_the_other_encoding(
+    tmp_path: Path, codec: str, coding: Coding
+) -> None:
+    """Another process has coded it anew since it was listed."""
+    ours, other = engine(), engine(2)
+    prompt, slots = tokens(3 * CHUNK), ours.slots(3 * CHUNK)
+    async with Cache.open(settings(tmp_path), layout()) as cache:
+        await cache.store(prompt, ours.view(slots))
+    async with opened(settings(tmp_path, codec)) as cache:
+        await cache.stack.recovered()
+        before = _taken(cache)
+        async with opened(settings(tmp_path / "other", codec)) as coder:
+            await coder.store(prompt, ours.view(slots))
+        for path in files(tmp_path / "other", coding):
+            path.rename(tmp_path / path.relative_to(tmp_path / "other"))
+        for path in files(tmp_path, Raw()):
+            path.unlink()
+        async with cache.lookup(prompt) as hit:
+            assert (await cache.retrieve(hit, other.view(slots))).tokens == len(prompt)
+        assert before != _taken(cache) == sum(map(len, files(tmp_path, coding).values()))
+    assert same(ours.read(slots), other.read(slots))
 
 
 @pytest.mark.asyncio

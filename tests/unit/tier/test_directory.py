@@ -7,13 +7,14 @@ import tracemalloc
 from hashlib import sha256
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvlayer.identity.keys import ObjectKey, Part, Span
 from kvlayer.retention import Retention
 from kvlayer.tier.planner import plan
+from kvlayer.tier.planner.copies import Copy, copy_of, of_tier
 from kvlayer.tier.planner.directory import Directory
 from kvlayer.tier.planner.records import HostState, ObjectRecord
 
@@ -146,6 +147,9 @@ def test_what_is_no_key_cannot_be_noted(directory: Directory, text: str) -> None
 PARTS = st.sampled_from([WHOLE, LOW, HIGH, STATE])
 NUMBERS = st.integers(0, 2)
 TIERS = st.integers(1, 3)
+COPIES = st.one_of(
+    st.just(0), st.builds(copy_of, st.integers(0, 255), st.integers(1, (1 << 48) - 1))
+)
 
 
 class DirectoryMachine(RuleBasedStateMachine):
@@ -156,6 +160,7 @@ class DirectoryMachine(RuleBasedStateMachine):
         self.directory = Directory(NEEDS)
         self.host: dict[tuple[int, Part], HostState] = {}
         self.tiers: dict[tuple[int, Part], set[int]] = {}
+        self.copies: dict[tuple[int, Part, int], int] = {}
 
     def record(self, number: int, part: Part) -> ObjectRecord | None:
         return self.directory.find(key(number, part))
@@ -181,10 +186,23 @@ class DirectoryMachine(RuleBasedStateMachine):
             assert found is not None
             self.directory.drop_host(found)
 
-    @rule(number=NUMBERS, part=PARTS, tier=TIERS)
-    def note(self, number: int, part: Part, tier: int) -> None:
-        self.directory.note(key(number, part), tier)
+    @rule(number=NUMBERS, part=PARTS, tier=TIERS, copy=COPIES)
+    def note(self, number: int, part: Part, tier: int, copy: int) -> None:
+        self.directory.note(key(number, part), tier, copy)
         self.tiers.setdefault((number, part), set()).add(tier)
+        self._copied(number, part, tier, copy)
+
+    def _copied(self, number: int, part: Part, tier: int, copy: int) -> None:
+        """What is known of a copy stays known when somebody who does not know it speaks of it."""
+        self.copies[number, part, tier] = copy or self.copies.get((number, part, tier), 0)
+
+    @rule(number=NUMBERS, part=PARTS, tier=TIERS, copy=COPIES)
+    def add_tier(self, number: int, part: Part, tier: int, copy: int) -> None:
+        found = self.record(number, part)
+        if found is not None:
+            self.directory.add_tier(found, tier, copy)
+            self.tiers.setdefault((number, part), set()).add(tier)
+            self._copied(number, part, tier, copy)
 
     @precondition(lambda self: bool(self.tiers))
     @rule(number=NUMBERS, part=PARTS, tier=TIERS)
@@ -193,6 +211,7 @@ class DirectoryMachine(RuleBasedStateMachine):
         if found is not None:
             self.directory.drop_tier(found, tier)
             self.tiers.get((number, part), set()).discard(tier)
+            self.copies.pop((number, part, tier), None)
 
     @rule()
     def nobody_holds_a_record(self) -> None:
@@ -209,6 +228,16 @@ class DirectoryMachine(RuleBasedStateMachine):
     def what_each_tier_holds_is_counted(self) -> None:
         for tier in range(1, 4):
             assert self.directory.held(tier) == sum(tier in t for t in self.tiers.values())
+            nbytes = sum(Copy.read(c).nbytes for (_, _, t), c in self.copies.items() if t == tier)
+            assert self.directory.held_nbytes(tier) == nbytes
+
+    @invariant()
+    def how_an_object_lies_is_known(self) -> None:
+        for number, part in self.tiers:
+            found = self.record(number, part)
+            for tier in range(1, 4):
+                copy = 0 if found is None else of_tier(found.copies, tier)
+                assert copy == self.copies.get((number, part, tier), 0)
 
     @invariant()
     def covers_are_fresh(self) -> None:
@@ -249,7 +278,7 @@ def test_what_is_below_costs_some_bytes_and_the_garbage_collector_nothing() -> N
     tracemalloc.start()
     try:
         for number in range(count):
-            directory.note(key(number), 1)
+            directory.note(key(number), 1, copy_of(2, 5000 + number))
             directory.covers(NAMESPACE, span(number).hash, 16, "0")
         gc.collect()
         used, _ = tracemalloc.get_traced_memory()
@@ -379,3 +408,21 @@ def test_spans_of_one_end_rest_one_by_one(directory: Directory) -> None:
     assert (len(directory), directory.held(1)) == (0, 0)
     below = directory._below
     assert not (below._first or below._kinds or below._kind_of or below._kind_uses)
+
+
+def test_what_is_forgotten_takes_nothing_and_a_row_that_is_used_again_knows_nothing() -> None:
+    directory = Directory([WHOLE], most_below=2)
+    for number in range(5):
+        directory.note(key(number), 1, copy_of(1, 100 + number))
+    assert directory.held_nbytes(1) == 103 + 104
+    directory.drop_tier(known(directory, 4), 1)
+    directory.note(key(9), 2)
+    assert known(directory, 9).copies == 0 and directory.held_nbytes(1) == 103
+
+
+@given(st.integers(), st.integers())
+def test_a_copy_says_what_fits_whatever_others_say(encoding: int, nbytes: int) -> None:
+    found = Copy.read(copy_of(encoding, nbytes))
+    assert found.encoding == (encoding if 0 <= encoding < 256 else 0)
+    assert found.nbytes == min(max(nbytes, 0), (1 << 48) - 1)
+    assert copy_of(1, "many") == copy_of(1, 0)

@@ -30,7 +30,8 @@ async def read(lists: Lists, deadline: float = 2.0) -> tuple[list[ObjectKey], Ex
     error: Exception | None = None
     try:
         async for batch in listed(rig.tier, NAMESPACE):
-            known += batch
+            assert len(batch.keys) == len(batch.copies)
+            known += batch.keys
     except Exception as exc:  # noqa: BLE001  # the test says which
         error = exc
     await rig.aclose()

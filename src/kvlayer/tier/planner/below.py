@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeAlias
 from kvlayer.eviction.lists import Lists
 from kvlayer.identity.keys import Part
 from kvlayer.retention import ORDINARY, Retention
+from kvlayer.tier.planner.copies import of_tier, with_copy
 
 __all__ = ["BelowTable", "Known", "SpanName"]
 
@@ -33,6 +34,8 @@ class Known(NamedTuple):
     first_token: int | None = None
     """Where it starts in its prompts, if that was ever told."""
     retention: Retention = ORDINARY
+    copies: int = 0
+    """How it lies there, as far as is known: see :mod:`kvlayer.tier.planner.copies`."""
 
 
 class _Kind(NamedTuple):
@@ -58,6 +61,8 @@ class BelowTable:
         self._starts = array("I")
         self._priorities = array("b")
         self._keep_until = array("d")
+        self._copies: dict[int, array[int]] = {}
+        """By tier and row, how the object lies there. A row beyond the end: not known."""
         self._order = Lists()
         self._free = array("I")
         self._kinds: dict[_Kind, int] = {}
@@ -99,14 +104,33 @@ class BelowTable:
         self._starts[row] = _UNKNOWN if first_token is None else first_token
         self._priorities[row] = known.retention.priority
         self._keep_until[row] = known.retention.keep_until
+        for tier in {*self._copies, *_tiers(known.copies and known.tiers)}:
+            self._note_copy(row, tier, of_tier(known.copies, tier))
         self._next[row] = self._first.get(end_hash, _NOBODY)
         self._first[end_hash] = row
         self._order.append(0, (row,))
         self.objects += 1
 
-    def hold(self, name: SpanName, part: Part, tier: int) -> None:
-        """One more tier holds an object that is known here."""
-        self._tiers[self._row(name, part)] |= 1 << tier
+    def hold(self, name: SpanName, part: Part, tier: int, copy: int) -> int:
+        """A tier holds an object that is known here, as ``copy`` says; what was known of that."""
+        row = self._row(name, part)
+        self._tiers[row] |= 1 << tier
+        before = self._copy(row, tier)
+        if copy:
+            self._note_copy(row, tier, copy)
+        return before
+
+    def _copy(self, row: int, tier: int) -> int:
+        column = self._copies.get(tier, ())
+        return column[row] if row < len(column) else 0
+
+    def _note_copy(self, row: int, tier: int, copy: int) -> None:
+        column = self._copies.setdefault(tier, array("Q"))
+        if row >= len(column):
+            if not copy:
+                return
+            column.frombytes(bytes((len(self._next) - len(column)) * column.itemsize))
+        column[row] = copy
 
     def read(self, name: SpanName) -> list[Known]:
         """What is known of a span's objects; they are the most recent now."""
@@ -118,6 +142,7 @@ class BelowTable:
                 self._tiers[row],
                 None if self._starts[row] == _UNKNOWN else self._starts[row],
                 Retention(self._priorities[row], self._keep_until[row]),
+                self._copies_of(row),
             )
             for row in rows
         ]
@@ -140,6 +165,12 @@ class BelowTable:
         kind = self._kind_of[self._kind[row]]
         end_hash = bytes(self._digests[row * _DIGEST : (row + 1) * _DIGEST])
         return kind.namespace, end_hash, kind.tokens, kind.zone
+
+    def _copies_of(self, row: int) -> int:
+        copies = 0
+        for tier in _tiers(self._tiers[row]):
+            copies = with_copy(copies, tier, self._copy(row, tier))
+        return copies
 
     # -- rows ------------------------------------------------------------------------------------
 
@@ -200,3 +231,7 @@ class BelowTable:
         self._kind_uses[number] -= 1
         if not self._kind_uses[number]:
             del self._kinds[self._kind_of.pop(number)], self._kind_uses[number]
+
+
+def _tiers(bits: int) -> list[int]:
+    return [tier for tier in range(1, bits.bit_length()) if bits >> tier & 1]

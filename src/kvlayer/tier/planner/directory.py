@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 from kvlayer.identity.keys import ObjectKey, Part, Span
 from kvlayer.tier.planner import plan
 from kvlayer.tier.planner.below import BelowTable, Known, SpanName
+from kvlayer.tier.planner.copies import Copy, of_tier, with_copy
 from kvlayer.tier.planner.records import ChunkRecord, HostState, ObjectRecord, Several
 from kvlayer.tier.planner.strand import Held, Strand
 
@@ -49,6 +50,7 @@ class Directory:
         self.forgotten = 0
         """Objects that lower tiers hold, and that had to be forgotten."""
         self._held: Counter[int] = Counter()
+        self._held_nbytes: Counter[int] = Counter()
 
     def __len__(self) -> int:
         """Spans with at least one object."""
@@ -57,6 +59,10 @@ class Directory:
     def held(self, tier: int) -> int:
         """Objects that a lower tier holds, as far as is known. Constant time: a scrape asks."""
         return self._held[tier]
+
+    def held_nbytes(self, tier: int) -> int:
+        """Bytes that those take there, encoded, as far as that is known. Constant time."""
+        return self._held_nbytes[tier]
 
     def chunk(self, namespace: str, end_hash: bytes, tokens: int, zone: str) -> ChunkRecord | None:
         """The record of the span of ``tokens`` tokens that ends so."""
@@ -165,20 +171,26 @@ class Directory:
         """The object's record, made if it is new."""
         return self._ensure((namespace, span.hash, span.tokens, zone), part)
 
-    def note(self, key: ObjectKey, tier: int) -> None:
-        """Record that a lower tier has an object, as its listing says."""
+    def note(self, key: ObjectKey, tier: int, copy: int = 0) -> None:
+        """Record that a lower tier has an object, as its listing says; ``copy``: how."""
         namespace, zone, end_hash, tokens, part = key.fields()
         name = (namespace, end_hash, tokens, zone)
         if self._active(*name) is not None or name in self._awake:
-            self.add_tier(self._ensure(name, part), tier)
+            self.add_tier(self._ensure(name, part), tier, copy)
             return
         tiers = self._below.tiers(name, part)  # nobody has a record: none has to be made
         if not tiers:
-            self._below.add(name, Known(part, 1 << tier))
+            self._below.add(name, Known(part, 1 << tier, copies=with_copy(0, tier, copy)))
+            self._count_copy(tier, 0, copy)
             self._forget_oldest()
-        elif not tiers >> tier & 1:
-            self._below.hold(name, part, tier)
+        elif copy or not tiers >> tier & 1:
+            self._count_copy(tier, self._below.hold(name, part, tier, copy), copy)
         self._held[tier] += not tiers >> tier & 1
+
+    def _count_copy(self, tier: int, before: int, copy: int) -> None:
+        """A copy was ``before`` and is another now, where anything is known of it."""
+        if copy:
+            self._held_nbytes[tier] += Copy.read(copy).nbytes - Copy.read(before).nbytes
 
     def _ensure(self, name: SpanName, part: Part) -> ObjectRecord:
         record = self.chunk(*name)
@@ -268,12 +280,15 @@ class Directory:
         self._changed(found)
         return offset
 
-    def add_tier(self, found: ObjectRecord, tier: int) -> None:
-        """A lower tier holds the object."""
+    def add_tier(self, found: ObjectRecord, tier: int, copy: int = 0) -> None:
+        """A lower tier holds the object; ``copy``: how, if that is known."""
         self._rise(found.chunk)
         if not found.tiers >> tier & 1:
             self._held[tier] += 1
         found.tiers |= 1 << tier
+        if copy:
+            self._count_copy(tier, of_tier(found.copies, tier), copy)
+            found.copies = with_copy(found.copies, tier, copy)
         found.presumed = 0
         found.drop_key()
         _stale(found)
@@ -284,6 +299,8 @@ class Directory:
         self._rise(found.chunk)
         if found.tiers >> tier & 1:
             self._held[tier] -= 1
+        self._held_nbytes[tier] -= Copy.read(of_tier(found.copies, tier)).nbytes
+        found.copies = with_copy(found.copies, tier, 0)
         found.tiers &= ~(1 << tier)
         found.presumed &= ~(1 << tier)
         self._changed(found)
@@ -317,9 +334,9 @@ class Directory:
         if not known:
             return None
         objects: list[ObjectRecord] = []
-        for part, tiers, first_token, retention in known:
+        for part, tiers, first_token, retention, copies in known:
             found = self._record(name, part)
-            found.tiers, found.retention = tiers, retention
+            found.tiers, found.retention, found.copies = tiers, retention, copies
             if first_token is not None:
                 found.start = first_token
             objects.append(found)
@@ -357,7 +374,8 @@ class Directory:
         record.is_resting = True
         first_token = None if record.start < 0 else record.start
         for found in record.objects:
-            self._below.add(name, Known(found.part, found.tiers, first_token, found.retention))
+            known = Known(found.part, found.tiers, first_token, found.retention, found.copies)
+            self._below.add(name, known)
         self._awake[name] = record
         self._forget_oldest()
 
@@ -371,16 +389,17 @@ class Directory:
                 if any(found.pins for found in record.objects):
                     continue  # reading it made it the most recent
                 for found in record.objects:
-                    found.tiers = 0
+                    found.tiers = found.copies = 0
                     if isinstance(record, Several):
                         record.leave(found)
                 record.is_resting = False
                 del self._awake[name]
             self._below.remove(name)
             self.forgotten += len(known)
-            for _, tiers, _, _ in known:
-                for tier in range(tiers.bit_length()):
-                    self._held[tier] -= tiers >> tier & 1
+            for each in known:
+                for tier in range(1, each.tiers.bit_length()):
+                    self._held[tier] -= each.tiers >> tier & 1
+                    self._held_nbytes[tier] -= Copy.read(of_tier(each.copies, tier)).nbytes
 
     def _unlink(self, record: ChunkRecord) -> None:
         """Take a record without objects out, if it is still in."""

@@ -6,6 +6,7 @@ The caller brings the time, and holds the planner's lock.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain, repeat
 
 from kvlayer.identity.keys import ObjectKey
 from kvlayer.results import Cause
@@ -43,16 +44,16 @@ class Holdings:
         self._aside: Recent[tuple[int, ObjectKey], None] = Recent(_MAX_ASIDE)
         """What a tier may hold but could not deliver."""
 
-    def note(self, keys: Iterable[ObjectKey], tier: int) -> None:
+    def note(self, keys: Iterable[ObjectKey], tier: int, copies: Iterable[int]) -> None:
         """See ``Planner.note``."""
-        for key in keys:
+        for key, copy in zip(keys, chain(copies, repeat(0)), strict=False):
             if (namespace := key.namespace) not in self.served:
                 continue
             if key in self._withdrawn.get((tier, namespace), ()) or (tier, key) in self._aside:
                 continue
             if self._matcher.can_exist(key):
                 self._absences.withdraw(tier, key)
-                self._directory.note(key, tier)
+                self._directory.note(key, tier, copy)
 
     def absent(self, keys: Iterable[ObjectKey], tier: int, now: float) -> None:
         """See ``Planner.absent``."""
@@ -71,9 +72,9 @@ class Holdings:
         else:
             self._withdrawn.pop((tier, namespace), None)
 
-    def written(self, record: ObjectRecord, tier: int) -> None:
+    def written(self, record: ObjectRecord, tier: int, copy: int) -> None:
         """A tier has got an object."""
-        self._directory.add_tier(record, tier)
+        self._directory.add_tier(record, tier, copy)
         self._absences.withdraw(tier, record.key)
         self._aside.pop((tier, record.key))
 

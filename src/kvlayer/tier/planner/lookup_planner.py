@@ -97,10 +97,13 @@ class LookupPlanner(Tables):
         with self.lock:
             return dict(zip(self.tiers, match.by_tier(len(self.tiers)), strict=True))
 
-    def note(self, keys: Iterable[ObjectKey], tier: int) -> None:
-        """A lower tier said it holds these objects; what this model cannot have is passed over."""
+    def note(self, keys: Iterable[ObjectKey], tier: int, copies: Iterable[int] = ()) -> None:
+        """A lower tier said it holds these objects; what this model cannot have is passed over.
+
+        ``copies``: for each, how it lies there (:mod:`kvlayer.tier.planner.copies`), or none.
+        """
         with self.lock:
-            self._holdings.note(keys, tier)
+            self._holdings.note(keys, tier, copies)
 
     def absent(self, keys: Iterable[ObjectKey], tier: int, now: float) -> None:
         """A lower tier said that it holds none of these: believed for a second."""

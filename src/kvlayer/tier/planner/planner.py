@@ -217,16 +217,16 @@ class Planner(LookupPlanner, Survey):
             self.leases.expire(now.clock)
             return self._stores.reserve(span, record, evicted, None, now, spares=spares)
 
-    def fetched(self, slot: Reservation, tier: int, *, ok: bool) -> None:
+    def fetched(self, slot: Reservation, tier: int, *, ok: bool, copy: int = 0) -> None:
         """The fetch into this slot ended: serve it or give the memory back. Lets go of its pin.
 
-        ``tier`` has held it if ``ok``, which may have been presumed.
+        ``tier`` has held it if ``ok``, which may have been presumed; ``copy``: how it lay there.
         """
         with self.lock:
             if ok:
                 self.host.commit((slot.record,))
-                if slot.record.presumed:
-                    self.directory.add_tier(slot.record, tier)
+                if slot.record.presumed or slot.record.tiers >> tier & 1:
+                    self.directory.add_tier(slot.record, tier, copy)
                 self.host.let_go((slot.record,))
             else:
                 self._stores.stored((slot,), ok=False)
@@ -249,12 +249,12 @@ class Planner(LookupPlanner, Survey):
                 span.parent,
             )
 
-    def spilled(self, record: ObjectRecord, tier: int, *, ok: bool) -> None:
-        """A spill ended; lets go of its pin."""
+    def spilled(self, record: ObjectRecord, tier: int, *, ok: bool, copy: int = 0) -> None:
+        """A spill ended; lets go of its pin. ``copy``: how the object lies there now."""
         with self.lock:
             record.writing &= ~(1 << tier)
             if ok:
-                self._holdings.written(record, tier)
+                self._holdings.written(record, tier, copy)
             self.host.let_go((record,))
 
     def missing(

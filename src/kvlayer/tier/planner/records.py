@@ -10,6 +10,7 @@ from enum import Enum
 
 from kvlayer.identity.keys import ObjectKey, Part, Span
 from kvlayer.retention import ORDINARY
+from kvlayer.tier.planner.copies import Copy, of_tier
 from kvlayer.tier.planner.strand import Strand
 
 __all__ = ["ChunkRecord", "HostState", "ObjectRecord", "Several"]
@@ -68,7 +69,7 @@ class ObjectRecord(ChunkRecord):
     too, so that the garbage collector has one thing to look at and a lookup one to read.
     """
 
-    __slots__ = ("_key", "held", "host", "is_whole", "nbytes", "offset", "own",
+    __slots__ = ("_key", "copies", "held", "host", "is_whole", "nbytes", "offset", "own",
                  "part", "presumed", "retention", "row", "several", "strand", "tiers",
                  "writing")  # fmt: skip
 
@@ -103,6 +104,8 @@ class ObjectRecord(ChunkRecord):
         """How many of the pins are a move's, which is no use of the object."""
         self.tiers = 0
         """Bit t: ready on tier t (t >= 1)."""
+        self.copies = 0
+        """How it lies there, as far as is known: see :mod:`kvlayer.tier.planner.copies`."""
         self.presumed = 0
         """Bit t: tier t was not asked about it, but may hold it. Only reads go by this."""
         self.writing = 0
@@ -139,6 +142,10 @@ class ObjectRecord(ChunkRecord):
     def drop_key(self) -> None:
         """It has moved: its name takes more memory than all else, and is computed again."""
         self._key = None
+
+    def encoding(self, tier: int) -> int:
+        """In which of a lower tier's encodings it lies there, from 1 on; 0: not known."""
+        return Copy.read(of_tier(self.copies, tier)).encoding
 
     @property
     def is_ready(self) -> bool:

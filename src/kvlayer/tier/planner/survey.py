@@ -17,9 +17,12 @@ _SLICE = 256  # spans for each hold of the lock, which lookups wait for
 
 
 class Counts(NamedTuple):
-    """How much there is. ``held``: objects known on each lower tier; the rest is of the host."""
+    """How much there is. ``held``: objects known on each lower tier, ``held_nbytes`` what they take
+    there, as far as is known; the rest is of the host.
+    """
 
     held: Mapping[int, int]
+    held_nbytes: Mapping[int, int]
     objects: int
     used_nbytes: int
     capacity_nbytes: int
@@ -47,9 +50,10 @@ class Survey(Tables):
     def counts(self, lower: Iterable[int]) -> Counts:
         """How much there is in host memory and on the ``lower`` tiers. Constant time."""
         with self.lock:
-            extents = self.host.extents
+            extents, tiers = self.host.extents, [*lower]
             return Counts(
-                {tier: self.directory.held(tier) for tier in lower},
+                {tier: self.directory.held(tier) for tier in tiers},
+                {tier: self.directory.held_nbytes(tier) for tier in tiers},
                 len(self.host),
                 extents.used,
                 extents.capacity,

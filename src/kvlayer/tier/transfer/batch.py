@@ -66,6 +66,8 @@ class Job:
         "batch",
         "began",
         "copies",
+        "copy",
+        "encoding",
         "fault",
         "first_token",
         "is_over",
@@ -93,6 +95,7 @@ class Job:
         copies: bool,
         retention: Retention = ORDINARY,
         parent: bytes = b"",
+        encoding: int = 0,
     ) -> None:
         self.key = key
         self.payload = payload
@@ -115,6 +118,10 @@ class Job:
         self.fault: tuple[Cause, str] | None = None
         """What was wrong with them."""
         self.version: Version = None
+        self.encoding = encoding
+        """In which of the tier's encodings it is said to lie, from 1 on; 0: nobody said."""
+        self.copy = 0
+        """How it lies on the tier: see :mod:`kvlayer.tier.planner.copies`."""
         self.is_over = False
         """Whether it has said how it went."""
         self._batcher = batcher
@@ -194,7 +201,8 @@ class Job:
         cause, detail = fault or (None, "")
         nbytes = 0 if fault else self.nbytes
         seconds = now - self.began
-        self._over(Outcome(self.key, cause, detail, nbytes, seconds, self.version), None)
+        copy = 0 if fault else self.copy
+        self._over(Outcome(self.key, cause, detail, nbytes, seconds, self.version, copy), None)
 
     def called_off(self) -> None:
         """Say that it was cancelled, unless it has said something already."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from functools import partial
+from typing import NamedTuple
 
 from kvlayer.abc.backend import Listed
 from kvlayer.errors import ForeignError
 from kvlayer.identity.keys import ObjectKey
 from kvlayer.runtime.foreign import bounded
+from kvlayer.tier.planner.copies import copy_of
 from kvlayer.tier.tier import LowerTier
+from kvlayer.tier.transfer.named import ListedAs
 
 __all__ = ["listed"]
 
@@ -18,21 +21,31 @@ _BATCH = 256
 _MAX_REPEATED = 1000  # an object may move while it is listed; a listing that goes round never ends
 
 
-async def listed(tier: LowerTier, prefix: str) -> AsyncGenerator[list[ObjectKey]]:
-    """The keys a tier lists under ``prefix``, in batches. Each step has the tier's deadline.
+class Batch(NamedTuple):
+    """Some of what a tier lists: keys, and for each how the object lies there.
+
+    See :mod:`kvlayer.tier.planner.copies`.
+    """
+
+    keys: list[ObjectKey]
+    copies: list[int]
+
+
+async def listed(tier: LowerTier, prefix: str) -> AsyncGenerator[Batch]:
+    """What a tier lists under ``prefix``, in batches. Each step has the tier's deadline.
 
     Raises ``TimeoutError`` when a step takes longer, ``ForeignError`` for what is no listing or
     none that ends, and what the backend raises; what was listed until then is yielded first.
     """
     reader = _Reader(tier, prefix)
     while not reader.is_over:
-        batch: list[ObjectKey] = []
+        batch = Batch([], [])
         error: Exception | None = None
         try:
             await bounded(partial(reader.read, batch), tier.guard.deadline)
         except Exception as exc:  # noqa: BLE001  # foreign code: raised below
             error = exc
-        if batch:
+        if batch.keys:
             yield batch
         if error is not None:
             raise error
@@ -50,7 +63,7 @@ class _Reader:
         self._repeated = 0
         self.is_over = False
 
-    async def read(self, batch: list[ObjectKey]) -> None:
+    async def read(self, batch: Batch) -> None:
         """Append the next keys to ``batch``: fewer where they come slowly, each in its time."""
         loop = asyncio.get_running_loop()
         if self._listing is None:
@@ -63,8 +76,10 @@ class _Reader:
                 self.is_over = True
                 return
             key = self._checked(entry)
-            if key is not None:
-                batch.append(key)
+            if key is not None and isinstance(entry, Listed):
+                encoding = entry.encoding if isinstance(entry, ListedAs) else 0
+                batch.keys.append(key)
+                batch.copies.append(copy_of(encoding, entry.nbytes))
             if loop.time() > until:
                 return
 

@@ -276,7 +276,7 @@ class Loads:
                 trip = trips[tier.index] = _Trip(tier, self._clock())
         try:
             call = tier.guard.send(
-                self._objects.reading(tier.index, slot.piece),
+                self._objects.reading(tier.index, slot.piece, record.encoding(tier.index)),
                 partial(self._landed, tier, slot, trip),
                 nbytes=slot.piece.nbytes,
             )
@@ -322,7 +322,8 @@ class Loads:
         flight = self._flights.land(slot.record.key)
         outcome = outcome_of(call, slot.record.key)
         is_wanted = flight is None or not flight.is_forsaken
-        self._planner.fetched(slot, tier.index, ok=outcome.ok and is_wanted)
+        ok = outcome.ok and is_wanted
+        self._planner.fetched(slot, tier.index, ok=ok, copy=outcome.copy)
         tier.transferred("load", outcome, call)
         if trip is not None:
             trip.landed(self._clock(), outcome)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar, cast
 
 from kvlayer._masked import Mask
@@ -30,13 +30,20 @@ from kvlayer.errors import UnsupportedError
 from kvlayer.identity.keys import RAW, Encoding, ObjectKey, ObjectName
 from kvlayer.urls import BackendURL
 
-__all__ = ["Named"]
+__all__ = ["ListedAs", "Named"]
 
 T = TypeVar("T")
 
 Answers = list
 
 _MAX_ENCODINGS = 64  # a listing may name any number
+
+
+@dataclass(frozen=True, slots=True)
+class ListedAs(Listed):
+    """A stored object by its key, and in which of the tier's encodings it lies, from 1 on."""
+
+    encoding: int = 0
 
 
 class Named(Backend):
@@ -56,6 +63,7 @@ class Named(Backend):
         self.backend = backend
         """What it stands before."""
         self._encodings = {str(encoding): encoding for encoding in encodings}
+        self._numbers = {text: number for number, text in enumerate(self._encodings, 1)}
         written, *self._others = encodings
         self._written = str(written)
         self.scheme = backend.scheme  # type: ignore[misc]  # as is what it stands for
@@ -162,7 +170,8 @@ class Named(Backend):
                 elif (key := self._key(found.key)) is None:
                     self._count_foreign(found.key)
                 else:
-                    yield Listed(key, found.nbytes, found.used)
+                    encoding = self._numbers[found.key.rpartition("/")[2]]
+                    yield ListedAs(key, found.nbytes, found.used, encoding)
 
     def _count_foreign(self, name: ObjectKey) -> None:
         self.foreign += 1

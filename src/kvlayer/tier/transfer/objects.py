@@ -155,12 +155,16 @@ class Objects:
         its = self._of(tier)
         return self._job(its, its.writes, item)
 
-    def reading(self, tier: int, item: Piece | Item) -> Job:
-        """:meth:`get`, to begin when its turn comes: with what else begins then it travels."""
-        its = self._of(tier)
-        return self._job(its, its.reads, item)
+    def reading(self, tier: int, item: Piece | Item, encoding: int = 0) -> Job:
+        """:meth:`get`, to begin when its turn comes: with what else begins then it travels.
 
-    def _job(self, its: _Tier, batcher: Batcher, item: Piece | Item) -> Job:
+        ``encoding``: in which of the tier's the object is said to lie, from 1 on; it is asked for
+        in that first. 0: nobody said.
+        """
+        its = self._of(tier)
+        return self._job(its, its.reads, item, encoding)
+
+    def _job(self, its: _Tier, batcher: Batcher, item: Piece | Item, encoding: int = 0) -> Job:
         if isinstance(item, Piece):
             payload = self._shape(item.key.part, item.num_tokens)
             return Job(
@@ -173,6 +177,7 @@ class Objects:
                 copies=False,
                 retention=item.retention,
                 parent=item.parent,
+                encoding=encoding,
             )
         nbytes = sum(region.nbytes for region in item.regions)
         if nbytes != item.payload.body_nbytes:
@@ -187,6 +192,7 @@ class Objects:
             copies=item.lending is Lending.CALL and not its.is_revocable,
             retention=item.retention,
             parent=item.parent,
+            encoding=encoding,
         )
 
     async def relay(self, objects: Sequence[Relayed], source: int, target: int) -> list[Outcome]:

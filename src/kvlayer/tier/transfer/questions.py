@@ -13,6 +13,7 @@ from kvlayer.identity.keys import ObjectKey
 from kvlayer.results import Cause
 from kvlayer.runtime.foreign import words
 from kvlayer.tier.guard.guard import Refused, TierCall
+from kvlayer.tier.planner.copies import copy_of
 from kvlayer.tier.planner.planner import Planner
 from kvlayer.tier.tier import LowerTier
 from kvlayer.tier.transfer.objects import Objects
@@ -123,9 +124,10 @@ class Questions:
         """Note what was said of each object. An error is not an absence."""
         tier, answers = self._tier, [*zip(keys, sizes, strict=True)]
         there = [key for key, size in answers if isinstance(size, int)]
+        copies = [copy_of(0, size) for size in sizes if isinstance(size, int)]
         absent = [key for key, size in answers if size is None]
         errors = [size for size in sizes if isinstance(size, BackendError)]
-        self._planner.note(there, tier.index)
+        self._planner.note(there, tier.index, copies)
         self._planner.absent(absent, tier.index, self._clock())
         if errors and len(errors) == len(keys):
             tier.fails(Cause.TIER_DOWN, words(errors[0]))

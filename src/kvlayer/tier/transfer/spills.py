@@ -225,7 +225,7 @@ class Spills:
         tier = queue.tier
         queue.running.pop(write.key, None)
         outcome = outcome_of(call, write.key)
-        self._planner.spilled(write.record, tier.index, ok=outcome.ok)
+        self._planner.spilled(write.record, tier.index, ok=outcome.ok, copy=outcome.copy)
         waits_on = not (self._is_closed or write.is_withdrawn)
         if isinstance(call.error, Refused) and waits_on:
             # The breaker opened before its turn came: it keeps its place, and was never tried.

@@ -25,6 +25,7 @@ from kvlayer.memory.arena import Arena
 from kvlayer.results import Cause
 from kvlayer.runtime.foreign import awaited, words
 from kvlayer.tier.guard.retry import Retry
+from kvlayer.tier.planner.copies import copy_of
 from kvlayer.tier.transfer.batch import Job
 from kvlayer.tier.transfer.checks import Checks
 from kvlayer.tier.transfer.encodings import Coding
@@ -81,16 +82,27 @@ class Transfers:
             for job in jobs
         ]
         jobs, left = await self._equipped(self._arenas.reads, jobs, sizes)
-        for coding in self._codings:  # the first is where nearly everything is
-            jobs = await self._read(coding, jobs) if jobs else []
-        now = self._clock()
+        asked, missed = jobs, list[Job]()
+        for number, coding in enumerate(self._codings):  # as it is said, which is nearly all
+            some = [job for job in asked if self._said(job) == number]
+            missed += await self._read(coding, some) if some else []
+        for number, coding in enumerate(self._codings):
+            some = [job for job in missed if self._said(job) != number]
+            still = await self._read(coding, some) if some else []
+            missed = [job for job in missed if self._said(job) == number or job in still]
+        jobs, now = missed, self._clock()
         for job in jobs:
             job.end(now, (Cause.VANISHED, "the tier no longer has it"))
         return left
 
+    def _said(self, job: Job) -> int:
+        """Which encoding to ask for first: as it is said, else as the tier writes."""
+        return job.encoding - 1 if 0 < job.encoding <= len(self._codings) else 0
+
     async def _read(self, coding: Coding, jobs: list[Job]) -> list[Job]:
         """Bring what lies there in one encoding; returns the jobs of what does not."""
-        landing = _Landing(asyncio.get_running_loop(), self._clock, coding, is_alone=len(jobs) == 1)
+        loop, number = asyncio.get_running_loop(), self._codings.index(coding) + 1
+        landing = _Landing(loop, self._clock, coding, number, is_alone=len(jobs) == 1)
         reads: list[Read] = []
         arriving: dict[int, Job] = {}
         for job in jobs:
@@ -179,7 +191,8 @@ class Transfers:
         except BackendError as exc:
             errors = [exc] * len(jobs)
         now = self._clock()
-        for job, error in zip(jobs, errors, strict=True):
+        for job, write, error in zip(jobs, writes, errors, strict=True):
+            job.copy = copy_of(1, write.nbytes)
             job.end(now, None if error is None else fault_of(error))
         return left
 
@@ -223,6 +236,8 @@ class _Landing:
     loop: asyncio.AbstractEventLoop
     clock: Callable[[], float]
     coding: Coding
+    number: int
+    """The coding's, among those of the tier."""
     is_alone: bool
     """One object: it ends with its batch."""
     ready: list[Job] = field(default_factory=list[Job])
@@ -238,6 +253,7 @@ class _Landing:
         except Exception as exc:  # noqa: BLE001  # a backend's thread must not die of ours
             fault = Cause.TIER_DOWN, words(exc)  # no evidence against the object
         job.fault = fault
+        job.copy = copy_of(self.number, nbytes)
         job.landed_nbytes = nbytes
         if fault is None and not self.is_alone:
             self.ready.append(job)
