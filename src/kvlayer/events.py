@@ -19,6 +19,7 @@ from kvlayer.results import Cause, Failure
 from kvlayer.runtime.foreign import Foreign
 
 __all__ = [
+    "CacheRebound",
     "Emitter",
     "Event",
     "LookupDone",
@@ -186,6 +187,18 @@ class ObjectQuarantined(Stamp):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CacheRebound(Stamp):
+    """The cache was bound to a namespace (digests): what is stored from now on is of ``now``.
+
+    ``stopped`` requests of the epoch before have been told to end; their ``...Done`` follow.
+    """
+
+    before: str
+    now: str
+    stopped: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TierChanged(Stamp):
     """A tier went down or came back."""
 
@@ -206,6 +219,7 @@ Event: TypeAlias = (
     | ObjectsEvicted
     | ObjectsRemoved
     | ObjectQuarantined
+    | CacheRebound
     | TierChanged
 )
 Sink: TypeAlias = Callable[[Event], None]

@@ -50,6 +50,8 @@ class Cause(StrEnum):
     NO_ROOM = "no-room"
     BUSY = "busy"
     """Too much already in flight."""
+    REBOUND = "rebound"
+    """The cache was bound to another namespace, or anew to the same, while the request ran."""
     SLOW = "slower-than-recomputing"
     """It is there, but loading it would take longer than computing it anew."""
 

@@ -1,4 +1,4 @@
-"""Nine planted bugs, one for each scenario, as patches of one function each.
+"""Ten planted bugs, one for each scenario, as patches of one function each.
 
 A patch names the text it takes away, which has to be there exactly once: where the product has
 moved on, planting fails and says so, in place of proving nothing.
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from kvlayer.tier.epochs import Epochs
 from kvlayer.tier.guard.guard import Guard
 from kvlayer.tier.planner.holdings import Holdings
 from kvlayer.tier.planner.host import HostTier
@@ -24,7 +25,7 @@ from kvlayer.tier.stack import Stack
 from kvlayer.tier.storing import Storing
 from kvlayer_backends.file.ledger import Ledger
 
-__all__ = ["BUGS", "RACES", "Bug"]
+__all__ = ["BUGS", "RACES", "UNCHECKED", "Bug"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,12 @@ BUGS = {
         "self._directory.drop_tier(record, tier)",
         "pass",
     ),
+    "rebinding": Bug(
+        "what moves when its epoch ends is neither stopped nor waited for",
+        Epochs.within,
+        "_OF_NONE if epoch is None else _Within(self, epoch)",
+        "_OF_NONE",
+    ),
     "full_memory": Bug(
         "scratch is taken before slots: a store that waits for room holds some meanwhile",
         Storing._room,
@@ -122,6 +129,14 @@ BUGS = {
     ),
 }
 """By the scenario that is meant to find it."""
+
+UNCHECKED = Bug(
+    "what was gathered is served without a look at its epoch",
+    Planner.gathered,
+    "if todo.chain.is_stale:",
+    "if False:",
+)
+"""For ``rebinding``, beside its own: then nothing keeps new KV from names of old."""
 
 RACES = {
     "found, then leased": Bug(

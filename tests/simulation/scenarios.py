@@ -13,6 +13,7 @@ import flapping_tier
 import full_memory
 import janitor_hand_over
 import lease_expiry
+import rebinding
 import two_planners
 from world import Scenario, World, play
 
@@ -28,6 +29,7 @@ SCENARIOS: dict[str, Scenario] = {
     "back_pressure": back_pressure.play,
     "two_planners": two_planners.play,
     "full_memory": full_memory.play,
+    "rebinding": rebinding.play,
 }
 
 

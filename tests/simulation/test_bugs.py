@@ -1,4 +1,4 @@
-"""The simulator finds bugs: each of nine that are planted, by a seed that finds it every time."""
+"""The simulator finds bugs: each of ten that are planted, by a seed that finds it every time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import Any
 
 import pytest
-from bugs import BUGS
+from bugs import BUGS, UNCHECKED
 from scenarios import SCENARIOS, FoundError, brief, play_seed
 
 BUDGET = 2000  # seeds; what a campaign plays of each scenario
@@ -42,3 +42,21 @@ def _find(name: str, arena: Path) -> FoundError:
         except FoundError as found:
             return found
     pytest.fail(f"{BUGS[name].what}: not found by {BUDGET} seeds of {name}")
+
+
+def test_kv_of_new_weights_under_a_name_of_old_ones_is_found(arena: Path) -> None:
+    """Two walls keep it out: with one of them nothing is stored wrongly, without both it is."""
+    with BUGS["rebinding"].planted(), UNCHECKED.planted():
+        reasons = {_reason("rebinding", seed, arena) for seed in range(40)}
+    assert any("wrong bytes" in reason for reason in reasons), reasons
+    with UNCHECKED.planted():
+        assert {_reason("rebinding", seed, arena) for seed in range(10)} == {""}
+
+
+def _reason(name: str, seed: int, arena: Path) -> str:
+    """The invariant that a seed breaks; empty: none."""
+    try:
+        play_seed(name, seed, arena)
+    except FoundError as found:
+        return found.reason
+    return ""

@@ -25,6 +25,7 @@ MUST_HAPPEN = {
     "janitor_hand_over": ["got", "died", "evicted"],
     "back_pressure": ["loaded", "dropped"],
     "two_planners": ["loaded", "damaged"],
+    "rebinding": ["loaded", "stored", "rebound", "straddled", "stores cut", "loads cut"],
     "full_memory": ["loaded", "stored", "prefetched", "held every slot"],
 }
 """A scenario in which these never happen has proved nothing."""

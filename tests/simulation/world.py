@@ -57,6 +57,8 @@ class World:
         self.counts: Counter[str] = Counter()
         self.right: dict[bytes, bytes] = {}
         """What the objects of a chunk begin with, by its hash."""
+        self.of: dict[tuple[str, bytes], bytes] = {}
+        """The same in namespaces where it is something else, by namespace and hash."""
         self.processes: list[Process] = []
         self.prompts: list[Prompt] = []
         rows: dict[bytes, int] = {}
@@ -88,7 +90,7 @@ class World:
         return [span.hash for span in spans]
 
     def bytes_of(self, key: ObjectKey) -> bytes | None:
-        return self.right.get(key.end_hash)
+        return self.of.get((key.namespace, key.end_hash), self.right.get(key.end_hash))
 
     def lies_in_directory(self, chunk_hash: bytes) -> bool:
         """Whether there is a file of this chunk below the directory, whoever wrote it."""

@@ -34,6 +34,7 @@ from kvlayer.memory.slab import Slab
 from kvlayer.results import Cause
 from kvlayer.runtime.foreign import awaited, bounded, words
 from kvlayer.runtime.offload import Offload
+from kvlayer.tier.epochs import Epochs
 from kvlayer.tier.guard.estimate import Rate
 from kvlayer.tier.guard.guard import Guard
 from kvlayer.tier.planner.copies import copy_of
@@ -47,7 +48,7 @@ from kvlayer.tier.transfer.named import Named
 from kvlayer.tier.transfer.objects import Objects
 from kvlayer.urls import shown_url
 
-__all__ = ["OpenCache", "Stack", "build"]
+__all__ = ["OpenCache", "Stack", "build", "check_namespace", "check_sharing"]
 
 
 async def build(
@@ -75,11 +76,11 @@ async def build(
     async with AsyncExitStack() as resources:
         if namespace is None:
             namespace = await _identify(config, layout, resources)
-        _check_namespace(namespace, layout)
+        check_namespace(namespace, layout)
         codings = _codings(config.tiers, codecs)
         backends = [open_backend(tier.url, backends=registry) for tier in config.tiers]
         host = _host_memory(config, backends)
-        _check_sharing(namespace, backends)
+        check_sharing(namespace, backends)
         masks = _masks(config)
         for index, backend in enumerate(backends[1:], 1):
             encodings = [coding.encoding for coding in codings[index]]
@@ -157,7 +158,8 @@ def _computed_in(kv_dtype: str) -> str:
     return kv_dtype
 
 
-def _check_namespace(namespace: Namespace, layout: KVLayout) -> None:
+def check_namespace(namespace: Namespace, layout: KVLayout) -> None:
+    """Raise unless KV that lies as ``layout`` says can be that of a namespace."""
     if namespace.groups != tuple(g.group for g in layout.groups):
         raise IdentityError(
             "the namespace and the layout describe different KV groups",
@@ -180,7 +182,7 @@ def _codings(tiers: Sequence[TierConfig], codecs: Registry[type[Codec]]) -> list
     ]
 
 
-def _check_sharing(namespace: Namespace, backends: list[Backend]) -> None:
+def check_sharing(namespace: Namespace, backends: Sequence[Backend]) -> None:
     """KV of unknown weights must not leave the process: another model's would be served."""
     if not namespace.is_private:
         return
@@ -393,6 +395,7 @@ def _make_stack(
         prefill=Rate(config.prefill_tokens_per_second),
         high_watermark=config.high_watermark,
         low_watermark=config.low_watermark,
+        epochs=Epochs(namespace.digest),
     )
     nothing = ObjectKey.of(
         namespace.digest,

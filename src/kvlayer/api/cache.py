@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
-from kvlayer._values import flag, function, instance, number, waiting, whole
+from kvlayer._values import callee, flag, function, instance, number, waiting, whole
 from kvlayer.abc.backend import Backend
 from kvlayer.abc.codec import Codec
 from kvlayer.abc.stager import Landed, MakeStager
@@ -18,6 +18,7 @@ from kvlayer.api.control import Control
 from kvlayer.api.hit import PrefixHit
 from kvlayer.api.lookup import Lookup, Lookups
 from kvlayer.api.prefetch import Prefetch
+from kvlayer.api.rebinding import check, rebind
 from kvlayer.config.model import CacheConfig
 from kvlayer.config.registry import BACKENDS, CODECS, Registry
 from kvlayer.errors import (
@@ -35,6 +36,7 @@ from kvlayer.patience import Patience
 from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
 from kvlayer.tier.planner.lease import lease_seconds
 from kvlayer.tier.planner.matcher import Match
+from kvlayer.tier.planner.planner import REBOUND
 from kvlayer.tier.planner.sources import Sources
 from kvlayer.tier.ranks.rank_team import RankTeam
 from kvlayer.tier.stack import Window
@@ -65,13 +67,13 @@ class Cache:
         self._parts = parts
         self._stack = parts.stack
         self._planner = parts.stack.planner
-        self._lookups = Lookups(parts, self.chain, self.named)
+        self._epochs = parts.stack.epochs
+        self._lookups = Lookups(parts, self._chain, self.named)
         self._emit = parts.emit
         self._clock = parts.clock
         self._pid = os.getpid()
         self._loop = asyncio.get_running_loop()
         self._closed = False
-        self.namespace = parts.namespace
         self.config = parts.config
         self.control = Control(self)
         self._unclosed = weakref.finalize(self, _say_lost, parts, self._pid)
@@ -277,9 +279,7 @@ class Cache:
             )
             asked = min(hit.tokens, window.stop)
             if match.tokens < asked and not report.failed:
-                lost = next(span for span in hit.spans if span.stop > match.tokens)
-                gone = Failure(lost, Cause.VANISHED, detail="gone since the lookup's lease ran out")
-                report = RetrieveReport(report.tokens, (gone,))
+                report = RetrieveReport(report.tokens, (_gone(hit, match),))
             if sources is not None:
                 nbytes_by_tier = sources.nbytes(window.start, report.tokens)
                 self._emit(
@@ -352,6 +352,8 @@ class Cache:
                 self._planner.keep(hit.lease, match)
             finally:
                 self._planner.unpin(match.path())
+            if match.chain.is_stale and hit.spans and not report.failed:
+                report = RetrieveReport(0, (_gone(hit, match),))
             self._prefetched(hit.owner, hit.tokens, report, started)
         return report
 
@@ -383,6 +385,47 @@ class Cache:
         """
         self.check_loop()
         await self._stack.recovered()
+
+    async def rebind(
+        self, namespace: Namespace, update: Callable[[], Awaitable[object]] | None = None
+    ) -> None:
+        """From now on the engine computes KV of another namespace: its weights are updated, say.
+
+        ``update()`` is awaited while nothing moves: once nothing reads or writes the engine's
+        memory any more for a request that began before, and before anything begins anew. Whoever
+        leaves it out changes weights and memory after this has returned and before the next
+        request. Until this returns whatever begins stores nothing and is a miss.
+
+        - A store that is under way has kept what it had gathered, under the old namespace, and
+          reports the rest as failed (``Cause.REBOUND``). What lies in host memory is still written
+          to the tiers, under its own name.
+        - A lookup that is under way is a miss. A hit that was found before is not served:
+          ``retrieve`` and ``promote`` report ``Cause.REBOUND``. Prefetches are given up.
+        - A :meth:`chain` that was made before stores and serves nothing any more; ``chain(chain)``
+          names it anew. So a request that keeps its chain cannot straddle this unnoticed.
+
+        The same namespace as before begins another epoch all the same. What is stored stays: it
+        is served when the cache is bound to its namespace again, and before that to whoever asks
+        for it (``chain(tokens, namespace=old)``). Where each rank has a cache of its own, each is
+        rebound; where one plans for all ranks, they have nothing to do.
+
+        Waits for what the ranks or the device are copying, without a deadline: memory that somebody
+        may still read is not to be changed. Where this is cancelled, or ``update`` raises, the
+        cache stores and serves nothing until it is rebound.
+
+        Raises ``IdentityError``, and leaves everything as it is, for a namespace of another layout
+        or other chunk sizes, which needs another cache, and for one of unknown weights where a tier
+        is shared; ``ArgumentError``; what ``update`` raises.
+        """
+        self.check_loop()
+        if update is not None:
+            callee("update", update)
+        await rebind(self._parts, namespace, update)
+
+    @property
+    def namespace(self) -> Namespace:
+        """What the engine computes now; see :meth:`rebind`."""
+        return self._parts.namespace
 
     # -- shared with control and Portal ----------------------------------------------------------
 
@@ -426,7 +469,12 @@ class Cache:
     async def _chain_to_store(self, tokens: Tokens, scope: Scope, window: Window) -> ChunkChain:
         """The names of what a view covers up to its end."""
         if isinstance(tokens, ChunkChain):
-            chain = self.chain(tokens, scope)
+            chain = self._own(tokens, scope)
+            if chain.epoch is not None and chain.namespace != chain.epoch.namespace:
+                raise IdentityError(
+                    "the chain is of a namespace that is only read",
+                    hint="store under what the engine computes now: cache.chain(tokens)",
+                )
             count = chain.num_tokens
         else:
             packed = token_bytes(tokens)
@@ -440,21 +488,42 @@ class Cache:
             )
         return chain.until(window.stop)
 
-    def chain(self, tokens: Tokens, scope: Scope = PUBLIC) -> ChunkChain:
+    def chain(
+        self, tokens: Tokens, scope: Scope = PUBLIC, *, namespace: Namespace | None = None
+    ) -> ChunkChain:
         """The names of a prompt under this cache's chunk size: pass them wherever tokens are taken.
 
-        ``chain.grown(tokens)`` names a longer prompt and hashes only what is new. A chain that is
-        given is returned if it is of this cache's sizes and of ``scope``, which may be left out;
-        another owner is taken over. In any thread: it only computes.
-        Raises ``TokensError``, and ``IdentityError`` for a chain that is of neither.
+        ``chain.grown(tokens)`` names a longer prompt and hashes only what is new. A chain is of the
+        epoch in which it was made: after :meth:`rebind` nothing is stored or served by it. One that
+        is given is named again in the current epoch, which hashes nothing, if it is of this cache's
+        sizes and of ``scope``, which may be left out; another owner is taken over.
+
+        With ``namespace`` the chain is looked up in that one, which may be an earlier epoch's;
+        nothing is stored by it. In any thread: it only computes.
+
+        Raises ``TokensError``, and ``IdentityError`` for a chain that is of neither or that another
+        cache has made for other KV, and for a namespace of another layout or other chunk sizes.
         ``ArgumentError`` for a scope that is none.
         """
+        chain = self._chain(tokens, scope)
+        if namespace is not None:
+            check(namespace, self._parts)
+            return chain.bound(self._epochs.current, namespace.digest)
+        current = self._epochs.current
+        is_current = chain.epoch is current and chain.namespace == current.namespace
+        return chain if is_current else chain.bound(current)
+
+    def _chain(self, tokens: Tokens, scope: Scope) -> ChunkChain:
+        """The names of a prompt; of the epoch they have, if they have one."""
         if isinstance(tokens, ChunkChain):
             return self._own(tokens, scope)
         return self._named(token_bytes(tokens), scope)
 
     async def named(self, tokens: Tokens, scope: Scope = PUBLIC) -> ChunkChain:
-        """:meth:`chain` on the loop: others get their turn while a long prompt is hashed."""
+        """The chain of a prompt, on the loop: others get their turn while a long one is hashed.
+
+        A chain that is given keeps its epoch.
+        """
         if isinstance(tokens, ChunkChain):
             return self._own(tokens, scope)
         return await self._named_in_steps(token_bytes(tokens), scope)
@@ -462,7 +531,7 @@ class Cache:
     async def _named_in_steps(self, packed: bytes, scope: Scope) -> ChunkChain:
         if len(packed) <= 4 * _STEP:
             return self._named(packed, scope)
-        namespace = self.namespace.digest
+        epoch = self._epochs.current
         steps = ChunkChain.in_steps(
             packed,
             instance("scope", scope, Scope, hint=_SCOPE),
@@ -475,7 +544,7 @@ class Cache:
                 next(steps)
             except StopIteration as named:
                 self._begin()  # it may have been closed meanwhile
-                return cast(ChunkChain, named.value).named_in(namespace)
+                return cast(ChunkChain, named.value).bound(epoch)
             await asyncio.sleep(0)
 
     def _named(self, packed: bytes, scope: Scope) -> ChunkChain:
@@ -484,7 +553,7 @@ class Cache:
             instance("scope", scope, Scope, hint=_SCOPE),
             tokens_per_chunk=self.namespace.tokens_per_chunk,
             tokens_per_tail=self.namespace.tokens_per_tail,
-        ).named_in(self.namespace.digest)
+        ).bound(self._epochs.current)
 
     def _own(self, chain: ChunkChain, scope: Scope) -> ChunkChain:
         sizes = self.namespace.tokens_per_chunk, self.namespace.tokens_per_tail
@@ -495,8 +564,15 @@ class Cache:
                 hint="make it with Cache.chain",
             )
         instance("scope", scope, Scope, hint=_SCOPE)
-        if chain.namespace != self.namespace.digest:
-            chain = chain.named_in(self.namespace.digest)
+        if chain.epoch is None or chain.epoch.owner is not self._epochs:
+            current = self._epochs.current
+            if chain.namespace not in ("", current.namespace):
+                raise IdentityError(
+                    f"the chain was made for KV of namespace {chain.namespace[:12]}, this cache's "
+                    f"is {current.namespace[:12]}",
+                    hint="make it with this cache's chain(tokens)",
+                )
+            chain = chain.bound(current)
         if scope in (PUBLIC, chain.scope):
             return chain
         if scope.extras() != chain.scope.extras():
@@ -578,6 +654,14 @@ async def _to_the_end(parts: assembly.OpenCache, *, flush: bool) -> None:
     if cancelled is not None and (closing.cancelled() or closing.exception() is None):
         raise cancelled
     closing.result()
+
+
+def _gone(hit: PrefixHit, match: Match) -> Failure:
+    """Why what is left of a hit is shorter than it was."""
+    lost = next(span for span in hit.spans if span.stop > match.tokens)
+    if match.chain.is_stale:
+        return Failure(lost, Cause.REBOUND, detail=REBOUND)
+    return Failure(lost, Cause.VANISHED, detail="gone since the lookup's lease ran out")
 
 
 def _nameless(chain: ChunkChain, start: int) -> list[Failure]:

@@ -86,6 +86,8 @@ class Control:
     ) -> int:
         """Remove a prompt's objects from one tier, or from all; returns how many went.
 
+        Of every namespace that the cache serves: those it is and was bound to, and those that
+        somebody has asked for, at most the latest 64.
         What a tier was still to get does not go there, and what is being written to it is waited
         for. What is pinned stays in host memory, and what is being written to another tier.
 
@@ -95,18 +97,21 @@ class Control:
         self._cache.check_loop()
         stack = self._cache.stack
         lower = self._lower(tier)
-        chain = await self._cache.named(tokens, scope)
-        await stack.finder.find(chain)  # what other processes stored goes, too
+        named = await self._cache.named(tokens, scope)
+        chains = [named.bound(stack.epochs.current, n) for n in stack.planner.served()]
+        for chain in chains:
+            await stack.finder.find(chain)  # what other processes stored goes, too
         removal = Removal(stack.planner, stack.objects)
+
+        def known() -> list[ObjectRecord]:
+            return [record for chain in chains for record in stack.planner.known(chain)]
 
         async def drop() -> None:
             if tier in (None, stack.host.name):
-                removal.gone += await self._drop(stack.planner.known(chain), "evicted by request")
+                removal.gone += await self._drop(known(), "evicted by request")
 
-        await self._stop_writes(
-            lower, removal, drop, {each.key for each in stack.planner.known(chain)}
-        )
-        records = stack.planner.known(chain)
+        await self._stop_writes(lower, removal, drop, {each.key for each in known()})
+        records = known()
         keys = [[r.key for r in records if r.tiers >> each.index & 1] for each in lower]
         for each, there in zip(lower, keys, strict=True):
             if each.is_shared and not each.health().ok:  # others may have stored there
@@ -117,11 +122,12 @@ class Control:
         return removal.gone
 
     async def clear(self, tier: str | None = None) -> int:
-        """Remove everything of this namespace from one tier, or from all; returns how many went.
+        """Remove everything from one tier, or from all; returns how many went.
 
-        What is on its way is stopped as by :meth:`evict`, and what is pinned stays as there. Other
-        namespaces are not touched. Raises ``BackendError``, once all that can be removed is, when a
-        tier did not answer or kept some of it: it says how many objects.
+        Of every namespace that the cache serves, as :meth:`evict`; others are not touched. What is
+        on its way is stopped as by :meth:`evict`, and what is pinned stays as there. Raises
+        ``BackendError``, once all that can be removed is, when a tier did not answer or kept some
+        of it: it says how many objects.
         """
         self._cache.check_loop()
         stack = self._cache.stack
@@ -137,7 +143,8 @@ class Control:
         for lower in self._lower(tier):
             keys: list[ObjectKey] = []
             if Capability.LIST in lower.backend.capabilities:
-                await self._list(lower, keys, removal)
+                for namespace in stack.planner.served():
+                    await self._list(lower, namespace, keys, removal)
             known = await self._records()
             keys += [found.key for found in known if found.tiers >> lower.index & 1]
             await removal.delete(lower, list(dict.fromkeys(keys)))
@@ -246,10 +253,12 @@ class Control:
             )
         return [tier for tier in stack.lower if tier.name == name]
 
-    async def _list(self, lower: LowerTier, keys: list[ObjectKey], removal: Removal) -> None:
+    async def _list(
+        self, lower: LowerTier, namespace: str, keys: list[ObjectKey], removal: Removal
+    ) -> None:
         """Add what a tier lists to ``keys``, as far as it does: the deadline is of each step."""
         try:
-            async for batch in listed(lower, self._cache.namespace.digest):
+            async for batch in listed(lower, namespace):
                 keys += batch.keys
         except TimeoutError:
             why = f"not listed within {lower.guard.deadline} s"

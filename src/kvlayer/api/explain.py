@@ -80,6 +80,8 @@ def _missed(  # noqa: PLR0911  # one return per cause, most telling first
     """The cause for one span; None when the span itself is there."""
     planner = cache.stack.planner
     at = (span.start, span.stop)
+    if chain.is_stale:
+        return MissedChunk(*at, Cause.REBOUND, "its chain was made before the cache was rebound")
     if not span.hash and chain.unnamed is not None:
         detail = f"token {chain.unnamed} has an id of 2^30 or more, which no vocabulary has"
         return MissedChunk(*at, Cause.NO_NAME, detail)

@@ -19,8 +19,10 @@ from kvlayer.api.open_cache import OpenCache
 from kvlayer.errors import ArgumentError, PendingError, UnsupportedError
 from kvlayer.events import LookupDone
 from kvlayer.identity.keys import ChunkChain, Scope, Tokens
+from kvlayer.results import Cause
 from kvlayer.runtime.foreign import awaited
 from kvlayer.runtime.job import Job
+from kvlayer.tier.epochs import EpochOver
 from kvlayer.tier.planner.lease import Lease
 from kvlayer.tier.planner.matcher import Match
 from kvlayer.tier.planner.planner import Planner
@@ -226,13 +228,18 @@ class Lookups:
         self, chain: ChunkChain, started: float, *, presume: bool = True, patience: float = 0.0
     ) -> PrefixHit:
         with self._emit.request("lookup", chain.scope.owner, chain.num_tokens):
-            match, lease = await self._stack.finder.lease(
-                chain,
-                owner=chain.scope.owner,
-                seconds=self._lease_seconds,
-                presume=presume,
-                patience=patience,
-            )
+            try:
+                with self._stack.epochs.within(chain.epoch):
+                    match, lease = await self._stack.finder.lease(
+                        chain,
+                        owner=chain.scope.owner,
+                        seconds=self._lease_seconds,
+                        presume=presume,
+                        patience=patience,
+                    )
+            except EpochOver:
+                self._stack.host.refused(Cause.REBOUND)
+                match, lease = self._nothing(chain)
             hit = self._hit(match, lease)
             self._count(chain, hit)
             if self._emit:
@@ -264,11 +271,14 @@ class Lookups:
             hit = await self._find(chain, started)
         except Exception:  # noqa: BLE001  # a cache fails only into a miss
             _log.exception("a lookup failed and is answered as a miss")
-            owner = chain.scope.owner
-            match = Match(chain, [], [])
-            lease = self._planner.lease(match, owner=owner, seconds=self._lease_seconds)
-            hit = self._hit(match, lease)
+            hit = self._hit(*self._nothing(chain))
         lookup.settle(hit)
+
+    def _nothing(self, chain: ChunkChain) -> tuple[Match, Lease]:
+        """A miss, leased like a hit."""
+        match = Match(chain, [], [])
+        owner = chain.scope.owner
+        return match, self._planner.lease(match, owner=owner, seconds=self._lease_seconds)
 
     def _hit(self, match: Match, lease: Lease) -> PrefixHit:
         by_tier = self._planner.by_tier(match)

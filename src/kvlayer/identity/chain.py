@@ -15,6 +15,7 @@ from xxhash import xxh3_128
 from kvlayer._values import whole
 from kvlayer.errors import IdentityError, TokensError
 from kvlayer.identity import links
+from kvlayer.identity.epoch import Epoch
 from kvlayer.identity.tokens import Tokens, first_unnamed, token_bytes
 from kvlayer.scope import PUBLIC_ZONE, Scope, zone_at
 
@@ -46,7 +47,8 @@ class ChunkChain:
     """The names of one prompt under ``scope``. Immutable: a longer prompt is another chain.
 
     Tokens are named alike whatever KV they have. In which ``namespace`` (a digest) a cache looks
-    for that, and stores it, is what the chain says besides: empty until :meth:`named_in`.
+    for that, and stores it, is what the chain says besides, and in which ``epoch`` of the cache it
+    was made: empty and None until a cache has :meth:`bound` it.
 
     ``links[i]`` names tokens ``[0, (i + 1) * tokens_per_tail)``, ``hashes[i]`` tokens
     ``[0, (i + 1) * tokens_per_chunk)``. The tokens are copied: the caller may reuse the buffer at
@@ -54,8 +56,8 @@ class ChunkChain:
     Raises ``TokensError`` as ``token_bytes``.
     """
 
-    __slots__ = ("_bytes", "_fingerprints", "_folds", "_zones", "chunk_step", "hashes", "links",
-                 "namespace", "num_tokens", "scope", "tail_step", "unnamed")  # fmt: skip
+    __slots__ = ("_bytes", "_fingerprints", "_folds", "_zones", "chunk_step", "epoch", "hashes",
+                 "links", "namespace", "num_tokens", "scope", "tail_step", "unnamed")  # fmt: skip
 
     def __init__(
         self, tokens: Tokens, scope: Scope, *, tokens_per_chunk: int, tokens_per_tail: int
@@ -67,6 +69,7 @@ class ChunkChain:
     def _begin(self, scope: Scope, tokens_per_chunk: int, tokens_per_tail: int) -> None:
         self.scope = scope
         self.namespace = ""
+        self.epoch: Epoch | None = None
         self.chunk_step = tokens_per_chunk
         self.tail_step = tokens_per_tail
         self._zones = scope.zones()
@@ -203,6 +206,17 @@ class ChunkChain:
         chain.namespace = namespace
         return chain
 
+    def bound(self, epoch: Epoch, namespace: str = "") -> ChunkChain:
+        """The same names in an epoch of a cache, and in its namespace or another (a digest)."""
+        chain = self._copy()
+        chain.epoch, chain.namespace = epoch, namespace or epoch.namespace
+        return chain
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the epoch it is of is over: nothing is stored or served by it any more."""
+        return self.epoch is not None and self.epoch.is_over
+
     def _copy(self) -> ChunkChain:
         chain = self._like()
         chain._bytes, chain.num_tokens, chain.unnamed = self._bytes, self.num_tokens, self.unnamed
@@ -213,7 +227,7 @@ class ChunkChain:
         """A chain of the same scope and sizes, not filled yet."""
         chain = type(self).__new__(type(self))
         chain.scope, chain._zones, chain._folds = self.scope, self._zones, self._folds
-        chain.namespace = self.namespace
+        chain.namespace, chain.epoch = self.namespace, self.epoch
         chain.chunk_step, chain.tail_step = self.chunk_step, self.tail_step
         chain._fingerprints = self._fingerprints
         return chain

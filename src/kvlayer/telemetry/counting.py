@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 
 from kvlayer.events import (
+    CacheRebound,
     Event,
     LookupDone,
     ObjectQuarantined,
@@ -63,7 +64,7 @@ class EventCounter(ABC):
                 self.add(families.EVICTED_BYTES, event.nbytes, tier, policy)
             case ObjectQuarantined():
                 self.add(families.QUARANTINED, 1, event.tier, event.cause)
-            case ObjectsStored() | ObjectsRemoved():
+            case ObjectsStored() | ObjectsRemoved() | CacheRebound():
                 pass  # the first is counted with its store, the second is somebody's wish
             case RequestStarted() | TransferStarted():
                 pass  # counted when they are done; stats have the oldest that is not

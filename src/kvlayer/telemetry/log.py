@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 
 from kvlayer.events import (
+    CacheRebound,
     Event,
     LookupDone,
     ObjectQuarantined,
@@ -50,7 +51,7 @@ def _level(event: Event) -> int:
     match event:
         case ObjectQuarantined() | TierChanged(ok=False):
             return logging.WARNING
-        case TierChanged():
+        case TierChanged() | CacheRebound():
             return logging.INFO
         case TransferDone(cause=cause) if cause is not None:
             return logging.INFO
@@ -93,6 +94,9 @@ def _sentence(event: Event) -> str:  # noqa: C901, PLR0911, PLR0912  # one per k
             return f"{event.tier}: {event.policy} evicted {len(event.keys)} objects"
         case ObjectQuarantined():
             return f"{event.tier}: quarantined ({_why(event.cause, event.detail)}) {event.key}"
+        case CacheRebound():
+            stopped = f", {event.stopped} requests stopped" if event.stopped else ""
+            return f"rebound: from {event.before[:12]} to {event.now[:12]}{stopped}"
         case TierChanged():
             return f"{event.tier} {'serves again' if event.ok else 'is down'}: {event.detail}"
 

@@ -17,12 +17,13 @@ from kvlayer.layout import HitRule, KVView
 from kvlayer.patience import Patience
 from kvlayer.results import Cause, Failure, RetrieveReport
 from kvlayer.runtime.foreign import Foreign, words
+from kvlayer.tier.epochs import EpochOver, Epochs
 from kvlayer.tier.guard.estimate import Rate
 from kvlayer.tier.messages import Outcome, Piece
 from kvlayer.tier.planner import plan
 from kvlayer.tier.planner.lease import Lease
 from kvlayer.tier.planner.matcher import Match
-from kvlayer.tier.planner.planner import Planner
+from kvlayer.tier.planner.planner import REBOUND, Planner
 from kvlayer.tier.planner.records import ObjectRecord
 from kvlayer.tier.storing import Stored, Storing, moved
 from kvlayer.tier.tier import LowerTier, Tier
@@ -66,8 +67,11 @@ class Stack:
         prefill: Rate | None = None,
         high_watermark: float = 1.0,
         low_watermark: float = 1.0,
+        epochs: Epochs | None = None,
     ) -> None:
         self.planner = planner
+        self.epochs = epochs or Epochs()
+        """What runs, by epoch."""
         self.device = device
         self.objects = objects
         self.host = host
@@ -143,21 +147,24 @@ class Stack:
         until = self.finder.budget(wanted, deadline)
         try:
             arriving = self.loads.arrive(wanted, trouble, until, room=reading)
-            async with aclosing(arriving) as arrivals:
-                async for batch in arrivals:
-                    pieces = [_piece(span, r) for span, records in batch for r in records]
-                    is_last = done + len(batch) == len(wanted)  # layers are complete only then
-                    scatter = self.device.scatter(
-                        view, pieces, bound.start, bound.stop, landed if is_last else None
-                    )
-                    missed = await moved(scatter, pieces)
-                    whole = _before(batch, missed, self.host.name, trouble)
-                    done += whole
-                    self.host.hits += len(pieces)
-                    self.host.loaded_nbytes += sum(piece.nbytes for piece in pieces)
-                    if whole < len(batch):
-                        break
-                    reading.scattered(batch, bound.stop)
+            with self.epochs.within(match.chain.epoch):
+                async with aclosing(arriving) as arrivals:
+                    async for batch in arrivals:
+                        pieces = [_piece(span, r) for span, records in batch for r in records]
+                        is_last = done + len(batch) == len(wanted)  # layers are complete only then
+                        scatter = self.device.scatter(
+                            view, pieces, bound.start, bound.stop, landed if is_last else None
+                        )
+                        missed = await moved(scatter, pieces)
+                        whole = _before(batch, missed, self.host.name, trouble)
+                        done += whole
+                        self.host.hits += len(pieces)
+                        self.host.loaded_nbytes += sum(piece.nbytes for piece in pieces)
+                        if whole < len(batch):
+                            break
+                        reading.scattered(batch, bound.stop)
+        except EpochOver:
+            return self._rebound(match, bound)
         finally:
             reading.close()
             self.demotion.grown()
@@ -165,6 +172,14 @@ class Stack:
         if done == len(wanted):
             return RetrieveReport(max(bound.stop, bound.start))
         return RetrieveReport(self._usable(match, wanted[0][0], done, bound), tuple(trouble))
+
+    def _rebound(self, match: Match, bound: Window) -> RetrieveReport:
+        """Nothing of a match is served: its epoch is over."""
+        spans = (span for span in match.spans if span.start < bound.stop)
+        lost = next((span for span in spans if span.stop > bound.start), None)
+        self.host.refused(Cause.REBOUND)
+        failed = () if lost is None else (Failure(lost, Cause.REBOUND, self.host.name, REBOUND),)
+        return RetrieveReport(bound.start, failed)
 
     def _reading(self, match: Match, window: Window, lease: Lease | None) -> Reading:
         """The match for a view that ends with ``window``, pinned."""
@@ -191,22 +206,38 @@ class Stack:
     ) -> tuple[Lease, RetrieveReport]:
         """Bring a prompt's usable prefix into host memory and lease it for ``seconds``.
 
-        Nothing stays leased when this raises or is cancelled.
+        Nothing stays leased when this raises or is cancelled, or the chain's epoch ends.
         """
-        match, lease = await self.finder.lease(
-            chain, owner=owner, seconds=seconds, at_any_price=True, is_holding=True
-        )
-        held = False
         try:
-            report = await self.promote(match)
-            held = True
-        finally:
-            if not held:
-                self.planner.release(lease.number)
+            with self.epochs.within(chain.epoch):
+                match, lease = await self.finder.lease(
+                    chain, owner=owner, seconds=seconds, at_any_price=True, is_holding=True
+                )
+                held = False
+                try:
+                    report = await self._promote(match, None)
+                    held = True
+                finally:
+                    if not held:
+                        self.planner.release(lease.number)
+        except EpochOver:
+            nothing = Match(chain, [], [])
+            lease = self.planner.lease(nothing, owner=owner, seconds=seconds)
+            whole = Span(0, chain.num_tokens, b"")
+            self.host.refused(Cause.REBOUND)
+            failed = Failure(whole, Cause.REBOUND, self.host.name, REBOUND)
+            return lease, RetrieveReport(0, (failed,))
         return lease, report
 
     async def promote(self, match: Match, *, deadline: float | None = None) -> RetrieveReport:
         """Bring a match into host memory; the caller's lease holds it there afterwards."""
+        try:
+            with self.epochs.within(match.chain.epoch):
+                return await self._promote(match, deadline)
+        except EpochOver:
+            return self._rebound(match, Window(0, match.tokens))
+
+    async def _promote(self, match: Match, deadline: float | None) -> RetrieveReport:
         trouble: list[Failure] = []
         done = 0
         path = match.path()
@@ -257,6 +288,7 @@ class Stack:
 
     def recover(self, tier: LowerTier, namespace: str) -> None:
         """Start learning what a tier already holds of a namespace."""
+        self._recoveries = [task for task in self._recoveries if not task.done()]
         task = asyncio.get_running_loop().create_task(self._recover(tier, namespace))
         task.add_done_callback(partial(_recovery_ended, tier))
         self._recoveries.append(task)

@@ -17,11 +17,13 @@ from kvlayer.layout import KVView
 from kvlayer.patience import Patience
 from kvlayer.results import Cause, Failure, StoreReport
 from kvlayer.runtime.foreign import awaited
+from kvlayer.tier.epochs import EpochOver
 from kvlayer.tier.guard.guard import Lane
 from kvlayer.tier.messages import Outcome, Piece
-from kvlayer.tier.planner.planner import Keeps, Reservation, StorePlan
+from kvlayer.tier.planner.planner import REBOUND, Keeps, Reservation, StorePlan
 from kvlayer.tier.planner.promises import Promise
 from kvlayer.tier.planner.records import ObjectRecord
+from kvlayer.tier.planner.store_planner import spans_to_store
 from kvlayer.tier.transfer.loads import down
 from kvlayer.tier.transfer.promised import settled
 from kvlayer.tier.transfer.spills import Write
@@ -78,6 +80,8 @@ class Storing:
         self._stored = Stored()
         self._spans: set[Span] = set()
         """Those that were gathered."""
+        self._has_told = False
+        """Whoever lent the view knows that it is free."""
         self._vain = 0
         """Waits in a row in which writes ended and no tier had taken anything."""
         self._seen = 0
@@ -85,6 +89,20 @@ class Storing:
 
     async def run(self, on_gathered: Callable[[], None] | None) -> Stored:
         """Store it all, or as much as there is room for. ``on_gathered``: the view is free."""
+        path: list[ObjectRecord] = []
+        try:
+            with self._stack.epochs.within(self._chain.epoch):
+                path = await self._all(on_gathered)
+        except EpochOver:
+            self._stop(on_gathered)
+        self._stored.failed += await self._stack.spills.committed(self._writes)
+        self._stack.touch(path)
+        return self._stored
+
+    # -- steps -----------------------------------------------------------------------------------
+
+    async def _all(self, on_gathered: Callable[[], None] | None) -> list[ObjectRecord]:
+        """Gather and queue all of it; the prompt's objects."""
         keeps = self._keeps()
         todo = self._planner.plan_store(
             self._chain,
@@ -109,11 +127,19 @@ class Storing:
                 keeps=keeps,
             )
             path = await self._gather(todo, on_gathered)
-        self._stored.failed += await self._stack.spills.committed(self._writes)
-        self._stack.touch(path)
-        return self._stored
+        return path
 
-    # -- steps -----------------------------------------------------------------------------------
+    def _stop(self, on_gathered: Callable[[], None] | None) -> None:
+        """Its epoch is over: what was not gathered before is not stored any more."""
+        stored, host = self._stored, self._stack.host
+        told = {*stored.spans, *stored.skipped, *stored.dropped}
+        told.update(failure.span for failure in stored.failed)
+        spans = spans_to_store(self._chain, self._start, tail=self._tail)
+        lost = [span for span in spans if span not in told]
+        stored.failed += [Failure(span, Cause.REBOUND, host.name, REBOUND) for span in lost]
+        host.misses[Cause.REBOUND] += len(lost)
+        if on_gathered is not None and not self._has_told:
+            self._stack.foreign.call("on_gathered", on_gathered)
 
     async def _gather(
         self, todo: StorePlan, on_gathered: Callable[[], None] | None
@@ -167,6 +193,7 @@ class Storing:
         self._count(todo, failed)
         goes_on = bool(todo.unplanned) and not todo.is_blocked
         if on_gathered is not None and not goes_on and not self._rest(todo):
+            self._has_told = True
             stack.foreign.call("on_gathered", on_gathered)
         moves = [(slot.span, slot.record) for slot in todo.gathers]
         moves += [(span, record) for span, records in todo.skipped for record in records]

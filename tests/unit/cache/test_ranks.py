@@ -274,6 +274,32 @@ def test_a_cancelled_store_keeps_the_slots_until_the_ranks_let_go(two: Fleet) ->
     assert host.extents.used == 0
 
 
+def test_rebinding_waits_until_the_ranks_have_let_go_of_their_tensors(two: Fleet) -> None:
+    """Orders that nobody took are taken back; what a rank copies may not change under it."""
+    new = dataclasses.replace(two.portal.cache.namespace, weights="sha256:" + "cd" * 32)
+    changed: list[int] = []
+
+    async def change() -> None:
+        changed.append(two.portal.cache.stack.planner.host.extents.used)
+
+    job = two.portal.submit(Cache.store, tokens(64), two.view("store", torch.arange(64)))
+    orders = _taken(two, 2)
+    rebinding = two.portal.submit(Cache.rebind, new, change)
+    for order in orders:
+        two.portal.call(Cache.recovered)  # the loop has had its turns
+        assert not rebinding.done() and changed == []
+        two.ranks.complete(two.answer(order))
+    rebinding.wait(HANG)
+    assert changed == [0]
+    report = job.wait(HANG)
+    assert (report.stored, [f.cause for f in report.failed]) == (0, [Cause.REBOUND] * 4)
+    assert two.store(tokens(64), torch.arange(64)).stored == 4
+    assert {piece.key.namespace for order in two.orders[-2:] for piece in order.pieces} == {
+        new.digest
+    }
+    two.portal.call(settled)
+
+
 @pytest.mark.parametrize("abandon", [False, True])
 def test_closing_waits_for_no_rank(abandon: bool) -> None:
     with fleet(config(), layout(), TWO) as ranks:

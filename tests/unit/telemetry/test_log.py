@@ -14,6 +14,7 @@ from engine import Engine
 
 from kvlayer import Cache, Scope
 from kvlayer.events import (
+    CacheRebound,
     Event,
     LookupDone,
     ObjectQuarantined,
@@ -36,6 +37,11 @@ KEY = ObjectKey(f"{'a' * 64}/0/{'b' * 64}/g0.l0-1.canonical")
 FAILED = (Failure(Span(0, 16, b"\x01" * 32), Cause.DEADLINE, "file", "not loaded within 2 s"),)
 
 SAID: list[tuple[Event, int, str]] = [
+    (
+        CacheRebound(before="ab" * 32, now="cd" * 32, stopped=2),
+        logging.INFO,
+        "rebound: from abababababab to cdcdcdcdcdcd, 2 requests stopped",
+    ),
     (
         RequestStarted(operation="store", owner="ann", tokens=48, request=7),
         logging.DEBUG,

@@ -61,6 +61,7 @@ class Carrier:
 
     def load(self, prompts: Prompts, scopes: Scopes, *, step: int) -> Loading:
         """As many leading columns as every row has KV for: a multiple of ``step``, never all."""
+        self._chains.begin()
         rows = self._rows(prompts, scopes, [prompts.columns] * prompts.rows)
         lent: list[Layers] = []
 

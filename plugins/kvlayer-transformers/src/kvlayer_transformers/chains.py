@@ -33,6 +33,15 @@ class Chains:
         self._known: list[ChunkChain] = []
         """The most recent last."""
 
+    def begin(self) -> None:
+        """A request begins: what was named before the cache was rebound is named again.
+
+        Nothing is hashed for that. A request that goes on keeps the names it began with.
+        """
+        self._known = [
+            self._name(chain, chain.scope) if chain.is_stale else chain for chain in self._known
+        ]
+
     def chain(self, ids: torch.Tensor, scope: Scope) -> ChunkChain:
         """The names of one prompt, int64 ``(tokens,)`` on the CPU. Raises ``TokensError``."""
         tokens: NDArray[np.int64] = ids.numpy()

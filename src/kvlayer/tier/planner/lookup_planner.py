@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from sys import intern
 
 from kvlayer.identity.keys import ChunkChain, ObjectKey
 from kvlayer.tier.planner.asking import Search
@@ -17,6 +18,11 @@ __all__ = ["LookupPlanner"]
 
 class LookupPlanner(Tables):
     """Finds and leases prompts, and notes what tiers say of them."""
+
+    def serve(self, namespace: str) -> None:
+        """Requests ask for a namespace: what tiers say of its objects is noted from now on."""
+        with self.lock:
+            self._holdings.served[intern(namespace)] = None
 
     def match(self, chain: ChunkChain) -> Match:
         """The longest usable prefix by what the directory knows, tail included."""
@@ -132,11 +138,14 @@ class LookupPlanner(Tables):
     def claim(self, match: Match, lease: Lease) -> Match:
         """``match`` while its lease holds all of it; after that whatever is still usable of it.
 
+        In an epoch that is over nothing is, and the lease is given back.
         Pinned, whoever releases the lease meanwhile: the caller unpins its path.
         """
         with self.lock:
             self.leases.expire(self._clock())
-            if self.leases.holds(lease.number) and lease.left is None:
+            if match.chain.is_stale:
+                self.leases.release(lease.number)
+            elif self.leases.holds(lease.number) and lease.left is None:
                 self.host.pin(match.path())
                 return match
             with self._presuming(match.chain, match.runs):

@@ -143,8 +143,11 @@ class Matcher:
         """Parts named in keys from outside, and whether the model has them."""
 
     def match(self, chain: ChunkChain, stop: int, runs: Sequence[Run] = ()) -> Match:
-        """The longest usable prefix of at most ``stop`` tokens. ``runs``: what is presumed now."""
-        match = self._longest(chain, stop)
+        """The longest usable prefix of at most ``stop`` tokens. ``runs``: what is presumed now.
+
+        None at all in an epoch that is over.
+        """
+        match = Match(chain, [], []) if chain.is_stale else self._longest(chain, stop)
         match.runs = runs
         return match
 

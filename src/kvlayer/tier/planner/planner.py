@@ -35,7 +35,10 @@ from kvlayer.tier.planner.store_plan import Holds, Keeps, Reservation, StorePlan
 from kvlayer.tier.planner.store_planner import spans_to_store
 from kvlayer.tier.planner.survey import Survey
 
-__all__ = ["Keeps", "Planner", "Reservation", "StorePlan"]
+__all__ = ["REBOUND", "Keeps", "Planner", "Reservation", "StorePlan"]
+
+REBOUND = "the cache was rebound meanwhile"
+"""What happened to a request whose epoch is over."""
 
 
 class Planner(LookupPlanner, Survey):
@@ -129,10 +132,15 @@ class Planner(LookupPlanner, Survey):
         """The gather of a plan ended; ``missed`` is what was not moved, None: it raised.
 
         A span that was missed ends what is stored: the plan keeps what comes before it, and the
-        memory of the rest is given back. A plan of which some is ``unplanned`` may go on, after
+        memory of the rest is given back. Of an epoch that is over nothing is kept. A plan of which
+        some is ``unplanned`` may go on, after
         ``StorePlan.part_done``.
         """
-        before, failed = todo.gathers, todo.cut(missed, self.tiers[0])
+        before = todo.gathers
+        if todo.chain.is_stale:  # by now the memory may hold KV of something else
+            failed = todo.refuse(Cause.REBOUND, self.tiers[0], REBOUND)
+        else:
+            failed = todo.cut(missed, self.tiers[0])
         goes_on = bool(todo.unplanned) and not (failed or missed is None or todo.is_blocked)
         with self.lock:
             self._stores.gathered(todo, before[len(todo.gathers) :], goes_on=goes_on)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from kvlayer.identity.keys import ChunkChain, Span
-from kvlayer.results import Failure
+from kvlayer.results import Cause, Failure
 from kvlayer.tier.messages import Outcome, Piece
 from kvlayer.tier.planner.promises import Promise
 from kvlayer.tier.planner.records import ObjectRecord
@@ -65,6 +65,11 @@ class StorePlan:
     def part_done(self) -> None:
         """What was planned so far is gathered: go on with what is not planned yet."""
         self.gathers, self.spans, self.skipped, self.dropped = [], [], [], []
+
+    def refuse(self, cause: Cause, tier: str, detail: str) -> list[Failure]:
+        """Keep nothing of what was planned; a failure for each of its spans."""
+        lost, self.gathers, self.spans = self.spans, [], []
+        return [Failure(span, cause, tier, detail) for span in lost]
 
     def cut(self, missed: Sequence[Outcome] | None, tier: str) -> list[Failure]:
         """Keep what comes before the first span of which something was ``missed``.

@@ -63,6 +63,11 @@ class Survey(Tables):
                 self.leases.owners(),
             )
 
+    def served(self) -> list[str]:
+        """The namespaces that requests have asked for, at most 64: the latest."""
+        with self.lock:
+            return list(self._holdings.served)
+
     def account(self, chain: ChunkChain, span: Span) -> Account:
         """What is known of a span of a prompt, and what became of it."""
         with self.lock:

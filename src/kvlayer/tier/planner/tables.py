@@ -72,7 +72,7 @@ class Tables:
         self.journal = Journal()
         self.promises = Promises()
         self._holdings = Holdings(self.directory, self._matcher, self.journal, self.tiers)
-        self.serve(namespace)
+        self._holdings.served[intern(namespace)] = None
         self._stores = StorePlanner(
             self.host,
             self._matcher,
@@ -101,16 +101,6 @@ class Tables:
                 self._payloads.clear()
             self._payloads[part, tokens] = shape
         return shape
-
-    def serve(self, namespace: str) -> None:
-        """Requests ask for a namespace: what tiers say of its objects is noted from now on."""
-        with self.lock:
-            self._holdings.served[intern(namespace)] = None
-
-    def served(self) -> list[str]:
-        """The namespaces that requests have asked for, at most 64: the latest."""
-        with self.lock:
-            return list(self._holdings.served)
 
     def _now(self) -> Moment:
         return Moment(self._clock(), self._wall_clock())
