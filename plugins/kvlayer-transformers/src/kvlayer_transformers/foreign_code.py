@@ -73,7 +73,9 @@ class _Shower:
         if isinstance(value, CodeType):
             return self._code(value)
         if isinstance(value, torch.Tensor) and value.numel() <= _MOST_NUMBERS:
-            content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            content = (
+                value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
             return f"{value.dtype} {tuple(value.shape)} {sha256(content).hexdigest()}"
         return self._once(value, self._container)
 
