@@ -15,7 +15,7 @@ from kvlayer.errors import BackendError, NoRoomError
 from kvlayer.identity.keys import Encoding, ObjectKey, ObjectName, Part
 from kvlayer.testing.loan import PAGE
 from kvlayer.testing.memory import MemoryBackend
-from kvlayer.tier.transfer.named import Named
+from kvlayer.tier.transfer.named import ListedAs, Named
 
 PART = Part(0, (0, 3), (0, 2))
 
@@ -84,8 +84,10 @@ async def test_a_listing_gives_keys_and_counts_what_it_leaves_out(
         "no entry",
     ]
     monkeypatch.setattr(named.backend, "list", Lister(entries))
-    assert [entry async for entry in named.list()] == [Listed(key(1), 1, 2.0), "no entry"]
+    assert [entry async for entry in named.list()] == [ListedAs(key(1), 1, 2.0, 1), "no entry"]
     assert named.foreign == 2
+    encoding = foreign(2).rpartition("/")[2]
+    assert named.foreign_encodings == {encoding: 1, str(key(3).part): 1}
 
 
 def test_what_comes_and_goes_is_told_by_key_and_of_others_nothing() -> None:

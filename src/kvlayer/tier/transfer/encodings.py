@@ -8,6 +8,7 @@ to back, and pads the object once. Called on the threads that move or check byte
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvlayer.abc.codec import Codec
@@ -41,8 +42,35 @@ class Coding(ABC):
         """Bytes of scratch that :meth:`encode` needs."""
 
     @abstractmethod
+    def frame(
+        self,
+        key: ObjectKey,
+        payload: Payload,
+        regions: Sequence[memoryview],
+        scratch: memoryview,
+        *,
+        copies: bool = False,
+        first_token: int,
+        created: float,
+        build: str,
+        parent: bytes = b"",
+    ) -> tuple[memoryview, ...]:
+        """An object as the tier stores it, from the regions of its payload, which are only read."""
+
     def encode(self, job: Job, *, created: float, build: str) -> tuple[memoryview, ...]:
-        """The object as the tier stores it; the caller's memory is only read."""
+        """The object of a job as the tier stores it."""
+        assert job.scratch is not None
+        return self.frame(
+            job.key,
+            job.payload,
+            job.regions,
+            job.scratch,
+            copies=job.copies,
+            first_token=job.first_token,
+            created=created,
+            build=build,
+            parent=job.parent,
+        )
 
     @abstractmethod
     def read_scratch(self, payload: Payload, *, copies: bool) -> int:
@@ -66,6 +94,22 @@ class Coding(ABC):
         """
 
     @abstractmethod
+    def unpack(
+        self,
+        key: ObjectKey,
+        payload: Payload,
+        frame: memoryview,
+        spare: memoryview,
+        *,
+        first_token: int,
+        filled: int,
+    ) -> memoryview:
+        """Verify ``filled`` bytes of a frame; its payload, which lies in it or in ``spare`` then.
+
+        Raises ``FrameError``.
+        """
+
+    @abstractmethod
     def deliver(self, job: Job, filled: int) -> None:
         """Verify what arrived and leave the payload in the caller's memory.
 
@@ -82,18 +126,29 @@ class Raw(Coding):
     def write_scratch(self, payload: Payload, *, copies: bool) -> int:
         return coding.write_scratch(payload, copies=copies)
 
-    def encode(self, job: Job, *, created: float, build: str) -> tuple[memoryview, ...]:
-        assert job.scratch is not None
+    def frame(
+        self,
+        key: ObjectKey,
+        payload: Payload,
+        regions: Sequence[memoryview],
+        scratch: memoryview,
+        *,
+        copies: bool = False,
+        first_token: int,
+        created: float,
+        build: str,
+        parent: bytes = b"",
+    ) -> tuple[memoryview, ...]:
         return coding.encode(
-            job.key,
-            job.payload,
-            job.regions,
-            job.scratch,
-            copies=job.copies,
-            first_token=job.first_token,
+            key,
+            payload,
+            regions,
+            scratch,
+            copies=copies,
+            first_token=first_token,
             created=created,
             build=build,
-            parent=job.parent,
+            parent=parent,
         )
 
     def read_scratch(self, payload: Payload, *, copies: bool) -> int:
@@ -120,6 +175,19 @@ class Raw(Coding):
         header, body = frame[:HEADER_NBYTES], (frame[HEADER_NBYTES:nbytes],)
         coding.verify(key, payload, header, body, filled, first_token=first_token)
         return nbytes
+
+    def unpack(
+        self,
+        key: ObjectKey,
+        payload: Payload,
+        frame: memoryview,
+        spare: memoryview,
+        *,
+        first_token: int,
+        filled: int,
+    ) -> memoryview:
+        self.check(key, payload, first_token, frame, filled)
+        return frame[HEADER_NBYTES : HEADER_NBYTES + payload.body_nbytes]
 
     def deliver(self, job: Job, filled: int) -> None:
         memory = job.scratch
@@ -156,13 +224,23 @@ class Segments(Coding):
         bounds = (self._codec.bound(payload, segment) for segment in payload.segments())
         return HEADER_NBYTES + align(sum(bounds))
 
-    def encode(self, job: Job, *, created: float, build: str) -> tuple[memoryview, ...]:
-        payload, memory = job.payload, job.scratch
-        assert memory is not None
-        rows: list[Row] = []
+    def frame(
+        self,
+        key: ObjectKey,
+        payload: Payload,
+        regions: Sequence[memoryview],
+        scratch: memoryview,
+        *,
+        copies: bool = False,
+        first_token: int,
+        created: float,
+        build: str,
+        parent: bytes = b"",
+    ) -> tuple[memoryview, ...]:
+        memory, rows = scratch, list[Row]()
         at = HEADER_NBYTES
         for segment in payload.segments():
-            raw = coding.cut(job.regions, segment.offset, segment.offset + segment.nbytes)
+            raw = coding.cut(regions, segment.offset, segment.offset + segment.nbytes)
             room = memory[at : at + self._codec.bound(payload, segment)]
             coded = self._codec.encode(payload, segment, raw, room)
             if not 0 < coded.nbytes <= room.nbytes or not 0 <= coded.meta_nbytes <= coded.nbytes:
@@ -176,11 +254,11 @@ class Segments(Coding):
         pack_rows(
             memory[:HEADER_NBYTES],
             rows,
-            name=ObjectName.made(job.key, self.encoding),
-            first_token=job.first_token,
+            name=ObjectName.made(key, self.encoding),
+            first_token=first_token,
             created=created,
             build=build,
-            parent=job.parent,
+            parent=parent,
         )
         return (memory[:end],)
 
@@ -216,13 +294,36 @@ class Segments(Coding):
         with job.delivering() as may:
             if not may:
                 return
-            for segment, row in zip(payload.segments(), rows, strict=True):
-                part = _part(memory, row)
-                into = coding.cut(job.regions, segment.offset, segment.offset + segment.nbytes)
-                try:
-                    self._codec.decode(payload, segment, part, row.meta_nbytes, into)
-                except ValueError as exc:
-                    raise FrameError(Cause.CORRUPT, f"{self._codec.name}: {exc}") from None
+            self._decode(payload, memory, rows, job.regions)
+
+    def unpack(
+        self,
+        key: ObjectKey,
+        payload: Payload,
+        frame: memoryview,
+        spare: memoryview,
+        *,
+        first_token: int,
+        filled: int,
+    ) -> memoryview:
+        rows = self._rows(key, payload, first_token, frame, filled)
+        body = spare[: payload.body_nbytes]
+        self._decode(payload, frame, rows, (body,))
+        return body
+
+    def _decode(
+        self,
+        payload: Payload,
+        frame: memoryview,
+        rows: Sequence[Row],
+        regions: Sequence[memoryview],
+    ) -> None:
+        for segment, row in zip(payload.segments(), rows, strict=True):
+            into = coding.cut(regions, segment.offset, segment.offset + segment.nbytes)
+            try:
+                self._codec.decode(payload, segment, _part(frame, row), row.meta_nbytes, into)
+            except ValueError as exc:
+                raise FrameError(Cause.CORRUPT, f"{self._codec.name}: {exc}") from None
 
 
 def _part(frame: memoryview, row: Row) -> memoryview:

@@ -103,7 +103,7 @@ class Named(Backend):
     async def contains(self, keys: Sequence[ObjectKey], /) -> list[SizeResult]:
         sizes = await self._answers(lambda: self.backend.contains(self._names(keys)))
         for encoding in self._others:
-            absent = [at for at, size in enumerate(sizes) if size is None]
+            absent = [at for at, size in enumerate(sizes) if size is None and _is_key(keys[at])]
             names = [ObjectName.made(keys[at], encoding) for at in absent]
             others = await self._contained(names) if names else []
             for at, size in zip(absent, others, strict=True):
@@ -124,8 +124,11 @@ class Named(Backend):
     async def delete(self, keys: Sequence[ObjectKey], /) -> list[DeleteResult]:
         errors = await self._deleted(self._names(keys))
         for encoding in self._others:
-            others = await self._deleted([ObjectName.made(key, encoding) for key in keys])
-            errors = [one or other for one, other in zip(errors, others, strict=True)]
+            some = [at for at, key in enumerate(keys) if _is_key(key)]
+            names = [ObjectName.made(keys[at], encoding) for at in some]
+            others = await self._deleted(names) if names else []
+            for at, error in zip(some, others, strict=True):
+                errors[at] = errors[at] or error
         return errors
 
     async def _deleted(self, names: Sequence[ObjectKey]) -> Answers[DeleteResult]:
@@ -136,7 +139,8 @@ class Named(Backend):
         return await self._answers(lambda: self.backend.quarantine(named))
 
     async def touch(self, keys: Sequence[ObjectKey], /) -> None:
-        names = [ObjectName.made(key, other) for key in keys for other in self._others]
+        others = self._others
+        names = [ObjectName.made(key, other) for key in keys if _is_key(key) for other in others]
         with self._mask.hiding():
             await self.backend.touch([*names, *self._names(keys)])
 
@@ -202,3 +206,8 @@ class Named(Backend):
     def _readable(self, names: Iterable[tuple[ObjectKey, int]]) -> Answers[tuple[ObjectKey, int]]:
         found = ((self._key(name), nbytes) for name, nbytes in names)
         return [(key, nbytes) for key, nbytes in found if key is not None]
+
+
+def _is_key(key: ObjectKey) -> bool:
+    """Whether it stands for an object in any encoding, not for one of those."""
+    return not isinstance(key, ObjectName)

@@ -26,6 +26,7 @@ from kvlayer.tier.transfer.batch import Batcher, Job, Lending
 from kvlayer.tier.transfer.checks import Checks
 from kvlayer.tier.transfer.encodings import Coding, Raw
 from kvlayer.tier.transfer.relay import End, Relay, Relayed
+from kvlayer.tier.transfer.transcode import Transcode
 from kvlayer.tier.transfer.transfer import Arenas, OtherVersion, Transfers
 
 __all__ = ["Item", "Lending", "Objects"]
@@ -91,6 +92,9 @@ class Objects:
         self._arenas = Arenas(Arena(slab.scratch(0, half)), Arena(slab.scratch(half, half)))
         self._checks = Checks(_CHECK_THREADS, _CHECK_NBYTES)
         self._relay = Relay(self._arenas.writes, self._checks, shape)
+        self._transcode = Transcode(
+            self._arenas.writes, self._checks, shape, wall_clock=wall_clock, build=build
+        )
 
         def tier(backend: Backend, retry: Retry, codings: Sequence[Coding]) -> _Tier:
             transfers = Transfers(
@@ -203,6 +207,17 @@ class Objects:
         """
         ends = [End(self._of(t).backend, self._of(t).codings) for t in (source, target)]
         return await self._relay.run(objects, *ends)
+
+    async def transcode(self, objects: Sequence[Relayed], tier: int, to: int = 0) -> list[Outcome]:
+        """Code objects anew where they lie, in encoding number ``to`` of the tier's: put, verified,
+        then the old one deleted.
+
+        Whatever ends it, each is there in one encoding or in both, and doing it again leaves one.
+        The new copy is the most recent of its tier. Who calls tells the directory of the outcomes'
+        ``copy``. Raises ``BackendError`` when the tier fails as a whole.
+        """
+        its = self._of(tier)
+        return await self._transcode.run(objects, End(its.backend, its.codings), to)
 
     async def quarantine(self, tier: int, item: Damaged) -> None:
         """Take a damaged object out of sight. Raises ``BackendError``."""
