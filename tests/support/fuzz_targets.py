@@ -43,7 +43,7 @@ from kvlayer.identity.weights_cache import DigestCache, _line
 from kvlayer.layout import AttentionKind, KVGroup
 from kvlayer.payload import Payload
 from kvlayer.results import Cause
-from kvlayer.tier.messages import Completion, Greeting, Order
+from kvlayer.tier.messages import Completion, Greeting, Task
 from kvlayer.tier.transfer.coding import encode, verify, write_scratch
 from kvlayer.urls import BackendURL, format_bytes, parse_bytes
 from kvlayer_backends.cpu import CpuOptions
@@ -199,7 +199,7 @@ def namespace(given: bytes) -> bool:
 def messages(given: bytes) -> bool:
     given = _packed(given)
     accepted = False
-    for kind in (Greeting, Order, Completion):
+    for kind in (Greeting, Task, Completion):
         try:
             found = kind.from_bytes(given)
         except MessageError:
@@ -213,17 +213,17 @@ def messages(given: bytes) -> bool:
     return accepted
 
 
-def _check_counts(found: Greeting | Order | Completion) -> None:
+def _check_counts(found: Greeting | Task | Completion) -> None:
     """Numbers are counts: they are compared with sizes and used as offsets afterwards."""
     numbers: list[object] = []
     match found:
         case Greeting():
             numbers += found.slab
-        case Order():
+        case Task():
             numbers += [found.number, found.rank, found.start, found.stop]
-            numbers += [number for piece in found.pieces for number in piece[1:5]]
+            numbers += [number for slot in found.slots for number in slot[1:]]
         case Completion():
-            numbers += [found.number, found.rank, *(each.nbytes for each in found.outcomes)]
+            numbers += [found.number, found.rank, found.asked, *(e.place for e in found.missed)]
     assert all(type(number) is int and number >= 0 for number in numbers)
 
 

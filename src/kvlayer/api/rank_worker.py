@@ -10,7 +10,6 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from itertools import zip_longest
-from time import monotonic
 from typing import Self
 
 from kvlayer.abc.stager import MakeStager, Stager
@@ -20,9 +19,8 @@ from kvlayer.identity.keys import Part
 from kvlayer.layout import KVLayout, KVView
 from kvlayer.memory.slab import Slab
 from kvlayer.payload import ALIGNMENT, Payload
-from kvlayer.results import Cause
 from kvlayer.runtime.loop_thread import LoopThread
-from kvlayer.tier.messages import Completion, Greeting, Order, Outcome, Piece, Verb
+from kvlayer.tier.messages import Completion, Greeting, Slot, Task, Verb
 from kvlayer.tier.planner import plan
 from kvlayer.tier.transfer.device import LocalDevice
 
@@ -87,34 +85,31 @@ class RankWorker:
         )
         return LoopThread[RankWorker].start(opener, name=f"kvlayer-rank-{number}")
 
-    async def carry_out(self, order: bytes, view: KVView) -> bytes:
+    async def carry_out(self, order: bytes | Task, view: KVView) -> bytes:
         """Move what ``order`` says between ``view`` and the slab; the completion to send back.
 
-        ``view`` is what the order's ``view`` names, lent until this returns. Whatever goes wrong
-        with the move (a view that does not match, a device that fails) is in the completion.
-        Raises ``MessageError``, and moves nothing, for bytes that are no order for this rank:
-        such a message has no answer. Cancelled, it returns once view and slab are untouched.
+        ``order`` is the message, or what :meth:`order` has read of it. ``view`` is what the order's
+        ``view`` names, lent until this returns. Whatever goes wrong with the move (a view that does
+        not match, a device that fails) is in the completion. Raises ``MessageError``, and moves
+        nothing, for bytes that are no order for this rank: such a message has no answer.
+        Cancelled, it returns once view and slab are untouched.
         """
-        asked = self.order(order)
-        started = monotonic()
-        cause, detail = None, ""
+        asked = self._checked(order) if isinstance(order, Task) else self.order(order)
         try:
             if asked.verb is Verb.GATHER:
-                await self._device.gather(view, asked.pieces, asked.start)
+                await self._device.gather(view, asked.slots, asked.start)
             else:
-                await self._device.scatter(view, asked.pieces, asked.start, asked.stop)
+                await self._device.scatter(view, asked.slots, asked.start, asked.stop)
         except Exception as exc:  # noqa: BLE001  # whatever the device says is the planner's to hear
-            cause, detail = Cause.RANK_DOWN, f"rank {self.number}: {type(exc).__name__}: {exc}"
-        seconds = monotonic() - started
-        outcomes = tuple(
-            Outcome(piece.key, cause, detail, piece.nbytes if cause is None else 0, seconds)
-            for piece in asked.pieces
-        )
-        return Completion(asked.number, self.number, outcomes).to_bytes()
+            detail = f"rank {self.number}: {type(exc).__name__}: {exc}"
+            return Completion.failed(asked, detail).to_bytes()
+        return Completion(asked.number, self.number, len(asked.slots)).to_bytes()
 
-    def order(self, packed: bytes) -> Order:
+    def order(self, packed: bytes) -> Task:
         """Read an order, to find the view it is for. Raises ``MessageError`` as ``carry_out``."""
-        asked = Order.from_bytes(packed)
+        return self._checked(Task.from_bytes(packed))
+
+    def _checked(self, asked: Task) -> Task:
         if asked.rank != self.number:
             raise MessageError(
                 f"this is rank {self.number}, the order is for rank {asked.rank}",
@@ -122,27 +117,27 @@ class RankWorker:
             )
         if asked.stop < asked.start:
             raise MessageError(f"an order for tokens {asked.start}..{asked.stop}")
-        for piece in asked.pieces:
-            self._check(piece)
+        for slot in asked.slots:
+            self._check(slot)
         return asked
 
-    def _check(self, piece: Piece) -> None:
-        """Raise ``MessageError`` unless the piece is this rank's and lies within the slab."""
-        part = piece.key.part
+    def _check(self, slot: Slot) -> None:
+        """Raise ``MessageError`` unless the slot is for this rank and lies within the slab."""
+        part = slot.part
         if part.group >= len(self._parts) or not plan.accepts(self._parts[part.group], part):
             raise MessageError(
                 f"{part} is no part of what rank {self.number} holds",
                 hint="the planner and the rank must be built from the same layouts",
             )
         try:
-            nbytes = self._payload(part, piece.num_tokens).nbytes
+            nbytes = self._payload(part, slot.num_tokens).nbytes
         except LayoutError as exc:
             raise MessageError(f"not an object of this model: {exc}") from exc
-        if nbytes != piece.nbytes:
-            raise MessageError(f"{part}: expected {nbytes} bytes, found {piece.nbytes}")
-        if piece.offset % ALIGNMENT or piece.offset + nbytes > self._slab.nbytes:
+        if nbytes != slot.nbytes:
+            raise MessageError(f"{part}: expected {nbytes} bytes, found {slot.nbytes}")
+        if slot.offset % ALIGNMENT or slot.offset + nbytes > self._slab.nbytes:
             raise MessageError(
-                f"{piece.offset}+{nbytes} is no slot of a slab of {self._slab.nbytes} bytes"
+                f"{slot.offset}+{nbytes} is no slot of a slab of {self._slab.nbytes} bytes"
             )
 
     def _payload(self, part: Part, tokens: int) -> Payload:

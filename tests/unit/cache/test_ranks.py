@@ -23,7 +23,7 @@ from kvlayer.api.rank_worker import RankWorker
 from kvlayer.errors import ClosedError, LayoutError, MessageError, UnsupportedError
 from kvlayer.layout import HND, MLA_BLOCKS, NHD, AttentionKind, KVGroup
 from kvlayer.results import Cause
-from kvlayer.tier.messages import Completion, Greeting, Order, Outcome, Verb
+from kvlayer.tier.messages import Completion, Greeting, Missed, Order, Verb
 from kvlayer.tier.ranks.rank_team import RankTeam, RemoteView
 
 LATENT = KVGroup(AttentionKind.MLA, (0, 1, 2), "bfloat16", head_size=8)
@@ -153,12 +153,12 @@ def failing(rank: int, first_token: int, fleet: Fleet) -> Any:
     def spoil(completion: Completion) -> Completion:
         if completion.rank != rank:
             return completion
-        pieces = fleet.orders[-1].pieces
-        outcomes = [
-            Outcome(o.key, Cause.RANK_DOWN, "no luck") if p.first_token == first_token else o
-            for o, p in zip(completion.outcomes, pieces, strict=True)
+        missed = [
+            Missed(place, Cause.RANK_DOWN, "no luck")
+            for place, piece in enumerate(fleet.orders[-1].pieces)
+            if piece.first_token == first_token
         ]
-        return completion._replace(outcomes=tuple(outcomes))
+        return completion._replace(missed=tuple(missed))
 
     return spoil
 
@@ -375,23 +375,23 @@ def test_an_order_that_is_not_right_is_refused_and_moves_nothing(two: Fleet) -> 
         with pytest.raises(MessageError, match=r".") as caught:
             worker.call(RankWorker.carry_out, order.to_bytes(), view)
         assert str(caught.value), what
-    for packed in (b"", b"order", good.to_bytes()[:-1], Completion(1, 0, ()).to_bytes()):
+    for packed in (b"", b"order", good.to_bytes()[:-1], Completion(1, 0, 0).to_bytes()):
         with pytest.raises(MessageError):
             worker.call(RankWorker.carry_out, packed, view)
     assert bytes(slab.view(0, slab.nbytes)) == before
     answer = Completion.from_bytes(worker.call(RankWorker.carry_out, good.to_bytes(), view))
-    assert all(outcome.ok for outcome in answer.outcomes)
+    assert answer == Completion(good.number, 0, len(good.pieces))
 
 
 def test_an_answer_that_is_none_is_refused_and_the_order_stays_open(two: Fleet) -> None:
     good = _order(two)
-    outcomes = tuple(Outcome(piece.key) for piece in good.pieces)
+    count = len(good.pieces)
     for wrong in (
-        Completion(good.number + 99, 0, outcomes),
-        Completion(good.number, 1, outcomes),
-        Completion(good.number, 0, outcomes[1:]),
-        Completion(good.number, 0, (*outcomes, outcomes[0])),
-        Completion(good.number, 0, (*outcomes[:-1], outcomes[0])),
+        Completion(good.number + 99, 0, count),
+        Completion(good.number, 1, count),
+        Completion(good.number, 0, count - 1),
+        Completion(good.number, 0, count + 1),
+        Completion(good.number, 0, count, (Missed(count, Cause.RANK_DOWN, ""),)),
     ):
         with pytest.raises(MessageError):
             two.ranks.complete(wrong.to_bytes())
@@ -425,7 +425,7 @@ def test_a_rank_joins_by_a_descriptor_where_the_planner_cannot_be_seen(two: Flee
         order = _order(two)
         view = two.engines[0].view(torch.arange(64))
         answer = Completion.from_bytes(rank.call(RankWorker.carry_out, order.to_bytes(), view))
-    assert all(outcome.ok for outcome in answer.outcomes)
+    assert answer == Completion(order.number, 0, len(order.pieces))
     assert any(slab.view(order.pieces[0].offset, 64))
     two.ranks.lost(1, "the test is over")
 
@@ -455,6 +455,6 @@ def test_a_rank_gathers_only_what_it_holds_all_of(two: Fleet) -> None:
     for verb, ok in ((Verb.GATHER, False), (Verb.SCATTER, True)):
         order = whole._replace(verb=verb, pieces=whole.pieces[:1])
         answer = Completion.from_bytes(two.answer(order))
-        assert [outcome.ok for outcome in answer.outcomes] == [ok]
+        assert answer.asked == 1 and bool(answer.missed) is not ok
     for rank in (0, 1):
         two.ranks.lost(rank, "the test is over")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -14,30 +13,29 @@ from kvlayer.errors import MessageError
 from kvlayer.identity.keys import ObjectKey, Part
 from kvlayer.memory.handle import SlabHandle
 from kvlayer.results import Cause
-from kvlayer.retention import ORDINARY
 from kvlayer.tier.messages import (
     MAX_PIECES,
     VERSION,
     Completion,
     Greeting,
+    Missed,
     Order,
-    Outcome,
     Piece,
+    Slot,
+    Task,
     Verb,
 )
 
 KEY = ObjectKey.of("ab" * 32, "0", bytes(32), 16, Part(0, (0, 4), (0, 2)))
 NUMBERS = st.integers(0, (1 << 63) - 1)
-KEYS = st.builds(
-    lambda chunk, zone, heads: ObjectKey.of(
-        "cd" * 32, zone, chunk, 16, Part(1, (0, 4), (0, 2) if heads else None, "native:x")
-    ),
-    st.binary(min_size=32, max_size=32),
-    st.sampled_from(["0", "ef" * 16]),
-    st.booleans(),
+PARTS = st.builds(
+    Part,
+    st.integers(0, 3),
+    st.just((0, 4)),
+    st.sampled_from([None, (0, 2), (1, 2)]),
+    st.sampled_from(["canonical", "native:x"]),
 )
-# A rank has no use for what a request wishes to be kept: it does not travel.
-PIECE = st.builds(Piece, KEYS, NUMBERS, NUMBERS, NUMBERS, NUMBERS, st.just(ORDINARY), st.just(b""))
+SLOTS = st.builds(Slot, PARTS, NUMBERS, NUMBERS, NUMBERS, NUMBERS)
 JUNK: st.SearchStrategy[Any] = st.recursive(
     st.none()
     | st.booleans()
@@ -51,126 +49,40 @@ JUNK: st.SearchStrategy[Any] = st.recursive(
 )
 
 
-@given(piece=PIECE)
-def test_a_piece_survives_the_wire(piece: Piece) -> None:
-    again = Piece.from_wire(unpack(pack(piece.to_wire())))  # type: ignore[arg-type]
-    assert again == piece
-    assert type(again.key) is ObjectKey
-
-
-@given(
-    outcome=st.builds(
-        Outcome,
-        KEYS,
-        st.none() | st.sampled_from(Cause),
-        st.text(st.characters(exclude_categories=["Cs"])),
-        NUMBERS,
-        st.floats(0, 1e9),
-        st.none(),  # the version is of this process alone
-    )
-)
-def test_an_outcome_survives_the_wire(outcome: Outcome) -> None:
-    again = Outcome.from_wire(unpack(pack(outcome.to_wire())))  # type: ignore[arg-type]
-    assert again == outcome
-    assert again.ok == (outcome.cause is None)
-    assert type(again.key) is ObjectKey
-
-
-def is_number(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-@given(wire=JUNK | st.tuples(st.just(str(KEY)), JUNK, JUNK, JUNK, JUNK).map(list))
-def test_garbage_is_refused_as_a_piece(wire: Any) -> None:
-    try:
-        piece = Piece.from_wire(wire)
-    except ValueError:
-        return
-    assert isinstance(wire, list)
-    assert wire[0] == str(KEY)
-    assert all(is_number(n) for n in wire[1:])
-    assert piece.to_wire() == wire
-
-
-@given(
-    wire=JUNK
-    | st.tuples(
-        st.just(str(KEY)), st.none() | st.sampled_from(Cause).map(str) | JUNK, JUNK, JUNK, JUNK
-    ).map(list)
-)
-def test_garbage_is_refused_as_an_outcome(wire: Any) -> None:
-    try:
-        outcome = Outcome.from_wire(wire)
-    except ValueError:
-        return
-    assert isinstance(wire, list)
-    assert outcome.to_wire() == wire
-
-
-GOOD: list[Any] = [str(KEY), None, "", 0, 0.0]
-
-
-@pytest.mark.parametrize("at", range(5))
-@pytest.mark.parametrize(
-    "value", [[], {}, b"x", True, -1, math.inf, math.nan, -0.5, 1 << 70, "never-heard-of", ["x"]]
-)
-def test_one_wrong_field_spoils_an_outcome(at: int, value: object) -> None:
-    wire = [*GOOD[:at], value, *GOOD[at + 1 :]]
-    if at == 2 and isinstance(value, str):
-        assert Outcome.from_wire(wire).detail == value
-    elif at == 3 and value == 1 << 70:
-        assert Outcome.from_wire(wire).nbytes == value
-    else:
-        with pytest.raises(ValueError):  # noqa: PT011  # which field is wrong decides the words
-            Outcome.from_wire(wire)
-
-
-@pytest.mark.parametrize("wire", [None, 7, "piece", {}, [], [str(KEY)], [str(KEY), 0, 0, 0, True]])
-def test_what_is_no_list_of_a_piece_is_refused(wire: Any) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011
-        Piece.from_wire(wire)
-    with pytest.raises(ValueError):  # noqa: PT011
-        Outcome.from_wire(wire)
-
-
 # -- whole messages -------------------------------------------------------------------------------
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-PIECES = st.lists(PIECE, max_size=4)
-OUTCOMES = st.lists(
-    st.builds(
-        Outcome,
-        KEYS,
-        st.none() | st.sampled_from(Cause),
-        TEXT,
-        NUMBERS,
-        st.floats(0, 1e9),
-        st.none(),
-    ),
-    max_size=4,
-)
-ORDERS = st.builds(
-    Order,
+TASKS = st.builds(
+    Task,
     NUMBERS,
     NUMBERS,
     st.sampled_from(Verb),
     TEXT,
     NUMBERS,
     NUMBERS,
-    PIECES.map(tuple),
+    st.lists(SLOTS, max_size=6).map(tuple),
 )
-COMPLETIONS = st.builds(Completion, NUMBERS, NUMBERS, OUTCOMES.map(tuple))
+
+
+@st.composite
+def completions(draw: st.DrawFn) -> Completion:
+    count = draw(st.integers(0, 8))
+    places = sorted(draw(st.sets(st.integers(0, count - 1)))) if count else []
+    missed = [Missed(p, draw(st.sampled_from(Cause)), draw(TEXT)) for p in places]
+    return Completion(draw(NUMBERS), draw(NUMBERS), count, tuple(missed))
+
+
 HANDLES = st.builds(SlabHandle, NUMBERS, NUMBERS, NUMBERS, NUMBERS)
 GREETINGS = st.builds(
     Greeting, HANDLES, st.lists(st.lists(TEXT, max_size=3).map(tuple), min_size=1).map(tuple)
 )
-MESSAGES = ORDERS | COMPLETIONS | GREETINGS
-KINDS = (Order, Completion, Greeting)
+MESSAGES = TASKS | completions() | GREETINGS
+KINDS = (Task, Completion, Greeting)
 
 
 @given(message=MESSAGES)
 def test_a_message_survives_the_wire_and_is_taken_for_nothing_else(
-    message: Order | Completion | Greeting,
+    message: Task | Completion | Greeting,
 ) -> None:
     packed = message.to_bytes()
     for kind in KINDS:
@@ -198,7 +110,7 @@ def test_a_greeting_with_nothing_where_a_list_should_be_is_refused() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @given(packed=st.binary(max_size=40) | JUNK.map(pack))
 def test_bytes_that_are_no_message_are_refused(
-    kind: type[Order] | type[Completion] | type[Greeting], packed: bytes
+    kind: type[Task] | type[Completion] | type[Greeting], packed: bytes
 ) -> None:
     with pytest.raises(MessageError):
         kind.from_bytes(packed)
@@ -206,7 +118,7 @@ def test_bytes_that_are_no_message_are_refused(
 
 @given(message=MESSAGES, at=st.integers(2, 9), value=JUNK)
 def test_one_wrong_field_never_makes_another_message(
-    message: Order | Completion | Greeting, at: int, value: Any
+    message: Task | Completion | Greeting, at: int, value: Any
 ) -> None:
     wire: Any = unpack(message.to_bytes())
     changed = [*wire[:at], value, *wire[at + 1 :]]
@@ -218,13 +130,13 @@ def test_one_wrong_field_never_makes_another_message(
 
 
 @given(message=MESSAGES, cut=st.integers(1, 40))
-def test_a_truncated_message_is_refused(message: Order | Completion | Greeting, cut: int) -> None:
+def test_a_truncated_message_is_refused(message: Task | Completion | Greeting, cut: int) -> None:
     with pytest.raises(MessageError):
         type(message).from_bytes(message.to_bytes()[:-cut])
 
 
 @given(message=MESSAGES)
-def test_another_version_is_named(message: Order | Completion | Greeting) -> None:
+def test_another_version_is_named(message: Task | Completion | Greeting) -> None:
     wire: Any = unpack(message.to_bytes())
     for version in (VERSION + 1, None, "1"):
         with pytest.raises(MessageError, match="found version") as caught:
@@ -232,8 +144,77 @@ def test_another_version_is_named(message: Order | Completion | Greeting) -> Non
         assert "same kvlayer-core" in str(caught.value.hint)
 
 
-def test_the_longest_order_fits_into_what_is_read() -> None:
-    order = Order(1, 0, Verb.GATHER, "r", 0, 9, (Piece(KEY, 0, 1, 0, 1),) * MAX_PIECES)
-    assert Order.from_bytes(order.to_bytes()) == order
-    outcomes = (Outcome(KEY),) * MAX_PIECES
-    assert len(Completion.from_bytes(Completion(1, 0, outcomes).to_bytes()).outcomes) == MAX_PIECES
+def piece(number: int, part: Part, offset: int = 0) -> Piece:
+    key = ObjectKey.of("ab" * 32, "0", number.to_bytes(32, "little"), 16, part)
+    return Piece(key, 16 * number, 16, offset, 4096)
+
+
+def test_a_rank_hears_of_an_order_what_it_needs_and_no_names() -> None:
+    parts = [Part(0, (0, 4), (0, 2)), Part(1, (0, 4), None)]
+    pieces = tuple(piece(n, parts[n % 2], 4096 * n) for n in range(5))
+    order = Order(7, 1, Verb.SCATTER, "r", 0, 80, pieces)
+    packed = order.to_bytes()
+    task = Task.from_bytes(packed)
+    assert task[:-1] == order[:-1]
+    assert task.slots == tuple(Slot(p.key.part, *p[1:5]) for p in pieces)
+    assert not any(p.key.end_hash in packed or p.key.encode() in packed for p in pieces)
+
+
+def test_the_longest_order_fits_into_what_is_read_and_costs_some_bytes_a_piece() -> None:
+    part = Part(0, (0, 4), (0, 2))
+    pieces = tuple(piece(n, part) for n in range(MAX_PIECES))
+    order = Order(1, 0, Verb.GATHER, "r", 0, 9, pieces)
+    packed = order.to_bytes()
+    assert len(Task.from_bytes(packed).slots) == MAX_PIECES
+    assert len(packed) < 48 * MAX_PIECES
+    assert len(Completion(1, 0, MAX_PIECES).to_bytes()) < 64
+    failed = Completion.from_bytes(Completion.failed(order, "it is down").to_bytes())
+    outcomes = failed.outcomes(pieces)
+    assert [outcome.key for outcome in outcomes] == [each.key for each in pieces]
+    assert {(outcome.cause, outcome.detail) for outcome in outcomes} == {
+        (Cause.RANK_DOWN, "it is down")
+    }
+
+
+@pytest.mark.parametrize(
+    "missed",
+    [
+        [[0, "rank-down"]],
+        [[2, "rank-down", ""]],
+        [[-1, "rank-down", ""]],
+        [[True, "rank-down", ""]],
+        [[1, "rank-down", ""], [0, "rank-down", ""]],
+        [[1, "rank-down", ""], [1, "rank-down", ""]],
+        [[0, "never-heard-of", ""]],
+        [[0, None, ""]],
+        [[0, "rank-down", 7]],
+        [7],
+        "missed",
+    ],
+)
+def test_what_cannot_have_been_missed_is_refused(missed: Any) -> None:
+    with pytest.raises(MessageError):
+        Completion.from_bytes(pack(["a completion", VERSION, 1, 0, 2, missed]))
+
+
+GOOD = Task(1, 0, Verb.GATHER, "r", 0, 9, (Slot(Part(0, (0, 4), None), 0, 16, 0, 4096),) * 2)
+
+
+@pytest.mark.parametrize(
+    ("parts", "table"),
+    [
+        ([], 80),
+        (["g0.l0-4.canonical"], 79),
+        (["g0.l0-4.canonical"], 40 + 8),
+        (["g0.l0-4.canonical", "g1.l0-4.canonical"], 80),
+        (["g0.l0-4.canonical"] * 2, 80),
+        (["nonsense"], 80),
+        ([7], 80),
+        (["g0.l0-4.canonical"], 0),
+    ],
+)
+def test_a_table_that_is_none_is_refused(parts: Any, table: int) -> None:
+    wire: Any = unpack(GOOD.to_bytes())
+    assert (wire[-2], len(wire[-1])) == (["g0.l0-4.canonical"], 80)
+    with pytest.raises(MessageError):
+        Task.from_bytes(pack([*wire[:-2], parts, wire[-1][:table]]))

@@ -8,8 +8,7 @@ from itertools import count
 from typing import Any, Protocol
 
 from kvlayer import KVView
-from kvlayer.results import Cause
-from kvlayer.tier.messages import Completion, Order, Outcome
+from kvlayer.tier.messages import Completion, Order, Task
 from kvlayer.tier.ranks.rank_team import RankTeam, RemoteView
 from kvlayer_vllm.messages import Answers, RankOrder, Step
 from kvlayer_vllm.moves import Load, Save, Slots
@@ -95,7 +94,7 @@ class RemoteHands:
             if known is None:
                 self._ranks.complete(given_up(order, "the blocks are not the request's any more"))
             else:
-                step.errands.append(RankOrder(order.to_bytes(), known[0]))
+                step.errands.append(RankOrder(order.to_bytes(), order.verb, known[0]))
 
     def hear(self, answers: Answers) -> None:
         self._absent -= answers.joined
@@ -109,7 +108,6 @@ class RemoteHands:
                 del self._slots[name]
 
 
-def given_up(order: Order, detail: str) -> bytes:
+def given_up(order: Order | Task, detail: str) -> bytes:
     """The answer to an order that is not carried out."""
-    outcomes = tuple(Outcome(piece.key, Cause.RANK_DOWN, detail) for piece in order.pieces)
-    return Completion(order.number, order.rank, outcomes).to_bytes()
+    return Completion.failed(order, detail).to_bytes()

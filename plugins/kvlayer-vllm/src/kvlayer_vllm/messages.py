@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvlayer.tier.messages import Verb
 from kvlayer_vllm.engine import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
@@ -24,6 +25,8 @@ class RankOrder:
     """
 
     order: bytes
+    verb: Verb
+    """Which way it goes: whose turn it is not need not be read."""
     slots: tuple[bytes, ...]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from kvlayer import KVView
 from kvlayer.api.rank_worker import RankWorker
 from kvlayer.runtime.loop_thread import LoopThread
-from kvlayer.tier.messages import Order, Verb
+from kvlayer.tier.messages import Task, Verb
 from kvlayer_vllm.engine import KVCacheConfig, VllmConfig
 from kvlayer_vllm.groups import engine_groups
 from kvlayer_vllm.hands import given_up
@@ -117,7 +117,7 @@ class WorkerHalf:
     def _carry_out(self, step: Step, verb: Verb) -> None:
         """Carry out the step's orders of one kind; those that are left are not answered yet."""
         for errand in tuple(step.errands):
-            if Order.from_bytes(errand.order).verb is not verb:
+            if errand.verb is not verb:
                 continue
             assert self._rank is not None
             slots = [np.frombuffer(each, np.int64) for each in errand.slots]
@@ -136,7 +136,7 @@ class WorkerHalf:
         if step.must_wait:
             self._loads = step.loads
         for errand in step.errands:
-            order = Order.from_bytes(errand.order)
+            order = Task.from_bytes(errand.order)
             self._answers.completions.append(given_up(order, "the worker's hook has failed"))
         step.errands = []
 

@@ -127,15 +127,13 @@ class RankTeam:
                 if answer.number < self._next:
                     return
                 raise MessageError(f"there never was an order {answer.number}")
-            asked = sorted(piece.key for piece in order.pieces)
-            told = sorted(outcome.key for outcome in answer.outcomes)
-            if answer.rank != order.rank or told != asked:  # nothing may stay owed by mistake
+            if answer.rank != order.rank or answer.asked != len(order.pieces):
                 raise MessageError(
                     f"rank {answer.rank} does not answer what order {answer.number} asked of "
                     f"rank {order.rank}",
                     hint="send each completion once, as the rank made it",
                 )
-            self._settle(order, answer.outcomes)
+            self._settle(order, answer.outcomes(order.pieces))
 
     def lost(self, rank: int, detail: str) -> None:
         """A rank has died: what it was asked fails, and so will what it would be asked.
@@ -216,8 +214,8 @@ class RankTeam:
         for order in orders:
             with suppress(ValueError):
                 self._outbox.remove(order)
-            missed = [Outcome(piece.key, Cause.RANK_DOWN, detail) for piece in order.pieces]
-            self._settle(order, missed)
+            answer = Completion.failed(order, detail)
+            self._settle(order, answer.outcomes(order.pieces))
 
     def _settle(self, order: Order, outcomes: Sequence[Outcome]) -> None:
         _, moving = self._open.pop(order.number)

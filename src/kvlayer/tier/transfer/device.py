@@ -15,7 +15,7 @@ from kvlayer.identity.keys import Part
 from kvlayer.layout import KVView
 from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload
-from kvlayer.tier.messages import Outcome, Piece
+from kvlayer.tier.messages import Outcome, Piece, Slot
 
 __all__ = ["Device", "LocalDevice"]
 
@@ -69,7 +69,7 @@ class LocalDevice(Device):
         self._stager.check(view)
 
     async def gather(
-        self, view: KVView, pieces: Sequence[Piece], view_start: int
+        self, view: KVView, pieces: Sequence[Piece | Slot], view_start: int
     ) -> Sequence[Outcome]:
         await self._stager.gather(view, [self._copy(p, view_start, 0) for p in pieces])
         return ()
@@ -77,7 +77,7 @@ class LocalDevice(Device):
     async def scatter(
         self,
         view: KVView,
-        pieces: Sequence[Piece],
+        pieces: Sequence[Piece | Slot],
         view_start: int,
         view_stop: int,
         landed: Landed | None = None,
@@ -95,8 +95,10 @@ class LocalDevice(Device):
             await self._stager.scatter(view, copies)
         return ()
 
-    def _copy(self, piece: Piece, start: int, skip: int, tokens: int | None = None) -> HostCopy:
-        payload = self._shape(piece.key.part, piece.num_tokens)
+    def _copy(
+        self, piece: Piece | Slot, start: int, skip: int, tokens: int | None = None
+    ) -> HostCopy:
+        payload = self._shape(piece.part, piece.num_tokens)
         host = self._slab.view(piece.offset, payload.nbytes)
         count = payload.tokens if tokens is None else tokens
         return HostCopy(payload, host, piece.first_token + skip - start, count, skip)
