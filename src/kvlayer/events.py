@@ -89,6 +89,8 @@ class LookupDone(Stamp):
     seconds: float
     by_tier: Mapping[str, int] = field(default_factory=dict[str, int], hash=False)
     """Tokens of the hit by the farthest tier that each span needs, as in ``PrefixHit``."""
+    quality: str = "exact"
+    """What the end of the hit is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from kvlayer.retention import ORDINARY, Retention
 __all__ = ["PUBLIC_ZONE", "Content", "Extra", "Salt", "Scope", "zone_at"]
 
 _PRIVATE = 'pass (Salt("..."),), or use Scope.private("...")'
+_QUALITIES = "pass names of qualities, ('int8-1',), or leave it out for exact KV only"
 _CONTENT = "pass (Content(digest, first_token),) for each image"
 
 PUBLIC_ZONE = "0"
@@ -102,7 +103,9 @@ class Scope:
     ``salts`` make KV private (see :class:`Salt`), the later ones inside the earlier; of two that
     start at one token the last listed is the later. ``adapter`` is the digest of a LoRA adapter's
     files. ``contents`` are extra content hashes. ``owner`` is who asks, for leases and reports;
-    ``retention`` is how long what the request stores is worth keeping. Neither is part of any name.
+    ``retention`` is how long what the request stores is worth keeping. ``accepts`` names qualities
+    that may serve the request after exact KV, which is always accepted: by default none. None of
+    these is part of any name.
     """
 
     salts: tuple[Salt, ...] = ()
@@ -110,6 +113,7 @@ class Scope:
     contents: tuple[Content, ...] = ()
     owner: str = ""
     retention: Retention = ORDINARY
+    accepts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_digest("an adapter", self.adapter)
@@ -120,7 +124,10 @@ class Scope:
         owner = text("owner", "" if owner is None else owner, hint=hint)
         hint = "pass kvlayer.Retention(priority=1), or leave it out"
         instance("a scope's retention", self.retention, Retention, hint=hint, error=ConfigError)
-        for name, value in (("salts", salts), ("contents", contents), ("owner", owner)):
+        accepts = items("accepts", self.accepts, str, hint=_QUALITIES, error=IdentityError)
+        accepts = tuple(dict.fromkeys(name for name in accepts if name != "exact"))
+        checked = (("salts", salts), ("contents", contents), ("owner", owner))
+        for name, value in (*checked, ("accepts", accepts)):
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -131,9 +138,11 @@ class Scope:
         first_token: int = 0,
         owner: str = "",
         retention: Retention = ORDINARY,
+        accepts: tuple[str, ...] = (),
     ) -> Scope:
         """The scope of one tenant or session."""
-        return cls(salts=(Salt(salt, first_token),), owner=owner, retention=retention)
+        salts = (Salt(salt, first_token),)
+        return cls(salts=salts, owner=owner, retention=retention, accepts=accepts)
 
     def extras(self) -> list[tuple[Extra, int, bytes]]:
         """What folds into the chain, as (kind, first token, bytes): adapter, contents, salts.

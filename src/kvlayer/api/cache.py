@@ -29,8 +29,10 @@ from kvlayer.errors import (
     UnsupportedError,
 )
 from kvlayer.events import PrefetchDone, RetrieveDone, Sink, StoreDone
+from kvlayer.identity.epoch import Epoch
 from kvlayer.identity.keys import ChunkChain, Scope, Span, Tokens, token_bytes
 from kvlayer.identity.namespace import Namespace
+from kvlayer.identity.quality import EXACT, accepted, of_quality
 from kvlayer.layout import KVLayout, KVView
 from kvlayer.patience import Patience
 from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
@@ -143,6 +145,7 @@ class Cache:
         tail: bool = True,
         on_gathered: Callable[[], None] | None = None,
         patience: Patience | float | None = None,
+        quality: str = EXACT,
     ) -> StoreReport:
         """Store the KV of a prompt as far as ``kv`` covers it; what is there already is skipped.
         What only a tier has that is down for now counts as missing.
@@ -163,6 +166,10 @@ class Cache:
         nothing waits: what is not written makes room, counted as ``dropped_writes``. What another
         store is gathering is waited for, and stored by this one where the other fails.
 
+        ``quality`` is that of the hit which the KV was computed after (``PrefixHit.quality``), or
+        what made it an approximation itself. It is stored in that quality's namespace: only
+        requests that accept it are served it. What is there as exact KV is skipped.
+
         Cancelling it releases the view and leaves every object whole or absent. Raises
         ``LayoutError`` and ``TokensError``. From an id of 2^30 or more on a prompt has no names:
         what comes before it is stored, the rest is reported as failed (``Cause.NO_NAME``).
@@ -172,6 +179,8 @@ class Cache:
         flag("tail", tail)
         function("on_gathered", on_gathered)
         chain = await self._chain_to_store(tokens, scope, window)
+        if quality != EXACT:
+            chain = chain.named_in(of_quality(self.namespace, quality))
         with self._emit.request("store", chain.scope.owner, chain.num_tokens):
             stored = await self._stack.store(
                 chain,
@@ -213,6 +222,10 @@ class Cache:
         Where another request is storing the chunk that comes next, this waits for it, at most
         ``patience`` seconds in all (0: not at all), and for nothing else. Nothing is pinned
         meanwhile. If that store fails, the hit ends before the chunk.
+
+        Exact KV is looked for first. Where the scope accepts qualities, the longest hit is taken
+        that is exact, or exact and then of one of them; of equally long ones the exact one, then
+        that which is listed first. See :class:`PrefixHit`.
 
         Raises ``TokensError``.
         """
@@ -508,10 +521,11 @@ class Cache:
         chain = self._chain(tokens, scope)
         if namespace is not None:
             check(namespace, self._parts)
-            return chain.bound(self._epochs.current, namespace.digest)
+            accepts = accepted(namespace, chain.scope.accepts)
+            return chain.bound(self._epochs.current, namespace.digest, accepts)
         current = self._epochs.current
         is_current = chain.epoch is current and chain.namespace == current.namespace
-        return chain if is_current else chain.bound(current)
+        return chain if is_current else self._bound(chain, current)
 
     def _chain(self, tokens: Tokens, scope: Scope) -> ChunkChain:
         """The names of a prompt; of the epoch they have, if they have one."""
@@ -544,16 +558,23 @@ class Cache:
                 next(steps)
             except StopIteration as named:
                 self._begin()  # it may have been closed meanwhile
-                return cast(ChunkChain, named.value).bound(epoch)
+                return self._bound(cast(ChunkChain, named.value), epoch)
             await asyncio.sleep(0)
 
     def _named(self, packed: bytes, scope: Scope) -> ChunkChain:
-        return ChunkChain.from_bytes(
+        epoch = self._epochs.current
+        chain = ChunkChain.from_bytes(
             packed,
             instance("scope", scope, Scope, hint=_SCOPE),
             tokens_per_chunk=self.namespace.tokens_per_chunk,
             tokens_per_tail=self.namespace.tokens_per_tail,
-        ).bound(self._epochs.current)
+        )
+        return self._bound(chain, epoch)
+
+    def _bound(self, chain: ChunkChain, epoch: Epoch) -> ChunkChain:
+        """A chain in an epoch of this cache, with what its scope accepts."""
+        names = chain.scope.accepts
+        return chain.bound(epoch, accepts=accepted(self.namespace, names) if names else ())
 
     def _own(self, chain: ChunkChain, scope: Scope) -> ChunkChain:
         sizes = self.namespace.tokens_per_chunk, self.namespace.tokens_per_tail
@@ -572,13 +593,18 @@ class Cache:
                     f"is {current.namespace[:12]}",
                     hint="make it with this cache's chain(tokens)",
                 )
-            chain = chain.bound(current)
+            chain = self._bound(chain, current)
         if scope in (PUBLIC, chain.scope):
             return chain
         if scope.extras() != chain.scope.extras():
             raise IdentityError(
                 "the chain was made under other salts, contents or another adapter",
                 hint="leave the scope out: the chain has it",
+            )
+        if not {*scope.accepts} <= {*chain.scope.accepts}:
+            raise IdentityError(
+                "the scope accepts qualities that the chain's does not",
+                hint="make the chain under that scope: cache.chain(tokens, scope)",
             )
         return chain.under(scope)
 

@@ -19,6 +19,7 @@ from kvlayer.api.open_cache import OpenCache
 from kvlayer.errors import ArgumentError, PendingError, UnsupportedError
 from kvlayer.events import LookupDone
 from kvlayer.identity.keys import ChunkChain, Scope, Tokens
+from kvlayer.identity.quality import EXACT
 from kvlayer.results import Cause
 from kvlayer.runtime.foreign import awaited
 from kvlayer.runtime.job import Job
@@ -282,7 +283,17 @@ class Lookups:
 
     def _hit(self, match: Match, lease: Lease) -> PrefixHit:
         by_tier = self._planner.by_tier(match)
-        return PrefixHit(match.tokens, tuple(match.spans), by_tier, lease.owner, match, lease)
+        own = self._parts.namespace.quality
+        return PrefixHit(
+            match.tokens,
+            tuple(match.spans),
+            by_tier,
+            lease.owner,
+            quality=own if match.quality == EXACT else match.quality,
+            exact_tokens=match.exact_tokens if own == EXACT else 0,
+            match=match,
+            lease=lease,
+        )
 
     def _count(self, chain: ChunkChain, hit: PrefixHit) -> None:
         self._parts.count_lookup(chain.num_tokens, hit.tokens)
@@ -300,5 +311,6 @@ class Lookups:
                 hit_tokens=hit.tokens,
                 seconds=seconds,
                 by_tier=hit.by_tier,
+                quality=hit.quality,
             )
         )

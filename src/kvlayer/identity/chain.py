@@ -16,6 +16,7 @@ from kvlayer._values import whole
 from kvlayer.errors import IdentityError, TokensError
 from kvlayer.identity import links
 from kvlayer.identity.epoch import Epoch
+from kvlayer.identity.quality import Accepted
 from kvlayer.identity.tokens import Tokens, first_unnamed, token_bytes
 from kvlayer.scope import PUBLIC_ZONE, Scope, zone_at
 
@@ -48,7 +49,8 @@ class ChunkChain:
 
     Tokens are named alike whatever KV they have. In which ``namespace`` (a digest) a cache looks
     for that, and stores it, is what the chain says besides, and in which ``epoch`` of the cache it
-    was made: empty and None until a cache has :meth:`bound` it.
+    was made: empty and None until a cache has :meth:`bound` it. ``accepts`` are the qualities that
+    may serve what exact KV does not, of those that the scope names.
 
     ``links[i]`` names tokens ``[0, (i + 1) * tokens_per_tail)``, ``hashes[i]`` tokens
     ``[0, (i + 1) * tokens_per_chunk)``. The tokens are copied: the caller may reuse the buffer at
@@ -56,8 +58,9 @@ class ChunkChain:
     Raises ``TokensError`` as ``token_bytes``.
     """
 
-    __slots__ = ("_bytes", "_fingerprints", "_folds", "_zones", "chunk_step", "epoch", "hashes",
-                 "links", "namespace", "num_tokens", "scope", "tail_step", "unnamed")  # fmt: skip
+    __slots__ = ("_bytes", "_fingerprints", "_folds", "_zones", "accepts", "chunk_step", "epoch",
+                 "hashes", "links", "namespace", "num_tokens", "scope", "tail_step",
+                 "unnamed")  # fmt: skip
 
     def __init__(
         self, tokens: Tokens, scope: Scope, *, tokens_per_chunk: int, tokens_per_tail: int
@@ -70,6 +73,7 @@ class ChunkChain:
         self.scope = scope
         self.namespace = ""
         self.epoch: Epoch | None = None
+        self.accepts: tuple[Accepted, ...] = ()
         self.chunk_step = tokens_per_chunk
         self.tail_step = tokens_per_tail
         self._zones = scope.zones()
@@ -198,18 +202,30 @@ class ChunkChain:
         """The same names for a scope that differs in what names nothing: the owner, say."""
         chain = self._copy()
         chain.scope = scope
+        chain.accepts = tuple([each for each in self.accepts if each.quality in scope.accepts])
         return chain
 
     def named_in(self, namespace: str) -> ChunkChain:
-        """The same names in another namespace."""
+        """The same names in another namespace, of which alone something is accepted."""
         chain = self._copy()
-        chain.namespace = namespace
+        chain.namespace, chain.accepts = namespace, ()
         return chain
 
-    def bound(self, epoch: Epoch, namespace: str = "") -> ChunkChain:
+    def bound(
+        self, epoch: Epoch, namespace: str = "", accepts: tuple[Accepted, ...] = ()
+    ) -> ChunkChain:
         """The same names in an epoch of a cache, and in its namespace or another (a digest)."""
         chain = self._copy()
         chain.epoch, chain.namespace = epoch, namespace or epoch.namespace
+        chain.accepts = accepts
+        return chain
+
+    def accepting(self, *accepts: Accepted) -> ChunkChain:
+        """The same names for a request that accepts only these qualities beside exact KV."""
+        if self.accepts == accepts:
+            return self
+        chain = self._copy()
+        chain.accepts = accepts
         return chain
 
     @property
@@ -227,7 +243,7 @@ class ChunkChain:
         """A chain of the same scope and sizes, not filled yet."""
         chain = type(self).__new__(type(self))
         chain.scope, chain._zones, chain._folds = self.scope, self._zones, self._folds
-        chain.namespace, chain.epoch = self.namespace, self.epoch
+        chain.namespace, chain.epoch, chain.accepts = self.namespace, self.epoch, self.accepts
         chain.chunk_step, chain.tail_step = self.chunk_step, self.tail_step
         chain._fingerprints = self._fingerprints
         return chain

@@ -27,10 +27,20 @@ _BACK = 16  # chunks of trailing groups that are asked about beyond the first wi
 
 
 class Search:
-    """The questions about one prompt. ``every``: about every chunk, so that nothing is presumed."""
+    """The questions about one prompt in one namespace.
+
+    ``every``: about every chunk, so that nothing is presumed. ``start``: from this chunk on; others
+    serve what comes before it.
+    """
 
     def __init__(
-        self, matcher: Matcher, groups: Sequence[KVGroup], chain: ChunkChain, *, every: bool
+        self,
+        matcher: Matcher,
+        groups: Sequence[KVGroup],
+        chain: ChunkChain,
+        *,
+        every: bool,
+        start: int = 0,
     ) -> None:
         self._matcher = matcher
         self._groups = groups
@@ -39,6 +49,7 @@ class Search:
         self._trailing = [g for g, rule in enumerate(rules) if rule is HitRule.TRAILING]
         self.chain = chain
         self._every = every
+        self._start = start
         self.runs: list[Run] = []
         """What may be presumed by what was heard so far."""
         self._has_begun = False
@@ -77,12 +88,14 @@ class Search:
     # -- chunks ----------------------------------------------------------------------------------
 
     def _begin(self) -> list[ObjectKey]:
-        lacking = self._lacking = self._matcher.lacking(self.chain, seen=self._every)
+        lacking = self._lacking = self._matcher.lacking(
+            self.chain, seen=self._every, start=self._start
+        )
         self._high = len(lacking)
         first = lacking[0] if lacking else len(self.chain)
         if self._every:
             self._asked = [*range(self._high)]
-            keys = self._matcher.probes(self.chain)
+            keys = self._matcher.probes(self.chain, start=self._start)
         else:
             self._asked = _ends(self._high)
             keys = self._keys()
@@ -99,7 +112,9 @@ class Search:
                 self._high = at
                 break
             if not is_alone:
-                self.runs.append(Run(self._lacking[self._low], index, holders & tiers))
+                self.runs.append(
+                    Run(self._lacking[self._low], index, holders & tiers, self.chain.namespace)
+                )
             self._low = at + 1
         self._asked = []
 
@@ -164,7 +179,7 @@ class Search:
     def _window(self, group: int, end: int) -> int:
         """The first chunk in the window of a hit of ``end`` chunks."""
         step = self.chain.chunk_step
-        return plan.trailing_start(self._groups[group], end * step) // step
+        return max(plan.trailing_start(self._groups[group], end * step) // step, self._start)
 
 
 def _ends(count: int) -> list[int]:

@@ -36,7 +36,7 @@ class Holdings:
         self._tiers = tiers
         self._absences = Absences()
         self.served: Recent[str, None] = Recent(_MAX_SERVED)
-        """Namespaces that requests have asked for, lately. What is heard of others is passed over:
+        """Namespaces that requests have used, lately. What is heard of others is passed over:
         a tier may hold those of other models, too."""
         self._withdrawn: dict[tuple[int, str], Recent[ObjectKey, None]] = {}
         """By tier and namespace that are being listed, what has gone from it meanwhile. What is

@@ -20,7 +20,7 @@ class LookupPlanner(Tables):
     """Finds and leases prompts, and notes what tiers say of them."""
 
     def serve(self, namespace: str) -> None:
-        """Requests ask for a namespace: what tiers say of its objects is noted from now on."""
+        """Requests use a namespace: what tiers say of its objects is noted from now on."""
         with self.lock:
             self._holdings.served[intern(namespace)] = None
 
@@ -32,7 +32,23 @@ class LookupPlanner(Tables):
     def search(self, chain: ChunkChain, *, every: bool) -> Search:
         """What to ask the tiers about a prompt; ``every``: about every chunk of it."""
         self.serve(chain.namespace)
-        return Search(self._matcher, self._groups, chain, every=every)
+        return Search(self._matcher, self._groups, chain.accepting(), every=every)
+
+    def search_accepted(
+        self, chain: ChunkChain, number: int, runs: Sequence[Run], *, every: bool
+    ) -> Search | None:
+        """What to ask about the accepted quality ``number``; None where no more of it is wanted.
+
+        ``runs``: what may be presumed by what was heard before. Exact chunks are not asked about.
+        """
+        with self.lock, self._presuming(chain, runs):
+            if self._matcher.match(chain, chain.num_tokens).is_whole:
+                return None
+            start = self._matcher.exact_chunks(chain)
+        namespace = chain.accepts[number].namespace
+        self.serve(namespace)
+        named = chain.named_in(namespace)
+        return Search(self._matcher, self._groups, named, every=every, start=start)
 
     def questions(
         self, search: Search, tiers: int, now: float

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias, cast
 
 from kvlayer.identity.keys import ChunkChain, ObjectKey, Part, Span
+from kvlayer.identity.quality import EXACT, Accepted
 from kvlayer.layout import HitRule, KVGroup
 from kvlayer.payload import Payload
 from kvlayer.tier.planner import plan
@@ -22,12 +23,13 @@ Covers: TypeAlias = list[tuple[ObjectRecord, ...] | None]
 class Run(NamedTuple):
     """Chunks ``[first, stop)`` of a prompt, presumed on ``tiers`` where nothing is known of them.
 
-    Bit t stands for tier t: it has said that it holds chunk ``stop``.
+    Bit t stands for tier t: it has said that it holds chunk ``stop`` in ``namespace``.
     """
 
     first: int
     stop: int
     tiers: int
+    namespace: str
 
 
 _MAX_PARTS = 1024  # bounds what is remembered about parts that others name
@@ -35,6 +37,9 @@ _MAX_PARTS = 1024  # bounds what is remembered about parts that others name
 
 class Match:
     """The longest usable prefix of a prompt. ``covers[i][g]``: what serves span i for group g.
+
+    It is exact, or exact followed by one quality: the only one that its ``chain`` accepts, so that
+    whoever matches that again is served no other.
 
     Whoever reads it changes nothing: the directory shares what it remembers.
     """
@@ -79,6 +84,17 @@ class Match:
     @property
     def tokens(self) -> int:
         return self.spans[-1].stop if self.spans else 0
+
+    @property
+    def quality(self) -> str:
+        """What the end of it is, and what is computed after it."""
+        its = self.chain.accepts
+        return its[0].quality if its and self.tokens > its[0].first_token else EXACT
+
+    @property
+    def exact_tokens(self) -> int:
+        """How much of it is exact."""
+        return min([self.tokens, *(each.first_token for each in self.chain.accepts)])
 
     @property
     def is_whole(self) -> bool:
@@ -147,9 +163,34 @@ class Matcher:
 
         None at all in an epoch that is over.
         """
-        match = Match(chain, [], []) if chain.is_stale else self._longest(chain, stop)
+        if chain.is_stale:
+            return Match(chain.accepting(), [], [])
+        match = (
+            self._longest(chain.accepting(), stop) if chain.accepts else self._longest(chain, stop)
+        )
+        for each in chain.accepts:
+            if match.is_whole:
+                break
+            longer = self._followed(chain, each, stop)
+            if longer.tokens > match.tokens:
+                match = longer
         match.runs = runs
         return match
+
+    def _followed(self, chain: ChunkChain, accepted: Accepted, stop: int) -> Match:
+        """The longest prefix of exact chunks that is followed by one quality."""
+        first, known = self.first(chain, stop)
+        spans, found = self._chunks(chain, stop, known)
+        start = spans[-1].stop if spans else known * chain.chunk_step
+        if start < accepted.first_token:  # of what was exact something has gone since
+            return Match(chain.accepting(), [], [])
+        other = chain.named_in(accepted.namespace)
+        more, its = self._chunks(other, stop, start // chain.chunk_step)
+        spans, found = [*spans, *more], [*found, *its]
+        reached = more[-1].stop if more else start
+        spans, found = self._with_tail(other, spans, found, reached, stop)
+        named = chain.accepting(accepted._replace(first_token=start))
+        return self._made(named, first, known, spans, found)
 
     def _longest(self, chain: ChunkChain, stop: int) -> Match:
         first, known = self.first(chain, stop)
@@ -158,12 +199,29 @@ class Matcher:
             return Match(chain, chain.spans(known), [], first=first)
         spans, found = self._chunks(chain, stop, known)
         reached = spans[-1].stop if spans else reached
+        spans, found = self._with_tail(chain, spans, found, reached, stop)
+        return self._made(chain, first, known, spans, found)
+
+    def _with_tail(
+        self, chain: ChunkChain, spans: list[Span], found: list[Covers], reached: int, stop: int
+    ) -> tuple[list[Span], list[Covers]]:
+        """The longest of what may follow chunks, with them."""
         for path in self._paths(chain, reached, stop):
             longer = [*spans, *(span for span, _ in path)]
             covers = [*found, *(groups for _, groups in path)]
             if self._count(longer, covers) == len(longer):
-                spans, found = longer, covers
-                break
+                return longer, covers
+        return spans, found
+
+    def _made(
+        self,
+        chain: ChunkChain,
+        first: Sequence[Held],
+        known: int,
+        spans: list[Span],
+        found: list[Covers],
+    ) -> Match:
+        """What of ``known`` chunks, which ``first`` serves, and ``spans`` is usable."""
         count = self._count(spans, found)
         spans = spans[:count]
         needed = self._needed(spans, found)
@@ -263,14 +321,19 @@ class Matcher:
 
     # -- what is not known -----------------------------------------------------------------------
 
-    def lacking(self, chain: ChunkChain, *, seen: bool = False) -> list[int]:
-        """Full chunks that every-chunk groups lack, from the first gap on.
+    def exact_chunks(self, chain: ChunkChain) -> int:
+        """How many full chunks of a prompt are there, whatever follows them."""
+        return self._reached(chain.accepting(), seen=False) // chain.chunk_step
+
+    def lacking(self, chain: ChunkChain, *, seen: bool = False, start: int = 0) -> list[int]:
+        """Full chunks that every-chunk groups lack, from the first gap after ``start`` on.
 
         ``seen``: what is only presumed counts as lacking.
         """
+        reached = self._reached(chain, seen=seen, start=start) // chain.chunk_step
         return [
             index
-            for index in range(self._reached(chain, seen=seen) // chain.chunk_step, len(chain))
+            for index in range(reached, len(chain))
             if self.holders(chain, index, seen=seen) is None
         ]
 
@@ -303,11 +366,11 @@ class Matcher:
         zone = chain.zone_before((index + 1) * step)
         return self._directory.covers(chain.namespace, chain.hashes[index], step, zone)
 
-    def probes(self, chain: ChunkChain) -> list[ObjectKey]:
-        """Full-chunk objects that nobody has seen, from the first gap on."""
+    def probes(self, chain: ChunkChain, *, start: int = 0) -> list[ObjectKey]:
+        """Full-chunk objects that nobody has seen, from the first gap after ``start`` on."""
         keys: list[ObjectKey] = []
-        reached = self._reached(chain, seen=True)
-        for i in range(len(chain)):
+        reached = self._reached(chain, seen=True, start=start)
+        for i in range(start, len(chain)):
             gap = (i + 1) * chain.chunk_step > reached
             if not gap and self.holders(chain, i, seen=True) is None:
                 continue  # shorter spans stand in its place
@@ -316,14 +379,14 @@ class Matcher:
                     keys += self._keys(chain, chain.span(i), g)
         return keys
 
-    def _reached(self, chain: ChunkChain, *, seen: bool) -> int:
-        _, known = self.first(chain, chain.num_tokens)
+    def _reached(self, chain: ChunkChain, *, seen: bool, start: int = 0) -> int:
+        known = start or self.first(chain, chain.num_tokens)[1]
         spans, found = self._chunks(chain, chain.num_tokens, known)
         if seen:
             for span, groups in zip(spans, found, strict=True):
                 if not all(_is_seen(groups[g] or ()) for g in self._every):
                     return span.start
-        return spans[-1].stop if spans else 0
+        return spans[-1].stop if spans else known * chain.chunk_step
 
     def tail_probes(self, chain: ChunkChain, index: int) -> list[ObjectKey]:
         """Objects of the tails that may stand in the place of a full chunk, longest first.
@@ -361,6 +424,8 @@ class Matcher:
     def presume(self, chain: ChunkChain, run: Run) -> list[ObjectRecord]:
         """Take it that the run's tiers hold what every-chunk groups lack of its chunks."""
         presumed: list[ObjectRecord] = []
+        if run.namespace != chain.namespace:
+            chain = chain.named_in(run.namespace)
         for index in range(run.first, run.stop):
             span = chain.span(index)
             for g in self._every:

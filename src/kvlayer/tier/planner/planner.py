@@ -71,6 +71,7 @@ class Planner(LookupPlanner, Survey):
         """
         todo = StorePlan(chain, holds, keeps, dead)
         todo.unplanned.extend(spans_to_store(chain, first_token, tail=tail))
+        self.serve(chain.namespace)
         with self.lock:
             # Room must not come from the prefix that leads to what is stored.
             self._begin(todo, self._stores.resident(chain), at_once)

@@ -133,12 +133,16 @@ class StorePlanner:
 
     def resident(self, chain: ChunkChain) -> list[ObjectRecord]:
         """What host memory holds of a prompt's full chunks, root first."""
-        chunks = self._matcher.leading(chain)
+        chains = [chain] if _is_exact(chain) else [_exact(chain), chain]
+        chunks = (chunk for each in chains for chunk in self._matcher.leading(each))
         records = [found for chunk in chunks for found in chunk.objects]
         return [found for found in records if found.host is HostState.READY]
 
     def _plan_span(self, span: Span, todo: StorePlan, now: Moment) -> bool:
         chain = todo.chain
+        if not _is_exact(chain) and (there := self._exactly(chain, span, todo.dead)):
+            todo.skipped.append((span, there))
+            return True
         known: list[ObjectRecord] = []
         other: Promise | None = None
         before = len(todo.gathers)
@@ -175,6 +179,16 @@ class StorePlanner:
         elif known and other is None:
             todo.skipped.append((span, tuple(known)))
         return True
+
+    def _exactly(self, chain: ChunkChain, span: Span, dead: int) -> tuple[ObjectRecord, ...]:
+        """What serves a span as exact KV: nobody needs an approximation of it."""
+        record = self._matcher.record(_exact(chain), span)
+        if record is None:
+            return ()
+        covers = self._directory.covers_of(record)
+        found = tuple(each for cover in covers for each in cover or ())
+        is_there = all(f.host is HostState.READY or f.tiers & ~dead for f in found)
+        return found if is_there and None not in covers else ()
 
     def _supersede(self, chain: ChunkChain, span: Span) -> None:
         """Tails that the first newly stored span contains are the cheapest thing to lose."""
@@ -213,6 +227,16 @@ class StorePlanner:
             return  # still served from below
         detail = f"evicted from {self._tier} by {self._host.order.name}"
         self._holdings.lost(gone.key, Cause.EVICTED, 0, detail, now.wall)
+
+
+def _is_exact(chain: ChunkChain) -> bool:
+    """Whether a chain stores what the cache's epoch computes, and no approximation of it."""
+    return chain.epoch is None or chain.namespace == chain.epoch.namespace
+
+
+def _exact(chain: ChunkChain) -> ChunkChain:
+    assert chain.epoch is not None
+    return chain.named_in(chain.epoch.namespace)
 
 
 def spans_to_store(chain: ChunkChain, first_token: int, *, tail: bool) -> list[Span]:

@@ -64,7 +64,7 @@ class Survey(Tables):
             )
 
     def served(self) -> list[str]:
-        """The namespaces that requests have asked for, at most 64: the latest."""
+        """The namespaces that requests have used, at most 64: the latest."""
         with self.lock:
             return list(self._holdings.served)
 

@@ -9,6 +9,7 @@ from functools import partial
 from kvlayer.identity.keys import ChunkChain, ObjectKey
 from kvlayer.tier.guard.estimate import Rate
 from kvlayer.tier.planner import plan
+from kvlayer.tier.planner.asking import Search
 from kvlayer.tier.planner.lease import Lease
 from kvlayer.tier.planner.matcher import Match, Run
 from kvlayer.tier.planner.planner import Planner
@@ -99,18 +100,19 @@ class Finder:
 
         In any thread.
         """
-        has_forgotten = self._planner.has_forgotten
-        tiers = _bits(
-            tier
-            for tier in self._lower
-            if tier.guard.serves and (has_forgotten or tier.must_ask(chain.namespace))
-        )
         rate = self._rate()
 
+        def is_open(search: Search | None) -> bool:
+            if search is None:
+                return False
+            tiers = _bits(t for t in self._asked(search.chain.namespace) if t.guard.serves)
+            return bool(tiers and self._planner.questions(search, tiers, self._clock()))
+
         def choose(match: Match) -> Match | None:
-            if tiers and not match.is_whole:
-                search = self._planner.search(chain, every=False)
-                if self._planner.questions(search, tiers, self._clock()):
+            if not match.is_whole and is_open(self._planner.search(chain, every=False)):
+                return None
+            for number in range(len(chain.accepts)):
+                if is_open(self._planner.search_accepted(chain, number, (), every=False)):
                     return None
             return self._worth_loading(match, rate)
 
@@ -128,15 +130,28 @@ class Finder:
         return leased
 
     async def _learn(self, chain: ChunkChain, *, every: bool) -> Sequence[Run]:
-        """Ask lower tiers about a prompt, round by round; what may be presumed of it."""
-        has_forgotten = self._planner.has_forgotten
-        asked = {
-            tier.index: tier
-            for tier in self._lower
-            if has_forgotten or tier.must_ask(chain.namespace)
-        }
+        """Ask lower tiers about a prompt, round by round; what may be presumed of it.
+
+        In the exact namespace first, then about what follows in each that is accepted.
+        """
+        namespaces = [chain.namespace, *(each.namespace for each in chain.accepts)]
+        asked = (tier for namespace in namespaces for tier in self._asked(namespace))
+        until = self._clock() + max((tier.guard.deadline for tier in asked), default=0.0)
         search = self._planner.search(chain, every=every)
-        until = self._clock() + max((t.guard.deadline for t in asked.values()), default=0.0)
+        runs = [*await self._learn_by(search, until)]
+        for number in range(len(chain.accepts)):
+            more = self._planner.search_accepted(chain, number, runs, every=every)
+            if more is not None:
+                runs += await self._learn_by(more, until)
+        return runs
+
+    def _asked(self, namespace: str) -> list[LowerTier]:
+        """The tiers that may hold more of a namespace than is known."""
+        has_forgotten = self._planner.has_forgotten
+        return [tier for tier in self._lower if has_forgotten or tier.must_ask(namespace)]
+
+    async def _learn_by(self, search: Search, until: float) -> Sequence[Run]:
+        asked = {tier.index: tier for tier in self._asked(search.chain.namespace)}
         while asked:
             round_ = self._planner.questions(search, _bits(asked.values()), self._clock())
             if not round_:
