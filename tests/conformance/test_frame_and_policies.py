@@ -8,6 +8,7 @@ from time import monotonic
 from typing import Any
 
 import pytest
+from codecs_of_tests import Doubles, Shrinks
 
 from kvlayer.abc.policy import EvictionPolicy
 from kvlayer.abc.rows import Rows
@@ -23,6 +24,14 @@ from kvlayer.tier.transfer.coding import encode, verify
 
 class TestFrame(FrameSuite):
     pass
+
+
+class TestDoubled(FrameSuite):
+    codec = Doubles()
+
+
+class TestShrunk(FrameSuite):
+    codec = Shrinks()
 
 
 class TestLRU(PolicySuite):

@@ -68,12 +68,13 @@ class Slab:
         self._whole: memoryview | None = memoryview(self._map)
 
     @classmethod
-    def attach(cls, fd: int) -> Self:
+    def attach(cls, fd: int, *, is_writable: bool = True) -> Self:
         """Map the slab of another process, given a descriptor of it (``SCM_RIGHTS``, pass_fds).
 
         The descriptor stays the caller's, who may close it at once. The memory lives until the
         last process that maps it is done; who hands out its bytes is for the processes to agree.
-        Raises ``UnsupportedError`` for a descriptor that is no slab.
+        Who only reads maps it so (``is_writable``): no view can be written to then, and the
+        descriptor need not be. Raises ``UnsupportedError`` for a descriptor that is no slab.
         """
         try:
             found = os.fstat(fd)
@@ -81,7 +82,8 @@ class Slab:
                 raise ValueError("its size is not fixed")
             attached = cls.__new__(cls)
             attached.fd = -1
-            attached._map = mmap.mmap(fd, found.st_size)
+            access = mmap.ACCESS_WRITE if is_writable else mmap.ACCESS_READ
+            attached._map = mmap.mmap(fd, found.st_size, access=access)
             magic, nbytes, scratch = _REGIONS.unpack_from(attached._map, found.st_size - ALIGNMENT)
             if magic != _MAGIC or _mapped_nbytes(nbytes, scratch) != found.st_size:
                 attached._map.close()
@@ -96,14 +98,16 @@ class Slab:
         return attached
 
     @classmethod
-    def attach_to(cls, handle: SlabHandle) -> Self:
+    def attach_to(cls, handle: SlabHandle, *, is_writable: bool = True) -> Self:
         """Map the slab of another process of this host, by what its ``handle`` says.
 
-        Raises ``UnsupportedError`` when that process has ended or cannot be looked into.
+        ``is_writable`` as for :meth:`attach`. Raises ``UnsupportedError`` when that process has
+        ended or cannot be looked into.
         """
         path = Path("/proc", str(handle.pid), "fd", str(handle.fd))
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            mode = os.O_RDWR if is_writable else os.O_RDONLY
+            fd = os.open(path, mode | os.O_CLOEXEC)
         except OSError as exc:
             raise UnsupportedError(
                 f"cannot open the slab of process {handle.pid}: {exc}",
@@ -116,7 +120,7 @@ class Slab:
                     f"process {handle.pid} no longer has the slab that the handle names",
                     hint="ask the planner's process for a new handle",
                 )
-            return cls.attach(fd)
+            return cls.attach(fd, is_writable=is_writable)
         finally:
             os.close(fd)
 

@@ -157,6 +157,30 @@ slab.view(4096, 4)[:] = b"back"
 
 
 @linux
+@pytest.mark.parametrize("by_handle", [False, True])
+def test_who_only_reads_maps_the_slab_so_that_nothing_can_be_written(by_handle: bool) -> None:
+    slab = Slab(3 * PAGE)
+    before = descriptors()
+    if by_handle:
+        other = Slab.attach_to(slab.handle, is_writable=False)
+    else:
+        fd = os.open(f"/proc/self/fd/{slab.fd}", os.O_RDONLY)
+        other = Slab.attach(fd, is_writable=False)
+        with pytest.raises(UnsupportedError):
+            Slab.attach(fd)  # nor can it be mapped otherwise
+        os.close(fd)
+    slab.view(PAGE, 2)[:] = b"kv"
+    slab.generations()[1] = 7
+    assert other.view(PAGE, 2) == b"kv" and other.generations()[1] == 7
+    lent = [other.view(0, 1), other.scratch(0, 1), other.whole(), other.generations()]
+    assert [view.readonly for view in lent] == [True] * 4
+    del lent
+    other.close()
+    assert descriptors() == before
+    slab.close()
+
+
+@linux
 def test_memory_lives_until_its_last_process_lets_go() -> None:
     slab = Slab(PAGE)
     other = Slab.attach_to(slab.handle)

@@ -1,8 +1,8 @@
 """The suite of an object's frame: what is written is read back, and all else has a named cause.
 
-What is driven is what the tiers themselves call: :mod:`kvlayer.tier.transfer.coding`. A subclass
-may put other functions of the same signatures in place of its ``encode`` and ``verify``, as
-``write_object`` and ``read_object``.
+What is driven is what the tiers themselves call: :mod:`kvlayer.tier.transfer.coding`, or with a
+``codec`` :class:`~kvlayer.tier.transfer.encodings.Segments`. A subclass may put other functions of
+the same signatures in place of ``encode`` and ``verify``, as ``write_object`` and ``read_object``.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 from xxhash import xxh3_64_intdigest
 
-from kvlayer.codec.frame import HEADER_NBYTES, FrameError
-from kvlayer.identity.keys import ObjectKey, Part
+from kvlayer.abc.codec import Codec
+from kvlayer.codec.frame import HEADER_NBYTES, FrameError, read_rows
+from kvlayer.identity.keys import ObjectKey, ObjectName, Part
 from kvlayer.layout import AttentionKind, KVGroup
 from kvlayer.payload import Payload
 from kvlayer.results import Cause
@@ -21,6 +22,7 @@ from kvlayer.testing.loan import Loan, noise
 from kvlayer.testing.promise import Promise, broken, expect, promise, same_bytes
 from kvlayer.testing.suite import Suite
 from kvlayer.tier.transfer.coding import encode, verify, write_scratch
+from kvlayer.tier.transfer.encodings import Segments
 
 __all__ = ["FrameSuite", "WrittenFrame"]
 
@@ -54,8 +56,11 @@ class WrittenFrame:
         self.payload = payload
         self.key = ObjectKey.of("ab" * 32, "0", _HASH, payload.tokens, payload.part)
         self.memory = bytearray(noise(2, payload.nbytes))
-        scratch = bytearray(noise(1, write_scratch(payload, copies=copies)))  # used before
-        lent = suite.write_object(
+        self._coding = None if suite.codec is None else Segments(suite.codec)
+        coding = self._coding
+        nbytes = coding.frame_nbytes(payload) if coding else write_scratch(payload, copies=copies)
+        scratch = bytearray(noise(1, nbytes))  # used before
+        lent = (coding.frame if coding else suite.write_object)(
             self.key,
             payload,
             (memoryview(self.memory),),
@@ -73,10 +78,85 @@ class WrittenFrame:
     def nbytes(self) -> int:
         return len(self.header) + len(self.body)
 
+    @property
+    def parts(self) -> list[slice]:
+        """Where each segment's encoded bytes lie in the body; without a codec those of the payload.
+
+        Ask before anything is damaged.
+        """
+        if self._coding is None:
+            return [slice(s.offset, s.offset + s.nbytes) for s in self.payload.segments()]
+        header = read_rows(
+            memoryview(self.header),
+            self.nbytes,
+            name=ObjectName.made(self.key, self._coding.encoding),
+            payload=self.payload,
+            first_token=_FIRST,
+        )
+        return [slice(row.offset, row.offset + row.nbytes) for row in header.rows]
+
+    def read(self) -> bytes:
+        """The payload that is read back."""
+        if self._coding is None:
+            return bytes(self.body[: self.payload.body_nbytes])
+        loan = Loan(self.payload.body_nbytes)
+        self._unpack(self.key, self.payload, loan.regions()[0], self.nbytes, first_token=_FIRST)
+        loan.guards_stand()
+        return loan.content()
+
+    def read_lent(self) -> tuple[Loan, Loan]:
+        """Read it from memory that is lent for that alone, and say which."""
+        if self._coding is not None:
+            frame = Loan(self.nbytes, bytes(self.header + self.body))
+            spare = Loan(self.payload.nbytes)
+            self._coding.unpack(
+                self.key,
+                self.payload,
+                frame.regions()[0],
+                spare.regions()[0],
+                first_token=_FIRST,
+                filled=self.nbytes,
+            )
+            return frame, spare
+        header, body = (
+            Loan(HEADER_NBYTES, bytes(self.header)),
+            Loan(self.payload.nbytes, bytes(self.body)),
+        )
+        self._suite.read_object(
+            self.key,
+            self.payload,
+            header.regions()[0],
+            body.regions(),
+            self.nbytes,
+            first_token=_FIRST,
+        )
+        return header, body
+
+    def _unpack(
+        self,
+        key: ObjectKey,
+        payload: Payload,
+        spare: memoryview,
+        filled: int,
+        *,
+        first_token: int,
+    ) -> None:
+        assert self._coding is not None
+        frame = memoryview(self.header + self.body)
+        self._coding.unpack(key, payload, frame, spare, first_token=first_token, filled=filled)
+
     def cause(self, filled: int | None = None, **other: Any) -> Cause | None:
         """Why it is refused; None when it is accepted."""
         wanted = {"key": self.key, "payload": self.payload, "first_token": _FIRST, **other}
         count = self.nbytes if filled is None else filled
+        if self._coding is not None:
+            spare = memoryview(bytearray(wanted["payload"].nbytes))
+            try:
+                first = wanted["first_token"]
+                self._unpack(wanted["key"], wanted["payload"], spare, count, first_token=first)
+            except FrameError as exc:
+                return exc.cause
+            return None
         try:
             self._suite.read_object(
                 wanted["key"],
@@ -92,7 +172,10 @@ class WrittenFrame:
 
 
 class FrameSuite(Suite):
-    """Runs on :mod:`kvlayer.tier.transfer.coding` as it is."""
+    """Runs on :mod:`kvlayer.tier.transfer.coding` as it is, or on objects that ``codec`` codes."""
+
+    codec: ClassVar[Codec | None] = None
+    """What its objects are coded with, instead of ``write_object`` and ``read_object``."""
 
     write_object: ClassVar[Callable[..., tuple[memoryview, ...]]] = staticmethod(encode)
     read_object: ClassVar[Callable[..., None]] = staticmethod(verify)
@@ -107,10 +190,10 @@ class FrameSuite(Suite):
         before = bytes(frame.body)
         expect(frame.cause(), None, "the cause by which an intact object is refused")
         same_bytes(bytes(frame.body), before, "a payload that was only looked at")
-        written = noise(2, frame.payload.nbytes)
+        written, found = noise(2, frame.payload.nbytes), frame.read()
         for segment in frame.payload.segments():
             part = slice(segment.offset, segment.offset + segment.nbytes)
-            same_bytes(frame.body[part], written[part], f"segment {segment.layer}")
+            same_bytes(found[part], written[part], f"segment {segment.layer}")
 
     @promise(
         "Reads the caller's memory and never writes it: where the payload ends inside a page, that "
@@ -118,7 +201,7 @@ class FrameSuite(Suite):
     )
     async def test_nothing_of_a_pages_former_content_is_written(self, frame: WrittenFrame) -> None:
         same_bytes(bytes(frame.memory), noise(2, frame.payload.nbytes), "the payload's memory")
-        padding = frame.body[frame.payload.body_nbytes :]
+        padding = frame.body[frame.parts[-1].stop :]
         same_bytes(bytes(padding), bytes(len(padding)), "what an object is padded with")
         header, before = bytes(frame.header), noise(1, HEADER_NBYTES)
         if any(header[at : at + 16] == before[at : at + 16] for at in range(HEADER_NBYTES - 15)):
@@ -129,19 +212,19 @@ class FrameSuite(Suite):
     )
     async def test_a_frame_cut_anywhere_is_refused(self, frame: WrittenFrame) -> None:
         expect(frame.cause(0), Cause.EMPTY, "the cause of an object of no bytes")
-        starts = {HEADER_NBYTES + segment.offset for segment in frame.payload.segments()}
+        starts = {HEADER_NBYTES + part.start for part in frame.parts}
         cuts = {1, 24, HEADER_NBYTES - 1, HEADER_NBYTES, frame.nbytes - 1, *starts}
         for cut in sorted(cuts - {frame.nbytes}):
             expect(frame.cause(cut), Cause.TRUNCATED, f"the cause of {cut} of {frame.nbytes} bytes")
 
     @promise("A segment verifies alone. Each segment's checksum: corrupt.")
     async def test_a_flipped_bit_of_the_payload_is_corrupt(self, frame: WrittenFrame) -> None:
-        for segment in frame.payload.segments():
-            for at in (0, segment.nbytes // 2, segment.nbytes - 1):
+        for part in frame.parts:
+            for at in (part.start, (part.start + part.stop) // 2, part.stop - 1):
                 for bit in (0x01, 0x80):
-                    frame.body[segment.offset + at] ^= bit
+                    frame.body[at] ^= bit
                     expect(frame.cause(), Cause.CORRUPT, f"the cause of a flipped bit at {at}")
-                    frame.body[segment.offset + at] ^= bit
+                    frame.body[at] ^= bit
 
     @promise("Magic, frame version, length, xxh3_64 of those and of the map.")
     async def test_a_flipped_bit_of_the_header_is_refused(self, frame: WrittenFrame) -> None:
@@ -189,19 +272,6 @@ class FrameSuite(Suite):
 
     @promise("Header and object are whole pages, so direct I/O moves them without a copy.")
     async def test_it_keeps_no_view_of_what_it_was_given(self, frame: WrittenFrame) -> None:
-        header, body = (
-            Loan(HEADER_NBYTES, bytes(frame.header)),
-            Loan(frame.payload.nbytes, bytes(frame.body)),
-        )
-        self.read_object(
-            frame.key,
-            frame.payload,
-            header.regions()[0],
-            body.regions(),
-            frame.nbytes,
-            first_token=_FIRST,
-        )
-        header.guards_stand()
-        body.guards_stand()
-        header.take_back()
-        body.take_back()
+        for loan in frame.read_lent():
+            loan.guards_stand()
+            loan.take_back()
