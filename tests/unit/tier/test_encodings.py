@@ -17,8 +17,9 @@ from kvlayer.identity.keys import PUBLIC_ZONE, ObjectKey, Part
 from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload, Segment
 from kvlayer.results import Cause
+from kvlayer.runtime.offload import Offload
 from kvlayer.testing.loan import Loan, noise
-from kvlayer.tier.transfer.encodings import Coding, Segments
+from kvlayer.tier.transfer.encodings import Coding, Raw, Segments
 from kvlayer.tier.transfer.objects import Item, Lending, Objects
 
 PART = Part(0, (0, 2), (0, 2))
@@ -206,4 +207,36 @@ async def test_after_an_object_that_cannot_be_decoded_its_memory_may_hold_anythi
     monkeypatch.undo()
     assert (await objects.get(1, whole(into, lending))).ok
     into.holds(content, "an object, once it can be read")
+    objects.close()
+
+
+@pytest.mark.parametrize(
+    ("coding", "chunks", "hops"),
+    [(Raw(), 32, 0), (Raw(), 64, 0), (Raw(), 128, 2), (DOUBLES, 2, 0), (DOUBLES, 32, 2)],
+    ids=["128 KiB", "256 KiB", "512 KiB", "8 KiB coded", "128 KiB coded"],
+)
+@pytest.mark.asyncio
+async def test_what_is_done_sooner_than_a_thread_is_woken_wakes_none(
+    slab: Slab, coding: Coding, chunks: int, hops: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checksum of 256 KiB is; coding more than 16 KiB is not. Then a put is one hop: the write's.
+
+    This backend tells of nothing that lands, so that reads are counted, too.
+    """
+    payload = Payload.of(full_group(), PART, chunks * CHUNK)
+    objects = objects_of(slab, MemoryBackend(), coding, payload=payload)
+    woken: list[object] = []
+    run = Offload.run
+
+    async def counted(self: Offload, work: Any, *args: Any) -> Any:
+        woken.append(work)
+        return await run(self, work, *args)
+
+    monkeypatch.setattr(Offload, "run", counted)
+    content = noise(1, payload.body_nbytes)
+    loans = Loan(len(content), content), Loan(len(content))
+    put, get = (Item(key(1, payload.tokens), payload, 0, loan.regions()) for loan in loans)
+    assert (await objects.put(1, put)).ok and (await objects.get(1, get)).ok
+    loans[1].holds(content, "an object")
+    assert len(woken) == hops
     objects.close()

@@ -25,6 +25,7 @@ from kvlayer.identity.keys import RAW, Encoding, ObjectKey, ObjectName
 from kvlayer.payload import Payload, align
 from kvlayer.results import Cause
 from kvlayer.tier.transfer import coding
+from kvlayer.tier.transfer.checks import CODED_AT_ONCE, RAW_AT_ONCE
 
 if TYPE_CHECKING:
     from kvlayer.tier.transfer.batch import Job
@@ -36,6 +37,8 @@ class Coding(ABC):
     """One encoding: what a job needs of scratch, lends to the backend, and makes of what comes."""
 
     encoding: Encoding
+    at_once: int = CODED_AT_ONCE
+    """So many bytes are coded, or verified, sooner than a thread is woken for it."""
 
     @abstractmethod
     def write_scratch(self, payload: Payload, *, copies: bool) -> int:
@@ -122,6 +125,7 @@ class Raw(Coding):
     """The payload as it lies in host memory."""
 
     encoding = RAW
+    at_once = RAW_AT_ONCE
 
     def write_scratch(self, payload: Payload, *, copies: bool) -> int:
         return coding.write_scratch(payload, copies=copies)

@@ -135,7 +135,7 @@ class Transfers:
         ]
         if silent:
             nbytes = sum(job.nbytes for job, _ in silent)
-            await self._checks.run(partial(_check_all, landing, silent), nbytes)
+            await self._checks.run(partial(_check_all, landing, silent), nbytes, coding.at_once)
         missed: list[Job] = []
         now = self._clock()
         for job, result in zip(jobs, results, strict=True):
@@ -165,7 +165,7 @@ class Transfers:
         sizes = [coding.write_scratch(job.payload, copies=job.copies) for job in jobs]
         jobs, left = await self._equipped(self._arenas.writes, jobs, sizes)
         nbytes = sum(job.nbytes for job in jobs)
-        await self._checks.run(partial(self._encode_all, jobs), nbytes)
+        await self._checks.run(partial(self._encode_all, jobs), nbytes, coding.at_once)
         for job in jobs:
             if job.fault is not None:
                 job.end(self._clock(), job.fault)
