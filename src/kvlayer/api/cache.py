@@ -7,7 +7,7 @@ import os
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import Any
 
 from kvlayer._values import callee, flag, function, instance, number, waiting, whole
 from kvlayer.abc.backend import Backend
@@ -17,27 +17,26 @@ from kvlayer.api import assembly
 from kvlayer.api.control import Control
 from kvlayer.api.hit import PrefixHit
 from kvlayer.api.lookup import Lookup, Lookups
+from kvlayer.api.naming import Names
 from kvlayer.api.prefetch import Prefetch
-from kvlayer.api.rebinding import check, rebind
+from kvlayer.api.rebinding import rebind
 from kvlayer.config.model import CacheConfig
 from kvlayer.config.registry import BACKENDS, CODECS, Registry
 from kvlayer.errors import (
     ClosedError,
     ForkedError,
-    IdentityError,
     LayoutError,
     UnsupportedError,
 )
 from kvlayer.events import PrefetchDone, RetrieveDone, Sink, StoreDone
-from kvlayer.identity.epoch import Epoch
-from kvlayer.identity.keys import ChunkChain, Scope, Span, Tokens, token_bytes
+from kvlayer.identity.keys import ChunkChain, Scope, Span, Tokens
 from kvlayer.identity.namespace import Namespace
-from kvlayer.identity.quality import EXACT, accepted, of_quality
+from kvlayer.identity.quality import EXACT
 from kvlayer.layout import KVLayout, KVView
 from kvlayer.patience import Patience
 from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
 from kvlayer.tier.planner.lease import lease_seconds
-from kvlayer.tier.planner.matcher import Match
+from kvlayer.tier.planner.match import Match
 from kvlayer.tier.planner.planner import REBOUND
 from kvlayer.tier.planner.sources import Sources
 from kvlayer.tier.ranks.rank_team import RankTeam
@@ -48,12 +47,10 @@ __all__ = ["Cache"]
 
 PUBLIC = Scope()
 
-_SCOPE = 'a tenant\'s is Scope.private("...")'
 _HIT = "what `async with cache.lookup(...)` yields"
 _LONGEST_PREFILL = 1e9  # seconds
 _LONGEST_WAIT = 1e6
 _SLICE = 64  # spans remembered in one turn of the loop
-_STEP = 8192  # tokens hashed in one turn of the loop: a quarter of a millisecond
 _LARGEST_PREFILL = 10**12  # tokens
 
 
@@ -69,8 +66,8 @@ class Cache:
         self._parts = parts
         self._stack = parts.stack
         self._planner = parts.stack.planner
-        self._epochs = parts.stack.epochs
-        self._lookups = Lookups(parts, self._chain, self.named)
+        self._names = Names(parts, self._begin)
+        self._lookups = Lookups(parts, self._names.of, self._names.named)
         self._emit = parts.emit
         self._clock = parts.clock
         self._pid = os.getpid()
@@ -178,9 +175,7 @@ class Cache:
         window = self._window(kv, first_token)
         flag("tail", tail)
         function("on_gathered", on_gathered)
-        chain = await self._chain_to_store(tokens, scope, window)
-        if quality != EXACT:
-            chain = chain.named_in(of_quality(self.namespace, quality))
+        chain = await self._names.to_store(tokens, scope, window, quality)
         with self._emit.request("store", chain.scope.owner, chain.num_tokens):
             stored = await self._stack.store(
                 chain,
@@ -318,8 +313,7 @@ class Cache:
         not anyone asks for it. Raises ``TokensError``.
         """
         started = self.check_loop()
-        instance("scope", scope, Scope, hint=_SCOPE)
-        packed = self._own(tokens, scope) if isinstance(tokens, ChunkChain) else token_bytes(tokens)
+        packed = self._names.begun(tokens, scope)
         seconds = self.config.lease_seconds if deadline is None else lease_seconds(deadline)
         return Prefetch(self._parts.spawn(self._promote(packed, scope, seconds, started)))
 
@@ -327,7 +321,7 @@ class Cache:
         self, prompt: ChunkChain | bytes, scope: Scope, seconds: float, started: float
     ) -> RetrieveReport:
         if isinstance(prompt, bytes):
-            prompt = await self._named_in_steps(prompt, scope)
+            prompt = await self._names.in_steps(prompt, scope)
         chain = prompt
         owner = chain.scope.owner
         with self._emit.request("prefetch", owner, chain.num_tokens):
@@ -479,28 +473,6 @@ class Cache:
             for spans, is_new in slices[done:]:
                 self._planner.remember(chain, *((spans, ()) if is_new else ((), spans)))
 
-    async def _chain_to_store(self, tokens: Tokens, scope: Scope, window: Window) -> ChunkChain:
-        """The names of what a view covers up to its end."""
-        if isinstance(tokens, ChunkChain):
-            chain = self._own(tokens, scope)
-            if chain.epoch is not None and chain.namespace != chain.epoch.namespace:
-                raise IdentityError(
-                    "the chain is of a namespace that is only read",
-                    hint="store under what the engine computes now: cache.chain(tokens)",
-                )
-            count = chain.num_tokens
-        else:
-            packed = token_bytes(tokens)
-            count = len(packed) // 4
-            chain = await self._named_in_steps(packed[: 4 * window.stop], scope)
-        if window.stop > count:
-            raise LayoutError(
-                f"the view covers tokens {window.start}..{window.stop}, but there are only "
-                f"{count} tokens",
-                hint="pass all tokens from the prompt's start, and first_token for the view's",
-            )
-        return chain.until(window.stop)
-
     def chain(
         self, tokens: Tokens, scope: Scope = PUBLIC, *, namespace: Namespace | None = None
     ) -> ChunkChain:
@@ -518,95 +490,14 @@ class Cache:
         cache has made for other KV, and for a namespace of another layout or other chunk sizes.
         ``ArgumentError`` for a scope that is none.
         """
-        chain = self._chain(tokens, scope)
-        if namespace is not None:
-            check(namespace, self._parts)
-            accepts = accepted(namespace, chain.scope.accepts)
-            return chain.bound(self._epochs.current, namespace.digest, accepts)
-        current = self._epochs.current
-        is_current = chain.epoch is current and chain.namespace == current.namespace
-        return chain if is_current else self._bound(chain, current)
-
-    def _chain(self, tokens: Tokens, scope: Scope) -> ChunkChain:
-        """The names of a prompt; of the epoch they have, if they have one."""
-        if isinstance(tokens, ChunkChain):
-            return self._own(tokens, scope)
-        return self._named(token_bytes(tokens), scope)
+        return self._names.chain(tokens, scope, namespace)
 
     async def named(self, tokens: Tokens, scope: Scope = PUBLIC) -> ChunkChain:
         """The chain of a prompt, on the loop: others get their turn while a long one is hashed.
 
         A chain that is given keeps its epoch.
         """
-        if isinstance(tokens, ChunkChain):
-            return self._own(tokens, scope)
-        return await self._named_in_steps(token_bytes(tokens), scope)
-
-    async def _named_in_steps(self, packed: bytes, scope: Scope) -> ChunkChain:
-        if len(packed) <= 4 * _STEP:
-            return self._named(packed, scope)
-        epoch = self._epochs.current
-        steps = ChunkChain.in_steps(
-            packed,
-            instance("scope", scope, Scope, hint=_SCOPE),
-            tokens_per_chunk=self.namespace.tokens_per_chunk,
-            tokens_per_tail=self.namespace.tokens_per_tail,
-            tokens_per_step=_STEP,
-        )
-        while True:
-            try:
-                next(steps)
-            except StopIteration as named:
-                self._begin()  # it may have been closed meanwhile
-                return self._bound(cast(ChunkChain, named.value), epoch)
-            await asyncio.sleep(0)
-
-    def _named(self, packed: bytes, scope: Scope) -> ChunkChain:
-        epoch = self._epochs.current
-        chain = ChunkChain.from_bytes(
-            packed,
-            instance("scope", scope, Scope, hint=_SCOPE),
-            tokens_per_chunk=self.namespace.tokens_per_chunk,
-            tokens_per_tail=self.namespace.tokens_per_tail,
-        )
-        return self._bound(chain, epoch)
-
-    def _bound(self, chain: ChunkChain, epoch: Epoch) -> ChunkChain:
-        """A chain in an epoch of this cache, with what its scope accepts."""
-        names = chain.scope.accepts
-        return chain.bound(epoch, accepts=accepted(self.namespace, names) if names else ())
-
-    def _own(self, chain: ChunkChain, scope: Scope) -> ChunkChain:
-        sizes = self.namespace.tokens_per_chunk, self.namespace.tokens_per_tail
-        if (chain.chunk_step, chain.tail_step) != sizes:
-            raise IdentityError(
-                f"the chain's chunks and links are of {chain.chunk_step} and {chain.tail_step} "
-                f"tokens, this cache's of {sizes[0]} and {sizes[1]}",
-                hint="make it with Cache.chain",
-            )
-        instance("scope", scope, Scope, hint=_SCOPE)
-        if chain.epoch is None or chain.epoch.owner is not self._epochs:
-            current = self._epochs.current
-            if chain.namespace not in ("", current.namespace):
-                raise IdentityError(
-                    f"the chain was made for KV of namespace {chain.namespace[:12]}, this cache's "
-                    f"is {current.namespace[:12]}",
-                    hint="make it with this cache's chain(tokens)",
-                )
-            chain = self._bound(chain, current)
-        if scope in (PUBLIC, chain.scope):
-            return chain
-        if scope.extras() != chain.scope.extras():
-            raise IdentityError(
-                "the chain was made under other salts, contents or another adapter",
-                hint="leave the scope out: the chain has it",
-            )
-        if not {*scope.accepts} <= {*chain.scope.accepts}:
-            raise IdentityError(
-                "the scope accepts qualities that the chain's does not",
-                hint="make the chain under that scope: cache.chain(tokens, scope)",
-            )
-        return chain.under(scope)
+        return await self._names.named(tokens, scope)
 
     def by_tier(self, match: Match) -> dict[str, int]:
         """Tokens of a match by the name of the farthest tier each span needs."""

@@ -19,7 +19,7 @@ from kvlayer.tier.transfer.loads import LATE, down
 
 if TYPE_CHECKING:
     from kvlayer.api.cache import Cache
-    from kvlayer.tier.planner.matcher import Match
+    from kvlayer.tier.planner.match import Match
 
 __all__ = ["explain"]
 

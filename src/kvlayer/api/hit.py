@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from kvlayer.identity.keys import Span
 from kvlayer.identity.quality import EXACT
 from kvlayer.tier.planner.lease import Lease
-from kvlayer.tier.planner.matcher import Match
+from kvlayer.tier.planner.match import Match
 
 __all__ = ["PrefixHit"]
 

@@ -25,7 +25,7 @@ from kvlayer.runtime.foreign import awaited
 from kvlayer.runtime.job import Job
 from kvlayer.tier.epochs import EpochOver
 from kvlayer.tier.planner.lease import Lease
-from kvlayer.tier.planner.matcher import Match
+from kvlayer.tier.planner.match import Match
 from kvlayer.tier.planner.planner import Planner
 
 __all__ = ["Lookup", "LookupState", "Lookups"]

@@ -22,7 +22,7 @@ from kvlayer.tier.guard.estimate import Rate
 from kvlayer.tier.messages import Outcome, Piece
 from kvlayer.tier.planner import plan
 from kvlayer.tier.planner.lease import Lease
-from kvlayer.tier.planner.matcher import Match
+from kvlayer.tier.planner.match import Match
 from kvlayer.tier.planner.planner import REBOUND, Planner
 from kvlayer.tier.planner.records import ObjectRecord
 from kvlayer.tier.storing import Stored, Storing, moved

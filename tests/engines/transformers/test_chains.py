@@ -39,7 +39,7 @@ class Counted:
             return xxh3_128(data)
 
         patch.setattr("kvlayer.identity.chain.token_bytes", packing)
-        patch.setattr("kvlayer.api.cache.token_bytes", packing)
+        patch.setattr("kvlayer.api.naming.token_bytes", packing)
         patch.setattr("kvlayer.identity.links.sha256", hashing)
         patch.setattr("kvlayer.identity.chain.xxh3_128", printing)
 

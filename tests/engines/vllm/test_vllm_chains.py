@@ -36,7 +36,7 @@ class Counted:
             return sha256(data)
 
         patch.setattr("kvlayer.identity.chain.token_bytes", packing)
-        patch.setattr("kvlayer.api.cache.token_bytes", packing)
+        patch.setattr("kvlayer.api.naming.token_bytes", packing)
         patch.setattr("kvlayer.identity.links.sha256", hashing)
 
     def look(self) -> tuple[int, int]:

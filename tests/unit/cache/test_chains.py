@@ -199,7 +199,7 @@ async def test_a_prompt_is_packed_once_and_hashed_once(
         return sha256(data)
 
     async with Cache.open(config(tmp_path), layout()) as cache:
-        monkeypatch.setattr("kvlayer.api.cache.token_bytes", packing)
+        monkeypatch.setattr("kvlayer.api.naming.token_bytes", packing)
         monkeypatch.setattr("kvlayer.identity.chain.token_bytes", packing)
         monkeypatch.setattr("kvlayer.identity.links.sha256", hashing)
         await cache.store(prompt, engine.view(engine.slots(64)), scope=scope)
@@ -211,7 +211,7 @@ async def test_a_prompt_is_packed_once_and_hashed_once(
 async def test_naming_a_long_prompt_gives_others_their_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kvlayer.api.cache._STEP", 16)
+    monkeypatch.setattr("kvlayer.api.naming._STEP", 16)
     turns = 0
 
     async def count() -> None:

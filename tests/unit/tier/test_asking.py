@@ -29,7 +29,7 @@ from kvlayer.identity.keys import ChunkChain, ObjectKey, Part, Scope, Span
 from kvlayer.layout import KVLayout, KVView
 from kvlayer.results import Cause
 from kvlayer.testing.sim import in_virtual_time
-from kvlayer.tier.planner.matcher import Match
+from kvlayer.tier.planner.match import Match
 from kvlayer.tier.planner.planner import Planner
 from kvlayer.tier.planner.records import HostState
 from kvlayer.tier.stack import Window

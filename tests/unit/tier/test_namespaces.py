@@ -13,7 +13,7 @@ from stacks import CHUNK, NAMESPACE, Clock, chain_of, check_accounts, make_plann
 
 from kvlayer.identity.keys import ChunkChain, ObjectKey
 from kvlayer.results import Cause
-from kvlayer.tier.planner.matcher import Match
+from kvlayer.tier.planner.match import Match
 from kvlayer.tier.planner.planner import Planner
 from kvlayer.tier.planner.records import HostState, ObjectRecord
 

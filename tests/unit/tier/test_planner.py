@@ -33,7 +33,7 @@ from kvlayer.identity.keys import ChunkChain, ObjectKey, Part, Span
 from kvlayer.results import Cause, OwnerStats
 from kvlayer.tier.planner.demotion_step import DemotionTargets, PendingWrite, end_leaving
 from kvlayer.tier.planner.lease import Lease
-from kvlayer.tier.planner.matcher import Match
+from kvlayer.tier.planner.match import Match
 from kvlayer.tier.planner.planner import Planner, Reservation
 from kvlayer.tier.planner.records import HostState, ObjectRecord
 

@@ -25,7 +25,7 @@ from kvlayer.identity.epoch import Epoch
 from kvlayer.identity.quality import EXACT, Accepted
 from kvlayer.results import Cause
 from kvlayer.testing.sim import in_virtual_time
-from kvlayer.tier.planner.matcher import Match
+from kvlayer.tier.planner.match import Match
 from kvlayer.tier.planner.planner import Planner
 from kvlayer.tier.planner.records import HostState
 

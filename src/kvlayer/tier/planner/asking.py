@@ -17,7 +17,8 @@ from collections.abc import Iterable, Sequence
 from kvlayer.identity.keys import ChunkChain, ObjectKey
 from kvlayer.layout import HitRule, KVGroup
 from kvlayer.tier.planner import plan
-from kvlayer.tier.planner.matcher import Matcher, Run
+from kvlayer.tier.planner.match import Run
+from kvlayer.tier.planner.matcher import Matcher
 
 __all__ = ["Search"]
 

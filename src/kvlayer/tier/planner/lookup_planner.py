@@ -9,7 +9,7 @@ from sys import intern
 from kvlayer.identity.keys import ChunkChain, ObjectKey
 from kvlayer.tier.planner.asking import Search
 from kvlayer.tier.planner.lease import Lease
-from kvlayer.tier.planner.matcher import Match, Run
+from kvlayer.tier.planner.match import Match, Run
 from kvlayer.tier.planner.promises import Promise
 from kvlayer.tier.planner.tables import Tables
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvlayer.tier.planner.matcher import Match
+from kvlayer.tier.planner.match import Match
 
 __all__ = ["Sources"]
 

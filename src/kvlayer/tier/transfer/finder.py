@@ -11,7 +11,7 @@ from kvlayer.tier.guard.estimate import Rate
 from kvlayer.tier.planner import plan
 from kvlayer.tier.planner.asking import Search
 from kvlayer.tier.planner.lease import Lease
-from kvlayer.tier.planner.matcher import Match, Run
+from kvlayer.tier.planner.match import Match, Run
 from kvlayer.tier.planner.planner import Planner
 from kvlayer.tier.planner.promises import Promise
 from kvlayer.tier.planner.records import HostState

@@ -17,7 +17,7 @@ from kvlayer.results import Cause, Failure
 from kvlayer.runtime.foreign import words
 from kvlayer.tier.guard.guard import Lane, Refused, TierCall
 from kvlayer.tier.messages import Outcome
-from kvlayer.tier.planner.matcher import Match
+from kvlayer.tier.planner.match import Match
 from kvlayer.tier.planner.planner import Keeps, Planner, Reservation
 from kvlayer.tier.planner.records import HostState, ObjectRecord
 from kvlayer.tier.tier import LowerTier, Tier

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvlayer.tier.planner.lease import Lease
-from kvlayer.tier.planner.matcher import Match
+from kvlayer.tier.planner.match import Match
 from kvlayer.tier.planner.planner import Planner
 from kvlayer.tier.planner.records import HostState, ObjectRecord
 from kvlayer.tier.transfer.loads import Wanted, wanted_of
