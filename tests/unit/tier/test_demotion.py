@@ -335,8 +335,8 @@ async def test_a_tier_that_forgets_at_once_is_not_written_for_ever(demoting: Dem
     rig.backend.put = forgetful  # type: ignore[method-assign]
     spilled = rig.planner.spilled
 
-    def noted(record, tier, *, ok):  # type: ignore[no-untyped-def]
-        spilled(record, tier, ok=ok)
+    def noted(record, tier, **how):  # type: ignore[no-untyped-def]
+        spilled(record, tier, **how)
         rig.planner.vanished([record.key], tier, "evicted", Cause.EVICTED)
 
     rig.planner.spilled = noted  # type: ignore[method-assign]

@@ -147,7 +147,12 @@ class WrittenFrame:
 
     def cause(self, filled: int | None = None, **other: Any) -> Cause | None:
         """Why it is refused; None when it is accepted."""
-        wanted = {"key": self.key, "payload": self.payload, "first_token": _FIRST, **other}
+        wanted: dict[str, Any] = {
+            "key": self.key,
+            "payload": self.payload,
+            "first_token": _FIRST,
+            **other,
+        }
         count = self.nbytes if filled is None else filled
         if self._coding is not None:
             spare = memoryview(bytearray(wanted["payload"].nbytes))
