@@ -9,6 +9,7 @@ from stacks import CHUNK, NAMESPACE, TAIL, chain_of, holds_all, make_planner, st
 
 from kvlayer.identity.keys import ChunkChain, ObjectKey, Part
 from kvlayer.results import Cause
+from kvlayer.tier.planner.copies import copy_of
 from kvlayer.tier.planner.lease import Lease
 from kvlayer.tier.planner.planner import Planner
 from kvlayer.tier.planner.records import HostState, ObjectRecord
@@ -41,6 +42,8 @@ def test_a_resident_object_is_one_thing_to_the_collector_and_some_hundred_bytes(
     try:
         for chain in chains:
             store(planner, chain)
+            for found in planner.match(chain).path():  # and how each lies on a tier is known
+                planner.directory.add_tier(found, 1, copy_of(1, 4096 + 8192))
         gc.collect()
         nbytes, _ = tracemalloc.get_traced_memory()
     finally:

@@ -8,6 +8,7 @@ nothing, and those that nothing is known of no memory either.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 __all__ = ["Copy", "copy_of", "of_tier", "with_copy"]
@@ -44,6 +45,7 @@ def of_tier(copies: int, tier: int) -> int:
     return copies >> (tier - 1) * _BITS & _COPY
 
 
+@lru_cache(maxsize=1024)  # objects of one shape, as they are, share one number
 def with_copy(copies: int, tier: int, copy: int) -> int:
     """All copies, of which that on ``tier`` is another now."""
     at = (tier - 1) * _BITS
