@@ -12,6 +12,7 @@ import json
 import signal
 import tempfile
 import tracemalloc
+from array import array
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -176,11 +177,18 @@ def frame(given: bytes) -> bool:
 
 
 def _packed(given: bytes) -> bytes:
-    """Bytes as they are, or JSON packed: what is flipped in text is still msgpack afterwards."""
+    """Bytes as they are, or JSON packed: what is flipped in text is still msgpack afterwards.
+
+    ``{"u64": [1, 2]}`` are the bytes of a table of such numbers.
+    """
     if given[:1] in (b"[", b"{"):
         with suppress(ValueError, TypeError, OverflowError, RecursionError):
-            return pack(json.loads(given))
+            return pack(json.loads(given, object_hook=_table))
     return given
+
+
+def _table(found: dict[str, Any]) -> Any:
+    return array("Q", found["u64"]).tobytes() if found.keys() == {"u64"} else found
 
 
 def namespace(given: bytes) -> bool:
