@@ -36,13 +36,17 @@ async def explain(cache: Cache, tokens: Tokens, scope: Scope) -> Explanation:
     whoever stored it: a lookup finds it, too.
     """
     chain = await cache.named(tokens, scope)
+    if chain.is_stale:
+        detail = "its chain was made before the cache was rebound"
+        missed = MissedChunk(0, chain.num_tokens, Cause.REBOUND, detail)
+        return Explanation(chain.num_tokens, 0, {}, (missed,))
     match = await cache.stack.finder.find(chain)
     others = await _other_namespaces(cache, chain, match.tokens)
     misses: list[MissedChunk] = []
     for span in _unusable(cache, chain, match.tokens):
-        missed = _missed(cache, chain, span, others)
-        if missed is not None:
-            _append(misses, missed)
+        why = _missed(cache, chain, span, others)
+        if why is not None:
+            _append(misses, why)
     takes = _takes(cache, match)
     by_tier = cache.by_tier(match)
     return Explanation(chain.num_tokens, match.tokens, by_tier, tuple(misses), takes)
@@ -80,8 +84,6 @@ def _missed(  # noqa: PLR0911  # one return per cause, most telling first
     """The cause for one span; None when the span itself is there."""
     planner = cache.stack.planner
     at = (span.start, span.stop)
-    if chain.is_stale:
-        return MissedChunk(*at, Cause.REBOUND, "its chain was made before the cache was rebound")
     if not span.hash and chain.unnamed is not None:
         detail = f"token {chain.unnamed} has an id of 2^30 or more, which no vocabulary has"
         return MissedChunk(*at, Cause.NO_NAME, detail)
@@ -105,6 +107,12 @@ def _missed(  # noqa: PLR0911  # one return per cause, most telling first
         return MissedChunk(*at, Cause.OTHER_SALT, detail)
     if account.is_own and span.hash in others:
         return MissedChunk(*at, Cause.OTHER_NAMESPACE, others[span.hash])
+    if account.beside is not None:
+        detail = (
+            f"this cache has it in namespace {account.beside[:12]}: of another epoch, or of a "
+            "quality that the request does not accept"
+        )
+        return MissedChunk(*at, Cause.OTHER_NAMESPACE, detail)
     for tier in cache.stack.lower:
         if tier.trouble:
             return MissedChunk(*at, Cause.TIER_DOWN, f"{tier.name} has trouble: {_HEALTH}")

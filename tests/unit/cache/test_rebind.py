@@ -172,13 +172,17 @@ async def straddle(
     work: Coroutine[Any, Any, Any],
     turns: int,
     then: Callable[[], None],
-    to: Namespace = NEW,
 ) -> Any:
-    """Rebind while ``work`` is at one of its awaits; ``then`` at once when that has returned."""
+    """Rebind while ``work`` is at one of its awaits; ``then`` at once when that has returned.
+
+    ``turns`` of the loop after its start; 0: when it has ended.
+    """
     task = asyncio.ensure_future(work)
     for _ in range(turns):
         await asyncio.sleep(0)
-    await cache.rebind(to)
+    if not turns:
+        await asyncio.wait({task})
+    await cache.rebind(NEW)
     then()
     return await task
 
@@ -189,7 +193,7 @@ async def test_a_store_under_way_at_any_await_stores_nothing_of_the_new_weights(
     tmp_path: Path, write: str
 ) -> None:
     kept: set[int] = set()
-    for turns in range(1, TURNS):
+    for turns in range(TURNS):
         model, told = Model(), list[int]()
         async with opened(tmp_path / str(turns), write=write) as cache:
             store = model.store(cache, on_gathered=lambda told=told: told.append(1))
@@ -217,7 +221,8 @@ async def test_a_load_under_way_at_any_await_writes_nothing_after_that(tmp_path:
     reports: list[RetrieveReport] = []
     async with opened(tmp_path) as cache:
         await Model().store(cache)
-    for turns in range(1, TURNS + 30):
+    for turns in [*range(TURNS), *range(1, TURNS)]:
+        is_found = len(reports) >= TURNS  # then it is the load that is interrupted
         async with opened(tmp_path) as cache:
             other, seen = Engine(layout(), 64, 9), list[list[torch.Tensor]]()
             slots = other.slots(LENGTH)
@@ -229,7 +234,12 @@ async def test_a_load_under_way_at_any_await_writes_nothing_after_that(tmp_path:
             def snapshot(other: Engine = other, seen: Any = seen, slots: Any = slots) -> None:
                 seen.append([plane.clone() for plane in other.read(slots)])
 
-            tokens_, report = await straddle(cache, load(), turns, snapshot)
+            if is_found:
+                async with cache.lookup(PROMPT) as hit:
+                    loading = cache.retrieve(hit, other.view(slots))
+                    tokens_, report = hit.tokens, await straddle(cache, loading, turns, snapshot)
+            else:
+                tokens_, report = await straddle(cache, load(), turns, snapshot)
             reports.append(report)
             assert report.tokens == (0 if report.failed or not tokens_ else LENGTH)
             assert {failure.cause for failure in report.failed} <= {Cause.REBOUND}
@@ -246,7 +256,7 @@ async def test_a_prefetch_or_pin_under_way_is_given_up(tmp_path: Path) -> None:
     given_up = 0
     async with opened(tmp_path) as cache:
         await Model().store(cache)
-    for turns in range(1, TURNS):
+    for turns in range(TURNS):
         async with opened(tmp_path) as cache:
             job = cache.prefetch(PROMPT, deadline=1e6)
             pinned = asyncio.ensure_future(cache.control.pin(PROMPT, seconds=1e6))
@@ -255,12 +265,12 @@ async def test_a_prefetch_or_pin_under_way_is_given_up(tmp_path: Path) -> None:
             if report.failed:
                 given_up += 1
                 assert (report.tokens, report.failed[0].cause) == (0, Cause.REBOUND)
-                assert pin.tokens == 0
+                assert pin.tokens in (0, LENGTH)
             cache.control.unpin(pin)
             if not report.tokens:
                 await idle(cache)
                 assert cache.control.stats().tiers[0].pinned_nbytes == 0
-    assert given_up > 3
+    assert 0 < given_up < TURNS
 
 
 async def _report(job: Any) -> RetrieveReport:
@@ -374,7 +384,7 @@ async def test_who_is_cancelled_by_somebody_else_meanwhile_stays_cancelled(tmp_p
             await cache.flush()
             assert store.cancelled() or store.result().stored + len(store.result().failed) == SPANS
             settled(cache)
-    assert cut > 3
+    assert cut > 0
 
 
 @pytest.mark.asyncio
@@ -472,3 +482,35 @@ async def test_what_another_process_stores_in_the_new_namespace_is_found(tmp_pat
         assert (await served(cache))[0] == LENGTH
         explained = await cache.control.explain(cache.chain(PROMPT[:64], namespace=OLD))
         assert {miss.cause for miss in explained.misses} == {Cause.OTHER_NAMESPACE}
+
+
+@pytest.mark.asyncio
+async def test_what_lies_in_memory_of_another_epoch_is_explained_to_its_owner() -> None:
+    model, ann = Model(), Scope(owner="ann")
+    async with opened() as cache:
+        await model.store(cache, scope=ann)
+        await cache.rebind(NEW)
+        (missed,) = (await cache.control.explain(PROMPT, scope=ann)).misses
+        assert (missed.cause, missed.start, missed.stop) == (Cause.OTHER_NAMESPACE, 0, LENGTH)
+        assert OLD.digest[:12] in missed.detail
+        (missed,) = (await cache.control.explain(PROMPT, scope=Scope(owner="bob"))).misses
+        assert missed.cause is Cause.NEVER_STORED
+
+
+@pytest.mark.asyncio
+async def test_many_epochs_leave_nothing_behind(tmp_path: Path) -> None:
+    model = Model()
+    async with opened(tmp_path, write="never") as cache:
+        for number in range(200):
+            await cache.rebind(replace(OLD, weights=f"sha256:{number:064x}"))
+            await model.store(cache, PROMPT[:LENGTH])
+        stack = cache.stack
+        await cache.recovered()
+        await cache.rebind(NEW)
+        await cache.recovered()
+        assert len(stack.planner.served()) == len(stack.lower[0].listed) == 64
+        assert stack.planner.served()[-1] == cache.namespace.digest
+        assert len(stack._recoveries) == 1 and not stack.epochs._running
+        assert stack.planner.counts([]).used_nbytes <= stack.planner.counts([]).capacity_nbytes
+        await cache.control.clear()
+        settled(cache)

@@ -42,6 +42,8 @@ class Account(NamedTuple):
     loss: Loss | None
     elsewhere: str | None
     divergent: int | None
+    beside: str | None
+    """Another namespace in which this cache has it."""
 
 
 class Survey(Tables):
@@ -81,7 +83,16 @@ class Survey(Tables):
                 self.journal.loss(chain, span),
                 self.journal.elsewhere(chain, span.start // chain.chunk_step),
                 self.journal.divergence(chain, span.start),
+                self._beside(chain, span),
             )
+
+    def _beside(self, chain: ChunkChain, span: Span) -> str | None:
+        for record in self.directory.every_ending(span.hash):
+            other = chain.named_in(record.namespace)
+            is_same = (record.tokens, record.zone) == (span.tokens, chain.zone(span))
+            if is_same and record.namespace != chain.namespace and self.journal.is_own(other, span):
+                return record.namespace
+        return None
 
     def known(self, chain: ChunkChain) -> list[ObjectRecord]:
         """The objects of a prompt's full chunks, and of the tails at its end."""
