@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvlayer._steps import Steps, finish
 from kvlayer.abc.backend import (
     DeleteResult,
     Hit,
@@ -39,6 +40,7 @@ from kvlayer.runtime.offload import Offload
 from kvlayer.testing import invariants
 from kvlayer.testing.memory import MemoryBackend as Honest
 from kvlayer.tier.guard.guard import Guard
+from kvlayer.tier.planner.match import Match
 from kvlayer.tier.planner.planner import Planner, Reservation, StorePlan
 from kvlayer.tier.stack import Stack
 from kvlayer.tier.tier import LowerTier, Tier
@@ -159,6 +161,12 @@ def store(
     return todo
 
 
+def whole(match: Match) -> Steps[Match | None]:
+    """Chooses all that was found."""
+    yield from ()
+    return match
+
+
 def probes(planner: Planner, chain: ChunkChain) -> list[ObjectKey]:
     """What a search that presumes nothing asks about full chunks."""
     return [key for key in _first_round(planner, chain) if key.tokens == CHUNK]
@@ -170,7 +178,8 @@ def tail_probes(planner: Planner, chain: ChunkChain) -> list[ObjectKey]:
 
 
 def _first_round(planner: Planner, chain: ChunkChain) -> list[ObjectKey]:
-    asked = planner.questions(planner.search(chain, every=True), 1 << 1, 0.0)
+    search = planner.search(planner.match(chain), every=True)
+    asked = finish(planner.questions(search, 1 << 1, 0.0))
     return [key for _, keys in asked for key in keys]
 
 

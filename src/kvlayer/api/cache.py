@@ -7,8 +7,10 @@ import os
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
+from kvlayer._steps import SLICE, Steps
 from kvlayer._values import callee, flag, function, instance, number, waiting, whole
 from kvlayer.abc.backend import Backend
 from kvlayer.abc.codec import Codec
@@ -35,7 +37,8 @@ from kvlayer.identity.quality import EXACT
 from kvlayer.layout import KVLayout, KVView
 from kvlayer.patience import Patience
 from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
-from kvlayer.tier.planner.lease import lease_seconds
+from kvlayer.runtime.turns import in_turns, to_the_end
+from kvlayer.tier.planner.lease import Lease, lease_seconds
 from kvlayer.tier.planner.match import Match
 from kvlayer.tier.planner.planner import REBOUND
 from kvlayer.tier.planner.sources import Sources
@@ -232,16 +235,22 @@ class Cache:
         try:
             yield hit
         finally:
-            self._planner.release(hit.lease.number)
+            await to_the_end(self._planner.releasing(hit.lease.number))
 
     def begin_lookup(self, tokens: Tokens, *, scope: Scope = PUBLIC) -> Lookup:
         """Start a lookup to poll, for a callback that must not await. See :class:`Lookup`.
 
-        Where the directory alone can answer it is answered when this returns. Raises
-        ``TokensError``.
+        Where the directory alone can answer it is answered when this returns, unless the prompt is
+        longer than 256 chunks: that is looked up in turns with others. Raises ``TokensError``.
         """
         self.check_loop()
-        return self._lookups.begin(tokens, scope, self._spawn, _call)
+        prompt = self._names.begun(tokens, scope)
+        count = prompt.num_tokens if isinstance(prompt, ChunkChain) else len(prompt) // 4
+        if count > SLICE * self.namespace.tokens_per_chunk:
+            named = partial(self._names.finished, prompt, scope)
+            return self._lookups.begin_on_loop(named, scope, self._spawn)
+        chain = prompt if isinstance(prompt, ChunkChain) else self._names.packed(prompt, scope)
+        return self._lookups.begin(chain, scope, self._spawn, _call)
 
     def _spawn(self, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
         return self._parts.spawn(work())
@@ -280,26 +289,39 @@ class Cache:
         function("on_layer", on_layer)
         instance("hit", hit, PrefixHit, hint=_HIT)
         with self._emit.request("retrieve", hit.owner, hit.tokens):
-            match = self._claim(hit)
-            sources = Sources(match, self._planner.tiers) if self._emit else None
+            usable, lease = self._granted(hit)
+            sources = Sources(self._planner.tiers)
+
+            def claimed(match: Match) -> Steps[None]:
+                nonlocal usable
+                usable = match
+                if self._emit:
+                    yield from sources.taking(match)
+
             report = await self._stack.retrieve(
-                match, kv, window, deadline=deadline, landed=on_layer, lease=hit.lease
+                usable,
+                kv,
+                window,
+                deadline=deadline,
+                landed=on_layer,
+                lease=lease,
+                on_claimed=claimed,
             )
             asked = min(hit.tokens, window.stop)
-            if match.tokens < asked and not report.failed:
-                report = RetrieveReport(report.tokens, (_gone(hit, match),))
-            if sources is not None:
-                nbytes_by_tier = sources.nbytes(window.start, report.tokens)
+            if usable.tokens < asked and not report.failed:
+                report = RetrieveReport(report.tokens, (_gone(hit, usable),))
+            if self._emit:
+                by_tier, nbytes = await in_turns(sources.served(window.start, report.tokens))
                 self._emit(
                     RetrieveDone(
                         owner=hit.owner,
                         asked_tokens=asked,
                         tokens=report.tokens,
                         failed=report.failed,
-                        nbytes=sum(nbytes_by_tier.values()),
+                        nbytes=sum(nbytes.values()),
                         seconds=self._clock() - started,
-                        by_tier=sources.tokens(window.start, report.tokens),
-                        nbytes_by_tier=nbytes_by_tier,
+                        by_tier=by_tier,
+                        nbytes_by_tier=nbytes,
                     )
                 )
         return report
@@ -320,9 +342,7 @@ class Cache:
     async def _promote(
         self, prompt: ChunkChain | bytes, scope: Scope, seconds: float, started: float
     ) -> RetrieveReport:
-        if isinstance(prompt, bytes):
-            prompt = await self._names.in_steps(prompt, scope)
-        chain = prompt
+        chain = await self._names.finished(prompt, scope)
         owner = chain.scope.owner
         with self._emit.request("prefetch", owner, chain.num_tokens):
             _, report = await self._stack.hold(chain, owner=owner, seconds=seconds)
@@ -352,13 +372,13 @@ class Cache:
         deadline = waiting("deadline", deadline)
         instance("hit", hit, PrefixHit, hint=_HIT)
         with self._emit.request("prefetch", hit.owner, hit.tokens):
-            match = self._claim(hit)
-            assert hit.lease is not None
+            match, lease = self._granted(hit)
+            match, _ = await in_turns(self._planner.claiming(match, lease, match.tokens))
             try:
                 report = await self._stack.promote(match, deadline=deadline)
-                self._planner.keep(hit.lease, match)
+                await in_turns(self._planner.keeping(lease, match))
             finally:
-                self._planner.unpin(match.path())
+                await to_the_end(self._planner.unpinning([*match.path()]))
             if match.chain.is_stale and hit.spans and not report.failed:
                 report = RetrieveReport(0, (_gone(hit, match),))
             self._prefetched(hit.owner, hit.tokens, report, started)
@@ -456,22 +476,18 @@ class Cache:
 
     async def _remember(self, chain: ChunkChain, stored: Stored) -> None:
         """Keep for ``explain`` what was stored, in slices; all of it if this is cancelled, too."""
-        slices = [
-            (spans[at : at + _SLICE], is_new)
-            for spans, is_new in ((stored.spans, True), ([*stored.skipped], False))
-            for at in range(0, len(spans), _SLICE)
-        ]
-        done = 0
-        try:
-            while done < len(slices):
-                spans, is_new = slices[done]
-                self._planner.remember(chain, *((spans, ()) if is_new else ((), spans)))
-                done += 1
-                if done < len(slices):
-                    await asyncio.sleep(0)
-        finally:
-            for spans, is_new in slices[done:]:
-                self._planner.remember(chain, *((spans, ()) if is_new else ((), spans)))
+        await to_the_end(self._remembering(chain, stored))
+
+    def _remembering(self, chain: ChunkChain, stored: Stored) -> Steps[None]:
+        known = [*stored.skipped]
+        last = max((spans[-1].stop for spans in (stored.spans, known) if spans), default=0)
+        yield from chain.fingerprinting(last // chain.chunk_step)
+        for at in range(0, len(stored.spans), _SLICE):
+            self._planner.remember(chain, stored.spans[at : at + _SLICE])
+            yield
+        for at in range(0, len(known), _SLICE):
+            self._planner.remember(chain, (), known[at : at + _SLICE])
+            yield
 
     def chain(
         self, tokens: Tokens, scope: Scope = PUBLIC, *, namespace: Namespace | None = None
@@ -498,10 +514,6 @@ class Cache:
         A chain that is given keeps its epoch.
         """
         return await self._names.named(tokens, scope)
-
-    def by_tier(self, match: Match) -> dict[str, int]:
-        """Tokens of a match by the name of the farthest tier each span needs."""
-        return self._planner.by_tier(match)
 
     def check_loop(self) -> float:
         """The time, on the cache's own loop. For the control API.
@@ -531,14 +543,14 @@ class Cache:
             )
         return self._clock()
 
-    def _claim(self, hit: PrefixHit) -> Match:
-        """A hit's match, or what is left of it, pinned: the caller unpins its path."""
+    def _granted(self, hit: PrefixHit) -> tuple[Match, Lease]:
+        """What this cache's lookup found, and the lease that holds it, or did."""
         if hit.match is None or hit.lease is None or not self._planner.granted(hit.lease):
             raise LayoutError(
                 "this hit did not come from a lookup of this cache",
                 hint="use a hit with the cache whose lookup yielded it",
             )
-        return self._planner.claim(hit.match, hit.lease)
+        return hit.match, hit.lease
 
     def _window(self, kv: KVView, first_token: int) -> Window:
         """The tokens that a view covers, once it is known to be one."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Container, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from kvlayer._steps import Steps
 from kvlayer._values import instance, text
 from kvlayer.abc.backend import Capability
 from kvlayer.api.explain import explain
@@ -14,6 +15,7 @@ from kvlayer.errors import ArgumentError, ConfigError
 from kvlayer.identity.keys import ObjectKey, Scope, Tokens
 from kvlayer.results import Cause, Explanation, Health, Stats
 from kvlayer.runtime.foreign import words
+from kvlayer.runtime.turns import in_turns
 from kvlayer.tier.planner.lease import Lease, lease_seconds
 from kvlayer.tier.planner.records import ObjectRecord
 from kvlayer.tier.tier import LowerTier
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["Control", "Pin"]
 
 _PUBLIC = Scope()
-_SLICE = 256  # records for each hold of the planner's lock, which lookups wait for
+_NAMED = 64  # objects named in one turn of the loop: some 4 us each
+_SLICE = 64  # objects dropped for each hold of the planner's lock: some 10 us each
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,20 +106,25 @@ class Control:
             await stack.finder.find(chain)  # what other processes stored goes, too
         removal = Removal(stack.planner, stack.objects)
 
-        def known() -> list[ObjectRecord]:
-            return [record for chain in chains for record in stack.planner.known(chain)]
+        async def everything() -> list[ObjectRecord]:
+            found: list[ObjectRecord] = []
+            for chain in chains:
+                found += await in_turns(stack.planner.known(chain))
+            return found
+
+        known = await everything()
 
         async def drop() -> None:
             if tier in (None, stack.host.name):
-                removal.gone += await self._drop(known(), "evicted by request")
+                removal.gone += await self._drop(known, "evicted by request")
 
-        await self._stop_writes(lower, removal, drop, {each.key for each in known()})
-        records = known()
-        keys = [[r.key for r in records if r.tiers >> each.index & 1] for each in lower]
-        for each, there in zip(lower, keys, strict=True):
+        await self._stop_writes(lower, removal, drop, await in_turns(_keys(known)))
+        known = await everything()  # what was on its way has come
+        for each in lower:
+            there = [found for found in known if found.tiers >> each.index & 1]
             if each.is_shared and not each.health().ok:  # others may have stored there
                 removal.unseen(each, each.health().detail)
-            await removal.delete(each, there)
+            await removal.delete(each, await in_turns(_keys(there)))
         await drop()
         removal.check()
         return removal.gone
@@ -135,18 +143,18 @@ class Control:
 
         async def drop() -> None:
             if tier in (None, stack.host.name):
-                removal.gone += await self._drop(
-                    self._cache.stack.planner.resident(), "cleared by request"
-                )
+                resident = await in_turns(stack.planner.resident())
+                removal.gone += await self._drop(resident, "cleared by request")
 
-        await self._stop_writes(self._lower(tier), removal, drop)
-        for lower in self._lower(tier):
+        tiers = self._lower(tier)
+        await self._stop_writes(tiers, removal, drop)
+        known = await in_turns(stack.planner.on_tiers([lower.index for lower in tiers]))
+        for lower in tiers:
             keys: list[ObjectKey] = []
             if Capability.LIST in lower.backend.capabilities:
                 for namespace in stack.planner.served():
                     await self._list(lower, namespace, keys, removal)
-            known = await self._records()
-            keys += [found.key for found in known if found.tiers >> lower.index & 1]
+            keys += known[lower.index]
             await removal.delete(lower, list(dict.fromkeys(keys)))
         await drop()
         removal.check()
@@ -157,7 +165,7 @@ class Control:
         tiers: Sequence[LowerTier],
         removal: Removal,
         drop: Callable[[], Awaitable[None]],
-        keys: Container[ObjectKey] | None = None,
+        keys: Sequence[ObjectKey] | None = None,
     ) -> None:
         """Let nothing that was begun before bring back what is about to be removed.
 
@@ -165,29 +173,20 @@ class Control:
         have it written again, and once more when nothing is being written from there.
         """
         spills = self._cache.stack.spills
-        running = [(tier, spills.withdraw(tier.index, keys)) for tier in tiers]
+        running = [(tier, await in_turns(spills.withdraw(tier.index, keys))) for tier in tiers]
         await drop()
         for tier, writes in running:
             removal.being_written(tier, await spills.settled(writes))
         await drop()
 
-    async def _records(self) -> list[ObjectRecord]:
-        """Everything the directory knows, read in slices: nobody waits for the whole of it."""
-        planner = self._cache.stack.planner
-        chunks = planner.chunks()
-        records: list[ObjectRecord] = []
-        for at in range(0, len(chunks), _SLICE):
-            records += planner.objects_of(chunks[at : at + _SLICE])
-            await asyncio.sleep(0)
-        return records
-
     async def _drop(self, records: Sequence[ObjectRecord], detail: str) -> int:
         """Take objects out of host memory, in slices; how many went."""
         planner = self._cache.stack.planner
         gone = 0
-        self._cache.stack.loads.forsake(records)
         for at in range(0, len(records), _SLICE):
-            dropped = planner.evict(records[at : at + _SLICE], Cause.CLEARED, detail)
+            some = records[at : at + _SLICE]
+            self._cache.stack.loads.forsake(some)
+            dropped = planner.evict(some, Cause.CLEARED, detail)
             self._cache.stack.host.removed(dropped)
             gone += len(dropped)
             await asyncio.sleep(0)
@@ -267,3 +266,12 @@ class Control:
         except Exception as exc:  # noqa: BLE001  # foreign code: what is known still goes
             lower.complains(Cause.TIER_DOWN, words(exc))
             removal.unseen(lower, words(exc))
+
+
+def _keys(records: Sequence[ObjectRecord]) -> Steps[list[ObjectKey]]:
+    keys: list[ObjectKey] = []
+    for at in range(0, len(records), _NAMED):
+        keys += [found.key for found in records[at : at + _NAMED]]
+        if at + _NAMED < len(records):
+            yield
+    return keys

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
+from kvlayer._steps import Steps
 from kvlayer.errors import IdentityError
 from kvlayer.identity.keys import ChunkChain, ObjectKey, Scope, Span, Tokens
 from kvlayer.identity.namespace import Namespace
 from kvlayer.results import Cause, Explanation, MissedChunk
+from kvlayer.runtime.turns import in_turns
 from kvlayer.tier.guard.guard import Refused
 from kvlayer.tier.planner.copies import Copy, of_tier
 from kvlayer.tier.planner.records import HostState, ObjectRecord
@@ -26,6 +30,8 @@ __all__ = ["explain"]
 # What made trouble may name an object of somebody else's.
 _HEALTH = "control.health() says why"
 
+_SLICE = 64  # spans explained in one turn of the loop: some 10 us each
+
 
 async def explain(cache: Cache, tokens: Tokens, scope: Scope) -> Explanation:
     """Look a prompt up without pinning it and name the cause of each miss.
@@ -40,39 +46,54 @@ async def explain(cache: Cache, tokens: Tokens, scope: Scope) -> Explanation:
         detail = "its chain was made before the cache was rebound"
         missed = MissedChunk(0, chain.num_tokens, Cause.REBOUND, detail)
         return Explanation(chain.num_tokens, 0, {}, (missed,))
-    match = await cache.stack.finder.find(chain)
-    others = await _other_namespaces(cache, chain, match.tokens)
+    async with cache.stack.finder.found(chain) as match:
+        others = await _other_namespaces(cache, chain, match.tokens)
+        misses = await in_turns(_misses(cache, chain, match.tokens, others))
+        by_tier = await in_turns(cache.stack.planner.by_tier(match))
+        takes = await in_turns(_takes(cache, match))
+        return Explanation(chain.num_tokens, match.tokens, by_tier, misses, takes)
+
+
+def _misses(
+    cache: Cache, chain: ChunkChain, start: int, others: dict[bytes, str]
+) -> Steps[tuple[MissedChunk, ...]]:
+    """Why each span after ``start`` misses."""
+    if start < chain.named_tokens:
+        yield from chain.fingerprinting(len(chain))
     misses: list[MissedChunk] = []
-    for span in _unusable(cache, chain, match.tokens):
-        why = _missed(cache, chain, span, others)
-        if why is not None:
-            _append(misses, why)
-    takes = _takes(cache, match)
-    by_tier = cache.by_tier(match)
-    return Explanation(chain.num_tokens, match.tokens, by_tier, tuple(misses), takes)
+    for count, span in enumerate(_unusable(chain, start), 1):
+        missed = _missed(cache, chain, span, others)
+        if missed is not None:
+            _append(misses, missed)
+        if not count % _SLICE:
+            yield
+    return tuple(misses)
 
 
-def _takes(cache: Cache, match: Match) -> dict[str, int]:
+def _takes(cache: Cache, match: Match) -> Steps[dict[str, int]]:
     """By lower tier, the bytes that what is usable takes there, as far as is known."""
-    path = match.path()
-    return {
-        tier.name: sum(Copy.read(of_tier(found.copies, tier.index)).nbytes for found in path)
-        for tier in cache.stack.lower
-    }
+    path, lower = match.path(), cache.stack.lower
+    takes = {tier.name: 0 for tier in lower}
+    for at, found in enumerate(path):
+        if at and not at % _SLICE:
+            yield
+        for tier in lower:
+            takes[tier.name] += Copy.read(of_tier(found.copies, tier.index)).nbytes
+    return takes
 
 
-def _unusable(cache: Cache, chain: ChunkChain, start: int) -> list[Span]:
+def _unusable(chain: ChunkChain, start: int) -> Iterator[Span]:
     """The spans a complete hit would have had after ``start``, and the rest that has no name."""
     step = chain.chunk_step
-    spans = [chain.span(i) for i in range(len(chain)) if (i + 1) * step > start]
     end = len(chain) * step
+    yield from map(chain.span, range(start // step, len(chain)))
     tails = chain.tails(len(chain))
+    named = max(start, end)
     if tails and tails[0].stop > start:
-        spans.append(tails[0])
-    named = spans[-1].stop if spans else max(start, end)
+        yield tails[0]
+        named = tails[0].stop
     if named < chain.num_tokens:
-        spans.append(Span(named, chain.num_tokens, b""))
-    return spans
+        yield Span(named, chain.num_tokens, b"")
 
 
 def _missed(  # noqa: PLR0911  # one return per cause, most telling first
@@ -147,11 +168,10 @@ def _not_taken(cache: Cache, span: Span, records: list[ObjectRecord]) -> MissedC
 
 async def _other_namespaces(cache: Cache, chain: ChunkChain, start: int) -> dict[bytes, str]:
     """Missing chunks that other namespaces of the lower tiers hold, and which fields differ."""
-    spans = [chain.span(i) for i in range(start // chain.chunk_step, len(chain))]
     found: dict[bytes, str] = {}
     for tier in cache.stack.lower:
         with suppress(Refused):
-            call = tier.guard.start(partial(_held_elsewhere, cache, tier, chain, spans))
+            call = tier.guard.start(partial(_held_elsewhere, cache, tier, chain, start))
             if await tier.guard.wait_alone(call) and call.error is None:
                 found.update(call.result())
             call.cancel()  # an explanation that cannot be had is not worth failing for
@@ -159,7 +179,7 @@ async def _other_namespaces(cache: Cache, chain: ChunkChain, start: int) -> dict
 
 
 async def _held_elsewhere(
-    cache: Cache, tier: LowerTier, chain: ChunkChain, spans: list[Span]
+    cache: Cache, tier: LowerTier, chain: ChunkChain, start: int
 ) -> dict[bytes, str]:
     found: dict[bytes, str] = {}
     for digest, canonical in (await cache.stack.objects.namespaces(tier.index)).items():
@@ -169,16 +189,18 @@ async def _held_elsewhere(
             theirs = Namespace.from_canonical(canonical)
         except IdentityError:  # of a later release, say: that is no reason to miss the others
             continue
-        keys = [
-            ObjectKey.of(digest, chain.zone(span), span.hash, span.tokens, part)
-            for span in spans
-            for part in cache.stack.planner.directory.needs
-        ]
-        sizes = await cache.stack.objects.contains(tier.index, keys)
         differing = ", ".join(cache.namespace.differences(theirs))
         detail = f"stored on {tier.name} for another setup: {differing}"
-        there = (key for key, size in zip(keys, sizes, strict=True) if isinstance(size, int))
-        found.update((key.end_hash, detail) for key in there)
+        for at in range(start // chain.chunk_step, len(chain), _SLICE):
+            keys = [
+                ObjectKey.of(digest, chain.zone(span), span.hash, span.tokens, part)
+                for span in chain.spans(min(at + _SLICE, len(chain)), at)
+                for part in cache.stack.planner.directory.needs
+            ]
+            sizes = await cache.stack.objects.contains(tier.index, keys)
+            there = (key for key, size in zip(keys, sizes, strict=True) if isinstance(size, int))
+            found.update((key.end_hash, detail) for key in there)
+            await asyncio.sleep(0)
     return found
 
 

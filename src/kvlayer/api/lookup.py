@@ -13,6 +13,7 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
+from kvlayer._steps import Steps, finish
 from kvlayer._values import instance, waiting
 from kvlayer.api.hit import PrefixHit
 from kvlayer.api.open_cache import OpenCache
@@ -23,6 +24,7 @@ from kvlayer.identity.quality import EXACT
 from kvlayer.results import Cause
 from kvlayer.runtime.foreign import awaited
 from kvlayer.runtime.job import Job
+from kvlayer.runtime.turns import in_turns, soon, to_the_end
 from kvlayer.tier.epochs import EpochOver
 from kvlayer.tier.planner.lease import Lease
 from kvlayer.tier.planner.match import Match
@@ -119,7 +121,7 @@ class Lookup:
             self._is_released = True
             hit = self._hit
         if hit is not None:
-            return hit.lease is not None and self._planner.release(hit.lease.number)
+            return hit.lease is not None and _released(self._planner, hit.lease)
         if self._search is not None:
             self._search.cancel()
         return False
@@ -222,7 +224,7 @@ class Lookups:
             match, lease = self._stack.finder.lease_known(
                 hit.match.chain, hit.match.runs, owner=hit.owner, seconds=self._lease_seconds
             )
-            hit = self._hit(match, lease)
+            hit = finish(self._hit(match, lease))
         return Lookup(self._planner, hit.owner, hit)
 
     async def _find(
@@ -241,7 +243,13 @@ class Lookups:
             except EpochOver:
                 self._stack.host.refused(Cause.REBOUND)
                 match, lease = self._nothing(chain)
-            hit = self._hit(match, lease)
+            is_found = False
+            try:
+                hit = await in_turns(self._hit(match, lease))
+                is_found = True
+            finally:
+                if not is_found:
+                    await to_the_end(self._planner.releasing(lease.number))
             self._count(chain, hit)
             if self._emit:
                 self._report(chain, hit, self._clock() - started)
@@ -251,7 +259,7 @@ class Lookups:
         leased = self._stack.finder.lease_at_once(
             chain, owner=chain.scope.owner, seconds=self._lease_seconds
         )
-        return None if leased is None else self._hit(*leased)
+        return None if leased is None else finish(self._hit(*leased))
 
     async def _settle_named(
         self,
@@ -272,7 +280,7 @@ class Lookups:
             hit = await self._find(chain, started)
         except Exception:  # noqa: BLE001  # a cache fails only into a miss
             _log.exception("a lookup failed and is answered as a miss")
-            hit = self._hit(*self._nothing(chain))
+            hit = finish(self._hit(*self._nothing(chain)))
         lookup.settle(hit)
 
     def _nothing(self, chain: ChunkChain) -> tuple[Match, Lease]:
@@ -281,8 +289,8 @@ class Lookups:
         owner = chain.scope.owner
         return match, self._planner.lease(match, owner=owner, seconds=self._lease_seconds)
 
-    def _hit(self, match: Match, lease: Lease) -> PrefixHit:
-        by_tier = self._planner.by_tier(match)
+    def _hit(self, match: Match, lease: Lease) -> Steps[PrefixHit]:
+        by_tier = yield from self._planner.by_tier(match)
         own = self._parts.namespace.quality
         return PrefixHit(
             match.tokens,
@@ -314,3 +322,19 @@ class Lookups:
                 quality=hit.quality,
             )
         )
+
+
+def _released(planner: Planner, lease: Lease) -> bool:
+    """Give a lease back; on a loop, what is long is let go of in the loop's next turns."""
+    steps = planner.releasing(lease.number)
+    try:
+        next(steps)
+    except StopIteration as end:
+        return bool(end.value)
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:  # in a thread of its own
+        finish(steps)
+    else:
+        soon(steps)
+    return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import cast
 
 from kvlayer._values import instance
 from kvlayer.api.open_cache import OpenCache
@@ -14,6 +13,7 @@ from kvlayer.identity.epoch import Epoch
 from kvlayer.identity.keys import ChunkChain, Scope, Tokens, token_bytes
 from kvlayer.identity.namespace import Namespace
 from kvlayer.identity.quality import EXACT, accepted, of_quality
+from kvlayer.runtime.turns import in_turns
 from kvlayer.tier.stack import Window
 
 __all__ = ["Names"]
@@ -46,12 +46,11 @@ class Names:
     def of(self, tokens: Tokens, scope: Scope) -> ChunkChain:
         """The names of a prompt; of the epoch they have, if they have one."""
         begun = self.begun(tokens, scope)
-        return self._named(begun, scope) if isinstance(begun, bytes) else begun
+        return self.packed(begun, scope) if isinstance(begun, bytes) else begun
 
     async def named(self, tokens: Tokens, scope: Scope) -> ChunkChain:
         """:meth:`of` on the loop: others get their turn while a long prompt is hashed."""
-        begun = self.begun(tokens, scope)
-        return await self.in_steps(begun, scope) if isinstance(begun, bytes) else begun
+        return await self.finished(self.begun(tokens, scope), scope)
 
     def begun(self, tokens: Tokens, scope: Scope) -> ChunkChain | bytes:
         """A chain that was given, or tokens packed: what a buffer holds later changes nothing."""
@@ -84,10 +83,14 @@ class Names:
             return chain
         return chain.named_in(of_quality(self._parts.namespace, quality))
 
+    async def finished(self, begun: ChunkChain | bytes, scope: Scope) -> ChunkChain:
+        """The chain of what :meth:`begun` has taken over."""
+        return await self.in_steps(begun, scope) if isinstance(begun, bytes) else begun
+
     async def in_steps(self, packed: bytes, scope: Scope) -> ChunkChain:
         """The chain of packed tokens, in the epoch that is current when this begins."""
         if len(packed) <= 4 * _STEP:
-            return self._named(packed, scope)
+            return self.packed(packed, scope)
         epoch = self._epochs.current
         steps = ChunkChain.in_steps(
             packed,
@@ -96,15 +99,13 @@ class Names:
             tokens_per_tail=self._parts.namespace.tokens_per_tail,
             tokens_per_step=_STEP,
         )
-        while True:
-            try:
-                next(steps)
-            except StopIteration as named:
-                self._begin()  # it may have been closed meanwhile
-                return self._bound(cast(ChunkChain, named.value), epoch)
-            await asyncio.sleep(0)
+        await asyncio.sleep(0)  # packing it has taken a turn
+        chain = await in_turns(steps)
+        self._begin()  # it may have been closed meanwhile
+        return self._bound(chain, epoch)
 
-    def _named(self, packed: bytes, scope: Scope) -> ChunkChain:
+    def packed(self, packed: bytes, scope: Scope) -> ChunkChain:
+        """The chain of packed tokens, at once."""
         epoch = self._epochs.current
         chain = ChunkChain.from_bytes(
             packed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 
+from kvlayer._steps import finish
 from kvlayer.bench.measure import Row
 from kvlayer.eviction.lru import PrefixLRU
 from kvlayer.identity.keys import ChunkChain, Scope
@@ -46,9 +47,9 @@ def _asked(*, holds: bool) -> int:
     chain = ChunkChain(
         array("i", range(_TOKENS)), Scope(), tokens_per_chunk=_CHUNK, tokens_per_tail=_LINK
     ).named_in(_NAMESPACE)
-    search = planner.search(chain, every=False)
+    search = planner.search(planner.match(chain), every=False)
     count = 0
-    while asked := planner.questions(search, 1 << 1, 0.0):
+    while asked := finish(planner.questions(search, 1 << 1, 0.0)):
         for tier, keys in asked:
             count += len(keys)
             if holds:

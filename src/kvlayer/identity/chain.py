@@ -7,11 +7,12 @@ tokens it holds, so the same end may close a whole chunk or only what follows a 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 from xxhash import xxh3_128
 
+from kvlayer._steps import SLICE, Steps
 from kvlayer._values import whole
 from kvlayer.errors import IdentityError, TokensError
 from kvlayer.identity import links
@@ -115,7 +116,7 @@ class ChunkChain:
         tokens_per_chunk: int,
         tokens_per_tail: int,
         tokens_per_step: int,
-    ) -> Generator[None, None, ChunkChain]:
+    ) -> Steps[ChunkChain]:
         """:meth:`from_bytes`, for whoever keeps others waiting: yields after each step.
 
         Returns the chain.
@@ -271,11 +272,14 @@ class ChunkChain:
         parent = self.hashes[index - 1] if index else b""
         return Span(start, start + self.chunk_step, self.hashes[index], parent)
 
-    def spans(self, count: int) -> list[Span]:
-        """The first ``count`` full chunks as spans."""
+    def spans(self, stop: int, start: int = 0) -> list[Span]:
+        """Full chunks ``[start, stop)`` as spans."""
         step = self.chunk_step
-        starts, stops = range(0, count * step, step), range(step, (count + 1) * step, step)
-        fields = zip(starts, stops, self.hashes, itertools.chain((b"",), self.hashes), strict=False)
+        hashes = self.hashes[start:stop] if start else self.hashes
+        before = self.hashes[start - 1 : stop] if start else itertools.chain((b"",), hashes)
+        starts = range(start * step, stop * step, step)
+        stops = range((start + 1) * step, (stop + 1) * step, step)
+        fields = zip(starts, stops, hashes, before, strict=False)
         # Half as long as with Span._make, and no lookup is without it.
         return [*map(_new_tuple, itertools.repeat(Span), fields)]
 
@@ -314,20 +318,27 @@ class ChunkChain:
         """The span's tokens as packed little-endian u32; empty in a chain made from links."""
         return b"" if self._bytes is None else self._bytes[4 * span.start : 4 * span.stop]
 
-    def fingerprints(self, count: int | None = None) -> list[bytes]:
+    def fingerprints(self, stop: int | None = None, start: int = 0) -> list[bytes]:
         """By full chunk, what its tokens and those before are whatever the scope: for ``explain``.
 
-        Of the first ``count``, or of all.
+        Of full chunks ``[start, stop)``, or of all.
 
         No name: quick to make, and two prompts may be made to share one. Empty without tokens.
         A chain that has grown makes only those of what is new.
         """
-        wanted = len(self) if count is None else min(count, len(self))
-        found = self._fingerprints[:wanted]
-        if self._bytes is not None and (at := len(found)) < wanted:
-            nbytes = 4 * self.chunk_step
-            for start in range(at * nbytes, wanted * nbytes, nbytes):
+        stop = len(self) if stop is None else min(stop, len(self))
+        at = len(self._fingerprints)
+        if self._bytes is not None and at < stop:
+            found, nbytes = self._fingerprints[-1:], 4 * self.chunk_step
+            for first in range(at * nbytes, stop * nbytes, nbytes):
                 before = found[-1] if found else b""
-                found.append(xxh3_128(before + self._bytes[start : start + nbytes]).digest())
-            self._fingerprints[at:] = found[at:]
-        return found
+                found.append(xxh3_128(before + self._bytes[first : first + nbytes]).digest())
+            self._fingerprints[at:stop] = found[at > 0 :]
+        return self._fingerprints[start:stop]
+
+    def fingerprinting(self, stop: int) -> Steps[None]:
+        """Make those of the first ``stop`` full chunks, in steps."""
+        for at in range(len(self._fingerprints), stop, SLICE):
+            self.fingerprints(min(at + SLICE, stop), stop)
+            if at + SLICE < stop:
+                yield

@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 
+from kvlayer._steps import SLICE, Steps
 from kvlayer.abc.stager import Landed
-from kvlayer.identity.keys import ChunkChain, Span
+from kvlayer.identity.keys import ChunkChain, ObjectKey, Span
 from kvlayer.layout import HitRule, KVView
 from kvlayer.patience import Patience
 from kvlayer.results import Cause, Failure, RetrieveReport
 from kvlayer.runtime.foreign import Foreign, words
+from kvlayer.runtime.turns import in_turns, soon, to_the_end
 from kvlayer.tier.epochs import EpochOver, Epochs
 from kvlayer.tier.guard.estimate import Rate
 from kvlayer.tier.messages import Outcome, Piece
@@ -31,7 +34,7 @@ from kvlayer.tier.transfer.demotion import Demotion
 from kvlayer.tier.transfer.device import Device
 from kvlayer.tier.transfer.finder import Finder
 from kvlayer.tier.transfer.listing import listed
-from kvlayer.tier.transfer.loads import Loads, Wanted, wanted_of
+from kvlayer.tier.transfer.loads import Loads, Wanted
 from kvlayer.tier.transfer.objects import Objects
 from kvlayer.tier.transfer.reading import Reading
 from kvlayer.tier.transfer.spills import Spills
@@ -40,6 +43,7 @@ __all__ = ["Stack", "Window"]
 
 _log = logging.getLogger(__name__)
 
+_SLICE = 64  # objects named in one turn of the loop: some 4 us each
 _UNTOLD = 64  # paths whose use a tier is told of when it has been written; the latest
 
 
@@ -130,44 +134,52 @@ class Stack:
         deadline: float | None = None,
         landed: Landed | None = None,
         lease: Lease | None = None,
+        on_claimed: Callable[[Match], Steps[None]] | None = None,
     ) -> RetrieveReport:
         """Bring a match up and scatter it, in prompt order. See ``Cache.retrieve``.
 
-        ``lease`` is what the match was claimed by: the claim's pins are this call's to let go of.
+        ``lease`` holds it, or did: what is still usable is claimed, and ``on_claimed`` told of it
+        before anything moves. Without one the caller holds it.
         """
         if landed is not None:
             landed = _Told(self.foreign, landed)
-        reading = self._reading(match, window, lease)
-        match = reading.match
-        stop = min(match.tokens, window.stop)
-        bound = Window(window.start, stop - stop % self._native_step)
-        wanted = reading.within(bound.start, bound.stop)
+        claimed, match = await in_turns(self.planner.claiming(match, lease, window.stop))
+        reading = Reading(self.planner, match, lease)
         trouble: list[Failure] = []
         done = 0
-        until = self.finder.budget(wanted, deadline)
         try:
+            if on_claimed is not None:
+                await in_turns(on_claimed(claimed))
+            stop = min(match.tokens, window.stop)
+            bound = Window(window.start, stop - stop % self._native_step)
+            wanted = await reading.within(bound.start, bound.stop)
+            until = await in_turns(self.finder.budget(wanted, deadline))
             arriving = self.loads.arrive(wanted, trouble, until, room=reading)
             with self.epochs.within(match.chain.epoch):
                 async with aclosing(arriving) as arrivals:
                     async for batch in arrivals:
-                        pieces = [_piece(span, r) for span, records in batch for r in records]
+                        pieces = await in_turns(_pieces(batch))
                         is_last = done + len(batch) == len(wanted)  # layers are complete only then
                         scatter = self.device.scatter(
                             view, pieces, bound.start, bound.stop, landed if is_last else None
                         )
                         missed = await moved(scatter, pieces)
-                        whole = _before(batch, missed, self.host.name, trouble)
+                        whole = len(batch)
+                        if missed:
+                            whole = _before(batch, missed, self.host.name, trouble)
                         done += whole
                         self.host.hits += len(pieces)
                         self.host.loaded_nbytes += sum(piece.nbytes for piece in pieces)
                         if whole < len(batch):
                             break
-                        reading.scattered(batch, bound.stop)
+                        await reading.scattered(batch, bound.stop)
         except EpochOver:
             return self._rebound(match, bound)
         finally:
-            reading.close()
-            self.demotion.grown()
+            try:
+                await to_the_end(reading.closing())
+            finally:
+                self.demotion.grown()
         self.touch(match.path())
         if done == len(wanted):
             return RetrieveReport(max(bound.stop, bound.start))
@@ -181,25 +193,15 @@ class Stack:
         failed = () if lost is None else (Failure(lost, Cause.REBOUND, self.host.name, REBOUND),)
         return RetrieveReport(bound.start, failed)
 
-    def _reading(self, match: Match, window: Window, lease: Lease | None) -> Reading:
-        """The match for a view that ends with ``window``, pinned."""
-        bounded = self.planner.bounded(match, window.stop)
-        if lease is None or bounded is not match:
-            self.planner.pin(bounded.path())
-        if lease is not None and bounded is not match:
-            self.planner.unpin(match.path())
-        return Reading(self.planner, bounded, lease)
-
     def _usable(self, match: Match, first: Span, done: int, bound: Window) -> int:
         """Tokens of the correct prefix after ``done`` spans from ``first`` on were scattered."""
         groups = [layout.group for layout in self.planner.layout.groups]
-        stops = [span.stop for span in match.spans[: match.spans.index(first) + done]]
-        count = plan.prefix(
-            stops,
-            groups,
-            lambda i, g: groups[g].hit_rule is HitRule.EVERY_CHUNK or bool(match.covers[i][g]),
-        )
-        return max(min(stops[count - 1] if count else 0, bound.stop), bound.start)
+        count = bisect_left(match.spans, first.start, key=lambda span: span.start) + done
+        if any(group.hit_rule is HitRule.TRAILING for group in groups):
+            stops = [span.stop for span in match.spans[:count]]
+            count = plan.ending(stops, groups, lambda i, g: bool(match.covering(i)[g]))
+        stop = match.spans[count - 1].stop if count else 0
+        return max(min(stop, bound.stop), bound.start)
 
     async def hold(
         self, chain: ChunkChain, *, owner: str, seconds: float
@@ -219,7 +221,7 @@ class Stack:
                     held = True
                 finally:
                     if not held:
-                        self.planner.release(lease.number)
+                        await to_the_end(self.planner.releasing(lease.number))
         except EpochOver:
             nothing = Match(chain, [], [])
             lease = self.planner.lease(nothing, owner=owner, seconds=seconds)
@@ -240,16 +242,18 @@ class Stack:
     async def _promote(self, match: Match, deadline: float | None) -> RetrieveReport:
         trouble: list[Failure] = []
         done = 0
-        path = match.path()
         until = None if deadline is None else self.clock() + deadline
-        self.planner.pin(path)  # the lease may run out before everything is there
+        # Pinned, too: the lease may run out before everything is there.
+        await in_turns(self.planner.claiming(match, None, match.tokens))
         try:
-            async with aclosing(self.loads.arrive(wanted_of(match), trouble, until)) as arrivals:
+            async with aclosing(self.loads.arrive(match.needs, trouble, until)) as arrivals:
                 async for batch in arrivals:
                     done += len(batch)
         finally:
-            self.planner.unpin(path)
-            self.demotion.grown()
+            try:
+                await to_the_end(self.planner.unpinning([*match.path()]))
+            finally:
+                self.demotion.grown()
         if not match.spans:
             return RetrieveReport(0)
         tokens = self._usable(match, match.spans[0], done, Window(0, match.tokens))
@@ -268,23 +272,45 @@ class Stack:
 
         Deepest first, without waiting for it.
         """
-        self.spills.offer(path)
+        soon(self._touching(path))
+
+    def _touching(self, path: Sequence[ObjectRecord]) -> Steps[None]:
+        for at in range(0, len(path), _SLICE):
+            self.spills.offer(path[at : at + _SLICE])
+            if at + _SLICE < len(path):
+                yield
         for tier in self.lower:
             if self.spills.is_writing(tier.index):
                 self._untold[tier.index].append(path)
             else:
-                self._tell_use(tier, path)
+                yield from self._telling_use(tier, path)
 
-    def _tell_use(self, tier: LowerTier, path: Sequence[ObjectRecord]) -> None:
-        keys = [record.key for record in reversed(path) if record.tiers >> tier.index & 1]
+    def _telling_use(self, tier: LowerTier, path: Sequence[ObjectRecord]) -> Steps[None]:
+        keys: list[ObjectKey] = []
+        for stop in range(len(path), 0, -_SLICE):
+            some = reversed(path[max(stop - _SLICE, 0) : stop])
+            keys += [record.key for record in some if record.tiers >> tier.index & 1]
+            if stop > _SLICE:
+                yield
         if keys:
-            tier.guard.hint(partial(self.objects.touch, tier.index, keys))
+            tier.guard.hint(partial(self._touched, tier.index, keys))
+
+    async def _touched(self, tier: int, keys: Sequence[ObjectKey]) -> None:
+        for at in range(0, len(keys), SLICE):
+            await self.objects.touch(tier, keys[at : at + SLICE])
+            await asyncio.sleep(0)
 
     def _all_written(self, tier: LowerTier) -> None:
         """A tier has got all it was to get: the paths that lead there are recent, root first."""
+        soon(self._telling_all(tier))
+
+    def _telling_all(self, tier: LowerTier) -> Steps[None]:
         paths = self._untold[tier.index]
         while paths:
-            self._tell_use(tier, paths.popleft())
+            path = paths.popleft()
+            yield from self._telling_use(tier, path)
+            if len(path) > 1:
+                yield
 
     def recover(self, tier: LowerTier, namespace: str) -> None:
         """Start learning what a tier already holds of a namespace."""
@@ -356,8 +382,16 @@ class _Told:
             self._landed = None
 
 
-def _piece(span: Span, record: ObjectRecord) -> Piece:
-    return Piece(record.key, span.start, span.tokens, record.offset, record.nbytes)
+def _pieces(batch: Wanted) -> Steps[list[Piece]]:
+    pieces: list[Piece] = []
+    for at, (span, records) in enumerate(batch):
+        if at and not at % _SLICE:
+            yield
+        pieces += [
+            Piece(record.key, span.start, span.tokens, record.offset, record.nbytes)
+            for record in records
+        ]
+    return pieces
 
 
 def _before(batch: Wanted, missed: Sequence[Outcome], tier: str, trouble: list[Failure]) -> int:

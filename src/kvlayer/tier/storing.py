@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from kvlayer.errors import ClosedError
 from kvlayer.identity.keys import ChunkChain, Span
@@ -17,6 +17,7 @@ from kvlayer.layout import KVView
 from kvlayer.patience import Patience
 from kvlayer.results import Cause, Failure, StoreReport
 from kvlayer.runtime.foreign import awaited
+from kvlayer.runtime.turns import in_turns, to_the_end
 from kvlayer.tier.epochs import EpochOver
 from kvlayer.tier.guard.guard import Lane
 from kvlayer.tier.messages import Outcome, Piece
@@ -103,29 +104,15 @@ class Storing:
 
     async def _all(self, on_gathered: Callable[[], None] | None) -> list[ObjectRecord]:
         """Gather and queue all of it; the prompt's objects."""
-        keeps = self._keeps()
-        todo = self._planner.plan_store(
-            self._chain,
-            self._start,
-            tail=self._tail,
-            holds=self._holds,
-            at_once=_SLICE,
-            dead=down(self._stack.lower),
-            keeps=keeps,
-        )
+        spans = spans_to_store(self._chain, self._start, tail=self._tail)
+        todo = await self._plan(spans, self._keeps())
         path = await self._gather(todo, on_gathered)
         while rest := self._rest(todo):
             await self._settled(todo.joined)
+            keeps = todo.keeps
             if todo.is_blocked:
                 keeps = self._keeps() if await self._room() else None
-            todo = self._planner.plan_rest(
-                self._chain,
-                rest,
-                holds=self._holds,
-                at_once=_SLICE,
-                dead=down(self._stack.lower),
-                keeps=keeps,
-            )
+            todo = await self._plan([rest], keeps, is_rest=True)
             path = await self._gather(todo, on_gathered)
         return path
 
@@ -135,11 +122,24 @@ class Storing:
         told = {*stored.spans, *stored.skipped, *stored.dropped}
         told.update(failure.span for failure in stored.failed)
         spans = spans_to_store(self._chain, self._start, tail=self._tail)
-        lost = [span for span in spans if span not in told]
+        lost = [span for some in spans for span in some if span not in told]
         stored.failed += [Failure(span, Cause.REBOUND, host.name, REBOUND) for span in lost]
         host.misses[Cause.REBOUND] += len(lost)
         if on_gathered is not None and not self._has_told:
             self._stack.foreign.call("on_gathered", on_gathered)
+
+    async def _plan(
+        self, spans: Iterable[Sequence[Span]], keeps: Keeps | None, *, is_rest: bool = False
+    ) -> StorePlan:
+        """Plan the first of ``spans``, which come in slices. What is planned is to be gathered."""
+        todo = StorePlan(self._chain, self._holds, keeps, down(self._stack.lower))
+        steps = self._planner.planning(todo, spans, _SLICE, is_rest=is_rest)
+        self._seen = self._taken()
+        try:
+            await in_turns(steps)
+        finally:
+            self._stack.evicted(_taken(todo))  # also what a planning that raised had given up
+        return todo
 
     async def _gather(
         self, todo: StorePlan, on_gathered: Callable[[], None] | None
@@ -154,7 +154,7 @@ class Storing:
             while await self._part(todo, done, on_gathered):
                 todo.part_done()
             is_gathered = True
-            return await self._settle(done)
+            return await to_the_end(self._planner.settling(self._chain, done))
         finally:
             if not is_gathered:
                 todo.part_done()
@@ -172,12 +172,11 @@ class Storing:
         stack, planner = self._stack, self._planner
         missed: Sequence[Outcome] | None = None
         try:
-            stack.evicted(_taken(todo))
-            while todo.unplanned and not todo.is_blocked and todo.planned < _PART:
+            while not todo.is_planned and todo.planned < _PART:
                 await asyncio.sleep(0)
-                planner.plan_more(todo, _SLICE)
+                self._seen = self._taken()
+                await in_turns(planner.planning_more(todo, _SLICE))
                 stack.evicted(_taken(todo))
-            self._seen = self._taken()
             pieces = [slot.piece for slot in todo.gathers]
             if len(pieces) > _SLICE:
                 await asyncio.sleep(0)
@@ -190,28 +189,19 @@ class Storing:
             failed = planner.gathered(todo, missed)
             stack.evicted(_taken(todo))  # what a planning that raised had given up
             done += todo.gathers
+        if len(todo.gathers) > _SLICE:
+            await asyncio.sleep(0)
         self._count(todo, failed)
-        goes_on = bool(todo.unplanned) and not todo.is_blocked
+        goes_on = not todo.is_planned
         if on_gathered is not None and not goes_on and not self._rest(todo):
             self._has_told = True
             stack.foreign.call("on_gathered", on_gathered)
+        if len(todo.gathers) > _SLICE:
+            await asyncio.sleep(0)
         moves = [(slot.span, slot.record) for slot in todo.gathers]
         moves += [(span, record) for span, records in todo.skipped for record in records]
         self._writes += await stack.spills.start(moves, self._stored.failed)
         return goes_on
-
-    async def _settle(self, slots: Sequence[Reservation]) -> list[ObjectRecord]:
-        """Let go of what was gathered, in steps; all of it also when this is cancelled."""
-        steps = self._planner.settling(self._chain, slots)
-        try:
-            while True:
-                next(steps)
-                await asyncio.sleep(0)
-        except StopIteration as settled:
-            return cast("list[ObjectRecord]", settled.value)
-        finally:
-            for _ in steps:
-                pass
 
     def _count(self, todo: StorePlan, failed: Sequence[Failure]) -> None:
         stored, host = self._stored, self._stack.host
@@ -233,6 +223,8 @@ class Storing:
     @staticmethod
     def _rest(todo: StorePlan) -> list[Span]:
         """What is to be planned again: what had no room, and what others were storing."""
+        if not todo.joined:
+            return [*todo.unplanned]
         joined = (span for span, _ in todo.joined)
         return sorted({*joined, *todo.unplanned}, key=lambda span: span.start)
 

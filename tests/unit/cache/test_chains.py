@@ -26,6 +26,9 @@ class Cut(ChunkChain):
         whole = super().span(index)
         return whole if index != 1 else Span(24, whole.stop, whole.hash)
 
+    def spans(self, stop: int, start: int = 0) -> list[Span]:
+        return [self.span(index) for index in range(start, stop)]
+
 
 async def _load(cache: Cache, engine: Engine, prompt: Any, slots: Any) -> int:
     other = Engine(layout(), 32, seed=5)

@@ -20,8 +20,10 @@ from stacks import (
     make_rig,
     pattern,
     plain_layout,
+    whole,
 )
 
+from kvlayer._steps import finish
 from kvlayer.abc.backend import SizeResult
 from kvlayer.errors import BackendError
 from kvlayer.eviction.lru import PrefixLRU
@@ -51,17 +53,15 @@ class Tiers:
         """By round, what the first tier was asked."""
 
     def look(self, chain: ChunkChain, now: float = 0.0, *, every: bool = False) -> Match:
-        search = self.planner.search(chain, every=every)
-        while questions := self.planner.questions(search, 0b11 << 1, now):
+        search = self.planner.search(self.planner.match(chain), every=every)
+        while questions := finish(self.planner.questions(search, 0b11 << 1, now)):
             self.asked += [keys for tier, keys in questions if tier == 1]
             for tier, keys in questions:
                 assert len(set(keys)) == len(keys)
                 there = [k for k in keys if k in self.held[tier - 1]]
                 self.planner.note(there, tier)
                 self.planner.absent(set(keys) - set(there), tier, now)
-        leased = self.planner.lease_match(
-            chain, search.runs, lambda match: match, owner="", seconds=1e9
-        )
+        leased = self.planner.lease_match(chain, search.runs, whole, owner="", seconds=1e9)
         assert leased is not None
         return leased[0]
 

@@ -182,7 +182,7 @@ def test_no_table_grows_beyond_its_bound(policy: Any, seed: int) -> None:
 def test_the_walk_sees_a_table_that_grows() -> None:
     planner = make_planner(pages=PAGES)
     for n in range(500):
-        promise = planner.promises.make("", "", holder="", until=0.0)
-        planner.promises.add(promise, n.to_bytes(32, "big"))
+        promise = planner.promises.make("", holder="", until=0.0)
+        planner.promises.add(promise, n.to_bytes(32, "big"), "")
     (path,) = {path for path, size in tables(planner) if size > 400}
     assert path.endswith("promises._by_chunk")

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from kvlayer._steps import finish
 from kvlayer.tier.guard.estimate import Estimate, Rate
 from kvlayer.tier.planner import plan
 
@@ -75,7 +76,7 @@ def test_the_prefill_rate_follows_what_the_engine_reports() -> None:
 
 
 def worthwhile(stops, needs, seconds, rate):  # type: ignore[no-untyped-def]
-    return plan.worthwhile(plan.savings(stops, needs, seconds, rate))
+    return plan.worthwhile(finish(plan.savings(stops, needs, seconds, rate)))
 
 
 def linear(bandwidth: dict[int, float], latency: float = 0.0):  # type: ignore[no-untyped-def]

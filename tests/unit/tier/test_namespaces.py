@@ -73,7 +73,7 @@ def test_what_a_tier_says_is_noted_for_the_namespaces_that_are_asked_for() -> No
         ObjectKey.of(chain.namespace, "0", chain.hashes[0], CHUNK, part)
         for chain in (mine, asked, strange)
     ]
-    planner.search(asked, every=True)
+    planner.search(planner.match(asked), every=True)
     planner.note(keys, 1)
     assert [planner.match(chain).tokens for chain in (mine, asked, strange)] == [16, 16, 0]
     planner.vanished(keys[2:], 1, "evicted by its own")

@@ -24,6 +24,7 @@ from stacks import (
     tail_probes,
 )
 
+from kvlayer._steps import finish
 from kvlayer.abc.policy import EvictionPolicy
 from kvlayer.errors import CapacityError
 from kvlayer.eviction.arc import ARC
@@ -154,20 +155,22 @@ def test_nothing_is_asked_below_a_tail_that_is_there() -> None:
     longest, middle, _ = chain.tails(1)
     planner.note([ObjectKey.of(NAMESPACE, "0", middle.hash, middle.tokens, FULL)], 1)
     assert [k.end_hash for k in tail_probes(planner, chain)] == [longest.hash]
-    assert planner.search(chain, every=False).next(0)
+    assert finish(planner.search(planner.match(chain), every=False).next(0))
     planner.note([ObjectKey.of(NAMESPACE, "0", longest.hash, longest.tokens, FULL)], 1)
     assert tail_probes(planner, chain) == []
-    assert not planner.search(chain, every=False).next(0)
+    assert not finish(planner.search(planner.match(chain), every=False).next(0))
 
 
 @pytest.mark.parametrize("count", [0, 3, 4, 15, 16, 18, 30, 32])
 def test_a_match_of_all_that_has_a_name_is_final(count: int) -> None:
     planner, chain = make_planner(), chain_of(count)
-    assert (planner.search(chain, every=False).next(0) == []) == (count < TAIL)
+    assert (finish(planner.search(planner.match(chain), every=False).next(0)) == []) == (
+        count < TAIL
+    )
     store(planner, chain, tail=True)
     match = planner.match(chain)
     assert match.tokens == chain.named_tokens == count // TAIL * TAIL
-    assert not planner.search(chain, every=False).next(0)
+    assert not finish(planner.search(planner.match(chain), every=False).next(0))
 
 
 def test_shards_of_other_ranks_are_probed_as_this_rank_cuts() -> None:

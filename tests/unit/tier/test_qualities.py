@@ -18,8 +18,10 @@ from stacks import (
     make_planner,
     make_rig,
     store,
+    whole,
 )
 
+from kvlayer._steps import finish
 from kvlayer.identity.chain import ChunkChain
 from kvlayer.identity.epoch import Epoch
 from kvlayer.identity.quality import EXACT, Accepted
@@ -141,7 +143,7 @@ def test_who_matches_a_hit_again_is_served_no_other_quality_and_none_earlier() -
 
 
 def _leased(planner: Planner, chain: ChunkChain) -> tuple[Match, int]:
-    leased = planner.lease_match(chain, (), lambda m: m, owner="", seconds=10.0)
+    leased = planner.lease_match(chain, (), whole, owner="", seconds=10.0)
     assert leased is not None
     return leased[0], leased[1].number
 
@@ -170,7 +172,7 @@ def test_every_hit_keeps_the_law_whatever_is_stored_and_goes(hybrid: bool, seed:
         for name in names:
             assert match.tokens >= planner.match(asked(whole, name)).tokens
         if match.tokens:
-            shorter = planner.shortened(match, rng.randrange(len(match.spans) + 1))
+            shorter = finish(planner.shortened(match, rng.randrange(len(match.spans) + 1)))
             lawful(shorter)
     check_accounts(planner)
 

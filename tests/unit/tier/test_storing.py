@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from stacks import Rig, chain_of, check_accounts, make_rig
 
+from kvlayer._steps import finish
 from kvlayer.abc.stager import HostCopy
 from kvlayer.errors import BackendError
 from kvlayer.identity.keys import ChunkChain, ObjectKey
@@ -357,7 +358,9 @@ async def test_a_lookup_waits_for_what_another_request_is_storing() -> None:
     assert hurried.tokens == 0
     await asyncio.sleep(5.0)
     assert not waits.done()
-    assert rig.planner.host.pinned_nbytes == sum(s.nbytes for s in rig.planner.resident())  # a move
+    assert rig.planner.host.pinned_nbytes == sum(
+        s.nbytes for s in finish(rig.planner.resident())
+    )  # a move
     rig.stager.gate.set()
     match, lease = await waits
     assert match.tokens == 48

@@ -15,6 +15,7 @@ from kvlayer.results import Cause, RetrieveReport
 from kvlayer.testing.sim import in_virtual_time
 from kvlayer.tier.planner.records import HostState
 from kvlayer.tier.stack import Window
+from kvlayer.tier.transfer.reading import Reading
 
 
 async def below(rig: Rig, *chains: ChunkChain) -> None:
@@ -37,7 +38,6 @@ async def read(rig: Rig, chain: ChunkChain) -> RetrieveReport:
     lease = rig.planner.lease(match, owner="", seconds=1e6)
     count = chain.num_tokens
     try:
-        match = rig.planner.claim(match, lease)
         return await rig.stack.retrieve(
             match, KVView([], [range(count)]), Window(0, count), lease=lease
         )
@@ -98,16 +98,12 @@ async def test_what_was_scattered_is_free_although_it_is_leased() -> None:
     match = await rig.stack.finder.find(chain)
     lease = rig.planner.lease(match, owner="", seconds=1e6)
     assert rig.planner.host.pinned_nbytes == 10 * 4096
-    claimed = rig.planner.claim(match, lease)
     view = KVView([], [range(100)])
-    report = await rig.stack.retrieve(claimed, view, Window(0, 100), lease=lease)
+    report = await rig.stack.retrieve(match, view, Window(0, 100), lease=lease)
     assert report.tokens == 100
     # Six chunks whole; the seventh was cut, and may be read on from there.
     assert rig.planner.host.pinned_nbytes == 4 * 4096
-    claimed = rig.planner.claim(match, lease)
-    report = await rig.stack.retrieve(
-        claimed, KVView([], [range(60)]), Window(100, 160), lease=lease
-    )
+    report = await rig.stack.retrieve(match, KVView([], [range(60)]), Window(100, 160), lease=lease)
     assert report.tokens == 160
     assert rig.planner.host.pinned_nbytes == 0
     assert rig.planner.release(lease.number)
@@ -130,9 +126,8 @@ async def test_a_prompt_is_read_piece_by_piece_through_memory_that_holds_few_of_
 
     match, lease = leased()
     for start in range(0, 16 * 12, 32):
-        claimed = rig.planner.claim(match, lease)
         view = KVView([], [range(32)])
-        report = await rig.stack.retrieve(claimed, view, Window(start, start + 32), lease=lease)
+        report = await rig.stack.retrieve(match, view, Window(start, start + 32), lease=lease)
         assert (report.tokens, report.failed) == (start + 32, ())
         if not is_one_lease:
             assert rig.planner.release(lease.number)
@@ -177,10 +172,30 @@ async def test_a_lease_that_holds_keeps_what_is_read_through_it() -> None:
     rig, chain = make_rig(write="back"), chain_of(48)
     await below(rig, chain)
     lease, _ = await rig.stack.hold(chain, owner="", seconds=1e6)
-    match = rig.planner.claim(rig.planner.match(chain), lease)
+    match = rig.planner.match(chain)
     view = KVView([], [range(48)])
     assert (await rig.stack.retrieve(match, view, Window(0, 48), lease=lease)).tokens == 48
     assert rig.planner.host.pinned_nbytes == 3 * 4096
     assert rig.planner.release(lease.number)
+    check_accounts(rig.planner, idle=True)
+    await rig.aclose()
+
+
+@pytest.mark.parametrize("raised", [RuntimeError, asyncio.CancelledError])
+@pytest.mark.parametrize("step", ["within", "budget"])
+@in_virtual_time
+async def test_a_load_that_ends_before_it_begins_lets_go_of_everything(
+    step: str, raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, chain = make_rig(write="back"), chain_of(16 * 4)
+    await below(rig, chain)
+
+    def fail(*_: object) -> None:
+        raise raised
+
+    owner = Reading if step == "within" else rig.stack.finder
+    monkeypatch.setattr(owner, step, fail)
+    with pytest.raises(raised):
+        await read(rig, chain)
     check_accounts(rig.planner, idle=True)
     await rig.aclose()

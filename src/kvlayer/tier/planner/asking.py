@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from kvlayer._steps import SLICE, Steps
 from kvlayer.identity.keys import ChunkChain, ObjectKey
 from kvlayer.layout import HitRule, KVGroup
 from kvlayer.tier.planner import plan
-from kvlayer.tier.planner.match import Run
+from kvlayer.tier.planner.match import Match, Run
 from kvlayer.tier.planner.matcher import Matcher
 
 __all__ = ["Search"]
@@ -38,17 +39,19 @@ class Search:
         self,
         matcher: Matcher,
         groups: Sequence[KVGroup],
-        chain: ChunkChain,
+        match: Match,
         *,
         every: bool,
         start: int = 0,
     ) -> None:
+        """``match``: what is known of the prompt."""
         self._matcher = matcher
         self._groups = groups
         rules = [group.hit_rule for group in groups]
         self._every_chunk = [g for g, rule in enumerate(rules) if rule is HitRule.EVERY_CHUNK]
         self._trailing = [g for g, rule in enumerate(rules) if rule is HitRule.TRAILING]
-        self.chain = chain
+        self.chain: ChunkChain = match.chain
+        self._match = match
         self._every = every
         self._start = start
         self.runs: list[Run] = []
@@ -67,45 +70,49 @@ class Search:
         self._back: int | None = None
         """Trailing groups were asked about from this chunk on, up to the boundary."""
 
-    def next(self, tiers: int) -> list[ObjectKey]:
+    def next(self, tiers: int) -> Steps[list[ObjectKey]]:
         """The keys of the next round, once the last one's answers are noted; none: it is over.
 
         ``tiers``: bit t where tier t is one of those asked. Only they are presumed to hold more.
         """
         if not self._has_begun:
             self._has_begun = True
-            if self._matcher.match(self.chain, self.chain.num_tokens).is_whole:
+            if self._match.is_whole:
                 self._back, self._tails_at = 0, len(self.chain)  # there is no more of it
                 return []
-            keys = self._begin()
+            keys = yield from self._begin()
         else:
-            self._hear(tiers)
+            yield from self._hear(tiers)
             keys = self._chunks()
         while not keys and self._low < self._high:  # all of them have become known meanwhile
-            self._hear(tiers)
+            yield
+            yield from self._hear(tiers)
             keys = self._chunks()
         return keys or self._at_boundary()
 
     # -- chunks ----------------------------------------------------------------------------------
 
-    def _begin(self) -> list[ObjectKey]:
-        lacking = self._lacking = self._matcher.lacking(
-            self.chain, seen=self._every, start=self._start
-        )
-        self._high = len(lacking)
-        first = lacking[0] if lacking else len(self.chain)
+    def _begin(self) -> Steps[list[ObjectKey]]:
+        chain, reached = self.chain, self._match.reached
+        if self._every or self._start:
+            reached = yield from self._matcher.reaching(chain, self._start, seen=self._every)
+        lacking = yield from self._matcher.lacking(chain, reached, seen=self._every)
+        self._lacking, self._high = lacking, len(lacking)
+        first = lacking[0] if lacking else len(chain)
         if self._every:
             self._asked = [*range(self._high)]
-            keys = self._matcher.probes(self.chain, start=self._start)
+            keys = yield from self._matcher.probes(chain, reached, self._start)
         else:
             self._asked = _ends(self._high)
             keys = self._keys()
         self._tails_at = first
-        return keys + self._matcher.tail_probes(self.chain, first)
+        return keys + self._matcher.tail_probes(chain, first)
 
-    def _hear(self, tiers: int) -> None:
+    def _hear(self, tiers: int) -> Steps[None]:
         """Find out what the last round has said, by what is known now."""
-        for at in self._asked:
+        for count, at in enumerate(self._asked, 1):
+            if not count % SLICE:
+                yield
             index = self._lacking[at]
             holders = self._matcher.holders(self.chain, index, seen=self._every)
             is_alone = at == self._low

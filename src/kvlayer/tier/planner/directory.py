@@ -126,16 +126,27 @@ class Directory:
         return None if chosen is None else tuple(by_part[part] for part in chosen)
 
     def leading(
-        self, namespace: str, hashes: Sequence[bytes], tokens: int, zone: str
-    ) -> list[Held]:
-        """What serves the first of these spans, as far as one object in host memory is enough.
+        self,
+        namespace: str,
+        hashes: Sequence[bytes],
+        tokens: int,
+        zone: str,
+        within: range,
+        *,
+        most: int,
+    ) -> tuple[list[Held], int, bool]:
+        """What serves spans ``within``, as far as one object in host memory is enough.
 
-        The quick way to what :meth:`covers` says; where it ends, more may be there. Objects that
-        were leased together before come as a strand: equal hashes mean that all before is equal.
+        The quick way to what :meth:`covers` says. Objects that were leased together before come as
+        a strand: equal hashes mean that all before is equal. Also returns up to which span, and
+        whether it is because of ``most`` objects that it ended before the last; else more may be
+        there in other ways.
         """
         found: list[Held] = []
-        ready, known, at = HostState.READY, self._chunks.get, 0
-        while at < len(hashes):
+        ready, known = HostState.READY, self._chunks.get
+        at, stop = within.start, within.stop
+        full = at + most
+        while at < stop:
             record = known(hashes[at])
             while record is not None and record.namespace != namespace:
                 record = record.other
@@ -151,15 +162,19 @@ class Directory:
             if strand is None or strand.records[0] is not record:
                 found.append(record)
                 at += 1
-                continue
-            count = min(len(strand), len(hashes) - at)
-            if strand.records[count - 1].hash != hashes[at + count - 1]:
-                count = _common(strand, hashes, at)
-            if count < len(strand):
-                strand, _ = strand.part(count)
-            found.append(strand)
-            at += count
-        return found
+            else:
+                count = min(len(strand), stop - at)
+                if strand.records[count - 1].hash != hashes[at + count - 1]:
+                    count = _common(strand, hashes, at, stop)
+                if at + count > full:  # strands are no longer than a slice, so one fits
+                    return found, at, True
+                if count < len(strand):
+                    strand, _ = strand.part(count)
+                found.append(strand)
+                at += count
+            if at == full:
+                return found, at, at < stop
+        return found, at, False
 
     def find(self, key: ObjectKey) -> ObjectRecord | None:
         """The record of an object."""
@@ -418,9 +433,17 @@ class Directory:
         else:
             del self._chunks[record.hash]
 
+    def active_ends(self) -> list[bytes]:
+        """The end hashes of active spans, in the order in which they became active."""
+        return [*self._chunks]
+
+    def ends(self) -> list[bytes]:
+        """The end hashes of all spans; one of active spans and of others is there twice."""
+        return [*self._chunks, *self._below.ends()]
+
     def chunks(self) -> list[ChunkRecord]:
         """Every span known now. Makes a record of each that rests."""
-        ends = dict.fromkeys([*self._chunks, *self._below.ends()])
+        ends = dict.fromkeys(self.ends())
         return [record for end_hash in ends for record in self.every_ending(end_hash)]
 
     def active(self) -> Iterator[ObjectRecord]:
@@ -457,9 +480,9 @@ def _stale(found: ObjectRecord) -> None:
         found.chunk.covers = None
 
 
-def _common(strand: Strand, hashes: Sequence[bytes], at: int) -> int:
+def _common(strand: Strand, hashes: Sequence[bytes], at: int, stop: int) -> int:
     """How many objects of a strand a prompt goes on with, of which it has the first."""
-    few, many = 1, min(len(strand), len(hashes) - at)
+    few, many = 1, min(len(strand), stop - at)
     while many - few > 1:
         middle = (few + many) // 2
         if strand.records[middle - 1].hash == hashes[at + middle - 1]:

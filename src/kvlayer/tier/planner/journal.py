@@ -55,15 +55,20 @@ class Journal:
     def stored(self, chain: ChunkChain, spans: Sequence[Span], known: Iterable[Span] = ()) -> None:
         """These spans were stored; ``known`` ones were there already, and are the owner's too."""
         told = (*spans, *known)
-        last = max((span.start // chain.chunk_step for span in told), default=-1)
-        prints, scope, owner = chain.fingerprints(last + 1), describe(chain), chain.scope.owner
+        places = [span.start // chain.chunk_step for span in told]
+        first, last = min(places, default=0), max(places, default=-1)
+        prints, scope, owner = (
+            chain.fingerprints(last + 1, first),
+            describe(chain),
+            chain.scope.owner,
+        )
         for span in told:
             name = _name(chain, span)
             self._stored[name] = None
             self._owners[*name, owner] = None
             view = chain.namespace, owner, _zones(chain, span.stop)
             self._children[chain.parent(span.start), view] = chain.token_bytes(span)
-            index = span.start // chain.chunk_step
+            index = span.start // chain.chunk_step - first
             if index < len(prints) and span.tokens == chain.chunk_step:
                 self._unscoped[prints[index], view] = (span.hash, scope)
         for span in spans:
@@ -82,11 +87,11 @@ class Journal:
 
     def elsewhere(self, chain: ChunkChain, index: int) -> str | None:
         """Under which other scope its owner stored the tokens of chunk ``index``, in words."""
-        prints = chain.fingerprints()
-        if index >= len(prints):
+        prints = chain.fingerprints(index + 1, index)
+        if not prints:
             return None
         for view in _views(chain):
-            found = self._unscoped.get((prints[index], view))
+            found = self._unscoped.get((prints[0], view))
             if found is not None and found[0] != chain.hashes[index]:
                 return found[1]
         return None

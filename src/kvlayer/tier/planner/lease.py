@@ -7,17 +7,20 @@ miss. Granting and releasing cost O(1) per object, whatever the number of object
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from math import isfinite
+from typing import cast
 
+from kvlayer._steps import SLICE, Steps
 from kvlayer._values import number
 from kvlayer.errors import ConfigError
 from kvlayer.results import OwnerStats
 from kvlayer.tier.planner.host import HostTier
 from kvlayer.tier.planner.records import ObjectRecord
-from kvlayer.tier.planner.strand import Held
+from kvlayer.tier.planner.strand import Held, Strand
 
 __all__ = ["Lease", "LeaseTable", "lease_seconds"]
 
@@ -39,7 +42,7 @@ class Lease:
     number: int
     owner: str
     deadline: float
-    held: Sequence[Held]
+    held: list[Held]
     """Its path, root first: strands as one, and objects that are in none."""
     nbytes: int
     """What of it was in host memory when it was granted."""
@@ -62,6 +65,8 @@ class LeaseTable:
         self._owners: dict[str, tuple[int, int]] = {}
         """Leases and bytes, of owners that have any."""
         self._next = 1
+        self._ending: deque[Lease] = deque()
+        """Leases that have ended, and still hold something: the end of what a long one held."""
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -94,13 +99,39 @@ class LeaseTable:
         heappush(self._deadlines, (deadline, lease.number))
         return lease
 
-    def give_back(self, number: int, records: Sequence[ObjectRecord]) -> None:
-        """A load has scattered these: a lease that only reads holds them no longer."""
-        lease = self._leases.get(number)
-        if lease is None or lease.is_holding:
+    def grow(self, lease: Lease, first: Sequence[Held], path: Sequence[ObjectRecord]) -> None:
+        """A lease holds this, too, which follows what it holds. Not once it has ended."""
+        if not self.holds(lease.number):
             return
-        if lease.left is None:
-            lease.left = dict.fromkeys(self._host.taken_apart(lease.held))
+        held, nbytes = self._host.lease(first, path)
+        lease.held += held
+        lease.nbytes += nbytes
+        leases, leased = self._owners[lease.owner]
+        self._owners[lease.owner] = (leases, leased + nbytes)
+
+    def taking_apart(self, lease: Lease) -> Steps[None]:
+        """Ready a lease that only reads for giving back objects one by one."""
+        at = count = 0
+        while lease.left is None and not lease.is_holding and self.holds(lease.number):
+            while at < len(lease.held) and count < SLICE:
+                records = self._host.taken_apart(lease.held[at : at + 1])
+                lease.held[at : at + 1] = records
+                at += len(records)
+                count += len(records)
+            if at == len(lease.held):
+                lease.left = dict.fromkeys(cast("list[ObjectRecord]", lease.held))
+                return
+            count = 0
+            yield
+
+    def give_back(self, number: int, records: Sequence[ObjectRecord]) -> None:
+        """A load has scattered these: a lease that only reads holds them no longer.
+
+        Once it was :meth:`taking_apart`.
+        """
+        lease = self._leases.get(number)
+        if lease is None or lease.is_holding or lease.left is None:
+            return
         free = [found for found in records if found in lease.left]
         for found in free:
             del lease.left[found]
@@ -121,11 +152,21 @@ class LeaseTable:
         return number in self._leases
 
     def release(self, number: int) -> bool:
-        """Give a lease back. False when it had expired or was released before."""
-        lease = self._leases.pop(number, None)
+        """Give a lease back. False when it had expired or was released before.
+
+        What it holds beyond a slice is let go of with the next calls of :meth:`expire`.
+        """
+        lease = self._leases.get(number)
         if lease is None:
             return False
-        self._host.unlease(lease.held if lease.left is None else [*lease.left])
+        self._end(lease)
+        if self._let_go(lease, SLICE) and lease.held:
+            self._ending.append(lease)
+        return True
+
+    def _end(self, lease: Lease) -> None:
+        """It is none of the table's leases any more; what it holds is still held."""
+        del self._leases[lease.number]
         leases, held = self._owners.pop(lease.owner)
         if leases > 1:
             self._owners[lease.owner] = (leases - 1, held - lease.nbytes)
@@ -133,17 +174,56 @@ class LeaseTable:
             # Most were released long before their deadline: do not keep those until then.
             self._deadlines = [(each.deadline, each.number) for each in self._leases.values()]
             heapify(self._deadlines)
-        return True
+        if lease.left is not None:
+            lease.held = [*lease.left]
+
+    def _let_go(self, lease: Lease, most: int) -> int:
+        """Let go of the end of what a lease holds; how many objects that was.
+
+        The end goes first: its root is the most recent then.
+        """
+        held, count, at = lease.held, 0, len(lease.held)
+        while at and count + _size(held[at - 1]) <= most:
+            at -= 1
+            count += _size(held[at])
+        some = held[at:]
+        del held[at:]
+        self._host.unlease(some)
+        return count
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether any that has ended still holds something."""
+        return bool(self._ending)
+
+    def is_due(self, now: float) -> bool:
+        """Whether :meth:`expire` has something to do. Needs no lock."""
+        return bool(self._ending) or (bool(self._deadlines) and self._deadlines[0][0] <= now)
 
     def expire(self, now: float) -> list[Lease]:
-        """Drop every lease whose deadline has passed; returns them."""
+        """Drop leases whose deadline has passed; returns them.
+
+        A slice of objects at most: what is left of them goes with the next calls.
+        """
         gone: list[Lease] = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, number = heappop(self._deadlines)
-            lease = self._leases.get(number)
-            if lease is not None:
-                self.release(number)
+        room = SLICE
+        while room > 0:
+            if not self._ending:
+                if not self._deadlines or self._deadlines[0][0] > now:
+                    break
+                _, number = heappop(self._deadlines)
+                lease = self._leases.get(number)
+                if lease is None:
+                    continue
+                self._end(lease)
+                self._ending.append(lease)
                 gone.append(lease)
+            count = self._let_go(self._ending[0], room)
+            room -= max(count, 1)
+            if not self._ending[0].held:
+                self._ending.popleft()
+            elif not count:
+                break
         return gone
 
     def owners(self) -> dict[str, OwnerStats]:
@@ -158,3 +238,9 @@ class LeaseTable:
         for held in list(self._leases):
             self.release(held)
         self._deadlines.clear()
+        while self._ending:
+            self.expire(0.0)
+
+
+def _size(held: Held) -> int:
+    return len(held) if isinstance(held, Strand) else 1

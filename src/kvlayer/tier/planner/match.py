@@ -1,16 +1,20 @@
-"""What a lookup has found of a prompt: its spans, what serves them, and of which quality. Pure."""
+"""How far a hit goes, and what serves it: the answer to a lookup. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, overload
 
+from kvlayer._steps import SLICE, Steps
 from kvlayer.identity.keys import ChunkChain, Span
 from kvlayer.identity.quality import EXACT
 from kvlayer.tier.planner.records import HostState, ObjectRecord
 from kvlayer.tier.planner.strand import Held, flat
 
-__all__ = ["Match", "Run"]
+__all__ = ["Cover", "Match", "Needs", "Run"]
+
+Cover: TypeAlias = tuple[ObjectRecord, ...]
+"""What serves one span for one group."""
 
 
 class Run(NamedTuple):
@@ -24,33 +28,53 @@ class Run(NamedTuple):
     tiers: int
     namespace: str
 
+    def within(self, first: int, stop: int) -> Run:
+        """That part of it."""
+        return self._replace(first=max(first, self.first), stop=min(stop, self.stop))
+
 
 class Match:
-    """The longest usable prefix of a prompt. ``covers[i][g]``: what serves span i for group g.
+    """The longest usable prefix of a prompt.
 
     It is exact, or exact followed by one quality: the only one that its ``chain`` accepts, so that
     whoever matches that again is served no other.
 
-    Whoever reads it changes nothing: the directory shares what it remembers.
+    Whoever reads it changes nothing: the directory shares what it remembers. What is said of all
+    of it is said of the moment it was found, unless it is pinned.
     """
 
-    __slots__ = ("_covers", "_first", "_path", "_rest", "chain", "runs", "spans")
+    __slots__ = ("_first", "_lead", "_others", "_path", "_rest", "chain", "is_resident", "reached",
+                 "runs", "spans")  # fmt: skip
 
     def __init__(
         self,
         chain: ChunkChain,
         spans: list[Span],
-        covers: list[list[tuple[ObjectRecord, ...]]],
+        covers: Sequence[Sequence[Cover]],
         *,
         first: Sequence[Held] = (),
+        rest: list[ObjectRecord] | None = None,
+        is_resident: bool | None = None,
+        reached: int = 0,
     ) -> None:
-        """``first`` serves the first spans, an object each, in host memory; ``covers`` the rest."""
+        """``first`` serves the first spans, an object each, in host memory; ``covers`` the others.
+
+        Who has walked along it already knows the objects of ``covers`` (``rest``), and whether all
+        of it ``is_resident``.
+        """
         self.chain = chain
         self.spans = spans
         self._first = first
-        self._rest = covers
-        self._covers = None if first else covers  # made when somebody asks
+        self._lead: list[ObjectRecord] | None = None  # ``first``, made flat when somebody asks
+        self._others = covers
+        self._rest = [*_objects(covers)] if rest is None else rest
         self._path: list[ObjectRecord] | None = None
+        if is_resident is None:
+            is_resident = all(found.host is HostState.READY for found in self._rest)
+        self.is_resident = is_resident
+        """Whether all of it was in host memory when it was found."""
+        self.reached = reached
+        """How far groups that need every chunk have it, where others may end it before."""
         self.runs: Sequence[Run] = ()
         """What of it was presumed, for whoever matches it again."""
 
@@ -64,12 +88,26 @@ class Match:
         return hash((self.chain, len(self.spans)))
 
     @property
-    def covers(self) -> list[list[tuple[ObjectRecord, ...]]]:
-        if self._covers is None:
-            covers: list[list[tuple[ObjectRecord, ...]]]
-            covers = [[(found,)] for found in flat(self._first)]
-            self._covers = covers + self._rest
-        return self._covers
+    def lead(self) -> list[ObjectRecord]:
+        """What serves the first spans, where that is one object each, in host memory."""
+        if self._lead is None:
+            self._lead = flat(self._first)
+        return self._lead
+
+    def covering(self, index: int) -> Sequence[Cover]:
+        """What serves a span, by group; empty where a trailing group needs nothing of it."""
+        lead = self.lead
+        return ((lead[index],),) if index < len(lead) else self._others[index - len(lead)]
+
+    @property
+    def covers(self) -> list[Sequence[Cover]]:
+        """:meth:`covering` of every span."""
+        return [self.covering(index) for index in range(len(self.spans))]
+
+    @property
+    def needs(self) -> Needs:
+        """Its spans and the objects each needs."""
+        return Needs(self, range(len(self.spans)))
 
     @property
     def tokens(self) -> int:
@@ -91,37 +129,63 @@ class Match:
         """Whether it is all of the prompt that has a name."""
         return self.tokens == self.chain.named_tokens
 
-    @property
-    def is_resident(self) -> bool:
-        """Whether all of it was in host memory when it was found."""
-        return all(found.host is HostState.READY for found in _objects(self._rest))
-
     def path(self) -> list[ObjectRecord]:
         """Every object of the match, root first."""
         if self._path is None:
-            self._path = [*flat(self._first), *_objects(self._rest)]
+            self._path = [*self.lead, *self._rest]
         return self._path
 
     def held(self) -> tuple[Sequence[Held], list[ObjectRecord]]:
         """The same to be leased: what may be strung together, and what comes after that."""
-        return self._first, [*_objects(self._rest)]
+        return self._first, self._rest
 
     def first(self, count: int) -> Match:
         """The first ``count`` spans of it, where a hit may end anywhere."""
-        match = Match(self.chain, self.spans[:count], self.covers[:count])
+        known = len(self.lead)
+        if count <= known:
+            match = Match(self.chain, self.spans[:count], [], first=self.lead[:count])
+        else:
+            others = self._others[: count - known]
+            match = Match(self.chain, self.spans[:count], others, first=self._first)
         match.runs = self.runs
         return match
 
-    def by_tier(self, count: int) -> list[int]:
+    def by_tier(self, count: int) -> Steps[list[int]]:
         """Tokens by the farthest of ``count`` tiers that each span needs."""
-        if self.is_resident:  # nearly always: keep it quick
-            return [self.tokens] + [0] * (count - 1)
         tokens = [0] * count
-        for span, covers in zip(self.spans, self.covers, strict=True):
-            farthest = max((found.tier for cover in covers for found in cover), default=0)
-            tokens[max(farthest, 0)] += span.tokens
+        if self.is_resident:  # nearly always: keep it quick
+            tokens[0] = self.tokens
+            return tokens
+        for index, (span, found) in enumerate(self.needs, 1):
+            tokens[max(max((each.tier for each in found), default=0), 0)] += span.tokens
+            if not index % SLICE:
+                yield
         return tokens
 
 
-def _objects(covers: Iterable[Iterable[Iterable[ObjectRecord]]]) -> Iterator[ObjectRecord]:
+class Needs(Sequence[tuple[Span, Sequence[ObjectRecord]]]):
+    """Some spans of a match in prompt order, and the objects each needs. Made as they are read."""
+
+    __slots__ = ("_indices", "_match")
+
+    def __init__(self, match: Match, indices: range) -> None:
+        self._match = match
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, at: int) -> tuple[Span, Sequence[ObjectRecord]]: ...
+    @overload
+    def __getitem__(self, at: slice) -> Needs: ...
+    def __getitem__(self, at: int | slice) -> tuple[Span, Sequence[ObjectRecord]] | Needs:
+        if isinstance(at, slice):
+            return Needs(self._match, self._indices[at])
+        index = self._indices[at]
+        covers = self._match.covering(index)
+        return self._match.spans[index], [found for cover in covers for found in cover]
+
+
+def _objects(covers: Iterable[Iterable[Cover]]) -> Iterator[ObjectRecord]:
     return (found for groups in covers for cover in groups for found in cover)

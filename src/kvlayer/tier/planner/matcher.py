@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias, cast
 
+from kvlayer._steps import SLICE, Steps, finish
 from kvlayer.identity.keys import ChunkChain, ObjectKey, Part, Span
-from kvlayer.identity.quality import Accepted
 from kvlayer.layout import HitRule, KVGroup
 from kvlayer.payload import Payload
 from kvlayer.tier.planner import plan
 from kvlayer.tier.planner.directory import Directory
-from kvlayer.tier.planner.match import Match, Run
+from kvlayer.tier.planner.match import Cover, Match, Run
 from kvlayer.tier.planner.records import ChunkRecord, ObjectRecord
-from kvlayer.tier.planner.strand import Held, Strand
+from kvlayer.tier.planner.strand import Held
+from kvlayer.tier.planner.walk import Walk
 
-__all__ = ["Matcher"]
+__all__ = ["Covers", "Matcher"]
 
-Covers: TypeAlias = list[tuple[ObjectRecord, ...] | None]
+Covers: TypeAlias = list[Cover | None]
 """Per group, what serves a span; None where nothing does."""
 
 
@@ -48,123 +49,85 @@ class Matcher:
     def match(self, chain: ChunkChain, stop: int, runs: Sequence[Run] = ()) -> Match:
         """The longest usable prefix of at most ``stop`` tokens. ``runs``: what is presumed now.
 
-        None at all in an epoch that is over.
+        None at all in an epoch that is over. All of it at once: for a prompt that is one slice. See
+        :class:`Walk` for a longer one.
         """
         if chain.is_stale:
             return Match(chain.accepting(), [], [])
-        match = (
-            self._longest(chain.accepting(), stop) if chain.accepts else self._longest(chain, stop)
-        )
+        return finish(self.matching(chain, stop, runs, _at_once))
+
+    def matching(
+        self,
+        chain: ChunkChain,
+        stop: int,
+        runs: Sequence[Run],
+        go: Callable[[Walk], Steps[None]],
+    ) -> Steps[Match]:
+        """:meth:`match` in steps; ``go`` walks a walk to its end."""
+        walk = Walk(self, chain.accepting(), stop)
+        yield from go(walk)
+        match = yield from walk.found()
         for each in chain.accepts:
             if match.is_whole:
                 break
-            longer = self._followed(chain, each, stop)
+            walk = Walk(self, chain, stop, each)
+            yield from go(walk)
+            longer = yield from walk.found()
             if longer.tokens > match.tokens:
                 match = longer
         match.runs = runs
         return match
 
-    def _followed(self, chain: ChunkChain, accepted: Accepted, stop: int) -> Match:
-        """The longest prefix of exact chunks that is followed by one quality."""
-        first, known = self.first(chain, stop)
-        spans, found = self._chunks(chain, stop, known)
-        start = spans[-1].stop if spans else known * chain.chunk_step
-        if start < accepted.first_token:  # of what was exact something has gone since
-            return Match(chain.accepting(), [], [])
-        other = chain.named_in(accepted.namespace)
-        more, its = self._chunks(other, stop, start // chain.chunk_step)
-        spans, found = [*spans, *more], [*found, *its]
-        reached = more[-1].stop if more else start
-        spans, found = self._with_tail(other, spans, found, reached, stop)
-        named = chain.accepting(accepted._replace(first_token=start))
-        return self._made(named, first, known, spans, found)
-
-    def _longest(self, chain: ChunkChain, stop: int) -> Match:
-        first, known = self.first(chain, stop)
-        reached = known * chain.chunk_step
-        if min(stop, chain.named_tokens) - reached < chain.tail_step:  # there is no more of it
-            return Match(chain, chain.spans(known), [], first=first)
-        spans, found = self._chunks(chain, stop, known)
-        reached = spans[-1].stop if spans else reached
-        spans, found = self._with_tail(chain, spans, found, reached, stop)
-        return self._made(chain, first, known, spans, found)
-
-    def _with_tail(
-        self, chain: ChunkChain, spans: list[Span], found: list[Covers], reached: int, stop: int
-    ) -> tuple[list[Span], list[Covers]]:
-        """The longest of what may follow chunks, with them."""
-        for path in self._paths(chain, reached, stop):
-            longer = [*spans, *(span for span, _ in path)]
-            covers = [*found, *(groups for _, groups in path)]
-            if self._count(longer, covers) == len(longer):
-                return longer, covers
-        return spans, found
-
-    def _made(
-        self,
-        chain: ChunkChain,
-        first: Sequence[Held],
-        known: int,
-        spans: list[Span],
-        found: list[Covers],
-    ) -> Match:
-        """What of ``known`` chunks, which ``first`` serves, and ``spans`` is usable."""
-        count = self._count(spans, found)
-        spans = spans[:count]
-        needed = self._needed(spans, found)
-        return Match(chain, [*chain.spans(known), *spans], needed, first=first)
-
-    def _count(self, spans: list[Span], found: list[Covers]) -> int:
+    def count(self, spans: list[Span], found: list[Covers]) -> int:
         """How many of ``spans``, which every-chunk groups have, trailing groups can use."""
         if self.is_plain:
             return len(spans)
         stops = [span.stop for span in spans]
-        return plan.prefix(stops, self._groups, lambda i, g: found[i][g] is not None)
+        return plan.ending(stops, self._groups, lambda i, g: found[i][g] is not None)
 
-    def first(self, chain: ChunkChain, stop: int) -> tuple[list[Held], int]:
-        """What serves the first full chunks, as far as each is one object in host memory.
+    def first(self, chain: ChunkChain, at: int, end: int) -> tuple[list[Held], int, bool]:
+        """What serves full chunks from ``at`` on, as far as each is one object in host memory.
 
-        Also how many chunks those are.
+        Also up to which chunk, and whether that was a slice: more may be there before ``end``.
         """
-        if not self.is_plain:  # of a window only its end is wanted
-            return [], 0
-        step, hashes = chain.chunk_step, chain.hashes
-        if stop < chain.num_tokens:
-            hashes = hashes[: stop // step]
         # Where another zone begins, this ends: zones only follow each other.
-        zone = chain.zone_before(step)
-        found = self._directory.leading(chain.namespace, hashes, step, zone)
-        return found, sum(len(each) if isinstance(each, Strand) else 1 for each in found)
+        step, zone = chain.chunk_step, chain.zone_before(chain.chunk_step)
+        within = range(at, end)
+        return self._directory.leading(
+            chain.namespace, chain.hashes, step, zone, within, most=SLICE
+        )
 
-    def _chunks(self, chain: ChunkChain, stop: int, known: int) -> tuple[list[Span], list[Covers]]:
+    def chunks(
+        self, chain: ChunkChain, end: int, known: int, stop: int
+    ) -> tuple[list[Span], list[Covers]]:
         """Spans that every-chunk groups have, up to a chunk's end, and covers.
 
-        From full chunk ``known`` on. Mostly full chunks; where one is missing, shorter spans may
-        reach its end together.
+        Of full chunks ``[known, end)``, within ``stop`` tokens. Mostly full chunks; where one is
+        missing, shorter spans may reach its end together.
         """
         covers, step, spans = self._directory.covers, chain.chunk_step, list[Span]()
         namespace = chain.namespace
         found: list[Covers] = []
         listed = known  # full chunks that are in ``spans``, whole or in pieces, or before them
-        for index in range(known, min(stop // step, len(chain))):
+        for index in range(known, end):
             end_hash = chain.hashes[index]
             groups = covers(namespace, end_hash, step, chain.zone_before((index + 1) * step))
             if self._has_every(groups):
                 found.append(groups)
                 continue
-            path = next(self._paths(chain, index * step, stop), ())
+            path = next(self.paths(chain, index * step, stop), ())
             if not path or path[-1][0].stop < (index + 1) * step:
                 break
-            spans += [*chain.spans(index)[listed:], *(span for span, _ in path)]
+            spans += [*chain.spans(index, listed), *(span for span, _ in path)]
             found += [groups for _, groups in path]
             listed = index + 1
         missing = len(found) - len(spans)
-        return [*spans, *chain.spans(listed + missing)[listed:]], found
+        return [*spans, *chain.spans(listed + missing, listed)], found
 
     def _has_every(self, groups: Covers) -> bool:
         return None not in groups or all(groups[g] is not None for g in self._every)
 
-    def _paths(
+    def paths(
         self, chain: ChunkChain, start: int, stop: int
     ) -> Iterator[tuple[tuple[Span, Covers], ...]]:
         """Ways from a chunk's start to each end before or at the chunk's, the farthest first.
@@ -189,40 +152,38 @@ class Matcher:
         del ways[start]
         return (ways[end] for end in sorted(ways, reverse=True))
 
-    def _needed(
-        self, spans: list[Span], found: list[Covers]
-    ) -> list[list[tuple[ObjectRecord, ...]]]:
-        """Covers of the hit, empty where a trailing group needs nothing of a span."""
+    def needed(
+        self, spans: Sequence[Span], found: Sequence[Covers], stop: int = 0
+    ) -> list[Sequence[Cover]]:
+        """Covers of these spans of a hit that ends with token ``stop``.
+
+        Empty where a trailing group needs nothing of a span.
+        """
         if self.is_plain:  # every group of every span
-            return cast("list[list[tuple[ObjectRecord, ...]]]", found[: len(spans)])
-        if not spans:
-            return []
+            return cast("list[Sequence[Cover]]", found[: len(spans)])
         first = [
-            plan.trailing_start(g, spans[-1].stop) if g.hit_rule is HitRule.TRAILING else 0
+            plan.trailing_start(g, stop) if g.hit_rule is HitRule.TRAILING else 0
             for g in self._groups
         ]
         return [
             [(c or ()) if span.stop > first[g] else () for g, c in enumerate(groups)]
-            for span, groups in zip(spans, found, strict=False)
+            for span, groups in zip(spans, found, strict=True)
         ]
 
     # -- what is not known -----------------------------------------------------------------------
 
-    def exact_chunks(self, chain: ChunkChain) -> int:
-        """How many full chunks of a prompt are there, whatever follows them."""
-        return self._reached(chain.accepting(), seen=False) // chain.chunk_step
-
-    def lacking(self, chain: ChunkChain, *, seen: bool = False, start: int = 0) -> list[int]:
-        """Full chunks that every-chunk groups lack, from the first gap after ``start`` on.
+    def lacking(self, chain: ChunkChain, reached: int, *, seen: bool = False) -> Steps[list[int]]:
+        """Full chunks that every-chunk groups lack, from the first gap on: token ``reached``.
 
         ``seen``: what is only presumed counts as lacking.
         """
-        reached = self._reached(chain, seen=seen, start=start) // chain.chunk_step
-        return [
-            index
-            for index in range(reached, len(chain))
-            if self.holders(chain, index, seen=seen) is None
-        ]
+        found: list[int] = []
+        for index in range(reached // chain.chunk_step, len(chain)):
+            if self.holders(chain, index, seen=seen) is None:
+                found.append(index)
+            if not (index + 1) % SLICE:
+                yield
+        return found
 
     def holders(self, chain: ChunkChain, index: int, *, seen: bool = False) -> int | None:
         """Lower tiers (bit t: tier t) that hold any of a full chunk.
@@ -253,11 +214,15 @@ class Matcher:
         zone = chain.zone_before((index + 1) * step)
         return self._directory.covers(chain.namespace, chain.hashes[index], step, zone)
 
-    def probes(self, chain: ChunkChain, *, start: int = 0) -> list[ObjectKey]:
-        """Full-chunk objects that nobody has seen, from the first gap after ``start`` on."""
+    def probes(self, chain: ChunkChain, reached: int, start: int) -> Steps[list[ObjectKey]]:
+        """Full-chunk objects from ``start`` on that nobody has seen.
+
+        ``reached``: what comes before the first gap.
+        """
         keys: list[ObjectKey] = []
-        reached = self._reached(chain, seen=True, start=start)
         for i in range(start, len(chain)):
+            if not (i + 1) % SLICE:
+                yield
             gap = (i + 1) * chain.chunk_step > reached
             if not gap and self.holders(chain, i, seen=True) is None:
                 continue  # shorter spans stand in its place
@@ -266,14 +231,24 @@ class Matcher:
                     keys += self._keys(chain, chain.span(i), g)
         return keys
 
-    def _reached(self, chain: ChunkChain, *, seen: bool, start: int = 0) -> int:
-        known = start or self.first(chain, chain.num_tokens)[1]
-        spans, found = self._chunks(chain, chain.num_tokens, known)
-        if seen:
+    def reaching(self, chain: ChunkChain, start: int, *, seen: bool) -> Steps[int]:
+        """Up to which token every-chunk groups have a prompt, from chunk ``start`` on.
+
+        ``seen``: as far as nothing of it is only presumed.
+        """
+        step = chain.chunk_step
+        reached = start * step
+        for at in range(start, len(chain), SLICE):
+            end = min(at + SLICE, len(chain))
+            spans, found = self.chunks(chain, end, at, chain.num_tokens)
             for span, groups in zip(spans, found, strict=True):
-                if not all(_is_seen(groups[g] or ()) for g in self._every):
+                if seen and not all(_is_seen(groups[g] or ()) for g in self._every):
                     return span.start
-        return spans[-1].stop if spans else known * chain.chunk_step
+            reached = spans[-1].stop if spans else reached
+            if reached < end * step:
+                break
+            yield
+        return reached
 
     def tail_probes(self, chain: ChunkChain, index: int) -> list[ObjectKey]:
         """Objects of the tails that may stand in the place of a full chunk, longest first.
@@ -291,22 +266,29 @@ class Matcher:
                 keys += self._keys(chain, tail, g)
         return keys
 
-    def leading(self, chain: ChunkChain) -> Iterator[ChunkRecord]:
-        """What is known of a prompt's full chunks, and of what leads there in their place."""
+    def leading(self, chain: ChunkChain) -> Iterator[list[ChunkRecord]]:
+        """What is known of a prompt's full chunks, and of what leads there in their place.
+
+        A slice of chunks for each hold of the lock.
+        """
         step, is_whole = chain.chunk_step, True
-        for index, end_hash in enumerate(chain.hashes):
-            start, stop = index * step, (index + 1) * step
-            zone = chain.zone_before(stop)
-            record = self._directory.chunk(chain.namespace, end_hash, step, zone)
-            if record is not None:
-                yield record
-            elif is_whole:
-                path = next(self._paths(chain, start, stop), ())
-                is_whole = bool(path) and path[-1][0].stop == stop
-                for span, _ in path:
-                    piece = self.record(chain, span)
-                    if piece is not None:  # who draws this slowly may find it gone
-                        yield piece
+        for at in range(0, len(chain), SLICE):
+            found: list[ChunkRecord] = []
+            for index in range(at, min(at + SLICE, len(chain))):
+                start, stop = index * step, (index + 1) * step
+                record = self._directory.chunk(
+                    chain.namespace, chain.hashes[index], step, chain.zone_before(stop)
+                )
+                if record is not None:
+                    found.append(record)
+                elif is_whole:
+                    path = next(self.paths(chain, start, stop), ())
+                    is_whole = bool(path) and path[-1][0].stop == stop
+                    for span, _ in path:
+                        piece = self.record(chain, span)
+                        assert piece is not None
+                        found.append(piece)
+            yield found
 
     def presume(self, chain: ChunkChain, run: Run) -> list[ObjectRecord]:
         """Take it that the run's tiers hold what every-chunk groups lack of its chunks."""
@@ -357,6 +339,12 @@ class Matcher:
             if len(self._parts) < _MAX_PARTS:
                 self._parts[text] = known
         return known
+
+
+def _at_once(walk: Walk) -> Steps[None]:
+    yield from ()
+    while not walk.is_over:
+        walk.more()
 
 
 def _is_seen(cover: tuple[ObjectRecord, ...]) -> bool:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
+from kvlayer._steps import SLICE, Steps
 from kvlayer.errors import LayoutError
 from kvlayer.identity.keys import Part
 from kvlayer.layout import AttentionKind, GroupLayout, HitRule, KVGroup, KVLayout
@@ -16,6 +17,7 @@ __all__ = [
     "cut",
     "cuts",
     "described",
+    "ending",
     "holds",
     "prefix",
     "rank_part",
@@ -156,10 +158,18 @@ def prefix(
     trailing groups only those that reach into their window before the end of the hit.
     """
     every = [g for g, group in enumerate(groups) if group.hit_rule is HitRule.EVERY_CHUNK]
-    trailing = [g for g, group in enumerate(groups) if group.hit_rule is HitRule.TRAILING]
     count = 0
     while count < len(stops) and all(usable(count, g) for g in every):
         count += 1
+    return ending(stops[:count], groups, usable)
+
+
+def ending(
+    stops: Sequence[int], groups: Sequence[KVGroup], usable: Callable[[int, int], bool]
+) -> int:
+    """:func:`prefix` of spans that every-chunk groups have: looks at windows from the end only."""
+    trailing = [g for g, group in enumerate(groups) if group.hit_rule is HitRule.TRAILING]
+    count = len(stops)
     while count:
         gaps = [_gap(stops, count, groups[g], partial(_there, usable, g)) for g in trailing]
         gap = min((i for i in gaps if i is not None), default=None)
@@ -174,7 +184,7 @@ def savings(
     needs: Sequence[Mapping[int, int]],
     seconds: Callable[[int, int], float],
     tokens_per_second: float,
-) -> list[float]:
+) -> Steps[list[float]]:
     """Seconds that taking a hit up to each of ``stops`` saves over recomputing it.
 
     ``needs[i]`` are the bytes span i needs from each tier, ``seconds(tier, nbytes)`` is what they
@@ -183,6 +193,8 @@ def savings(
     saved: list[float] = []
     total: dict[int, int] = {}
     for i, stop in enumerate(stops):
+        if i and not i % SLICE:
+            yield
         for tier, nbytes in needs[i].items():
             total[tier] = total.get(tier, 0) + nbytes
         load = max((seconds(tier, nbytes) for tier, nbytes in total.items()), default=0.0)

@@ -14,10 +14,10 @@ Pure files decide, and are given the :class:`~kvlayer.tier.planner.moment.Moment
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from sys import maxsize
-from typing import cast
 
+from kvlayer._steps import SLICE, Steps, finish, in_slices
 from kvlayer.identity.keys import ChunkChain, ObjectKey, Span
 from kvlayer.results import Cause, Failure
 from kvlayer.tier.messages import Outcome, Piece
@@ -70,12 +70,38 @@ class Planner(LookupPlanner, Survey):
         ``unplanned``. However that ends, :meth:`gathered` must be called.
         """
         todo = StorePlan(chain, holds, keeps, dead)
-        todo.unplanned.extend(spans_to_store(chain, first_token, tail=tail))
-        self.serve(chain.namespace)
-        with self.lock:
-            # Room must not come from the prefix that leads to what is stored.
-            self._begin(todo, self._stores.resident(chain), at_once)
+        finish(self.planning(todo, spans_to_store(chain, first_token, tail=tail), at_once))
         return todo
+
+    def planning(
+        self,
+        todo: StorePlan,
+        spans: Iterable[Sequence[Span]],
+        at_once: int = maxsize,
+        *,
+        is_rest: bool = False,
+    ) -> Steps[None]:
+        """:meth:`plan_store` in steps, into ``todo``, or with ``is_rest`` :meth:`plan_rest`.
+
+        ``spans`` come in slices. If it raises or is closed, what it held is given back.
+        """
+        is_begun = False
+        self.serve(todo.chain.namespace)
+        try:
+            for some in spans:
+                todo.unplanned.extend(some)
+                if len(some) == SLICE:
+                    yield
+            yield from self.expiring()
+            now = self._now()
+            # Room must not come from the prefix that leads to what is stored.
+            spared = ~todo.dead if is_rest else 0
+            yield from self._locked(self._stores.begin(todo, now, spared=spared))
+            yield from self.planning_more(todo, at_once)
+            is_begun = True
+        finally:
+            if not is_begun:  # a policy of somebody else's may raise
+                self.gathered(todo, None)
 
     def plan_rest(
         self,
@@ -93,28 +119,19 @@ class Planner(LookupPlanner, Survey):
         memory. As for :meth:`plan_store`, :meth:`gathered` must be called.
         """
         todo = StorePlan(chain, holds, keeps, dead)
-        todo.unplanned.extend(spans)
-        with self.lock:
-            resident = self._stores.resident(chain)
-            self._begin(todo, [found for found in resident if not found.tiers & ~dead], at_once)
+        finish(self.planning(todo, [[*spans]], at_once, is_rest=True))
         return todo
-
-    def _begin(self, todo: StorePlan, held: list[ObjectRecord], at_once: int) -> None:
-        now = self._now()
-        self.leases.expire(now.clock)
-        self._stores.begin(todo, held, now)
-        planned = False
-        try:
-            self._stores.more(todo, at_once, now)
-            planned = True
-        finally:  # a policy of somebody else's may raise
-            if not planned:
-                self.gathered(todo, None)
 
     def plan_more(self, todo: StorePlan, at_once: int) -> None:
         """Plan the next ``at_once`` spans of a store. Others may have stored some meanwhile."""
+        finish(self.planning_more(todo, at_once))
+
+    def planning_more(self, todo: StorePlan, at_once: int) -> Steps[None]:
+        """:meth:`plan_more` in steps: the last ones let go of what the plan held."""
         with self.lock:
             self._stores.more(todo, at_once, self._now())
+        if todo.is_planned:
+            yield from self.letting_go(todo.held)
 
     def retire(self) -> None:
         """Hand out no slot any more: memory that is given back now may still be written to."""
@@ -142,9 +159,10 @@ class Planner(LookupPlanner, Survey):
             failed = todo.refuse(Cause.REBOUND, self.tiers[0], REBOUND)
         else:
             failed = todo.cut(missed, self.tiers[0])
-        goes_on = bool(todo.unplanned) and not (failed or missed is None or todo.is_blocked)
+        if failed or missed is None or todo.is_planned:
+            finish(self.letting_go(todo.held))
         with self.lock:
-            self._stores.gathered(todo, before[len(todo.gathers) :], goes_on=goes_on)
+            self._stores.gathered(todo, before[len(todo.gathers) :])
         return failed
 
     def remember(
@@ -156,57 +174,51 @@ class Planner(LookupPlanner, Survey):
 
     def settle(self, chain: ChunkChain, slots: Sequence[Reservation]) -> list[ObjectRecord]:
         """Let go of what a store gathered; the whole prompt is recent now. Returns its objects."""
-        steps = self.settling(chain, slots)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as settled:
-                return cast("list[ObjectRecord]", settled.value)
+        return finish(self.settling(chain, slots))
 
     def settling(
         self, chain: ChunkChain, slots: Sequence[Reservation]
-    ) -> Generator[None, None, list[ObjectRecord]]:
+    ) -> Steps[list[ObjectRecord]]:
         """:meth:`settle` step by step, for whoever keeps others waiting: finish it in any case."""
-        steps = self._stores.settling(chain, slots)
-        while True:
-            with self.lock:
-                try:
-                    next(steps)
-                except StopIteration as settled:
-                    return cast("list[ObjectRecord]", settled.value)
-            yield
+        return self._locked(self._stores.settling(chain, slots))
 
-    def pin(self, records: Sequence[ObjectRecord]) -> None:
-        """Hold objects for a running move."""
-        with self.lock:
-            self.host.pin(records)
-
-    def has_room(self, wanted: Iterable[tuple[Span, Sequence[ObjectRecord]]]) -> bool:
+    def having_room(self, wanted: Sequence[tuple[Span, Sequence[ObjectRecord]]]) -> Steps[bool]:
         """Whether host memory has room for all of these, with what is pinned."""
+        missing = 0
+        for at in range(0, len(wanted), SLICE):
+            if at:
+                yield
+            with self.lock:
+                for span, records in wanted[at : at + SLICE]:
+                    for record in records:
+                        if record.host is HostState.ABSENT:
+                            missing += self.payload(record.part, span.tokens).nbytes
         with self.lock:
-            left = self.host.extents.capacity - self.host.pinned_nbytes
-            for span, records in wanted:
-                for record in records:
-                    if record.host is HostState.ABSENT:
-                        left -= self.payload(record.part, span.tokens).nbytes
-            return left >= 0
+            return missing <= self.host.extents.capacity - self.host.pinned_nbytes
 
-    def scattered(self, records: Sequence[ObjectRecord], lease: Lease | None) -> None:
-        """A load has scattered these: it lets go of them, and so does a lease that only reads."""
-        with self.lock:
-            self.host.unpin(records)
-            if lease is not None:
-                self.leases.give_back(lease.number, records)
+    def scattered(self, records: Sequence[ObjectRecord], lease: Lease | None) -> Steps[None]:
+        """A load has scattered these: it lets go of them, and so does a lease that only reads.
 
-    def in_order(self, path: Sequence[ObjectRecord]) -> None:
+        Finish it in any case.
+        """
+        if lease is not None:
+            yield from self._locked(self.leases.taking_apart(lease))
+        for stop in range(len(records), 0, -SLICE):
+            some = records[max(stop - SLICE, 0) : stop]
+            with self.lock:
+                self.host.unpin(some)
+                if lease is not None:
+                    self.leases.give_back(lease.number, some)
+            if stop > SLICE:
+                yield
+
+    def in_order(self, path: Sequence[ObjectRecord]) -> Steps[None]:
         """A path was let go of piece by piece: its root is the most recent of it again."""
-        with self.lock:
-            self.host.refresh(path)
-
-    def unpin(self, records: Sequence[ObjectRecord]) -> None:
-        """Let go of objects after a move; counts as one use, root first."""
-        with self.lock:
-            self.host.unpin(records)
+        for stop in range(len(path), 0, -SLICE):
+            with self.lock:
+                self.host.refresh(path[max(stop - SLICE, 0) : stop])
+            if stop > SLICE:
+                yield
 
     # -- lower tiers -----------------------------------------------------------------------------
 
@@ -281,8 +293,9 @@ class Planner(LookupPlanner, Survey):
         self, keys: Iterable[ObjectKey], tier: int, detail: str, cause: Cause = Cause.EVICTED
     ) -> None:
         """A lower tier no longer holds these objects."""
-        with self.lock:
-            self._holdings.vanished(keys, tier, cause, detail, self._wall_clock())
+        for some in in_slices(keys):
+            with self.lock:
+                self._holdings.vanished(some, tier, cause, detail, self._wall_clock())
 
     def plan_leaving(
         self, keep_nbytes: int, outlets: DemotionTargets, at_once: int

@@ -14,17 +14,16 @@ __all__ = ["Promise", "Promises"]
 
 @dataclass(slots=True, eq=False)
 class Promise:
-    """What ``holder`` has promised of one zone: the chunks that end with ``hashes``.
+    """What ``holder`` has promised: the chunks that end with ``hashes``.
 
     ``until`` (the cache's clock, seconds) is when nobody believes it any more.
     """
 
     namespace: str
-    zone: str
     holder: str
     until: float
-    hashes: dict[bytes, None] = field(default_factory=dict[bytes, None])
-    """What is left of it, in prompt order; ``kept`` counts what is there by now."""
+    hashes: dict[bytes, str] = field(default_factory=dict[bytes, str])
+    """What is left of it, in prompt order, and its zone; ``kept`` counts what is there by now."""
     kept: int = 0
     _watchers: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
 
@@ -49,13 +48,13 @@ class Promises:
         """Chunks that are promised."""
         return len(self._by_chunk)
 
-    def make(self, namespace: str, zone: str, *, holder: str, until: float) -> Promise:
+    def make(self, namespace: str, *, holder: str, until: float) -> Promise:
         """A promise of nothing yet."""
-        return Promise(namespace, zone, holder, until)
+        return Promise(namespace, holder, until)
 
-    def add(self, promise: Promise, chunk_hash: bytes) -> None:
+    def add(self, promise: Promise, chunk_hash: bytes, zone: str) -> None:
         """``promise`` is about one more chunk. Who promised it first stays the one to ask."""
-        promise.hashes[chunk_hash] = None
+        promise.hashes[chunk_hash] = zone
         self._by_chunk.setdefault((promise.namespace, chunk_hash), promise)
 
     def find(self, namespace: str, chunk_hash: bytes, now: float) -> Promise | None:

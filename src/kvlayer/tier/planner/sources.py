@@ -4,39 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvlayer._steps import SLICE, Steps
+from kvlayer.identity.keys import Span
 from kvlayer.tier.planner.match import Match
+from kvlayer.tier.planner.records import ObjectRecord
 
 __all__ = ["Sources"]
 
 
 class Sources:
-    """Where each object of a match lay when this was built: the nearest tier that had it.
+    """Where each object of a match lay when :meth:`taking` looked: the nearest tier that had it.
 
     An object that its nearest tier fails to deliver, so that the next one does, still counts for
     the nearest: what each tier moved is in ``TransferDone``.
     """
 
-    def __init__(self, match: Match, tiers: Sequence[str]) -> None:
+    def __init__(self, tiers: Sequence[str]) -> None:
         self._tiers = tiers
-        self._spans = [
-            (span, [(found, max(found.tier, 0)) for cover in covers for found in cover])
-            for span, covers in zip(match.spans, match.covers, strict=True)
-        ]
+        self._spans: list[tuple[Span, list[tuple[ObjectRecord, int]]]] = []
 
-    def tokens(self, start: int, stop: int) -> dict[str, int]:
-        """Tokens of ``[start, stop)`` by the farthest tier that their span needed."""
-        counts = dict.fromkeys(self._tiers, 0)
-        for span, found in self._spans:
+    def taking(self, match: Match) -> Steps[None]:
+        """Look where all of ``match`` lies."""
+        for at, (span, records) in enumerate(match.needs):
+            if at and not at % SLICE:
+                yield
+            self._spans.append((span, [(found, max(found.tier, 0)) for found in records]))
+
+    def served(self, start: int, stop: int) -> Steps[tuple[dict[str, int], dict[str, int]]]:
+        """Who served tokens ``[start, stop)``: tokens, and bytes of objects, by tier.
+
+        Tokens are by the farthest tier that their span needed.
+        """
+        tokens, nbytes = dict.fromkeys(self._tiers, 0), dict.fromkeys(self._tiers, 0)
+        for at, (span, found) in enumerate(self._spans):
+            if at and not at % SLICE:
+                yield
             shared = min(span.stop, stop) - max(span.start, start)
-            if shared > 0:
-                counts[self._tiers[max((tier for _, tier in found), default=0)]] += shared
-        return counts
-
-    def nbytes(self, start: int, stop: int) -> dict[str, int]:
-        """Bytes of the objects that served tokens ``[start, stop)``, by tier."""
-        counts = dict.fromkeys(self._tiers, 0)
-        for span, found in self._spans:
-            if span.start < stop and span.stop > start:
-                for record, tier in found:
-                    counts[self._tiers[tier]] += record.nbytes
-        return counts
+            if shared <= 0:
+                continue
+            tokens[self._tiers[max((tier for _, tier in found), default=0)]] += shared
+            for record, tier in found:
+                nbytes[self._tiers[tier]] += record.nbytes
+        return tokens, nbytes

@@ -58,6 +58,11 @@ class StorePlan:
     evicted: list[ObjectRecord] = field(default_factory=list[ObjectRecord])
 
     @property
+    def is_planned(self) -> bool:
+        """Whether nothing more is to be planned, for now or at all."""
+        return not self.unplanned or self.is_blocked
+
+    @property
     def planned(self) -> int:
         """How many spans are planned and not gathered yet."""
         return len(self.spans) + len(self.skipped)

@@ -5,8 +5,9 @@ The caller brings the time, and holds the planner's lock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from kvlayer._steps import SLICE, Steps
 from kvlayer.identity.keys import ChunkChain, Part, Span
 from kvlayer.layout import HitRule, KVGroup
 from kvlayer.payload import Payload
@@ -17,12 +18,11 @@ from kvlayer.tier.planner.host import HostTier
 from kvlayer.tier.planner.matcher import Matcher
 from kvlayer.tier.planner.moment import Moment
 from kvlayer.tier.planner.promises import Promise, Promises
-from kvlayer.tier.planner.records import ChunkRecord, HostState, ObjectRecord
+from kvlayer.tier.planner.records import HostState, ObjectRecord
 from kvlayer.tier.planner.store_plan import Keeps, Reservation, StorePlan
 
 __all__ = ["StorePlanner", "spans_to_store"]
 
-_SLICE = 256  # spans for each hold of the planner's lock
 _BELIEVED_SECONDS = 60.0  # a promise whose holder has not been heard of
 
 
@@ -54,12 +54,20 @@ class StorePlanner:
         self.is_retired = False
         """No slot is handed out any more: memory given back may still be written to."""
 
-    def begin(self, todo: StorePlan, held: list[ObjectRecord], now: Moment) -> None:
-        """Begin a plan that holds ``held``. :meth:`gathered` must be called."""
+    def begin(self, todo: StorePlan, now: Moment, *, spared: int) -> Steps[None]:
+        """Begin a plan. What host memory has of the prompt is held, but for what ``spared`` tiers
+        have (bit t: tier t). :meth:`gathered` must be called.
+        """
         until = now.clock + _BELIEVED_SECONDS
-        todo.promise = self._promises.make(todo.chain.namespace, "", holder="store", until=until)
-        todo.held = held
-        self._host.hold(held)
+        todo.promise = self._promises.make(todo.chain.namespace, holder="store", until=until)
+        chains = [todo.chain] if _is_exact(todo.chain) else [_exact(todo.chain), todo.chain]
+        for chunks in (chunks for each in chains for chunks in self._matcher.leading(each)):
+            records = [found for chunk in chunks for found in chunk.objects]
+            ready = [r for r in records if r.host is HostState.READY and not r.tiers & spared]
+            self._host.hold(ready)
+            todo.held += ready
+            if len(todo.chain) > SLICE:
+                yield
 
     def more(self, todo: StorePlan, at_once: int, now: Moment) -> None:
         """Plan the next ``at_once`` spans; see ``Planner.plan_store`` for where that stops."""
@@ -74,18 +82,11 @@ class StorePlanner:
                 todo.unplanned.clear()
                 break
             todo.unplanned.popleft()
-        if not todo.unplanned or todo.is_blocked:
-            self._let_go_prefix(todo)
-            if todo.first is not None:
-                self._supersede(todo.chain, todo.first)
+        if todo.is_planned and todo.first is not None:
+            self._supersede(todo.chain, todo.first)
 
-    def gathered(self, todo: StorePlan, lost: Sequence[Reservation], *, goes_on: bool) -> None:
-        """What was planned so far is gathered: serve what was kept, give back what was ``lost``.
-
-        ``goes_on``: more is going to be planned, so the prefix stays held.
-        """
-        if not goes_on:
-            self._let_go_prefix(todo)
+    def gathered(self, todo: StorePlan, lost: Sequence[Reservation]) -> None:
+        """What was planned so far is gathered: serve what was kept, give back what was ``lost``."""
         self.stored(lost, ok=False)
         self.stored(todo.gathers, ok=True)
         if todo.promise is not None:
@@ -104,39 +105,33 @@ class StorePlanner:
 
     def settling(
         self, chain: ChunkChain, slots: Sequence[Reservation]
-    ) -> Generator[None, None, list[ObjectRecord]]:
+    ) -> Steps[list[ObjectRecord]]:
         """See ``Planner.settling``."""
-        for at in range(0, len(slots), _SLICE):
-            self._host.let_go([slot.record for slot in slots[at : at + _SLICE]])
+        for at in range(0, len(slots), SLICE):
+            self._host.let_go([slot.record for slot in slots[at : at + SLICE]])
             yield
-        found: dict[ChunkRecord, None] = {}
-        for count, record in enumerate(self._matcher.leading(chain), 1):
-            found[record] = None
-            if not count % _SLICE:
+        is_long = len(chain) > SLICE
+        last = slots[-1].record.chunk if slots else None  # it may be a tail
+        path: list[ObjectRecord] = []
+        for chunks in self._matcher.leading(chain):
+            path += [found for chunk in chunks for found in chunk.objects]
+            if last in chunks:
+                last = None
+            if is_long:
                 yield
-        for slot in slots[-1:]:
-            span = slot.span
-            last = self._matcher.record(chain, span)
-            if last is not None:
-                found[last] = None
-        path = [o for record in found for o in record.objects]
-        self._host.refresh(path, chain.scope.retention)
-        first, _ = self._matcher.first(chain, chain.num_tokens)
-        for at in range(0, len(first), _SLICE):
-            yield
-            self._host.string(first[at : at + _SLICE])
+        if last is not None:
+            path += last.objects
+        for stop in range(len(path), 0, -SLICE):  # its root is the most recent then
+            self._host.refresh(path[max(stop - SLICE, 0) : stop], chain.scope.retention)
+            if is_long:
+                yield
+        at, goes_on = 0, self._matcher.is_plain
+        while goes_on:
+            first, at, goes_on = self._matcher.first(chain, at, len(chain))
+            self._host.string(first)
+            if goes_on:
+                yield
         return path
-
-    def _let_go_prefix(self, todo: StorePlan) -> None:
-        self._host.let_go(todo.held)
-        todo.held = []
-
-    def resident(self, chain: ChunkChain) -> list[ObjectRecord]:
-        """What host memory holds of a prompt's full chunks, root first."""
-        chains = [chain] if _is_exact(chain) else [_exact(chain), chain]
-        chunks = (chunk for each in chains for chunk in self._matcher.leading(each))
-        records = [found for chunk in chunks for found in chunk.objects]
-        return [found for found in records if found.host is HostState.READY]
 
     def _plan_span(self, span: Span, todo: StorePlan, now: Moment) -> bool:
         chain = todo.chain
@@ -174,8 +169,7 @@ class StorePlanner:
             todo.first = todo.first or span
             todo.spans.append(span)
             assert todo.promise is not None
-            todo.promise.zone = chain.zone(span)
-            self._promises.add(todo.promise, span.hash)
+            self._promises.add(todo.promise, span.hash, chain.zone(span))
         elif known and other is None:
             todo.skipped.append((span, tuple(known)))
         return True
@@ -239,10 +233,13 @@ def _exact(chain: ChunkChain) -> ChunkChain:
     return chain.named_in(chain.epoch.namespace)
 
 
-def spans_to_store(chain: ChunkChain, first_token: int, *, tail: bool) -> list[Span]:
-    """The full chunks of a prompt from ``first_token`` on, and its longest tail where wanted."""
-    step = chain.chunk_step
-    spans = [*map(chain.span, range(-(-first_token // step), len(chain)))]
-    if tail and len(chain) * step >= first_token:
-        spans += chain.tails(len(chain))[:1]
-    return spans
+def spans_to_store(chain: ChunkChain, first_token: int, *, tail: bool) -> Iterator[Sequence[Span]]:
+    """The full chunks of a prompt from ``first_token`` on, and its longest tail where wanted.
+
+    In slices.
+    """
+    step, count = chain.chunk_step, len(chain)
+    for at in range(-(-first_token // step), count, SLICE):
+        yield chain.spans(min(at + SLICE, count), at)
+    if tail and count * step >= first_token:
+        yield chain.tails(count)[:1]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from kvlayer.identity.keys import ChunkChain, Span
+from kvlayer._steps import SLICE, Steps
+from kvlayer.identity.keys import ChunkChain, ObjectKey, Span
 from kvlayer.results import OwnerStats
 from kvlayer.tier.planner.journal import Loss
-from kvlayer.tier.planner.records import ChunkRecord, HostState, ObjectRecord
+from kvlayer.tier.planner.records import HostState, ObjectRecord
 from kvlayer.tier.planner.tables import Tables
 
 __all__ = ["Account", "Counts", "Survey"]
-
-_SLICE = 256  # spans for each hold of the lock, which lookups wait for
 
 
 class Counts(NamedTuple):
@@ -94,30 +93,51 @@ class Survey(Tables):
                 return record.namespace
         return None
 
-    def known(self, chain: ChunkChain) -> list[ObjectRecord]:
+    def known(self, chain: ChunkChain) -> Steps[list[ObjectRecord]]:
         """The objects of a prompt's full chunks, and of the tails at its end."""
-        spans = [*chain.spans(len(chain)), *chain.tails(len(chain))]
         records: list[ObjectRecord] = []
-        for at in range(0, len(spans), _SLICE):
+        for at in range(0, len(chain) + 1, SLICE):
+            stop = min(at + SLICE, len(chain))
+            spans = chain.spans(stop, at)
+            if stop == len(chain):
+                spans += chain.tails(stop)
             with self.lock:
-                for span in spans[at : at + _SLICE]:
+                for span in spans:
                     record = self._matcher.record(chain, span)
                     records += () if record is None else record.objects
+            if stop < len(chain):
+                yield
         return records
 
-    def chunks(self) -> list[ChunkRecord]:
-        """Every span that is known. See :meth:`objects_of` for what there is of them."""
+    def on_tiers(self, tiers: Sequence[int]) -> Steps[dict[int, list[ObjectKey]]]:
+        """The names of all that is known on each of some lower tiers."""
+        found: dict[int, dict[ObjectKey, None]] = {tier: {} for tier in tiers}
         with self.lock:
-            return self.directory.chunks()
+            ends = self.directory.ends()
+        for records in self._sliced(ends):
+            for record in records:
+                for tier in tiers:
+                    if record.tiers >> tier & 1:
+                        found[tier][record.key] = None
+                record.drop_key()
+            yield
+        return {tier: [*keys] for tier, keys in found.items()}
 
-    def objects_of(self, chunks: Sequence[ChunkRecord]) -> list[ObjectRecord]:
-        """The objects of some spans: a few hundred at once."""
-        with self.lock:
-            return [found for chunk in chunks for found in chunk.objects]
-
-    def resident(self) -> list[ObjectRecord]:
+    def resident(self) -> Steps[list[ObjectRecord]]:
         """What is in host memory, or on its way there, in the order in which it came."""
+        found: list[ObjectRecord] = []
         with self.lock:
-            return [
-                found for found in self.directory.active() if found.host is not HostState.ABSENT
-            ]
+            ends = self.directory.active_ends()
+        for records in self._sliced(ends):
+            found += [record for record in records if record.host is not HostState.ABSENT]
+            yield
+        return found
+
+    def _sliced(self, ends: Sequence[bytes]) -> Iterator[list[ObjectRecord]]:
+        """The objects of spans with these ends, a slice for each hold of the lock."""
+        for at in range(0, len(ends), SLICE):
+            with self.lock:
+                some = ends[at : at + SLICE]
+                chunks = [chunk for end in some for chunk in self.directory.every_ending(end)]
+                records = [found for chunk in chunks for found in chunk.objects]
+            yield records

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from sys import intern
 from threading import RLock
+from typing import TypeVar, cast
 
+from kvlayer._steps import Steps
 from kvlayer.abc.policy import PolicyMaker
 from kvlayer.errors import CapacityError
 from kvlayer.identity.keys import Part
@@ -23,6 +25,8 @@ from kvlayer.tier.planner.promises import Promises
 from kvlayer.tier.planner.store_planner import StorePlanner
 
 __all__ = ["Tables"]
+
+T = TypeVar("T")
 
 _MAX_SHAPES = 4096
 
@@ -101,6 +105,23 @@ class Tables:
                 self._payloads.clear()
             self._payloads[part, tokens] = shape
         return shape
+
+    def _locked(self, steps: Steps[T]) -> Steps[T]:
+        """Each of ``steps`` under one hold of the lock."""
+        is_over = False
+        try:
+            while True:
+                with self.lock:
+                    try:
+                        next(steps)
+                    except StopIteration as end:
+                        is_over = True
+                        return cast("T", end.value)
+                yield
+        finally:
+            if not is_over:
+                with self.lock:
+                    steps.close()
 
     def _now(self) -> Moment:
         return Moment(self._clock(), self._wall_clock())

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from kvlayer._steps import SLICE
+from kvlayer.runtime.turns import in_turns
 from kvlayer.tier.guard.guard import Refused
 from kvlayer.tier.planner.demotion_step import DemotionTargets, PendingWrite
 from kvlayer.tier.planner.planner import Planner
@@ -102,8 +104,12 @@ class Demotion:
         """
         await self.settled()  # or a tier could seem full because of it
         outlets, given_up = replace(self.outlets, others=0), 0
-        ready = [r for r in self._planner.resident() if r.host is HostState.READY]
-        waiting = deque((record, wanted) for record in ready if (wanted := outlets.wanted(record)))
+        resident, waiting = await in_turns(self._planner.resident()), deque[PendingWrite]()
+        for at, record in enumerate(resident):
+            if at and not at % SLICE:
+                await asyncio.sleep(0)
+            if record.host is HostState.READY and (wanted := outlets.wanted(record)):
+                waiting.append((record, wanted))
         while waiting:
             batch = [waiting.popleft() for _ in range(min(_AT_ONCE, len(waiting)))]
             failed, untried = await self._send([(r, wanted & ~given_up) for r, wanted in batch])

@@ -7,17 +7,22 @@ A device is this process's own, driven by a stager, or in the ranks' processes
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
+from kvlayer._steps import Steps
 from kvlayer.abc.stager import HostCopy, Landed, Stager
 from kvlayer.identity.keys import Part
 from kvlayer.layout import KVView
 from kvlayer.memory.slab import Slab
 from kvlayer.payload import Payload
+from kvlayer.runtime.turns import in_turns
 from kvlayer.tier.messages import Outcome, Piece, Slot
 
 __all__ = ["Device", "LocalDevice"]
+
+_SLICE = 64  # copies described in one turn of the loop: some 5 us each
 
 
 class Device(ABC):
@@ -71,7 +76,12 @@ class LocalDevice(Device):
     async def gather(
         self, view: KVView, pieces: Sequence[Piece | Slot], view_start: int
     ) -> Sequence[Outcome]:
-        await self._stager.gather(view, [self._copy(p, view_start, 0) for p in pieces])
+        copies: list[HostCopy] = []
+        for at, piece in enumerate(pieces):
+            if at and not at % _SLICE:
+                await asyncio.sleep(0)
+            copies.append(self._copy(piece, view_start, 0))
+        await self._stager.gather(view, copies)
         return ()
 
     async def scatter(
@@ -82,18 +92,26 @@ class LocalDevice(Device):
         view_stop: int,
         landed: Landed | None = None,
     ) -> Sequence[Outcome]:
-        copies: list[HostCopy] = []
-        for piece in pieces:
-            skip = max(view_start - piece.first_token, 0)
-            stop = min(piece.first_token + piece.num_tokens, view_stop)
-            tokens = stop - piece.first_token - skip
-            if tokens > 0:
-                copies.append(self._copy(piece, view_start, skip, tokens))
+        copies = await in_turns(self._copies(pieces, view_start, view_stop))
         if copies and landed is not None:
             await self._stager.scatter_layers(view, copies, landed)
         elif copies:
             await self._stager.scatter(view, copies)
         return ()
+
+    def _copies(
+        self, pieces: Sequence[Piece | Slot], view_start: int, view_stop: int
+    ) -> Steps[list[HostCopy]]:
+        copies: list[HostCopy] = []
+        for at, piece in enumerate(pieces):
+            if at and not at % _SLICE:
+                yield
+            skip = max(view_start - piece.first_token, 0)
+            stop = min(piece.first_token + piece.num_tokens, view_stop)
+            tokens = stop - piece.first_token - skip
+            if tokens > 0:
+                copies.append(self._copy(piece, view_start, skip, tokens))
+        return copies
 
     def _copy(
         self, piece: Piece | Slot, start: int, skip: int, tokens: int | None = None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 
+from kvlayer._steps import SLICE, Steps
 from kvlayer.identity.keys import ChunkChain, ObjectKey
+from kvlayer.runtime.turns import in_turns, to_the_end
 from kvlayer.tier.guard.estimate import Rate
 from kvlayer.tier.planner import plan
 from kvlayer.tier.planner.asking import Search
@@ -14,9 +17,9 @@ from kvlayer.tier.planner.lease import Lease
 from kvlayer.tier.planner.match import Match, Run
 from kvlayer.tier.planner.planner import Planner
 from kvlayer.tier.planner.promises import Promise
-from kvlayer.tier.planner.records import HostState
+from kvlayer.tier.planner.records import HostState, ObjectRecord
 from kvlayer.tier.tier import LowerTier
-from kvlayer.tier.transfer.loads import Loads, Wanted, down, wanted_of
+from kvlayer.tier.transfer.loads import Loads, Wanted, down
 from kvlayer.tier.transfer.objects import Objects
 from kvlayer.tier.transfer.promised import settled
 from kvlayer.tier.transfer.questions import Questions
@@ -45,12 +48,27 @@ class Finder:
         self._questions = {tier.index: Questions(tier, planner, objects, clock) for tier in lower}
 
     async def find(self, chain: ChunkChain, *, at_any_price: bool = False) -> Match:
-        """The longest prefix worth loading of what was seen: tiers are asked about every chunk.
+        """What :meth:`found` finds; nothing keeps it from going."""
+        async with self.found(chain, at_any_price=at_any_price) as match:
+            return match
 
-        ``at_any_price``: nobody waits for the loading, so that it is worth any time.
+    @asynccontextmanager
+    async def found(
+        self, chain: ChunkChain, *, at_any_price: bool = False
+    ) -> AsyncGenerator[Match]:
+        """The longest prefix worth loading of what was seen, held until the block ends.
+
+        Tiers are asked about every chunk. Being held is no use of it. ``at_any_price``: nobody
+        waits for the loading, so that it is worth any time.
         """
         await self._learn(chain, every=True)
-        return self._worth_loading(self._seen(self._planner.match(chain)), self._rate(at_any_price))
+        held: list[ObjectRecord] = []
+        try:
+            match = await in_turns(self._planner.holding(chain, chain.num_tokens, (), held))
+            match = await in_turns(self._seen(match))
+            yield await in_turns(self._worth_loading(match, self._rate(at_any_price)))
+        finally:
+            await to_the_end(self._planner.letting_go(held))
 
     async def lease(
         self,
@@ -76,17 +94,21 @@ class Finder:
         until = loop.time() + patience
         promised: tuple[Promise, bytes] | None = None
 
-        def choose(match: Match) -> Match | None:
+        def choose(match: Match) -> Steps[Match | None]:
             nonlocal promised
             if loop.time() < until:
                 promised = self._planner.promised(match, self._clock())
                 if promised is not None:
                     return None
-            return self._worth_loading(match if presume else self._seen(match), rate)
+            if not presume:
+                match = yield from self._seen(match)
+            return (yield from self._worth_loading(match, rate))
 
         while True:
-            leased = self._planner.lease_match(
-                chain, runs, choose, owner=owner, seconds=seconds, is_holding=is_holding
+            leased = await in_turns(
+                self._planner.leasing(
+                    chain, runs, choose, owner=owner, seconds=seconds, is_holding=is_holding
+                )
             )
             if leased is not None:
                 return leased
@@ -102,19 +124,26 @@ class Finder:
         """
         rate = self._rate()
 
-        def is_open(search: Search | None) -> bool:
+        def is_open(search: Search | None) -> Steps[bool]:
             if search is None:
                 return False
             tiers = _bits(t for t in self._asked(search.chain.namespace) if t.guard.serves)
-            return bool(tiers and self._planner.questions(search, tiers, self._clock()))
+            if not tiers:
+                return False
+            return bool((yield from self._planner.questions(search, tiers, self._clock())))
 
-        def choose(match: Match) -> Match | None:
-            if not match.is_whole and is_open(self._planner.search(chain, every=False)):
-                return None
-            for number in range(len(chain.accepts)):
-                if is_open(self._planner.search_accepted(chain, number, (), every=False)):
+        def choose(match: Match) -> Steps[Match | None]:
+            if not match.is_whole and self._asked(chain.namespace):
+                exact = match
+                if chain.accepts:
+                    exact = yield from self._planner.matching(chain.accepting())
+                if (yield from is_open(self._planner.search(exact, every=False))):
                     return None
-            return self._worth_loading(match, rate)
+            for number in range(len(chain.accepts)):
+                more = yield from self._planner.searching_accepted(chain, number, (), every=False)
+                if (yield from is_open(more)):
+                    return None
+            return (yield from self._worth_loading(match, rate))
 
         return self._planner.lease_match(chain, (), choose, owner=owner, seconds=seconds)
 
@@ -135,12 +164,17 @@ class Finder:
         In the exact namespace first, then about what follows in each that is accepted.
         """
         namespaces = [chain.namespace, *(each.namespace for each in chain.accepts)]
-        asked = (tier for namespace in namespaces for tier in self._asked(namespace))
-        until = self._clock() + max((tier.guard.deadline for tier in asked), default=0.0)
-        search = self._planner.search(chain, every=every)
+        asked = [tier for namespace in namespaces for tier in self._asked(namespace)]
+        if not asked:
+            return ()
+        until = self._clock() + max(tier.guard.deadline for tier in asked)
+        match = await in_turns(self._planner.matching(chain.accepting()))
+        search = self._planner.search(match, every=every)
         runs = [*await self._learn_by(search, until)]
         for number in range(len(chain.accepts)):
-            more = self._planner.search_accepted(chain, number, runs, every=every)
+            more = await in_turns(
+                self._planner.searching_accepted(chain, number, runs, every=every)
+            )
             if more is not None:
                 runs += await self._learn_by(more, until)
         return runs
@@ -153,7 +187,9 @@ class Finder:
     async def _learn_by(self, search: Search, until: float) -> Sequence[Run]:
         asked = {tier.index: tier for tier in self._asked(search.chain.namespace)}
         while asked:
-            round_ = self._planner.questions(search, _bits(asked.values()), self._clock())
+            round_ = await in_turns(
+                self._planner.questions(search, _bits(asked.values()), self._clock())
+            )
             if not round_:
                 break
             for tier in await self._ask([(asked[index], keys) for index, keys in round_], until):
@@ -179,39 +215,46 @@ class Finder:
         heard = {tier.index for (tier, _), ok in zip(questions, answered, strict=True) if ok}
         return [tier for tier, _ in asked if tier.index not in heard]
 
-    def _seen(self, match: Match) -> Match:
+    def _seen(self, match: Match) -> Steps[Match]:
         """What of it somebody has seen; another request may presume more of it."""
-        for count, records in enumerate(found for _, found in wanted_of(match)):
+        if match.is_resident:
+            return match
+        for count, (_, records) in enumerate(match.needs):
             if not all(record.is_ready for record in records):
-                return self._planner.shortened(match, count)
+                return (yield from self._planner.shortened(match, count))
+            if count and not count % SLICE:
+                yield
         return match
 
     def _rate(self, at_any_price: bool = False) -> float | None:
         return None if at_any_price else self._prefill.tokens_per_second
 
-    def _worth_loading(self, match: Match, rate: float | None) -> Match:
+    def _worth_loading(self, match: Match, rate: float | None) -> Steps[Match]:
         """``match`` cut where a tier is not asked for now, or where recomputing is faster."""
         dead = down(self._lower)
         if (not dead and rate is None) or match.is_resident:
             return match
-        best, most = self._planner.shortened(match, 0), 0.0
+        best, most = match.first(0), 0.0
         while match.spans:
-            needs = self._needs(match, dead)
+            needs = yield from self._needs(match, dead)
             stops = [span.stop for span in match.spans[: len(needs)]]
-            saved = plan.savings(stops, needs, self._takes if rate else _no_time, rate or 1.0)
+            takes = self._takes if rate else _no_time
+            saved = yield from plan.savings(stops, needs, takes, rate or 1.0)
             # A shorter hit may need other windows and save less than the longer one did.
             if len(needs) == len(match.spans) and saved[-1] > most:
                 best, most = match, saved[-1]
             count = plan.worthwhile(saved)
             if count == len(match.spans):
                 break
-            match = self._planner.shortened(match, count)
+            match = yield from self._planner.shortened(match, count)
         return best
 
-    def _needs(self, match: Match, dead: int) -> list[dict[int, int]]:
+    def _needs(self, match: Match, dead: int) -> Steps[list[dict[int, int]]]:
         """Bytes each span needs from each lower tier, up to the first that no tier can give."""
         needs: list[dict[int, int]] = []
-        for span, records in wanted_of(match):
+        for at, (span, records) in enumerate(match.needs):
+            if at and not at % SLICE:
+                yield
             need: dict[int, int] = {}
             for record in records:
                 if record.host is HostState.READY:
@@ -228,7 +271,7 @@ class Finder:
     def _takes(self, tier: int, nbytes: int) -> float:
         return self._lower[tier - 1].estimate.seconds(nbytes, self._clock())
 
-    def budget(self, wanted: Wanted, deadline: float | None) -> float | None:
+    def budget(self, wanted: Wanted, deadline: float | None) -> Steps[float | None]:
         """When a load has cost as much as computing it anew, so that it never costs twice that.
 
         Without the first span that is not in host memory all behind it is of no use.
@@ -236,9 +279,13 @@ class Finder:
         ends = [] if deadline is None else [self._clock() + deadline]
         rate = self._prefill.tokens_per_second
         if rate is not None:
-            absent = (s for s, found in wanted if any(r.host is not HostState.READY for r in found))
-            first = next(absent, None)
-            tokens = 0 if first is None else wanted[-1][0].stop - first.start
+            tokens = 0
+            for at, (span, found) in enumerate(wanted):
+                if at and not at % SLICE:
+                    yield
+                if any(record.host is not HostState.READY for record in found):
+                    tokens = wanted[-1][0].stop - span.start
+                    break
             ends.append(self._clock() + tokens / rate)
         return min(ends, default=None)
 

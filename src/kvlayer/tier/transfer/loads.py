@@ -10,6 +10,7 @@ from functools import partial
 from math import inf
 from typing import Protocol
 
+from kvlayer._steps import SLICE
 from kvlayer.abc.backend import Damaged
 from kvlayer.events import ObjectQuarantined
 from kvlayer.identity.keys import ObjectKey, Span
@@ -17,14 +18,13 @@ from kvlayer.results import Cause, Failure
 from kvlayer.runtime.foreign import words
 from kvlayer.tier.guard.guard import Lane, Refused, TierCall
 from kvlayer.tier.messages import Outcome
-from kvlayer.tier.planner.match import Match
 from kvlayer.tier.planner.planner import Keeps, Planner, Reservation
 from kvlayer.tier.planner.records import HostState, ObjectRecord
 from kvlayer.tier.tier import LowerTier, Tier
 from kvlayer.tier.transfer.flight import Flight, Flights, outcome_of
 from kvlayer.tier.transfer.objects import Objects
 
-__all__ = ["LATE", "Loads", "Wanted", "down", "wanted_of"]
+__all__ = ["LATE", "Loads", "Wanted", "down"]
 
 _AT_ONCE = 8  # flights begun per turn of the loop, to travel together: some 0.1 ms each
 
@@ -97,14 +97,20 @@ class _Request:
     flights: dict[ObjectKey, Flight] = field(default_factory=dict[ObjectKey, Flight])
     trips: dict[int, _Trip] = field(default_factory=dict[int, _Trip])
 
-    def gives_up(self) -> bool:
+    async def gives_up(self) -> bool:
         """Give up what is held of the prompt's end, a span at a time; whether something was."""
         while self.room is not None and self.last > self.started:
             _, records = self.wanted[self.last]
             self.last -= 1
-            if self.room.give_up(records):
+            if await self.room.give_up(records):
                 return True
         return False
+
+    async def may_start(self, failure: Failure | None, *, has_moved: bool) -> bool:
+        """Whether room has come for more, after ``failure`` stopped it."""
+        if self.room is None or failure is None or failure.cause is not Cause.NO_ROOM:
+            return False
+        return has_moved or await self.gives_up()
 
     def all_started(self, now: float) -> None:
         """Nothing more will be started: what was is measured."""
@@ -126,7 +132,7 @@ class Room(Protocol):
     def need(self, records: Sequence[ObjectRecord]) -> None:
         """These are brought up now: hold them, also where they were given up before."""
 
-    def give_up(self, records: Sequence[ObjectRecord]) -> bool:
+    async def give_up(self, records: Sequence[ObjectRecord]) -> bool:
         """Let go of these where a lower tier has them; whether any was held."""
         ...
 
@@ -190,23 +196,13 @@ class Loads:
             while at < len(wanted):
                 if failure is None or failure.cause is Cause.NO_ROOM:
                     failure = await self._take_off(request)
-                batch: list[tuple[Span, Sequence[ObjectRecord]]] = []
-                missed: Failure | None = None
-                while at + len(batch) < request.started:
-                    span, records = wanted[at + len(batch)]
-                    absent = [r for r in records if r.host is not HostState.READY]
-                    if absent:
-                        if batch and not all(flights[r.key].has_ended for r in absent):
-                            break
-                        missed = await self._bring_all(span, absent, request)
-                        if missed is not None:
-                            break
-                    batch.append((span, records))
+                batch, missed = await self._next(request, at)
                 at += len(batch)
                 if batch:
                     yield batch
-                may_start = failure is not None and failure.cause is Cause.NO_ROOM
-                may_start = may_start and room is not None and (bool(batch) or request.gives_up())
+                if len(batch) == SLICE:
+                    await asyncio.sleep(0)
+                may_start = await request.may_start(failure, has_moved=bool(batch))
                 if missed is None and (at < request.started or may_start):
                     continue
                 if (ended := missed or failure) is not None:
@@ -218,6 +214,23 @@ class Loads:
             request.all_started(self._clock())
             for flight in flights.values():
                 flight.leave()
+
+    async def _next(
+        self, request: _Request, at: int
+    ) -> tuple[list[tuple[Span, Sequence[ObjectRecord]]], Failure | None]:
+        """Spans from ``at`` on that are there, a slice at most; if there is none, why not."""
+        batch: list[tuple[Span, Sequence[ObjectRecord]]] = []
+        while at + len(batch) < request.started and len(batch) < SLICE:
+            span, records = request.wanted[at + len(batch)]
+            absent = [r for r in records if r.host is not HostState.READY]
+            if absent:
+                if batch and not all(request.flights[r.key].has_ended for r in absent):
+                    break
+                missed = await self._bring_all(span, absent, request)
+                if missed is not None:
+                    return batch, missed
+            batch.append((span, records))
+        return batch, None
 
     async def _bring_all(
         self, span: Span, absent: Sequence[ObjectRecord], request: _Request
@@ -233,7 +246,9 @@ class Loads:
 
         ``request.started`` spans are on their way or there.
         """
-        for span, records in request.wanted[request.started :]:
+        for count, (span, records) in enumerate(request.wanted[request.started :]):
+            if count and not count % SLICE:
+                await asyncio.sleep(0)
             if request.room is not None:
                 request.room.need(records)
             for record in records:
@@ -409,11 +424,3 @@ class Loads:
                 tier.fails(Cause.DEADLINE, "quarantine did not end in time")
             elif call.error is not None:
                 tier.complains(Cause.TIER_DOWN, words(call.error))
-
-
-def wanted_of(match: Match) -> Wanted:
-    """What a match needs, span by span."""
-    return [
-        (span, [record for cover in covers for record in cover])
-        for span, covers in zip(match.spans, match.covers, strict=True)
-    ]

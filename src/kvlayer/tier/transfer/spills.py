@@ -7,10 +7,11 @@ queued is held by nobody: it is dropped, and counted, when host memory itself mu
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 
+from kvlayer._steps import SLICE, Steps
 from kvlayer.identity.keys import ObjectKey, Span
 from kvlayer.results import Cause, Failure
 from kvlayer.tier.guard.guard import Lane, Refused, TierCall
@@ -133,21 +134,31 @@ class Spills:
         write.end(Outcome(write.key, Cause.NO_ROOM, detail))
         queue.changed()
 
-    def withdraw(self, tier: int, keys: Container[ObjectKey] | None = None) -> list[Write]:
+    def withdraw(self, tier: int, keys: Sequence[ObjectKey] | None = None) -> Steps[list[Write]]:
         """Do not write these objects to a tier, or none at all: they are about to be removed there.
 
         Returns the writes that run already: see :meth:`settled`.
         """
-        queue = self._queues.get(tier)
+        queue, running = self._queues.get(tier), list[Write]()
         if queue is None:
-            return []
-        for write in [w for key, w in queue.waiting.items() if keys is None or key in keys]:
-            del queue.waiting[write.key]
-            write.end(Outcome(write.key, Cause.CLEARED, "removed by request before it was written"))
-        queue.changed()
-        running = [w for key, w in queue.running.items() if keys is None or key in keys]
-        for write in running:
-            write.is_withdrawn = True
+            return running
+        named = [*queue.waiting, *queue.running] if keys is None else keys
+        for at in range(0, len(named), SLICE):
+            for key in named[at : at + SLICE]:
+                if (write := queue.waiting.pop(key, None)) is not None:
+                    write.end(
+                        Outcome(key, Cause.CLEARED, "removed by request before it was written")
+                    )
+            queue.changed()
+            if len(named) > SLICE:
+                yield
+        for at in range(0, len(named), SLICE):
+            for key in named[at : at + SLICE]:
+                if (write := queue.running.get(key)) is not None:
+                    write.is_withdrawn = True
+                    running.append(write)
+            if len(named) > SLICE:
+                yield
         return running
 
     # -- running ---------------------------------------------------------------------------------

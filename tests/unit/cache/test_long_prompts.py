@@ -1,0 +1,201 @@
+"""A long prompt holds nobody up: no step of any call grows with how long it is.
+
+What a step does is counted in lines of Python, the same on every machine: between two turns of the
+loop, and while the planner's lock is held, which lookups in other threads wait for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+from array import array
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import pytest
+from caches import WEIGHTS
+from engine import Engine
+from hang import HANG
+
+from kvlayer import (
+    AttentionKind,
+    Cache,
+    CacheConfig,
+    GroupLayout,
+    KVGroup,
+    KVLayout,
+    ModelConfig,
+    Scope,
+    TierConfig,
+)
+from kvlayer._steps import SLICE
+from kvlayer.layout import NHD, HitRule
+from kvlayer.testing import invariants
+
+CHUNK = 16
+FEW, MANY = 2 * SLICE + 5, 4 * SLICE + 5  # chunks; the rest ends in a tail
+
+PLAIN = KVGroup(AttentionKind.MHA, (0,), "int8", 1, 8)
+WINDOW = KVGroup(
+    AttentionKind.MHA, (1,), "int8", 1, 8, hit_rule=HitRule.TRAILING, window_tokens=3 * CHUNK
+)
+LAYOUTS = {
+    "every chunk": KVLayout.single(PLAIN, NHD, tokens_per_block=CHUNK),
+    "window": KVLayout((GroupLayout(PLAIN, NHD, CHUNK), GroupLayout(WINDOW, NHD, CHUNK))),
+}
+BELOW = TierConfig(url="cpu://?capacity=256MiB", write="back", deadline_seconds=HANG)
+
+
+class Lines:
+    """Counts lines that run, in turns of the loop and in holds of the planner's lock."""
+
+    def __init__(self) -> None:
+        self.most: dict[str, dict[str, int]] = {}
+        """By call, the most of one turn and of one hold."""
+        self._count = 0
+        self._turn = self._hold = 0
+        self._turns = self._holds = 0
+        self._depth = 0
+
+    def trace(self, frame: FrameType, event: str, _: object) -> Any:
+        if event == "line":
+            self._count += 1
+        elif event == "call" and "kvlayer" not in frame.f_code.co_filename:
+            return None
+        return self.trace
+
+    def turn(self, run: Callable[[Any], None], handle: Any) -> None:
+        before, self._count = self._count, 0
+        run(handle)
+        self._turns = max(self._turns, self._count)
+        self._count += before
+
+    @contextmanager
+    def call(self, name: str) -> Generator[None]:
+        """What runs inside is ``name``'s."""
+        self._turns = self._holds = 0
+        yield
+        self.most[name] = {"turn": self._turns, "hold": self._holds}
+
+    # -- the lock ----------------------------------------------------------------------------
+
+    def watch(self, cache: Cache) -> None:
+        """Count what runs under the lock of a cache's planner, in this thread."""
+        planner = cache.stack.planner
+        self._lock = planner.lock
+        planner.lock = self  # type: ignore[assignment]
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        if not self._depth:
+            self._hold = self._count
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._holds = max(self._holds, self._count - self._hold)
+        self._lock.release()
+
+
+async def lived(lines: Lines, layout: KVLayout, chunks: int, *lower: TierConfig) -> None:
+    """Every public call, with a prompt of so many chunks."""
+    count = chunks * CHUNK + 7
+    tokens, other = array("i", range(count)), array("i", range(7, count + 7))
+    engine = Engine(layout, chunks + 1, 1)
+    view = engine.view(range(count))
+    config = CacheConfig(
+        model=ModelConfig(weights=WEIGHTS, compute_dtype="float16"),
+        tiers=(TierConfig(url="cpu://?capacity=256MiB"), *lower),
+        tokens_per_chunk=CHUNK,
+    )
+    found = count - count % 2
+    async with Cache.open(config, layout) as cache:
+        lines.watch(cache)
+        chain = cache.chain(tokens)
+
+        async def do(name: str, work: Callable[[], Awaitable[Any]]) -> Any:
+            await asyncio.sleep(0)
+            gc.collect()  # what nobody holds any more is looked for anew
+            with lines.call(name):
+                result = await work()
+                await asyncio.sleep(0)
+            return result
+
+        async def look() -> int:
+            async with cache.lookup(chain) as hit:
+                return hit.tokens
+
+        async def poll() -> int:
+            with cache.begin_lookup(chain) as lookup:
+                return (await lookup).tokens
+
+        async def load() -> int:
+            async with cache.lookup(chain) as hit:
+                return (await cache.retrieve(hit, view)).tokens
+
+        async def promote() -> int:
+            async with cache.lookup(chain) as hit:
+                return (await cache.promote(hit)).tokens
+
+        async def pin() -> None:
+            assert cache.control.unpin(await cache.control.pin(chain, seconds=60.0))
+
+        assert (await do("store", lambda: cache.store(chain, view))).stored == chunks + 1
+        await do("flush", cache.flush)
+        assert (await do("store again", lambda: cache.store(chain, view))).skipped == chunks + 1
+        for name, call in (("look", look), ("poll", poll), ("load", load), ("promote", promote)):
+            assert await do(name, call) == found, name
+        if lower:
+            await cache.control.clear("cpu")
+            assert await do("look below", look) == found
+            assert await do("load from below", load) == found
+        await do("pin", pin)
+        prefetched = await do("prefetch", lambda: _of(cache.prefetch(chain, deadline=0.0001)))
+        assert prefetched.tokens == found
+        assert (await do("explain", lambda: cache.control.explain(chain))).hit_tokens == found
+        missed = await do("explain a miss", lambda: cache.control.explain(other))
+        assert missed.hit_tokens == 0 and missed.misses
+        await asyncio.sleep(0.01)  # until the prefetch's lease is over
+        await do("expire", look)
+        private = Scope.private("tenant")
+        await do("store in a scope", lambda: cache.store(tokens, view, scope=private))
+        assert await do("evict", lambda: cache.control.evict(chain)) >= chunks
+        assert await do("clear", cache.control.clear) >= chunks
+        invariants.accounts(cache.stack.planner, idle=True)
+
+
+async def _of(work: Awaitable[Any]) -> Any:
+    return await work
+
+
+def most(layout: KVLayout, chunks: int, *lower: TierConfig) -> dict[str, dict[str, int]]:
+    lines = Lines()
+    run = asyncio.events.Handle._run
+    before = sys.gettrace()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyncio.events.Handle, "_run", lambda handle: lines.turn(run, handle))
+        sys.settrace(lines.trace)
+        try:
+            asyncio.run(lived(lines, layout, chunks, *lower))
+        finally:
+            sys.settrace(before)
+    return lines.most
+
+
+@pytest.mark.parametrize(
+    ("name", "below"), [("every chunk", False), ("every chunk", True), ("window", True)]
+)
+def test_no_turn_and_no_hold_grows_with_the_prompt(name: str, below: bool) -> None:
+    lower = (BELOW,) if below else ()
+    few, many = (most(LAYOUTS[name], chunks, *lower) for chunks in (FEW, MANY))
+    grown = {
+        (call, kind): (few[call][kind], lines)
+        for call, counts in many.items()
+        for kind, lines in counts.items()
+        if lines > 1.4 * few[call][kind] + 300
+    }
+    assert grown == {}, "\n".join(map(str, grown.items()))
