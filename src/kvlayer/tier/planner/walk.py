@@ -121,7 +121,7 @@ class Walk:
         covers = covers[: len(spans)]
         stop = spans[-1].stop if spans else 0
         needed: list[Sequence[Cover]] = []
-        rest = []
+        rest = list[ObjectRecord]()
         for at in range(0, len(spans), SLICE):
             needed += matcher.needed(spans[at : at + SLICE], covers[at : at + SLICE], stop)
             rest += _objects(needed[at:])
