@@ -82,14 +82,15 @@ BUGS = {
     "cancellation": Bug(
         "a retrieve that is cancelled keeps its pins",
         Stack.retrieve,
-        "finally:",
-        "except ZeroDivisionError:\n        raise\n    else:",
+        "    finally:\n        try:\n            await to_the_end(reading.closing())",
+        "    except ZeroDivisionError:\n        raise\n    else:\n        try:\n"
+        "            await to_the_end(reading.closing())",
     ),
     "lease_expiry": Bug(
         "a lease that has run out keeps its pins",
         LeaseTable.expire,
-        "self.release(number)",
-        "pass",
+        "count = self._let_go(self._ending[0], room)",
+        "count = len(self._ending[0].held)\n        self._ending[0].held.clear()",
     ),
     "janitor_hand_over": Bug(
         "who takes office does not count what it finds",
@@ -141,15 +142,15 @@ UNCHECKED = Bug(
 RACES = {
     "found, then leased": Bug(
         "something goes between being found and being leased",
-        LookupPlanner.lease_match,
-        "with self.lock:",
-        "if True:",
+        LookupPlanner.leasing,
+        "with self.lock, self._presuming(chain, runs):",
+        "with self._presuming(chain, runs):",
     ),
     "claimed without the lock": Bug(
         "what a lease holds is pinned a moment after it was looked at",
-        Planner.claim,
-        "with self.lock:",
-        "if True:",
+        Planner.claiming,
+        "with self.lock:\n            if is_whole",
+        "if True:\n            if is_whole",
     ),
 }
 """Races of threads, for the schedule to find."""

@@ -53,7 +53,7 @@ def unchecked(patch: pytest.MonkeyPatch) -> None:
 
 def kept(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("kvlayer.tier.planner.lease.LeaseTable.release", lambda *_: True)
-    patch.setattr("kvlayer.tier.planner.lease.LeaseTable.expire", lambda *_: [])
+    patch.setattr("kvlayer.tier.planner.lease.LeaseTable.is_due", lambda *_: False)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

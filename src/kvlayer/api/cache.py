@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from kvlayer._steps import SLICE, Steps
-from kvlayer._values import callee, flag, function, instance, number, waiting, whole
+from kvlayer._values import callee, flag, function, instance, number, text, waiting, whole
 from kvlayer.abc.backend import Backend
 from kvlayer.abc.codec import Codec
 from kvlayer.abc.stager import Landed, MakeStager
@@ -178,6 +178,7 @@ class Cache:
         window = self._window(kv, first_token)
         flag("tail", tail)
         function("on_gathered", on_gathered)
+        text("quality", quality, hint="PrefixHit.quality says it, and 'exact' is the default")
         chain = await self._names.to_store(tokens, scope, window, quality)
         with self._emit.request("store", chain.scope.owner, chain.num_tokens):
             stored = await self._stack.store(

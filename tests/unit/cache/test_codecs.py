@@ -14,6 +14,7 @@ from coded_process import CHUNK, engine
 from engine import same
 
 from kvlayer import Cache, Cause, TierConfig
+from kvlayer._steps import finish
 from kvlayer.abc.backend import Read
 from kvlayer.abc.codec import Codec
 from kvlayer.codec.frame import parent_of
@@ -206,7 +207,7 @@ async def test_what_is_stored_takes_on_a_tier_is_known_however_it_was_learnt(
         assert _taken(cache) == taken
         explained = await cache.control.explain(prompt)
         assert explained.encoded_nbytes == {"file": taken}
-        records = cache.stack.planner.known(cache.chain(prompt))
+        records = finish(cache.stack.planner.known(cache.chain(prompt)))
         assert [record.encoding(1) for record in records] == [2, 1, 1, 1]
         async with cache.lookup(prompt) as hit:  # loaded
             assert (await cache.retrieve(hit, other.view(slots))).tokens == len(prompt)
@@ -275,7 +276,7 @@ async def test_frames_are_relayed_from_one_directory_to_another_and_served_there
     async with opened(replace(both, tiers=(*both.tiers, place))) as cache:
         chain = cache.chain(prompt)
         await cache.store(prompt, ours.view(slots))
-        records = cache.stack.planner.known(chain)
+        records = finish(cache.stack.planner.known(chain))
         moves = [
             Relayed(record.key, record.start, parent=chain.span(at).parent)
             for at, record in enumerate(records)
