@@ -145,13 +145,13 @@ class Stack:
             landed = _Told(self.foreign, landed)
         claimed, match = await in_turns(self.planner.claiming(match, lease, window.stop))
         reading = Reading(self.planner, match, lease)
+        stop = min(match.tokens, window.stop)
+        bound = Window(window.start, stop - stop % self._native_step)
         trouble: list[Failure] = []
         done = 0
         try:
             if on_claimed is not None:
                 await in_turns(on_claimed(claimed))
-            stop = min(match.tokens, window.stop)
-            bound = Window(window.start, stop - stop % self._native_step)
             wanted = await reading.within(bound.start, bound.stop)
             until = await in_turns(self.finder.budget(wanted, deadline))
             arriving = self.loads.arrive(wanted, trouble, until, room=reading)
