@@ -112,7 +112,8 @@ async def test_without_listeners_no_source_is_looked_at(
     def refuse(*_: object) -> None:
         raise AssertionError("computed for nobody")
 
-    monkeypatch.setattr(sources.Sources, "__init__", refuse)
+    monkeypatch.setattr(sources.Sources, "taking", refuse)
+    monkeypatch.setattr(sources.Sources, "served", refuse)
     async with Cache.open(config(), layout()) as cache:
         view = engine.view(engine.slots(32))
         await cache.store(tokens(32), view)
