@@ -186,16 +186,22 @@ def most(layout: KVLayout, chunks: int, *lower: TierConfig) -> dict[str, dict[st
     return lines.most
 
 
-@pytest.mark.parametrize(
-    ("name", "below"), [("every chunk", False), ("every chunk", True), ("window", True)]
-)
-def test_no_turn_and_no_hold_grows_with_the_prompt(name: str, below: bool) -> None:
-    lower = (BELOW,) if below else ()
-    few, many = (most(LAYOUTS[name], chunks, *lower) for chunks in (FEW, MANY))
-    grown = {
-        (call, kind): (few[call][kind], lines)
-        for call, counts in many.items()
-        for kind, lines in counts.items()
-        if lines > 1.4 * few[call][kind] + 300
-    }
-    assert grown == {}, "\n".join(map(str, grown.items()))
+VARIANTS: list[tuple[str, tuple[TierConfig, ...]]] = [
+    ("every chunk", ()),
+    ("every chunk", (BELOW,)),
+    ("window", (BELOW,)),
+]
+"""The first in every run. Below host memory threads decide what falls into one turn of the loop:
+those are counted in the campaign, on a quiet machine."""
+
+
+def test_no_turn_and_no_hold_grows_with_the_prompt(dose: Any) -> None:
+    for name, lower in VARIANTS[: dose(1, len(VARIANTS))]:
+        few, many = (most(LAYOUTS[name], chunks, *lower) for chunks in (FEW, MANY))
+        grown = {
+            (call, kind): (few[call][kind], lines)
+            for call, counts in many.items()
+            for kind, lines in counts.items()
+            if lines > 1.4 * few[call][kind] + 300
+        }
+        assert grown == {}, "\n".join(map(str, grown.items()))
