@@ -30,7 +30,7 @@ CAMPAIGN = {
     "simulation": ["tests/simulation"],
     "conformance": ["tests/conformance"],
     "faults": ["tests/faults"],
-    "situations": ["tests/situations"],
+    "situations": ["tests/situations", "tests/unit/cache/test_long_prompts.py"],
     "families": ["tests/engines/transformers/test_families.py"],
     "fuzz": ["tests/fuzz"],
     "kernels": ["tests/staging/test_kernels.py", "tests/staging/test_mutants.py"],
