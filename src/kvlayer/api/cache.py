@@ -194,17 +194,8 @@ class Cache:
             if stored.spans or stored.skipped:
                 await self._remember(chain, stored)
             if self._emit:
-                self._emit(
-                    StoreDone(
-                        owner=chain.scope.owner,
-                        stored=report.stored,
-                        skipped=report.skipped,
-                        dropped=report.dropped,
-                        failed=report.failed,
-                        nbytes=stored.nbytes,
-                        seconds=self._clock() - started,
-                    )
-                )
+                owner, seconds = chain.scope.owner, self._clock() - started
+                self._emit(_store_done(owner, report, stored.nbytes, seconds))
         return report
 
     @asynccontextmanager
@@ -592,6 +583,18 @@ def _gone(hit: PrefixHit, match: Match) -> Failure:
     if match.chain.is_stale:
         return Failure(lost, Cause.REBOUND, detail=REBOUND)
     return Failure(lost, Cause.VANISHED, detail="gone since the lookup's lease ran out")
+
+
+def _store_done(owner: str, report: StoreReport, nbytes: int, seconds: float) -> StoreDone:
+    return StoreDone(
+        owner=owner,
+        stored=report.stored,
+        skipped=report.skipped,
+        dropped=report.dropped,
+        failed=report.failed,
+        nbytes=nbytes,
+        seconds=seconds,
+    )
 
 
 def _nameless(chain: ChunkChain, start: int) -> list[Failure]:

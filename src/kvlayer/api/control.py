@@ -11,6 +11,7 @@ from kvlayer._steps import Steps
 from kvlayer._values import instance, text
 from kvlayer.abc.backend import Capability
 from kvlayer.api.explain import explain
+from kvlayer.api.lookup import released
 from kvlayer.errors import ArgumentError, ConfigError
 from kvlayer.identity.keys import ObjectKey, Scope, Tokens
 from kvlayer.results import Cause, Explanation, Health, Stats
@@ -77,7 +78,7 @@ class Control:
                 "this pin was not made by this cache",
                 hint="use a pin with the cache whose control.pin returned it, as it is",
             )
-        return planner.release(lease.number)
+        return released(planner, lease)
 
     async def explain(self, tokens: Tokens, *, scope: Scope = _PUBLIC) -> Explanation:
         """What of a prompt is usable, from where, and the cause of every miss."""

@@ -30,7 +30,7 @@ from kvlayer.tier.planner.lease import Lease
 from kvlayer.tier.planner.match import Match
 from kvlayer.tier.planner.planner import Planner
 
-__all__ = ["Lookup", "LookupState", "Lookups"]
+__all__ = ["Lookup", "LookupState", "Lookups", "released"]
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class Lookup:
             self._is_released = True
             hit = self._hit
         if hit is not None:
-            return hit.lease is not None and _released(self._planner, hit.lease)
+            return hit.lease is not None and released(self._planner, hit.lease)
         if self._search is not None:
             self._search.cancel()
         return False
@@ -152,7 +152,7 @@ class Lookup:
                 self._hit = hit
                 return
         if hit.lease is not None:
-            self._planner.release(hit.lease.number)
+            released(self._planner, hit.lease)
 
 
 Spawn: TypeAlias = Callable[[Callable[[], Coroutine[Any, Any, None]]], Search]
@@ -324,17 +324,14 @@ class Lookups:
         )
 
 
-def _released(planner: Planner, lease: Lease) -> bool:
+def released(planner: Planner, lease: Lease) -> bool:
     """Give a lease back; on a loop, what is long is let go of in the loop's next turns."""
-    steps = planner.releasing(lease.number)
-    try:
-        next(steps)
-    except StopIteration as end:
-        return bool(end.value)
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:  # in a thread of its own
-        finish(steps)
-    else:
-        soon(steps)
-    return True
+    is_released = planner.ended(lease.number)
+    if planner.leases.is_ending:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:  # in a thread of its own
+            finish(planner.expiring())
+        else:
+            soon(planner.expiring())
+    return is_released

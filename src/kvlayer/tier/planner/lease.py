@@ -160,7 +160,8 @@ class LeaseTable:
         if lease is None:
             return False
         self._end(lease)
-        if self._let_go(lease, SLICE) and lease.held:
+        self._let_go(lease, SLICE)
+        if lease.held:
             self._ending.append(lease)
         return True
 

@@ -79,12 +79,17 @@ class LookupPlanner(Tables):
 
     def letting_go(self, held: list[ObjectRecord]) -> Steps[None]:
         """Let go of what was held, the end of it first. ``held`` is what is left."""
-        while held:
+        return self._giving_back(held, self.host.let_go)
+
+    def _giving_back(
+        self, left: list[ObjectRecord], give: Callable[[Sequence[ObjectRecord]], object]
+    ) -> Steps[None]:
+        while left:
             with self.lock:
-                some = held[-SLICE:]
-                del held[-SLICE:]
-                self.host.let_go(some)
-            if held:
+                some = left[-SLICE:]
+                del left[-SLICE:]
+                give(some)
+            if left:
                 yield
 
     def search(self, match: Match, *, every: bool) -> Search:
@@ -369,13 +374,7 @@ class LookupPlanner(Tables):
 
     def unpinning(self, path: list[ObjectRecord]) -> Steps[None]:
         """Let go of objects after a move, root first; one use. ``path`` is what is left of it."""
-        while path:
-            with self.lock:
-                some = path[-SLICE:]
-                del path[-SLICE:]
-                self.host.unpin(some)
-            if path:
-                yield
+        return self._giving_back(path, self.host.unpin)
 
     def keeping(self, lease: Lease, match: Match) -> Steps[None]:
         """A lease holds its match, which was brought up, until it ends: ``Lease.is_holding``."""
@@ -397,13 +396,17 @@ class LookupPlanner(Tables):
         """Give a lease back, all of it now; False when it had expired."""
         return finish(self.releasing(number))
 
+    def ended(self, number: int) -> bool:
+        """The first step of :meth:`releasing`; :meth:`expiring` has the others."""
+        with self.lock:
+            return self.leases.release(number)
+
     def releasing(self, number: int) -> Steps[bool]:
         """:meth:`release` in steps, of which the first ends it.
 
         What is not drawn is done by the next lookup, store or load.
         """
-        with self.lock:
-            is_released = self.leases.release(number)
+        is_released = self.ended(number)
         if self.leases.is_ending:
             yield
             yield from self.expiring()
