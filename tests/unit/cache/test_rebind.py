@@ -79,7 +79,9 @@ async def idle(cache: Cache) -> None:
             await next(iter(tier.guard._calls)).ended()
 
 
-def settled(cache: Cache) -> None:
+async def settled(cache: Cache) -> None:
+    """Every account is exact and nothing is held, once nothing is on its way to a tier."""
+    await idle(cache)
     check_accounts(cache.stack.planner, idle=True)
     assert cache.control.stats().leases == 0
 
@@ -105,7 +107,7 @@ async def test_each_epoch_serves_its_own_and_the_old_one_is_read_on_request(tmp_
             await model.store(cache, cache.chain(PROMPT, namespace=OLD))
         await cache.rebind(OLD)  # the old weights are back
         assert begin(await served(cache), model.old)
-        settled(cache)
+        await settled(cache)
     assert {path.relative_to(tmp_path).parts[1] for path in stored_files(tmp_path)} == {
         OLD.digest,
         NEW.digest,
@@ -141,7 +143,7 @@ async def test_a_hit_of_the_old_epoch_is_refused_and_its_lease_given_back(to: Na
         assert cache.control.stats().tiers[0].misses[Cause.REBOUND] == 3
         assert same(before, other.read(other.slots(LENGTH)))
         assert (await served(cache))[0] == (LENGTH if to == OLD else 0)
-        settled(cache)
+        await settled(cache)
 
 
 @pytest.mark.asyncio
@@ -164,7 +166,7 @@ async def test_a_request_that_keeps_its_chain_cannot_straddle() -> None:
         assert cache.chain(again) is again
         with cache.begin_lookup(chain) as lookup:
             assert (await lookup).tokens == 0
-        settled(cache)
+        await settled(cache)
 
 
 async def straddle(
@@ -205,14 +207,13 @@ async def test_a_store_under_way_at_any_await_stores_nothing_of_the_new_weights(
             assert (await served(cache))[0] == 0
             found = await served(cache, cache.chain(PROMPT, namespace=OLD))
             assert begin(found, model.old)
-            await idle(cache)
-            settled(cache)
+            await settled(cache)
             await cache.control.clear("cpu")
             found = await served(cache, cache.chain(PROMPT, namespace=OLD))
             assert begin(found, model.old)  # what was queued then was written under its own name
             assert (found[0] > 0) == (report.stored > 0)
             assert (await served(cache))[0] == 0
-            settled(cache)
+            await settled(cache)
     assert kept == {0, SPANS}  # some were stopped, and some were through
 
 
@@ -247,8 +248,7 @@ async def test_a_load_under_way_at_any_await_writes_nothing_after_that(tmp_path:
             assert report.tokens == (0 if report.failed or not tokens_ else LENGTH)
             assert {failure.cause for failure in report.failed} <= {Cause.REBOUND}
             assert same(seen[0], other.read(slots))
-            await idle(cache)
-            settled(cache)
+            await settled(cache)
     assert any(report.failed for report in reports)
     assert any(report.tokens for report in reports)
     assert any(not report.failed and not report.tokens for report in reports)  # as a miss
@@ -331,7 +331,7 @@ async def test_an_update_that_fails_leaves_the_cache_closed_until_it_is_rebound(
         await cache.rebind(OLD)
         assert begin(await served(cache), model.old)
         assert (await served(cache))[0] == LENGTH
-        settled(cache)
+        await settled(cache)
 
 
 @pytest.mark.asyncio
@@ -350,7 +350,7 @@ async def test_rebinding_twice_at_once_waits_for_all_that_runs(tmp_path: Path) -
             for namespace in (NEW, third):
                 assert (await served(cache, cache.chain(PROMPT, namespace=namespace)))[0] == 0
             assert begin(await served(cache, cache.chain(PROMPT, namespace=OLD)), model.old)
-            settled(cache)
+            await settled(cache)
 
 
 @pytest.mark.asyncio
@@ -386,7 +386,7 @@ async def test_who_is_cancelled_by_somebody_else_meanwhile_stays_cancelled(tmp_p
             await asyncio.wait({store})
             await cache.flush()
             assert store.cancelled() or store.result().stored + len(store.result().failed) == SPANS
-            settled(cache)
+            await settled(cache)
     assert cut > 0
 
 
@@ -467,7 +467,7 @@ async def test_evict_and_clear_take_what_every_served_namespace_has(tmp_path: Pa
         await cache.control.clear()
         assert stored_files(tmp_path) == []
         assert (await served(cache))[0] == 0
-        settled(cache)
+        await settled(cache)
 
 
 @pytest.mark.asyncio
@@ -516,4 +516,4 @@ async def test_many_epochs_leave_nothing_behind(tmp_path: Path) -> None:
         assert len(stack._recoveries) == 1 and not stack.epochs._running
         assert stack.planner.counts([]).used_nbytes <= stack.planner.counts([]).capacity_nbytes
         await cache.control.clear()
-        settled(cache)
+        await settled(cache)
