@@ -428,6 +428,10 @@ class Cache:
         for it (``chain(tokens, namespace=old)``). Where each rank has a cache of its own, each is
         rebound; where one plans for all ranks, they have nothing to do.
 
+        Several at once all await their ``update``; the cache is bound to the namespace of the last
+        that began, and stores and serves nothing before the last of them has ended. So one that is
+        called inside another's ``update`` returns before that.
+
         Waits for what the ranks or the device are copying, without a deadline: memory that somebody
         may still read is not to be changed. Where this is cancelled, or ``update`` raises, the
         cache stores and serves nothing until it is rebound.

@@ -45,7 +45,6 @@ async def rebind(
     stack, before = parts.stack, parts.namespace
     # No request can begin between any two of these: there is no await.
     stopped = stack.epochs.close(namespace.digest)
-    closed = stack.epochs.current
     parts.namespace = namespace
     stack.planner.serve(namespace.digest)
     for tier in stack.lower:
@@ -56,7 +55,7 @@ async def rebind(
             stack.recover(tier, namespace.digest)
     if parts.emit:
         parts.emit(CacheRebound(before=before.digest, now=namespace.digest, stopped=stopped))
-    await stack.epochs.ended()
-    if update is not None:
-        await awaited(update)
-    stack.epochs.open(closed)
+    with stack.epochs.changing():
+        await stack.epochs.ended()
+        if update is not None:
+            await awaited(update)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 
 from kvlayer.identity.epoch import Epoch
@@ -26,6 +27,10 @@ class Epochs:
     def __init__(self, namespace: str = "") -> None:
         self.current = Epoch(namespace, self)
         self._running: dict[_Within, None] = {}
+        self._changing = 0
+        """How many change the engine's memory now."""
+        self._changed: Epoch | None = None
+        """The closed epoch for which that has been done, if that is the last there was."""
         self._left: asyncio.Future[None] | None = None
         """Whoever waits is told by this when something of an epoch that is over has ended."""
 
@@ -40,16 +45,32 @@ class Epochs:
     def close(self, namespace: str) -> int:
         """End the current epoch; how many operations are being stopped.
 
-        What begins from now on is of an epoch that is over from its start, until :meth:`open`.
+        What begins from now on is of an epoch that is over from its start, until one opens: see
+        :meth:`changing`.
         """
         self.current.is_over = True
         self.current = Epoch(namespace, self, is_over=True)
         return sum([each.stop() for each in [*self._running]])
 
-    def open(self, closed: Epoch) -> None:
-        """Begin an epoch of the namespace that ``closed`` is of, unless that was closed again."""
-        if self.current is closed:
-            self.current = Epoch(closed.namespace, self)
+    @contextmanager
+    def changing(self) -> Generator[None]:
+        """The engine's memory is changed inside, for the current epoch, which is closed.
+
+        That opens when the last of those who are inside at once has left, unless it was closed
+        again, or who left last did so by an error: memory that one of them still changes is
+        nobody's.
+        """
+        closed, is_through = self.current, False
+        self._changing += 1
+        try:
+            yield
+            is_through = True
+        finally:
+            self._changing -= 1
+            if closed is self.current or not is_through:
+                self._changed = closed if is_through else None
+            if not self._changing and self._changed is self.current:
+                self.current = Epoch(self.current.namespace, self)
 
     async def ended(self) -> None:
         """Wait until nothing runs any more of epochs that are over."""

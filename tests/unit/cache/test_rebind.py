@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -331,6 +332,35 @@ async def test_an_update_that_fails_leaves_the_cache_closed_until_it_is_rebound(
         await cache.rebind(OLD)
         assert begin(await served(cache), model.old)
         assert (await served(cache))[0] == LENGTH
+        await settled(cache)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("inside", [False, True], ids=["beside", "inside"])
+async def test_while_any_update_changes_the_memory_nothing_is_stored_or_served(
+    inside: bool,
+) -> None:
+    model, go = Model(), asyncio.Event()
+    third = replace(OLD, weights="sha256:" + "ef" * 32)
+    async with opened() as cache:
+
+        async def slow() -> None:
+            if inside:
+                await cache.rebind(third)
+            await go.wait()
+            model.updated()
+
+        first = asyncio.ensure_future(cache.rebind(NEW, slow))
+        await asyncio.sleep(0)
+        if not inside:
+            await cache.rebind(third, partial(asyncio.sleep, 0))
+        report = await model.store(cache)
+        assert [failure.cause for failure in report.failed] == [Cause.REBOUND] * SPANS
+        go.set()
+        await first
+        assert cache.namespace == third and (await served(cache))[0] == 0
+        assert (await model.store(cache)).stored == SPANS
+        assert begin(await served(cache), model.now)
         await settled(cache)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack, suppress
 
 import pytest
 from stacks import CHUNK, NAMESPACE, chain_of, check_accounts, holds_all, make_planner
@@ -53,7 +54,9 @@ async def test_closing_stops_what_runs_and_opening_waits_until_it_has_let_go() -
     await ended
     assert all(work.is_over for work in some)
     assert [await work.task for work in some] == ["over"] * 3
-    epochs.open(closed)
+    assert epochs.current is closed
+    with epochs.changing():
+        assert epochs.current.is_over
     assert epochs.current.namespace == "b" and not epochs.current.is_over
 
 
@@ -71,15 +74,37 @@ async def test_nothing_begins_in_an_epoch_that_is_over_or_while_none_is_open() -
 
 
 @pytest.mark.asyncio
-async def test_who_closed_last_opens() -> None:
+@pytest.mark.parametrize("order", ["first ends first", "last ends first"])
+async def test_who_closed_last_names_the_epoch_and_who_ends_last_opens_it(order: str) -> None:
     epochs = Epochs("a")
+    first, last = epochs.changing(), epochs.changing()
     epochs.close("b")
-    earlier = epochs.current
+    first.__enter__()
     epochs.close("c")
-    epochs.open(earlier)
-    assert epochs.current.is_over
-    epochs.open(epochs.current)
+    last.__enter__()
+    for each in (first, last) if order == "first ends first" else (last, first):
+        assert epochs.current.is_over
+        each.__exit__(None, None, None)
     assert epochs.current.namespace == "c" and not epochs.current.is_over
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("fails", ["first", "last"])
+async def test_memory_that_somebody_failed_to_change_is_not_opened(fails: str) -> None:
+    epochs = Epochs("a")
+    with suppress(ZeroDivisionError), ExitStack() as first:
+        epochs.close("b")
+        first.enter_context(epochs.changing())
+        with suppress(ZeroDivisionError):
+            epochs.close("c")
+            with epochs.changing():
+                assert fails != "last" or 1 / 0
+        assert fails != "first" or 1 / 0
+    assert epochs.current.namespace == "c" and epochs.current.is_over
+    epochs.close("d")
+    with epochs.changing():
+        pass
+    assert epochs.current.namespace == "d" and not epochs.current.is_over
 
 
 @pytest.mark.asyncio
