@@ -41,7 +41,7 @@ class Codec(ABC):
     ) -> Coded:
         """Code the bytes that ``raw`` are together into the beginning of ``into``.
 
-        ``into`` has :meth:`bound` bytes; ``raw`` is the caller's, who only lends it for reading.
+        ``into`` has :meth:`bound` bytes; ``raw`` is the caller's: views that cannot be written.
         """
 
     @abstractmethod

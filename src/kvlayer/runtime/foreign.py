@@ -18,7 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 from kvlayer.errors import ForeignError
 from kvlayer.results import ForeignCost
 
-__all__ = ["Foreign", "awaited", "bounded", "words"]
+__all__ = ["Foreign", "awaited", "bounded", "contained", "words"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -36,10 +36,20 @@ def words(error: BaseException) -> str:
     """An error in one bounded line; also where its own ``__str__`` raises."""
     try:
         text = str(error)
-    except Exception as exc:  # noqa: BLE001  # foreign code, too
+    except BaseException as exc:  # noqa: BLE001  # foreign code, too
         text = f"(its text raised {type(exc).__name__})"
     text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if len(text) <= _MAX_WORDS else f"{text[:_MAX_WORDS]}..."
+
+
+def contained(call: Callable[[], T]) -> T:
+    """``call()``. Raises ``Exception`` and ``KeyboardInterrupt`` only; see :func:`awaited`."""
+    try:
+        return call()
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as exc:
+        raise ForeignError(words(exc)) from exc
 
 
 async def awaited(call: Callable[[], Awaitable[T]]) -> T:

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from caches import config, layout, tokens
 from codecs_of_tests import DOUBLES, GIVEN, SHRINKS, Shrinks
 from coded_process import CHUNK, engine
-from engine import same
+from engine import Engine, same
 
 from kvlayer import Cache, Cause, TierConfig
 from kvlayer._steps import finish
 from kvlayer.abc.backend import Read
-from kvlayer.abc.codec import Codec
+from kvlayer.abc.codec import Codec, Coded
 from kvlayer.codec.frame import parent_of
 from kvlayer.config.model import CacheConfig
 from kvlayer.config.registry import CODECS
 from kvlayer.errors import ConfigError, PluginError, UnknownSchemeError
 from kvlayer.events import Event, ObjectQuarantined
+from kvlayer.payload import Payload, Segment
 from kvlayer.tier.transfer.encodings import Coding, Raw
 from kvlayer.tier.transfer.relay import Relayed
 from kvlayer_backends.file.objects import ObjectFiles
@@ -262,6 +265,84 @@ async def test_what_is_not_where_it_was_said_to_be_is_looked_for_in_the_other_en
             assert (await cache.retrieve(hit, other.view(slots))).tokens == len(prompt)
         assert before != _taken(cache) == sum(map(len, files(tmp_path, coding).values()))
     assert same(ours.read(slots), other.read(slots))
+
+
+class Raises(Shrinks):
+    """Raises what is no ``Exception`` in one of its functions."""
+
+    at = ""
+
+    def _maybe(self, here: str) -> None:
+        if here == self.at:
+            raise SystemExit(here)
+
+    def bound(self, payload: Payload, segment: Segment, /) -> int:
+        self._maybe("bound")
+        return super().bound(payload, segment)
+
+    def encode(self, *given: Any) -> Coded:
+        self._maybe("encode")
+        return super().encode(*given)
+
+    def decode(self, *given: Any) -> None:
+        self._maybe("decode")
+        super().decode(*given)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("at", ["bound", "encode", "decode"])
+@pytest.mark.parametrize("size", [8, 8 * CHUNK], ids=["on the loop", "on a thread"])
+async def test_what_a_codec_raises_costs_its_objects_and_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, size: int
+) -> None:
+    ours, codecs = Engine(layout(), 192, 1), CODECS.extended({"raises": Raises})
+    prompt, view = tokens(size), ours.view(ours.slots(size))
+    given = config(tmp_path, tokens_per_chunk=size, codec="raises")
+    monkeypatch.setattr(Raises, "at", "" if at == "decode" else at)
+    async with Cache.open(given, layout(), codecs=codecs) as cache:
+        report = await cache.store(prompt, view)
+        assert report.stored == 1 and len(report.failed) == (at != "decode")
+        assert all(f"SystemExit: {at}" in failure.detail for failure in report.failed)
+        monkeypatch.setattr(Raises, "at", "")
+        again = tokens(size, seed=2)
+        assert (await cache.store(again, view)).failed == ()  # the tier takes what is coded
+        await cache.control.clear("cpu")
+        monkeypatch.setattr(Raises, "at", "" if at == "encode" else at)
+        async with cache.lookup(again) as hit:
+            assert hit.tokens == size
+            loaded = await cache.retrieve(hit, view)
+        assert loaded.tokens == (size if at == "encode" else 0)
+        assert all(f"SystemExit: {at}" in failure.detail for failure in loaded.failed)
+
+
+class Scribbles(Shrinks):
+    """Writes what it was lent for reading, and says in types of its own how long it is."""
+
+    def encode(
+        self, payload: Payload, segment: Segment, raw: Sequence[memoryview], into: memoryview, /
+    ) -> Coded:
+        with suppress(TypeError):
+            raw[0][0] ^= 1
+        coded = super().encode(payload, segment, raw, into)
+        return Coded(torch.tensor(coded.nbytes), True)  # type: ignore[arg-type]
+
+    def decode(self, payload: Payload, segment: Segment, *given: Any) -> None:
+        coded, meta_nbytes, into = given
+        assert meta_nbytes == 1
+        super().decode(payload, segment, coded, 4, into)
+
+
+@pytest.mark.asyncio
+async def test_a_codec_cannot_change_what_it_is_lent_for_reading(tmp_path: Path) -> None:
+    ours, other = engine(), engine(2)
+    slots, codecs = ours.slots(CHUNK), CODECS.extended({"scribbles": Scribbles})
+    async with Cache.open(settings(tmp_path, "scribbles"), layout(), codecs=codecs) as cache:
+        assert (await cache.store(tokens(CHUNK), ours.view(slots))).failed == ()
+        for _ in range(2):  # from host memory, then from the disk
+            async with cache.lookup(tokens(CHUNK)) as hit:
+                assert (await cache.retrieve(hit, other.view(slots))).tokens == CHUNK
+            assert same(ours.read(slots), other.read(slots))
+            await cache.control.clear("cpu")
 
 
 @pytest.mark.asyncio

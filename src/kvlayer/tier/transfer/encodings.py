@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
+from operator import index
 from typing import TYPE_CHECKING
 
 from kvlayer.abc.codec import Codec
@@ -22,8 +24,9 @@ from kvlayer.codec.frame import (
     read_rows,
 )
 from kvlayer.identity.keys import RAW, Encoding, ObjectKey, ObjectName
-from kvlayer.payload import Payload, align
+from kvlayer.payload import Payload, Segment, align
 from kvlayer.results import Cause
+from kvlayer.runtime.foreign import contained
 from kvlayer.tier.transfer import coding
 from kvlayer.tier.transfer.checks import CODED_AT_ONCE, RAW_AT_ONCE
 
@@ -212,7 +215,11 @@ class Raw(Coding):
 
 
 class Segments(Coding):
-    """Coded segment by segment, in scratch. ``codec`` is called once for each."""
+    """Coded segment by segment, in scratch. ``codec`` is called once for each.
+
+    What it raises is an ``Exception`` here, ``KeyboardInterrupt`` excepted: it is called on the
+    loop, too.
+    """
 
     def __init__(self, codec: Codec) -> None:
         self.encoding = Encoding(VERSION, codec.name)
@@ -225,8 +232,11 @@ class Segments(Coding):
         return self.frame_nbytes(payload)
 
     def frame_nbytes(self, payload: Payload) -> int:
-        bounds = (self._codec.bound(payload, segment) for segment in payload.segments())
+        bounds = (self._bound(payload, segment) for segment in payload.segments())
         return HEADER_NBYTES + align(sum(bounds))
+
+    def _bound(self, payload: Payload, segment: Segment) -> int:
+        return contained(partial(self._codec.bound, payload, segment))
 
     def frame(
         self,
@@ -244,15 +254,17 @@ class Segments(Coding):
         memory, rows = scratch, list[Row]()
         at = HEADER_NBYTES
         for segment in payload.segments():
-            raw = coding.cut(regions, segment.offset, segment.offset + segment.nbytes)
-            room = memory[at : at + self._codec.bound(payload, segment)]
-            coded = self._codec.encode(payload, segment, raw, room)
-            if not 0 < coded.nbytes <= room.nbytes or not 0 <= coded.meta_nbytes <= coded.nbytes:
+            lent = coding.cut(regions, segment.offset, segment.offset + segment.nbytes)
+            raw = [region.toreadonly() for region in lent]
+            room = memory[at : at + self._bound(payload, segment)]
+            coded = contained(partial(self._codec.encode, payload, segment, raw, room))
+            nbytes, meta_nbytes = int(index(coded.nbytes)), int(index(coded.meta_nbytes))
+            if not 0 < nbytes <= room.nbytes or not 0 <= meta_nbytes <= nbytes:
                 raise ValueError(f"{self._codec.name}: {coded} of at most {room.nbytes} bytes")
-            checksum = coding.checksum((memory[at : at + coded.nbytes],))
+            checksum = coding.checksum((memory[at : at + nbytes],))
             where = segment.layer, segment.num_layers, at - HEADER_NBYTES, segment.nbytes
-            rows.append(Row(*where, coded.nbytes, checksum, coded.meta_nbytes))
-            at += coded.nbytes
+            rows.append(Row(*where, nbytes, checksum, meta_nbytes))
+            at += nbytes
         end = align(at)
         memory[at:end] = bytes(end - at)  # what lay there before is nobody's business
         pack_rows(
@@ -324,10 +336,21 @@ class Segments(Coding):
     ) -> None:
         for segment, row in zip(payload.segments(), rows, strict=True):
             into = coding.cut(regions, segment.offset, segment.offset + segment.nbytes)
-            try:
-                self._codec.decode(payload, segment, _part(frame, row), row.meta_nbytes, into)
-            except ValueError as exc:
-                raise FrameError(Cause.CORRUPT, f"{self._codec.name}: {exc}") from None
+            coded = _part(frame, row)
+            contained(partial(self._filled, payload, segment, coded, row.meta_nbytes, into))
+
+    def _filled(
+        self,
+        payload: Payload,
+        segment: Segment,
+        coded: memoryview,
+        meta_nbytes: int,
+        into: Sequence[memoryview],
+    ) -> None:
+        try:
+            self._codec.decode(payload, segment, coded, meta_nbytes, into)
+        except ValueError as exc:
+            raise FrameError(Cause.CORRUPT, f"{self._codec.name}: {exc}") from None
 
 
 def _part(frame: memoryview, row: Row) -> memoryview:
