@@ -250,14 +250,17 @@ def check_folder(path: str) -> None:
 
 
 def check_way(path: str) -> None:
-    """Check the two folders that an object lies in, before anything there is changed.
+    """Check the three folders that an object lies in, before anything there is changed.
 
-    Else it would be changed wherever a link leads. Raises ``UntrustedError`` for a folder that
+    Else it would be changed wherever a link leads: who may write in the root can put one in the
+    place of what was opened. Raises ``UntrustedError`` for a folder that
     is none of this user's, ``FileNotFoundError`` where there is none.
     """
-    folder = path.rpartition("/")[0]
-    check_folder(folder.rpartition("/")[0])
-    check_folder(folder)
+    shard = path.rpartition("/")[0]
+    namespace = shard.rpartition("/")[0]
+    check_folder(namespace.rpartition("/")[0])
+    check_folder(namespace)
+    check_folder(shard)
 
 
 def has_way(path: str) -> bool:

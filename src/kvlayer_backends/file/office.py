@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvlayer_backends.file import disk
 from kvlayer_backends.file.locks import FileLock
 
 __all__ = ["Office"]
@@ -21,8 +22,10 @@ class Office:
         """Take office if it is free; None when somebody else has it.
 
         Returns how many bytes lay in the directory when the last janitor counted them, 0 where
-        nobody noted it. Raises ``OSError``.
+        nobody noted it. Raises ``OSError``, also where the folder it is in is not this user's: who
+        is in office removes what lies there.
         """
+        disk.check_private(self._lock.path.rpartition("/")[0])
         if not self._lock.acquire():
             return None
         self._noted = None

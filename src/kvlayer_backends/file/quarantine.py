@@ -101,8 +101,14 @@ class Quarantine:
 def keep(paths: Paths, count: int = KEPT) -> int:
     """Delete all but the newest ``count`` damaged objects; the bytes of those that stay.
 
-    What resists stays and counts. Blocking. Raises ``OSError`` when that cannot be seen.
+    What resists stays and counts. Blocking. Raises ``OSError`` when that cannot be seen, or where
+    the folder is a link or another user's: what lies behind it is not ours to delete.
     """
+    try:
+        disk.check_folder(paths.folder)
+        disk.check_folder(paths.quarantine)
+    except FileNotFoundError:
+        return 0
     names = sorted(disk.list_folder(paths.quarantine) or ())
     objects = [name for name in names if not name.endswith(SUFFIX)]
     for lonely in set(names).difference(objects, (name + SUFFIX for name in objects)):

@@ -20,6 +20,7 @@ from kvlayer.identity.keys import ObjectKey, ObjectName, Part
 from kvlayer_backends.file import FileBackend, FileOptions, disk
 from kvlayer_backends.file.descriptions import NAME
 from kvlayer_backends.file.paths import Paths
+from kvlayer_backends.file.quarantine import KEPT
 
 PAGE = 4096
 KEY = ObjectName.raw(ObjectKey.of("ab" * 32, "0", bytes(range(32)), 16, Part(0, (0, 4), (0, 8))))
@@ -303,6 +304,52 @@ async def test_nothing_is_changed_behind_a_link(tmp_path: Path, depth: int, what
             await files.janitor.pass_()
         after = {p: (p.lstat().st_mtime_ns, p.is_dir() or p.read_bytes()) for p in _all(elsewhere)}
         assert after == before and folder.is_symlink()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("what", ["delete", "evict", "quarantine", "pass", "touch"])
+async def test_another_directory_in_the_place_of_an_open_one_loses_nothing(
+    tmp_path: Path, what: str
+) -> None:
+    """Who may write in the root can put a link to the user's other directory there."""
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    part = Part(0, (0, 4), (0, 8))
+    hashes = [bytes([n]) * 32 for n in (1, 2, 3)]
+    keys = [ObjectName.raw(ObjectKey.of("cd" * 32, "0", each, 16, part)) for each in hashes]
+    async with backend(other) as files:
+        assert await files.put([Write(key, (page(1),)) for key in keys[:2]]) == [None, None]
+        damaged = Path(Paths(str(other)).quarantine)
+        damaged.mkdir(mode=0o700)
+        for n in range(2 * KEPT):
+            (damaged / f"{n:013d}").write_bytes(b"evidence")
+    before = {p: (p.lstat().st_mtime_ns, p.is_dir() or p.read_bytes()) for p in _kept(other)}
+    async with backend(ours, capacity=PAGE) as files:
+        await files.recovered()
+        assert await files.put([Write(keys[0], (page(1),))]) == [None]
+        (ours / "v2").rename(tmp_path / "away")
+        (ours / "v2").symlink_to(other / "v2")
+        if what == "delete":
+            (error,) = await files.delete([keys[0]])
+            assert isinstance(error, BackendError) and "symbolic link" in str(error) and error.hint
+        elif what == "evict":
+            (error,) = await files.put([Write(keys[2], (page(2),))])
+            assert isinstance(error, BackendError) and "symbolic link" in str(error)
+        elif what == "quarantine":
+            await files.quarantine([Damaged(keys[0])])
+        elif what == "touch":
+            await files.touch([keys[0]])
+        else:
+            assert files.janitor is not None
+            with pytest.raises(OSError, match="symbolic link"):
+                await files.janitor.pass_()
+    after = {p: (p.lstat().st_mtime_ns, p.is_dir() or p.read_bytes()) for p in _kept(other)}
+    assert after == before
+
+
+def _kept(root: Path) -> list[Path]:
+    """What a directory holds, but for its lock and the unfinished files of processes."""
+    passing = {"tmp", "janitor.lock"}
+    return [p for p in _all(root / "v2") if not passing & {*p.relative_to(root).parts}]
 
 
 def _all(folder: Path) -> list[Path]:
