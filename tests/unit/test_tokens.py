@@ -158,6 +158,8 @@ NOT_TOKENS: dict[str, Any] = {
     "torch complex": torch.ones(3, dtype=torch.complex64),
     "torch scalar": torch.tensor(3),
     "torch batch": torch.ones((1, 3), dtype=torch.int64),
+    "torch without values": torch.empty(3, dtype=torch.int64, device="meta"),
+    "torch sparse": torch.ones(3, dtype=torch.int64).to_sparse(),
 }
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from functools import partial
+from inspect import isawaitable
 
-from kvlayer._values import instance
+from kvlayer._values import instance, shown_value
 from kvlayer.abc.backend import Capability
 from kvlayer.api import assembly
 from kvlayer.api.open_cache import OpenCache
-from kvlayer.errors import IdentityError
+from kvlayer.errors import ArgumentError, IdentityError
 from kvlayer.events import CacheRebound
 from kvlayer.identity.namespace import Namespace
 from kvlayer.runtime.foreign import awaited
@@ -58,4 +59,15 @@ async def rebind(
     with stack.epochs.changing():
         await stack.epochs.ended()
         if update is not None:
-            await awaited(update)
+            await awaited(partial(_updated, update))
+
+
+async def _updated(update: Callable[[], Awaitable[object]]) -> None:
+    found = update()
+    if not isawaitable(found):
+        raise ArgumentError(
+            f"update() must return what can be awaited, found {shown_value(found)}; until it is "
+            "rebound the cache stores and serves nothing",
+            hint="make it an `async def`, and call rebind again",
+        )
+    await found

@@ -118,12 +118,22 @@ def _from_list(tokens: list[int]) -> bytes:
 
 def _from_tensor(tensor: Any) -> Any:
     """A torch tensor as something token_bytes reads (torch itself is never imported)."""
-    host = tensor.detach().cpu()
-    if host.ndim != 1 or host.is_floating_point():
+    try:
+        host = tensor.detach().cpu()
+        if host.ndim == 1 and not host.is_floating_point():
+            return _from_host(host)
+    except Exception as exc:  # without values (meta), sparse, or lost with its device
         raise TokensError(
-            f"tokens must be a 1-D integer tensor, found shape {tuple(host.shape)} of {host.dtype}",
-            hint="pass one prompt's row, for example input_ids[0]",
-        )
+            f"cannot read tokens from {type(tensor).__name__}: {type(exc).__name__}",
+            hint="pass one prompt's row of plain integers, for example input_ids[0]",
+        ) from exc
+    raise TokensError(
+        f"tokens must be a 1-D integer tensor, found shape {tuple(host.shape)} of {host.dtype}",
+        hint="pass one prompt's row, for example input_ids[0]",
+    )
+
+
+def _from_host(host: Any) -> Any:
     try:
         return host.numpy()
     except RuntimeError:  # torch without numpy has no buffer protocol

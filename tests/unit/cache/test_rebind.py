@@ -16,7 +16,7 @@ from engine import Engine, same
 from stacks import check_accounts
 
 from kvlayer import Cache, Namespace
-from kvlayer.errors import ClosedError, IdentityError
+from kvlayer.errors import ArgumentError, ClosedError, IdentityError
 from kvlayer.events import CacheRebound, Event
 from kvlayer.identity.keys import ChunkChain, Scope
 from kvlayer.results import Cause, RetrieveReport, StoreReport
@@ -333,6 +333,20 @@ async def test_an_update_that_fails_leaves_the_cache_closed_until_it_is_rebound(
         assert begin(await served(cache), model.old)
         assert (await served(cache))[0] == LENGTH
         await settled(cache)
+
+
+@pytest.mark.asyncio
+async def test_an_update_that_is_no_coroutine_function_is_refused_in_words() -> None:
+    model = Model()
+    async with opened() as cache:
+        with pytest.raises(
+            ArgumentError, match="update.. must return what can be awaited"
+        ) as caught:
+            await cache.rebind(NEW, model.updated)  # type: ignore[arg-type]
+        assert "async def" in (caught.value.hint or "")
+        assert (await model.store(cache)).stored == 0  # it has changed the memory, or half of it
+        await cache.rebind(NEW)
+        assert (await model.store(cache)).stored == SPANS
 
 
 @pytest.mark.asyncio
