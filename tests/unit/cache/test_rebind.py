@@ -339,9 +339,7 @@ async def test_an_update_that_fails_leaves_the_cache_closed_until_it_is_rebound(
 async def test_an_update_that_is_no_coroutine_function_is_refused_in_words() -> None:
     model = Model()
     async with opened() as cache:
-        with pytest.raises(
-            ArgumentError, match="update.. must return what can be awaited"
-        ) as caught:
+        with pytest.raises(ArgumentError, match="must return what can be awaited") as caught:
             await cache.rebind(NEW, model.updated)  # type: ignore[arg-type]
         assert "async def" in (caught.value.hint or "")
         assert (await model.store(cache)).stored == 0  # it has changed the memory, or half of it
