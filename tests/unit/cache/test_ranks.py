@@ -402,6 +402,22 @@ def test_an_answer_that_is_none_is_refused_and_the_order_stays_open(two: Fleet) 
     two.ranks.lost(1, "the test is over")
 
 
+def test_an_answer_to_an_order_that_nobody_took_yet_is_refused(two: Fleet) -> None:
+    """Else the order would be carried out when its slots are somebody else's."""
+    taken = _order(two)
+    two.portal.submit(Cache.store, tokens(64, seed=2), two.view("store", torch.arange(64)))
+    early = Completion(taken.number + len(two.ranks), taken.rank, len(taken.pieces)).to_bytes()
+    said = ""
+    while "not sent to anybody" not in said:  # until there is such an order
+        with pytest.raises(MessageError) as caught:
+            two.ranks.complete(early)
+        said = str(caught.value)
+    assert _taken(two, 2)[0].number == taken.number + len(two.ranks)
+    two.ranks.complete(early)
+    for rank in range(len(two.ranks)):
+        two.ranks.lost(rank, "the test is over")
+
+
 def test_a_rank_that_the_planner_takes_for_another_does_not_join(two: Fleet) -> None:
     greeting = two.ranks.greeting()
     for number, held in ((1, TWO[0]), (2, TWO[0]), (0, layout()), (0, hybrid_layout())):

@@ -7,7 +7,6 @@ bytes of a message get there is the engine's business.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -81,7 +80,8 @@ class RankTeam:
         ]
         self._changed = Condition()
         """Guards what follows."""
-        self._outbox: deque[Order] = deque()
+        self._outbox: dict[int, Order] = {}
+        """What nobody took yet, by number."""
         self._open: dict[int, tuple[Order, _Move]] = {}
         self._down: dict[int, str] = {}
         self._next = 1
@@ -111,7 +111,7 @@ class RankTeam:
         """
         with self._changed:
             self._changed.wait_for(lambda: self._outbox, seconds)
-            taken = list(self._outbox)
+            taken = [*self._outbox.values()]
             self._outbox.clear()
             return taken
 
@@ -127,6 +127,11 @@ class RankTeam:
                 if answer.number < self._next:
                     return
                 raise MessageError(f"there never was an order {answer.number}")
+            if answer.number in self._outbox:  # what moves then would move into others' memory
+                raise MessageError(
+                    f"order {answer.number} was not sent to anybody yet",
+                    hint="send each completion once, as the rank made it",
+                )
             if answer.rank != order.rank or answer.asked != len(order.pieces):
                 raise MessageError(
                     f"rank {answer.rank} does not answer what order {answer.number} asked of "
@@ -202,18 +207,16 @@ class RankTeam:
         numbered = order._replace(number=self._next)
         self._next += 1
         self._open[numbered.number] = numbered, moving
-        self._outbox.append(numbered)
+        self._outbox[numbered.number] = numbered
         return numbered
 
     def _withdraw(self, orders: Sequence[Order]) -> None:
         with self._changed:
-            waiting = {order.number for order in self._outbox}
-            self._fail([order for order in orders if order.number in waiting], "given up")
+            self._fail([order for order in orders if order.number in self._outbox], "given up")
 
     def _fail(self, orders: Sequence[Order], detail: str) -> None:
         for order in orders:
-            with suppress(ValueError):
-                self._outbox.remove(order)
+            self._outbox.pop(order.number, None)
             answer = Completion.failed(order, detail)
             self._settle(order, answer.outcomes(order.pieces))
 
