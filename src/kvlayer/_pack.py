@@ -41,7 +41,7 @@ def unpack(packed: bytes) -> object:
             max_map_len=_MAX_ENTRIES,
             max_ext_len=0,
         )
-    except (ValueError, TypeError, RecursionError) as exc:  # msgpack's own errors are ValueErrors
+    except (ValueError, TypeError, BufferError, RecursionError) as exc:  # msgpack's are ValueErrors
         raise ValueError(f"not msgpack: {exc}") from None
     return value
 

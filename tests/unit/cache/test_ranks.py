@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
+from array import array
 from collections.abc import Iterator
 from concurrent.futures import wait
 from pathlib import Path
@@ -20,10 +21,10 @@ from stacks import check_accounts, hybrid_layout
 
 from kvlayer import Cache, KVLayout, KVView, Portal
 from kvlayer.api.rank_worker import RankWorker
-from kvlayer.errors import ClosedError, LayoutError, MessageError, UnsupportedError
+from kvlayer.errors import ArgumentError, ClosedError, LayoutError, MessageError, UnsupportedError
 from kvlayer.layout import HND, MLA_BLOCKS, NHD, AttentionKind, KVGroup
 from kvlayer.results import Cause
-from kvlayer.tier.messages import Completion, Greeting, Missed, Order, Verb
+from kvlayer.tier.messages import Completion, Greeting, Missed, Order, Task, Verb
 from kvlayer.tier.ranks.rank_team import RankTeam, RemoteView
 
 LATENT = KVGroup(AttentionKind.MLA, (0, 1, 2), "bfloat16", head_size=8)
@@ -416,6 +417,33 @@ def test_an_answer_to_an_order_that_nobody_took_yet_is_refused(two: Fleet) -> No
     two.ranks.complete(early)
     for rank in range(len(two.ranks)):
         two.ranks.lost(rank, "the test is over")
+
+
+@pytest.mark.parametrize("rank", [-1, 2, "0", True, 0.0, None, [0]])
+def test_a_rank_that_there_is_not_is_refused_instead_of_being_waited_for(
+    two: Fleet, rank: Any
+) -> None:
+    for tell in (two.ranks.joined, lambda rank: two.ranks.lost(rank, "gone")):
+        with pytest.raises(ArgumentError, match="rank must be a whole number"):
+            tell(rank)
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), "1", True, [1]])
+def test_a_time_to_wait_for_orders_that_is_none_is_refused(two: Fleet, seconds: Any) -> None:
+    with pytest.raises(ArgumentError, match="seconds must be a number"):
+        two.ranks.take(seconds)
+
+
+@pytest.mark.parametrize("layouts", [None, 7, "layouts", [None], [[layout()]]])
+def test_a_team_is_of_layouts(layouts: Any) -> None:
+    with pytest.raises(ArgumentError):
+        RankTeam(layouts)
+
+
+@pytest.mark.parametrize("read", [Completion.from_bytes, Task.from_bytes, Greeting.from_bytes])
+def test_memory_that_holds_no_bytes_is_no_message(read: Any) -> None:
+    with pytest.raises(MessageError):
+        read(array("i", [1, 2, 3]))
 
 
 def test_a_rank_that_the_planner_takes_for_another_does_not_join(two: Fleet) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 from threading import Condition
 from typing import Any, Self
 
+from kvlayer._values import items, waiting, whole
 from kvlayer.abc.stager import Landed
 from kvlayer.errors import ClosedError, LayoutError, MessageError
 from kvlayer.layout import KVLayout, KVView
@@ -72,7 +73,7 @@ class RankTeam:
     """
 
     def __init__(self, layouts: Sequence[KVLayout]) -> None:
-        self.layouts = tuple(layouts)
+        self.layouts = items("layouts", layouts, KVLayout, hint="a KVLayout for each rank")
         """Rank r's own, in the order of their numbers."""
         self._parts = [
             [plan.rank_part(i, held) for i, held in enumerate(layout.groups)]
@@ -104,11 +105,12 @@ class RankTeam:
         held = tuple(plan.described(layout) for layout in self.layouts)
         return Greeting(self._slab.handle, held).to_bytes()
 
-    def take(self, seconds: float = 0.0) -> list[Order]:
+    def take(self, seconds: float | None = 0.0) -> list[Order]:
         """Orders that nobody took yet; waits at most ``seconds`` for the first of them.
 
-        The engine now owes each of them a completion, or :meth:`lost`.
+        None: without a limit. The engine now owes each of them a completion, or :meth:`lost`.
         """
+        seconds = waiting("seconds", seconds)
         with self._changed:
             self._changed.wait_for(lambda: self._outbox, seconds)
             taken = [*self._outbox.values()]
@@ -143,16 +145,22 @@ class RankTeam:
     def lost(self, rank: int, detail: str) -> None:
         """A rank has died: what it was asked fails, and so will what it would be asked.
 
-        Only once it writes no more: the memory it was lent is used again from now on.
+        Only once it writes no more: the memory it was lent is used again from now on. Raises
+        ``ArgumentError`` for what is no rank's number.
         """
+        rank = self._number(rank)
         with self._changed:
             self._down[rank] = detail
             self._fail([order for order, _ in self._open.values() if order.rank == rank], detail)
 
     def joined(self, rank: int) -> None:
-        """A rank is there (again): it gets orders."""
+        """A rank is there (again): it gets orders. Raises ``ArgumentError`` as :meth:`lost`."""
+        rank = self._number(rank)
         with self._changed:
             self._down.pop(rank, None)
+
+    def _number(self, rank: int) -> int:
+        return whole("rank", rank, most=len(self) - 1)
 
     # -- for the cache -----------------------------------------------------------------------------
 
