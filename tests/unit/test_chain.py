@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvlayer._steps import finish
 from kvlayer.errors import ArgumentError, IdentityError, TokensError
 from kvlayer.identity import links
 from kvlayer.identity.chain import ChunkChain, Span
@@ -377,9 +378,9 @@ def spelt(data: bytes) -> list[int]:
 
 def raw_links(packed: bytes, size: int) -> set[bytes]:
     """The links of packed ids, as if any id were allowed."""
-    found: list[bytes] = []
+    found = bytearray()
     links.extend(found, packed, len(packed) // 4 // size, size, {})
-    return set(found)
+    return set(links.Links(found))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 9, 16, 32])
@@ -633,7 +634,9 @@ def test_a_prompt_that_is_named_in_steps_has_the_same_names(data: st.DataObject)
     scope, sizes = Scope(salts=salts), {"tokens_per_chunk": 16, "tokens_per_tail": 4}
     packed = token_bytes(tokens)
     step = data.draw(st.integers(1, 250))
-    steps = ChunkChain.in_steps(packed, scope, **sizes, tokens_per_step=step)
+    given_as: Any = data.draw(st.sampled_from([token_bytes, list, tuple, _ids, _wide]))
+    source = given_as(tokens)
+    steps = ChunkChain.in_steps(source, scope, **sizes, tokens_per_step=step)
     turns = 0
     while True:
         try:
@@ -647,6 +650,58 @@ def test_a_prompt_that_is_named_in_steps_has_the_same_names(data: st.DataObject)
     assert chain.num_tokens == count and turns <= -(-count // step)
     assert chain.fingerprints(2) == whole.fingerprints()[:2]
     assert chain.fingerprints() == whole.fingerprints()
+    assert chain.packed[:] == packed and chain.until(count // 2).packed == packed[: count // 2 * 4]
+    for span in chain.spans(len(chain)):
+        assert chain.token_bytes(span) == packed[4 * span.start : 4 * span.stop]
+    grown, longer = chain.grown([7] * 30), whole.grown([7] * 30)
+    assert (grown.links, grown.packed, grown.unnamed) == (
+        longer.links,
+        longer.packed,
+        whole.unnamed,
+    )
+
+
+def _ids(tokens: list[int]) -> memoryview:
+    return memoryview(array("I", tokens))
+
+
+def _wide(tokens: list[int]) -> Any:
+    return np.array(tokens, dtype="<i8")
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**32, 1.5, "a", None])
+def test_a_prompt_read_in_steps_is_refused_where_it_is_none(wrong: Any) -> None:
+    tokens = [*range(40), wrong]
+    steps = ChunkChain.in_steps(
+        tokens, Scope(), tokens_per_chunk=16, tokens_per_tail=4, tokens_per_step=16
+    )
+    with pytest.raises(TokensError, match=r"tokens must be integers in 0\.\.2\^32-1"):
+        finish(steps)
+
+
+def test_tokens_that_are_taken_away_while_they_are_read_name_nothing() -> None:
+    tokens = [*range(40)]
+    steps = ChunkChain.in_steps(
+        tokens, Scope(), tokens_per_chunk=16, tokens_per_tail=4, tokens_per_step=16
+    )
+    next(steps)
+    del tokens[20:]
+    with pytest.raises(TokensError, match="token 31 was there, and is not any more"):
+        finish(steps)
+
+
+def test_links_are_a_sequence_like_any_other() -> None:
+    made = [bytes([at]) * 32 for at in range(5)]
+    found = links.Links(b"".join(made))
+    assert found == made == [*found] and found == links.Links(bytearray(b"".join(made)))
+    assert found != made[:4] and found != links.Links() and found != 5
+    assert (len(found), found[0], found[-1], found.index(made[3])) == (5, made[0], made[4], 3)
+    for part in (slice(1, 3), slice(None, None, 2), slice(None, None, -1), slice(4, 1), slice(9)):
+        assert found[part] == made[part]
+    assert hash(found) == hash(links.Links(bytearray(b"".join(made)))) and "5 links" in repr(found)
+    for outside in (5, -6):
+        with pytest.raises(IndexError):
+            found[outside]
 
 
 @pytest.mark.parametrize("stop", [-1, -8, True, 1.5, None])

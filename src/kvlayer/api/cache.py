@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-from kvlayer._steps import SLICE, Steps
+from kvlayer._steps import FEW, Steps
 from kvlayer._values import callee, flag, function, instance, number, text, waiting, whole
 from kvlayer.abc.backend import Backend
 from kvlayer.abc.codec import Codec
@@ -31,7 +31,7 @@ from kvlayer.errors import (
     UnsupportedError,
 )
 from kvlayer.events import PrefetchDone, RetrieveDone, Sink, StoreDone
-from kvlayer.identity.keys import ChunkChain, Scope, Span, Tokens
+from kvlayer.identity.keys import ChunkChain, Scope, Span, Tokens, TokenSource
 from kvlayer.identity.namespace import Namespace
 from kvlayer.identity.quality import EXACT
 from kvlayer.layout import KVLayout, KVView
@@ -53,7 +53,7 @@ PUBLIC = Scope()
 _HIT = "what `async with cache.lookup(...)` yields"
 _LONGEST_PREFILL = 1e9  # seconds
 _LONGEST_WAIT = 1e6
-_SLICE = 64  # spans remembered in one turn of the loop
+_SLICE = 32  # spans remembered in one turn of the loop: some 10 us each
 _LARGEST_PREFILL = 10**12  # tokens
 
 
@@ -61,8 +61,10 @@ class Cache:
     """KV of one model, for one engine rank, on one event loop.
 
     Made by :meth:`open`. Every method belongs to the loop it was opened on; engine threads use
-    :class:`kvlayer.Portal`. Nothing here raises because a tier, a disk or a peer failed: that is
-    a shorter prefix and a cause. Misuse raises: a wrong view, wrong tokens, use after close.
+    :class:`kvlayer.Portal`. What is passed to a call, tokens or a view, is not to change until that
+    has returned: a long prompt is read in slices. Nothing here raises because a tier, a disk or a
+    peer failed: that is a shorter prefix and a cause. Misuse raises: a wrong view, wrong tokens,
+    use after close.
     """
 
     def __init__(self, parts: assembly.OpenCache) -> None:
@@ -238,7 +240,7 @@ class Cache:
         self.check_loop()
         prompt = self._names.begun(tokens, scope)
         count = prompt.num_tokens if isinstance(prompt, ChunkChain) else len(prompt) // 4
-        if count > SLICE * self.namespace.tokens_per_chunk:
+        if count > FEW * self.namespace.tokens_per_chunk:
             named = partial(self._names.finished, prompt, scope)
             return self._lookups.begin_on_loop(named, scope, self._spawn)
         chain = prompt if isinstance(prompt, ChunkChain) else self._names.packed(prompt, scope)
@@ -327,12 +329,12 @@ class Cache:
         not anyone asks for it. Raises ``TokensError``.
         """
         started = self.check_loop()
-        packed = self._names.begun(tokens, scope)
+        source = self._names.source(tokens, scope)
         seconds = self.config.lease_seconds if deadline is None else lease_seconds(deadline)
-        return Prefetch(self._parts.spawn(self._promote(packed, scope, seconds, started)))
+        return Prefetch(self._parts.spawn(self._promote(source, scope, seconds, started)))
 
     async def _promote(
-        self, prompt: ChunkChain | bytes, scope: Scope, seconds: float, started: float
+        self, prompt: ChunkChain | TokenSource, scope: Scope, seconds: float, started: float
     ) -> RetrieveReport:
         chain = await self._names.finished(prompt, scope)
         owner = chain.scope.owner

@@ -10,7 +10,14 @@ from kvlayer.api.open_cache import OpenCache
 from kvlayer.api.rebinding import check
 from kvlayer.errors import IdentityError, LayoutError
 from kvlayer.identity.epoch import Epoch
-from kvlayer.identity.keys import ChunkChain, Scope, Tokens, token_bytes
+from kvlayer.identity.keys import (
+    ChunkChain,
+    Scope,
+    Tokens,
+    TokenSource,
+    token_bytes,
+    token_source,
+)
 from kvlayer.identity.namespace import Namespace
 from kvlayer.identity.quality import EXACT, accepted, of_quality
 from kvlayer.runtime.turns import in_turns
@@ -49,57 +56,71 @@ class Names:
         return self.packed(begun, scope) if isinstance(begun, bytes) else begun
 
     async def named(self, tokens: Tokens, scope: Scope) -> ChunkChain:
-        """:meth:`of` on the loop: others get their turn while a long prompt is hashed."""
-        return await self.finished(self.begun(tokens, scope), scope)
+        """:meth:`of` on the loop: others get their turn while a long prompt is packed and hashed.
+
+        It is not to be changed meanwhile.
+        """
+        return await self.finished(self.source(tokens, scope), scope)
 
     def begun(self, tokens: Tokens, scope: Scope) -> ChunkChain | bytes:
         """A chain that was given, or tokens packed: what a buffer holds later changes nothing."""
         instance("scope", scope, Scope, hint=_SCOPE)
         return self._own(tokens, scope) if isinstance(tokens, ChunkChain) else token_bytes(tokens)
 
+    def source(self, tokens: Tokens, scope: Scope) -> ChunkChain | bytes | TokenSource:
+        """:meth:`begun`, but what a long prompt is to be packed from: that takes its turns."""
+        instance("scope", scope, Scope, hint=_SCOPE)
+        if isinstance(tokens, ChunkChain):
+            return self._own(tokens, scope)
+        source = token_source(tokens)
+        return token_bytes(source) if len(source) <= _STEP else source
+
     async def to_store(
         self, tokens: Tokens, scope: Scope, window: Window, quality: str
     ) -> ChunkChain:
         """The names under which what a view covers is stored, up to its end."""
-        begun = self.begun(tokens, scope)
-        if isinstance(begun, bytes):
-            count = len(begun) // 4
-            chain = await self.in_steps(begun[: 4 * window.stop], scope)
-        else:
-            count, chain = begun.num_tokens, begun
-            if chain.epoch is not None and chain.namespace != chain.epoch.namespace:
+        source = self.source(tokens, scope)
+        count = _count(source)
+        if isinstance(source, ChunkChain) and source.epoch is not None:
+            if source.namespace != source.epoch.namespace:
                 raise IdentityError(
                     "the chain is of a namespace that is only read",
                     hint="store under what the engine computes now: cache.chain(tokens)",
                 )
+        elif isinstance(source, bytes):
+            source = source[: 4 * window.stop]
+        elif not isinstance(source, ChunkChain) and window.stop < count:
+            source = source[: window.stop]
         if window.stop > count:
             raise LayoutError(
                 f"the view covers tokens {window.start}..{window.stop}, but there are only "
                 f"{count} tokens",
                 hint="pass all tokens from the prompt's start, and first_token for the view's",
             )
-        chain = chain.until(window.stop)
+        chain = (await self.finished(source, scope)).until(window.stop)
         if quality == EXACT:
             return chain
         return chain.named_in(of_quality(self._parts.namespace, quality))
 
-    async def finished(self, begun: ChunkChain | bytes, scope: Scope) -> ChunkChain:
-        """The chain of what :meth:`begun` has taken over."""
-        return await self.in_steps(begun, scope) if isinstance(begun, bytes) else begun
+    async def finished(self, begun: ChunkChain | bytes | TokenSource, scope: Scope) -> ChunkChain:
+        """The chain of what :meth:`begun` has taken over, or of a :meth:`source`.
 
-    async def in_steps(self, packed: bytes, scope: Scope) -> ChunkChain:
-        """The chain of packed tokens, in the epoch that is current when this begins."""
-        if len(packed) <= 4 * _STEP:
-            return self.packed(packed, scope)
+        In the epoch that is current when this begins.
+        """
+        if isinstance(begun, ChunkChain):
+            return begun
+        if isinstance(begun, bytes) and len(begun) <= 4 * _STEP:
+            return self.packed(begun, scope)
         epoch = self._epochs.current
         steps = ChunkChain.in_steps(
-            packed,
+            begun,
             scope,
             tokens_per_chunk=self._parts.namespace.tokens_per_chunk,
             tokens_per_tail=self._parts.namespace.tokens_per_tail,
             tokens_per_step=_STEP,
         )
-        await asyncio.sleep(0)  # packing it has taken a turn
+        if isinstance(begun, bytes):
+            await asyncio.sleep(0)  # packing it has taken a turn
         chain = await in_turns(steps)
         self._begin()  # it may have been closed meanwhile
         return self._bound(chain, epoch)
@@ -150,3 +171,10 @@ class Names:
                 hint="make the chain under that scope: cache.chain(tokens, scope)",
             )
         return chain.under(scope)
+
+
+def _count(begun: ChunkChain | bytes | TokenSource) -> int:
+    """How many tokens a prompt has."""
+    if isinstance(begun, ChunkChain):
+        return begun.num_tokens
+    return len(begun) // 4 if isinstance(begun, bytes) else len(begun)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any, NamedTuple, cast
 
 from xxhash import xxh3_128
@@ -17,12 +18,14 @@ from kvlayer._values import whole
 from kvlayer.errors import IdentityError, TokensError
 from kvlayer.identity import links
 from kvlayer.identity.epoch import Epoch
+from kvlayer.identity.links import Links
 from kvlayer.identity.quality import Accepted
-from kvlayer.identity.tokens import Tokens, first_unnamed, token_bytes
+from kvlayer.identity.tokens import Tokens, TokenSource, first_unnamed, token_bytes
 from kvlayer.scope import PUBLIC_ZONE, Scope, zone_at
 
 __all__ = ["ChunkChain", "Span"]
 
+_PRIVATE = MAP_PRIVATE | MAP_ANONYMOUS
 _PUBLIC = Scope()
 _new_tuple = cast(Any, tuple).__new__
 
@@ -68,7 +71,7 @@ class ChunkChain:
     ) -> None:
         self._begin(scope, tokens_per_chunk, tokens_per_tail)
         packed = token_bytes(tokens)
-        self._hold(packed, [], first_unnamed(packed))
+        self._hold(packed, bytearray(), first_unnamed(packed))
 
     def _begin(self, scope: Scope, tokens_per_chunk: int, tokens_per_tail: int) -> None:
         self.scope = scope
@@ -82,19 +85,22 @@ class ChunkChain:
         self._fingerprints: list[bytes] = []
         """Of the first full chunks, as far as they were asked for; shared by chains cut short."""
 
-    def _hold(self, packed: bytes, known: list[bytes], unnamed: int | None) -> None:
+    def _hold(self, packed: bytes, known: bytearray, unnamed: int | None) -> None:
         """Take ``packed`` as the prompt, of which ``known`` are the first links."""
-        self._bytes: bytes | None = packed
+        self._bytes: bytes | mmap | None = packed
         self.num_tokens = len(packed) // 4
         self.unnamed = unnamed
         stop = self.num_tokens if unnamed is None else unnamed
         links.extend(known, packed, stop // self.tail_step, self.tail_step, self._folds)
-        self._group(known)
+        self._group(Links(known))
 
-    def _group(self, known: list[bytes]) -> None:
+    def _group(self, known: Links, hashes: list[bytes] | None = None) -> None:
+        """``hashes``: the end hash of every full chunk, where they are known."""
         self.links = known
-        per_chunk = self.chunk_step // self.tail_step
-        self.hashes = known[per_chunk - 1 :: per_chunk]
+        if hashes is None:
+            per_chunk = self.chunk_step // self.tail_step
+            hashes = [known[at] for at in range(per_chunk - 1, len(known), per_chunk)]
+        self.hashes = hashes
         """The end hash of every full chunk."""
 
     @classmethod
@@ -104,39 +110,51 @@ class ChunkChain:
         """The chain of tokens that ``token_bytes`` has packed already."""
         chain = cls.__new__(cls)
         chain._begin(scope, tokens_per_chunk, tokens_per_tail)
-        chain._hold(packed, [], first_unnamed(packed))
+        chain._hold(packed, bytearray(), first_unnamed(packed))
         return chain
 
     @classmethod
     def in_steps(
         cls,
-        packed: bytes,
+        tokens: TokenSource | bytes,
         scope: Scope,
         *,
         tokens_per_chunk: int,
         tokens_per_tail: int,
         tokens_per_step: int,
     ) -> Steps[ChunkChain]:
-        """:meth:`from_bytes`, for whoever keeps others waiting: yields after each step.
+        """The chain of tokens, for whoever keeps others waiting: yields after each step.
 
-        Returns the chain.
+        Bytes are packed already. Others are read as it goes, and are not to change meanwhile.
+        Returns the chain. Raises ``TokensError`` as ``token_bytes``.
         """
         chain = cls.__new__(cls)
         chain._begin(scope, tokens_per_chunk, tokens_per_tail)
-        known: list[bytes] = []
+        source = None if isinstance(tokens, bytes) else tokens
+        count = len(tokens) // 4 if isinstance(tokens, bytes) else len(tokens)
+        # Pages of its own, touched as it is filled: nothing is copied where it grows.
+        pages = None if source is None or not count else mmap(-1, 4 * count, _PRIVATE)
+        packed = tokens if isinstance(tokens, bytes) else pages or b""
+        per_chunk = tokens_per_chunk // tokens_per_tail
+        made, hashes = bytearray(), list[bytes]()
+        known = Links(made)
         unnamed: int | None = None
-        count = len(packed) // 4
         for start in range(0, count, tokens_per_step):
             stop = min(start + tokens_per_step, count)
-            found = first_unnamed(packed[4 * start : 4 * stop])
-            if found is not None:
-                stop = unnamed = start + found
-            links.extend(known, packed, stop // tokens_per_tail, tokens_per_tail, chain._folds)
-            if unnamed is not None:
-                break
+            if pages is not None:
+                pages[4 * start : 4 * stop] = _packed(source, start, stop)
+            if (
+                unnamed is None
+                and (found := first_unnamed(packed[4 * start : 4 * stop])) is not None
+            ):
+                unnamed = start + found
+            named = stop if unnamed is None else unnamed
+            links.extend(made, packed, named // tokens_per_tail, tokens_per_tail, chain._folds)
+            first = per_chunk * (len(hashes) + 1) - 1
+            hashes += [known[at] for at in range(first, len(known), per_chunk)]
             yield
         chain._bytes, chain.num_tokens, chain.unnamed = packed, count, unnamed
-        chain._group(known)
+        chain._group(known, hashes)
         return chain
 
     @classmethod
@@ -167,7 +185,7 @@ class ChunkChain:
         chain._begin(scope, tokens_per_chunk, tokens_per_tail)
         chain._bytes = chain.unnamed = None
         chain.num_tokens = len(known) * tokens_per_tail
-        chain._group([*known])
+        chain._group(Links(b"".join(known)))
         return chain
 
     def grown(self, tokens: Tokens) -> ChunkChain:
@@ -183,7 +201,7 @@ class ChunkChain:
         chain, more, unnamed = self._like(), token_bytes(tokens), self.unnamed
         if unnamed is None and (found := first_unnamed(more)) is not None:
             unnamed = self.num_tokens + found
-        chain._hold(self._bytes + more, [*self.links], unnamed)
+        chain._hold(self._bytes[:] + more, bytearray(self.links.packed), unnamed)
         chain._fingerprints = self._fingerprints[: len(self)]
         return chain
 
@@ -253,7 +271,7 @@ class ChunkChain:
         return len(self.hashes)
 
     @property
-    def packed(self) -> bytes:
+    def packed(self) -> bytes | mmap:
         """The tokens as little-endian u32; empty in a chain made from links."""
         return self._bytes or b""
 
@@ -310,13 +328,17 @@ class ChunkChain:
         """Who owns the span."""
         return self.zone_before(span.stop)
 
+    def zones_before(self, stop: int) -> tuple[str, ...]:
+        """Whose salts a span that ends before token ``stop`` is under, in their order."""
+        return tuple([zone for first, zone in self._zones if first < stop])
+
     def zone_before(self, stop: int) -> str:
         """Who owns a span that ends before token ``stop``."""
         return zone_at(self._zones, stop) if self._zones else PUBLIC_ZONE
 
     def token_bytes(self, span: Span) -> bytes:
         """The span's tokens as packed little-endian u32; empty in a chain made from links."""
-        return b"" if self._bytes is None else self._bytes[4 * span.start : 4 * span.stop]
+        return self.packed[4 * span.start : 4 * span.stop]
 
     def fingerprints(self, stop: int | None = None, start: int = 0) -> list[bytes]:
         """By full chunk, what its tokens and those before are whatever the scope: for ``explain``.
@@ -342,3 +364,14 @@ class ChunkChain:
             self.fingerprints(min(at + SLICE, stop), stop)
             if at + SLICE < stop:
                 yield
+
+
+def _packed(tokens: TokenSource, start: int, stop: int) -> bytes:
+    """Tokens ``[start, stop)`` of a prompt that is read a slice at a time."""
+    some = token_bytes(tokens[start:stop])
+    if len(some) != 4 * (stop - start):
+        raise TokensError(
+            f"token {stop - 1} was there, and is not any more",
+            hint="leave the tokens as they are until the call returns",
+        )
+    return some

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from kvlayer.errors import LayoutError
 from kvlayer.identity.chain import ChunkChain, Span
-from kvlayer.identity.tokens import Tokens, token_bytes
+from kvlayer.identity.tokens import Tokens, TokenSource, token_bytes, token_source
 from kvlayer.scope import PUBLIC_ZONE, Content, Salt, Scope
 
 __all__ = [
@@ -27,8 +27,10 @@ __all__ = [
     "Salt",
     "Scope",
     "Span",
+    "TokenSource",
     "Tokens",
     "token_bytes",
+    "token_source",
 ]
 
 

@@ -12,10 +12,13 @@ from typing import Any, TypeAlias, cast
 
 from kvlayer.errors import TokensError
 
-__all__ = ["MAX_NAMED", "Tokens", "first_unnamed", "token_bytes"]
+__all__ = ["MAX_NAMED", "TokenSource", "Tokens", "first_unnamed", "token_bytes", "token_source"]
 
 Tokens: TypeAlias = Any
 """Token ids: a 1-D int32, uint32 or int64 buffer (numpy, torch, ``array``) or a list of ints."""
+
+TokenSource: TypeAlias = Any
+"""What ``token_source`` returns: slices of it are tokens, too."""
 
 MAX_NAMED = 2**30 - 1
 """The largest id that is named. Larger ones could spell text that engines hash into such chains;
@@ -36,23 +39,10 @@ def token_bytes(tokens: Tokens) -> bytes:
     No Python loop when they come as a buffer. Raises ``TokensError`` for floats, bools, ids that
     are negative or above 2^32-1, bytes, and anything not 1-D.
     """
-    if hasattr(tokens, "detach"):
-        tokens = _from_tensor(tokens)
+    tokens = token_source(tokens)
     if isinstance(tokens, (list, tuple)):
         return _from_list(cast("list[int]", tokens))
-    try:
-        view = memoryview(tokens)
-    except (TypeError, ValueError, BufferError):
-        raise TokensError(
-            f"cannot read tokens from {type(tokens).__name__}",
-            hint="pass a list of ints, an array, a numpy array or a torch tensor",
-        ) from None
-    if view.ndim != 1 or view.format not in _TOKEN_FORMATS:
-        raise TokensError(
-            f"tokens must be 1-D int32, uint32 or int64, found {view.ndim}-D format "
-            f"{view.format!r}",
-            hint="pass one prompt's row, for example input_ids[0]",
-        )
+    view = memoryview(tokens)
     if sys.byteorder == "big":
         return _from_list(view.tolist())
     wide, signed = view.itemsize == 8, view.format in ("i", "l", "q")
@@ -66,6 +56,31 @@ def token_bytes(tokens: Tokens) -> bytes:
     if signed and not packed[3::4].isascii():  # the byte that holds the sign
         raise _out_of_range()
     return packed
+
+
+def token_source(tokens: Tokens) -> TokenSource:
+    """Tokens as a list, a tuple or a 1-D buffer, for whoever packs them a slice at a time.
+
+    Nothing is copied, but from a tensor's device. Raises ``TokensError`` for what is none of these.
+    """
+    if hasattr(tokens, "detach"):
+        tokens = _from_tensor(tokens)
+    if isinstance(tokens, (list, tuple)):
+        return cast("list[int]", tokens)
+    try:
+        view = memoryview(tokens)
+    except (TypeError, ValueError, BufferError):
+        raise TokensError(
+            f"cannot read tokens from {type(tokens).__name__}",
+            hint="pass a list of ints, an array, a numpy array or a torch tensor",
+        ) from None
+    if view.ndim != 1 or view.format not in _TOKEN_FORMATS:
+        raise TokensError(
+            f"tokens must be 1-D int32, uint32 or int64, found {view.ndim}-D format "
+            f"{view.format!r}",
+            hint="pass one prompt's row, for example input_ids[0]",
+        )
+    return tokens if hasattr(tokens, "astype") else view
 
 
 def first_unnamed(packed: bytes) -> int | None:

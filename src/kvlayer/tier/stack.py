@@ -244,7 +244,7 @@ class Stack:
         done = 0
         until = None if deadline is None else self.clock() + deadline
         # Pinned, too: the lease may run out before everything is there.
-        await in_turns(self.planner.claiming(match, None, match.tokens))
+        match, _ = await in_turns(self.planner.claiming(match, None, match.tokens))
         try:
             async with aclosing(self.loads.arrive(match.needs, trouble, until)) as arrivals:
                 async for batch in arrivals:

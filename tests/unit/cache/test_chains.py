@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -208,6 +210,41 @@ async def test_a_prompt_is_packed_once_and_hashed_once(
         await cache.store(prompt, engine.view(engine.slots(64)), scope=scope)
         assert packed == [64]
         assert len(hashed) == 64 // cache.namespace.tokens_per_tail + len(scope.salts)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("given_as", [list, partial(array, "I")])
+async def test_a_long_prompt_is_packed_a_slice_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, given_as: Any
+) -> None:
+    monkeypatch.setattr("kvlayer.api.naming._STEP", 32)
+    packed: list[int] = []
+
+    def packing(given: Any) -> bytes:
+        packed.append(len(given))
+        return token_bytes(given)
+
+    prompt, engine = given_as(tokens(320)), Engine(layout(), 128, 1)
+    view = engine.view(engine.slots(320))
+    async with Cache.open(config(), layout()) as cache:
+        monkeypatch.setattr("kvlayer.api.naming.token_bytes", packing)
+        monkeypatch.setattr("kvlayer.identity.chain.token_bytes", packing)
+
+        async def prefetch() -> object:
+            return await cache.prefetch(prompt)
+
+        for call in (
+            partial(cache.store, prompt, view),
+            partial(cache.store, prompt, engine.view(engine.slots(300))),
+            partial(cache.control.explain, prompt),
+            prefetch,
+            partial(cache.control.evict, prompt),
+        ):
+            await call()
+            assert sum(packed) in (320, 300) and max(packed) <= 32
+            packed.clear()
+        async with cache.lookup(prompt):
+            assert sum(packed) == 320 and max(packed) <= 32
 
 
 @pytest.mark.asyncio

@@ -30,13 +30,13 @@ from kvlayer import (
     ModelConfig,
     Scope,
     TierConfig,
+    _steps,
 )
-from kvlayer._steps import SLICE
 from kvlayer.layout import NHD, HitRule
 from kvlayer.testing import invariants
 
 CHUNK = 16
-FEW, MANY = 2 * SLICE + 5, 4 * SLICE + 5  # chunks; the rest ends in a tail
+FEW, MANY = 2 * _steps.FEW + 5, 4 * _steps.FEW + 5  # chunks; the rest ends in a tail
 
 PLAIN = KVGroup(AttentionKind.MHA, (0,), "int8", 1, 8)
 WINDOW = KVGroup(

@@ -6,20 +6,25 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from stacks import (
     CHUNK,
     NAMESPACE,
     TAIL,
     chain_of,
+    check_accounts,
     hybrid_layout,
     make_planner,
     probes,
+    store,
     tail_probes,
 )
 
+from kvlayer._steps import Steps, finish
 from kvlayer.identity.keys import ChunkChain, ObjectKey, Part, Salt, Scope, Span
+from kvlayer.tier.planner import lookup_planner, matcher, walk
+from kvlayer.tier.planner.match import Match
 from kvlayer.tier.planner.planner import Planner
 
 FULL = Part(0, (0, 2), (0, 2))
@@ -73,6 +78,46 @@ def test_a_match_is_the_farthest_way_from_span_to_span(
     assert all(
         span in spans for span in there if span[1] - span[0] == CHUNK and span[1] <= match.tokens
     )
+
+
+@settings(deadline=None)
+@example(hybrid=False, resident=[7], missing=set(), step=1, few=9)
+@given(
+    hybrid=st.booleans(),
+    resident=st.lists(st.integers(0, 24), max_size=3),
+    missing=st.sets(st.integers(0, 23), max_size=3),
+    step=st.integers(1, 5),
+    few=st.integers(1, 9),
+)
+def test_a_prompt_found_slice_by_slice_is_found_as_far_as_at_once(
+    hybrid: bool, resident: list[int], missing: set[int], step: int, few: int
+) -> None:
+    planner = make_planner(layout=hybrid_layout() if hybrid else None, pages=256)
+    chain = chain_of(24 * CHUNK)
+    for chunks in resident:  # what a shorter prompt leaves is a strand of its own
+        store(planner, chain.until(chunks * CHUNK))
+        planner.release(planner.lease(planner.match(chain), owner="", seconds=1.0).number)
+    for part in (FULL, WINDOW, STATE) if hybrid else (FULL,):
+        below = (at for at in range(24) if at not in missing)
+        lies(planner, chain, *((at * CHUNK, (at + 1) * CHUNK) for at in below), part=part)
+    at_once = planner.match(chain)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (walk, matcher, lookup_planner):
+            patch.setattr(module, "SLICE", step)
+        for module in (matcher, lookup_planner):
+            patch.setattr(module, "FEW", few)
+        in_slices = planner.match(chain)
+        assert in_slices.spans == at_once.spans
+        assert in_slices.path() == at_once.path()
+        leased = finish(planner.leasing(chain, (), _all_of_it, owner="", seconds=1.0))
+        assert leased is not None and leased[0].spans == at_once.spans
+        planner.release(leased[1].number)
+    check_accounts(planner, idle=True)
+
+
+def _all_of_it(match: Match) -> Steps[Match]:
+    yield from ()
+    return match
 
 
 def test_of_two_ways_to_one_end_that_with_fewer_objects_is_taken() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from mmap import mmap
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ class Chains:
         return chain
 
 
-def _leading(packed: bytes, tokens: NDArray[np.int64]) -> int:
+def _leading(packed: bytes | mmap, tokens: NDArray[np.int64]) -> int:
     """How many tokens a prompt begins with that another is made of."""
     known = np.frombuffer(packed, "<u4")
     most = min(len(known), len(tokens))

@@ -166,13 +166,13 @@ class Directory:
                 count = min(len(strand), stop - at)
                 if strand.records[count - 1].hash != hashes[at + count - 1]:
                     count = _common(strand, hashes, at, stop)
-                if at + count > full:  # strands are no longer than a slice, so one fits
+                if found and at + count > full:
                     return found, at, True
                 if count < len(strand):
                     strand, _ = strand.part(count)
                 found.append(strand)
                 at += count
-            if at == full:
+            if at >= full:
                 return found, at, at < stop
         return found, at, False
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeGuard
 
-from kvlayer._steps import SLICE
+from kvlayer._steps import FEW
 from kvlayer.abc.policy import PolicyMaker
 from kvlayer.eviction.order import EvictionOrder
 from kvlayer.memory.extents import Extents
@@ -26,7 +26,7 @@ __all__ = ["HostTier"]
 
 _SPARED = 32  # objects passed over for others: some 2 us each
 
-_LONG = SLICE  # objects of a strand: to make one, or to dissolve it, takes some 50 microseconds
+_LONG = FEW  # objects of a strand: to make one, or to dissolve it, takes some 50 microseconds
 
 
 class HostTier:

@@ -66,7 +66,7 @@ class Journal:
             name = _name(chain, span)
             self._stored[name] = None
             self._owners[*name, owner] = None
-            view = chain.namespace, owner, _zones(chain, span.stop)
+            view = chain.namespace, owner, chain.zones_before(span.stop)
             self._children[chain.parent(span.start), view] = chain.token_bytes(span)
             index = span.start // chain.chunk_step - first
             if index < len(prints) and span.tokens == chain.chunk_step:
@@ -121,14 +121,9 @@ def _name(chain: ChunkChain, span: Span) -> _Name:
     return chain.namespace, span.hash, span.tokens
 
 
-def _zones(chain: ChunkChain, stop: int) -> tuple[str, ...]:
-    """The zones whose salts a span that ends before token ``stop`` was stored under."""
-    return tuple(zone for first, zone in chain.scope.zones() if first < stop)
-
-
 def _views(chain: ChunkChain) -> list[_View]:
     """What whoever asks about a prompt may see: with all of its salts first, without any last."""
-    zones = _zones(chain, chain.num_tokens)
+    zones = chain.zones_before(chain.num_tokens)
     return [
         (chain.namespace, chain.scope.owner, zones[:count]) for count in range(len(zones), -1, -1)
     ]

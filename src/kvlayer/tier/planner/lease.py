@@ -14,7 +14,7 @@ from heapq import heapify, heappop, heappush
 from math import isfinite
 from typing import cast
 
-from kvlayer._steps import SLICE, Steps
+from kvlayer._steps import FEW, Steps
 from kvlayer._values import number
 from kvlayer.errors import ConfigError
 from kvlayer.results import OwnerStats
@@ -113,7 +113,7 @@ class LeaseTable:
         """Ready a lease that only reads for giving back objects one by one."""
         at = count = 0
         while lease.left is None and not lease.is_holding and self.holds(lease.number):
-            while at < len(lease.held) and count < SLICE:
+            while at < len(lease.held) and count < FEW:
                 records = self._host.taken_apart(lease.held[at : at + 1])
                 lease.held[at : at + 1] = records
                 at += len(records)
@@ -160,7 +160,7 @@ class LeaseTable:
         if lease is None:
             return False
         self._end(lease)
-        self._let_go(lease, SLICE)
+        self._let_go(lease, FEW)
         if lease.held:
             self._ending.append(lease)
         return True
@@ -181,10 +181,10 @@ class LeaseTable:
     def _let_go(self, lease: Lease, most: int) -> int:
         """Let go of the end of what a lease holds; how many objects that was.
 
-        The end goes first: its root is the most recent then.
+        The end goes first: its root is the most recent then. A strand goes as a whole.
         """
         held, count, at = lease.held, 0, len(lease.held)
-        while at and count + _size(held[at - 1]) <= most:
+        while at and (not count or count + _size(held[at - 1]) <= most):
             at -= 1
             count += _size(held[at])
         some = held[at:]
@@ -207,7 +207,7 @@ class LeaseTable:
         A slice of objects at most: what is left of them goes with the next calls.
         """
         gone: list[Lease] = []
-        room = SLICE
+        room = FEW
         while room > 0:
             if not self._ending:
                 if not self._deadlines or self._deadlines[0][0] > now:
@@ -223,8 +223,6 @@ class LeaseTable:
             room -= max(count, 1)
             if not self._ending[0].held:
                 self._ending.popleft()
-            elif not count:
-                break
         return gone
 
     def owners(self) -> dict[str, OwnerStats]:

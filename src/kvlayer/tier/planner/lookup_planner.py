@@ -8,7 +8,7 @@ from itertools import islice
 from sys import intern
 from typing import TypeAlias
 
-from kvlayer._steps import SLICE, Steps, finish, in_slices
+from kvlayer._steps import FEW, SLICE, Steps, finish, in_slices
 from kvlayer.identity.keys import ChunkChain, ObjectKey
 from kvlayer.tier.planner.asking import Search
 from kvlayer.tier.planner.lease import Lease
@@ -170,7 +170,7 @@ class LookupPlanner(Tables):
         In any thread. What is found is held until it is leased. None if ``choose`` chooses none.
         """
         yield from self.expiring()
-        if len(chain) <= SLICE:  # found, chosen and leased under one hold of the lock
+        if len(chain) <= FEW:  # found, chosen and leased under one hold of the lock
             with self.lock, self._presuming(chain, runs):
                 match = finish(choose(self._matcher.match(chain, chain.num_tokens, runs)))
                 if match is None:
@@ -424,18 +424,19 @@ def _tiers(bits: int) -> list[int]:
 def _in_slices(match: Match) -> Iterator[tuple[Sequence[Held], Sequence[ObjectRecord]]]:
     """What :meth:`Match.held` says, in slices."""
     first, rest = match.held()
-    if len(match.spans) <= SLICE:
+    if len(match.spans) <= FEW:
         yield first, rest
         return
     some: list[Held] = []
     count = 0
     for each in first:
         size = len(each) if isinstance(each, Strand) else 1
-        if count + size > SLICE:
+        if count + size > FEW:
             yield some, ()
             some, count = [], 0
         some.append(each)
         count += size
-    yield some, rest[: SLICE - count]
-    for at in range(SLICE - count, len(rest), SLICE):
-        yield (), rest[at : at + SLICE]
+    room = max(FEW - count, 0)
+    yield some, rest[:room]
+    for at in range(room, len(rest), FEW):
+        yield (), rest[at : at + FEW]

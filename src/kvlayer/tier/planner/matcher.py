@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias, cast
 
-from kvlayer._steps import SLICE, Steps, finish
+from kvlayer._steps import FEW, SLICE, Steps, finish
 from kvlayer.identity.keys import ChunkChain, ObjectKey, Part, Span
 from kvlayer.layout import HitRule, KVGroup
 from kvlayer.payload import Payload
@@ -93,9 +93,7 @@ class Matcher:
         # Where another zone begins, this ends: zones only follow each other.
         step, zone = chain.chunk_step, chain.zone_before(chain.chunk_step)
         within = range(at, end)
-        return self._directory.leading(
-            chain.namespace, chain.hashes, step, zone, within, most=SLICE
-        )
+        return self._directory.leading(chain.namespace, chain.hashes, step, zone, within, most=FEW)
 
     def chunks(
         self, chain: ChunkChain, end: int, known: int, stop: int

@@ -174,12 +174,13 @@ class Planner(LookupPlanner, Survey):
 
     def settle(self, chain: ChunkChain, slots: Sequence[Reservation]) -> list[ObjectRecord]:
         """Let go of what a store gathered; the whole prompt is recent now. Returns its objects."""
-        return finish(self.settling(chain, slots))
+        return finish(self.settling(chain, [*slots]))
 
-    def settling(
-        self, chain: ChunkChain, slots: Sequence[Reservation]
-    ) -> Steps[list[ObjectRecord]]:
-        """:meth:`settle` step by step, for whoever keeps others waiting: finish it in any case."""
+    def settling(self, chain: ChunkChain, slots: list[Reservation]) -> Steps[list[ObjectRecord]]:
+        """:meth:`settle` step by step, for whoever keeps others waiting: finish it in any case.
+
+        Uses ``slots`` up.
+        """
         return self._locked(self._stores.settling(chain, slots))
 
     def having_room(self, wanted: Sequence[tuple[Span, Sequence[ObjectRecord]]]) -> Steps[bool]:

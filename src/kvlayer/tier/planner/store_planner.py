@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from kvlayer._steps import SLICE, Steps
+from kvlayer._steps import FEW, SLICE, Steps
 from kvlayer.identity.keys import ChunkChain, Part, Span
 from kvlayer.layout import HitRule, KVGroup
 from kvlayer.payload import Payload
@@ -66,7 +66,7 @@ class StorePlanner:
             ready = [r for r in records if r.host is HostState.READY and not r.tiers & spared]
             self._host.hold(ready)
             todo.held += ready
-            if len(todo.chain) > SLICE:
+            if len(todo.chain) > FEW:
                 yield
 
     def more(self, todo: StorePlan, at_once: int, now: Moment) -> None:
@@ -103,15 +103,15 @@ class StorePlanner:
             self._host.drop(slot.record)
             self._host.let_go((slot.record,))
 
-    def settling(
-        self, chain: ChunkChain, slots: Sequence[Reservation]
-    ) -> Steps[list[ObjectRecord]]:
+    def settling(self, chain: ChunkChain, slots: list[Reservation]) -> Steps[list[ObjectRecord]]:
         """See ``Planner.settling``."""
-        for at in range(0, len(slots), SLICE):
-            self._host.let_go([slot.record for slot in slots[at : at + SLICE]])
-            yield
-        is_long = len(chain) > SLICE
         last = slots[-1].record.chunk if slots else None  # it may be a tail
+        slots.reverse()
+        while slots:  # freed with their slice
+            self._host.let_go([slot.record for slot in slots[: -SLICE - 1 : -1]])
+            del slots[-SLICE:]
+            yield
+        is_long = len(chain) > FEW
         path: list[ObjectRecord] = []
         for chunks in self._matcher.leading(chain):
             path += [found for chunk in chunks for found in chunk.objects]

@@ -72,7 +72,7 @@ class Walk:
         if min(self._stop, chain.named_tokens) - self.at * step < chain.tail_step:
             self.is_over = True  # there is no more of it
             return first, []
-        last = min(before + SLICE, self._end)
+        last = min(max(before + SLICE, self.at), self._end)
         spans, covers = matcher.chunks(chain, last, self.at, self._stop)
         reached = spans[-1].stop if spans else self.at * step
         if self._end > last and reached == last * step:

@@ -10,7 +10,7 @@ from functools import partial
 from math import inf
 from typing import Protocol
 
-from kvlayer._steps import SLICE
+from kvlayer._steps import FEW, SLICE
 from kvlayer.abc.backend import Damaged
 from kvlayer.events import ObjectQuarantined
 from kvlayer.identity.keys import ObjectKey, Span
@@ -200,8 +200,6 @@ class Loads:
                 at += len(batch)
                 if batch:
                     yield batch
-                if len(batch) == SLICE:
-                    await asyncio.sleep(0)
                 may_start = await request.may_start(failure, has_moved=bool(batch))
                 if missed is None and (at < request.started or may_start):
                     continue
@@ -220,7 +218,7 @@ class Loads:
     ) -> tuple[list[tuple[Span, Sequence[ObjectRecord]]], Failure | None]:
         """Spans from ``at`` on that are there, a slice at most; if there is none, why not."""
         batch: list[tuple[Span, Sequence[ObjectRecord]]] = []
-        while at + len(batch) < request.started and len(batch) < SLICE:
+        while at + len(batch) < request.started and len(batch) < FEW:
             span, records = request.wanted[at + len(batch)]
             absent = [r for r in records if r.host is not HostState.READY]
             if absent:
@@ -230,6 +228,8 @@ class Loads:
                 if missed is not None:
                     return batch, missed
             batch.append((span, records))
+            if not len(batch) % SLICE:
+                await asyncio.sleep(0)
         return batch, None
 
     async def _bring_all(
