@@ -40,6 +40,8 @@ class Flight:
     """At some time nobody waited, so it was cancelled."""
     is_forsaken: bool = False
     """Its object was removed meanwhile: what it brings is not served."""
+    quarantine: TierCall[object] | None = None
+    """It brought a damaged object, which is being taken out of sight."""
 
     @property
     def has_ended(self) -> bool:

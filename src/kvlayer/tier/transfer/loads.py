@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
@@ -338,10 +337,15 @@ class Loads:
         outcome = outcome_of(call, slot.record.key)
         is_wanted = flight is None or not flight.is_forsaken
         ok = outcome.ok and is_wanted
-        self._planner.fetched(slot, tier.index, ok=ok, copy=outcome.copy)
         tier.transferred("load", outcome, call)
+        damaged = self._withdraw(tier, slot.record, outcome)  # also what nobody waits for any more
+        self._planner.fetched(slot, tier.index, ok=ok, copy=outcome.copy)
         if trip is not None:
             trip.landed(self._clock(), outcome)
+        if damaged is not None:
+            quarantine = self._quarantine(tier, damaged, outcome)
+            if flight is not None:
+                flight.quarantine = quarantine
 
     async def _bring(self, span: Span, record: ObjectRecord, request: _Request) -> Failure | None:
         """Wait until an object is in host memory, trying one tier after the other."""
@@ -362,7 +366,8 @@ class Loads:
                 detail = f"not loaded within {tier.guard.deadline} s"
                 tier.fails(Cause.DEADLINE, detail, key=record.key)
                 return Failure(span, Cause.DEADLINE, tier.name, detail)
-            await self._withdraw(tier, record, outcome)
+            if flight.quarantine is not None:
+                await tier.guard.wait(flight.quarantine)
             request.flights.pop(record.key).leave()
             if record.tier == 0:
                 return None  # stored anew while the damaged copy was taken away
@@ -391,36 +396,46 @@ class Loads:
                     request.flights[record.key] = again
                     flight.leave()
 
-    async def _withdraw(self, tier: LowerTier, record: ObjectRecord, outcome: Outcome) -> None:
-        """Stop offering what a tier could not deliver; take a damaged object out of sight.
+    def _withdraw(self, tier: LowerTier, record: ObjectRecord, outcome: Outcome) -> Damaged | None:
+        """Stop offering what a tier could not deliver; what is to be taken out of sight of it.
 
         So is one that failed several times in a row while others did not: its tier would not
         replace it, and every prompt that needs it would fail again.
         """
         cause = outcome.cause
         if cause is None or not record.readable >> tier.index & 1:
-            return  # another request was faster
+            return None  # it was withdrawn meanwhile
         is_hopeless = tier.is_hopeless(Lane.READS, record.key)
         is_foreign = cause is Cause.FOREIGN_VERSION  # another release serves it
         if not (is_hopeless or is_foreign or cause.is_damage or cause is Cause.VANISHED):
-            return
+            return None
         detail = f"{tier.name}: {outcome.detail}"
         aside = is_hopeless or is_foreign
         self._planner.missing(record, tier.index, cause, detail, aside=aside)
         if is_hopeless and not is_foreign:
             tier.sets_aside(record.key)
         elif not cause.is_damage:
-            return
-        if tier.emit:
-            tier.emit(
-                ObjectQuarantined(
-                    tier=tier.name, key=record.key, cause=cause, detail=outcome.detail
-                )
-            )
-        damaged = Damaged(record.key, outcome.version)
-        with suppress(Refused):  # found again, and quarantined then, at the next load
-            call = tier.guard.start(partial(self._objects.quarantine, tier.index, damaged))
-            if not await tier.guard.wait_alone(call):
+            return None
+        return Damaged(record.key, outcome.version)
+
+    def _quarantine(
+        self, tier: LowerTier, damaged: Damaged, outcome: Outcome
+    ) -> TierCall[object] | None:
+        """Have a damaged object taken out of its tier's sight."""
+        cause, detail = outcome.cause, outcome.detail
+        if tier.emit and cause is not None:
+            key = damaged.key
+            tier.emit(ObjectQuarantined(tier=tier.name, key=key, cause=cause, detail=detail))
+
+        def ended(call: TierCall[object]) -> None:
+            if call.was_late:
                 tier.fails(Cause.DEADLINE, "quarantine did not end in time")
-            elif call.error is not None:
+            elif call.error is not None and not call.was_cancelled:
                 tier.complains(Cause.TIER_DOWN, words(call.error))
+
+        try:
+            call = tier.guard.start(partial(self._objects.quarantine, tier.index, damaged), ended)
+        except Refused:  # found again, and quarantined then, at the next load
+            return None
+        call.left_alone(cancel=True)
+        return call
