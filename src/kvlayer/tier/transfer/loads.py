@@ -337,9 +337,12 @@ class Loads:
         outcome = outcome_of(call, slot.record.key)
         is_wanted = flight is None or not flight.is_forsaken
         ok = outcome.ok and is_wanted
-        tier.transferred("load", outcome, call)
-        damaged = self._withdraw(tier, slot.record, outcome)  # also what nobody waits for any more
-        self._planner.fetched(slot, tier.index, ok=ok, copy=outcome.copy)
+        damaged: Damaged | None = None
+        try:
+            tier.transferred("load", outcome, call)
+            damaged = self._withdraw(tier, slot.record, outcome)
+        finally:
+            self._planner.fetched(slot, tier.index, ok=ok, copy=outcome.copy)
         if trip is not None:
             trip.landed(self._clock(), outcome)
         if damaged is not None:
@@ -366,6 +369,8 @@ class Loads:
                 detail = f"not loaded within {tier.guard.deadline} s"
                 tier.fails(Cause.DEADLINE, detail, key=record.key)
                 return Failure(span, Cause.DEADLINE, tier.name, detail)
+            if damaged := self._withdraw(tier, record, outcome, was_needed=True):
+                flight.quarantine = self._quarantine(tier, damaged, outcome)
             if flight.quarantine is not None:
                 await tier.guard.wait(flight.quarantine)
             request.flights.pop(record.key).leave()
@@ -396,16 +401,18 @@ class Loads:
                     request.flights[record.key] = again
                     flight.leave()
 
-    def _withdraw(self, tier: LowerTier, record: ObjectRecord, outcome: Outcome) -> Damaged | None:
-        """Stop offering what a tier could not deliver; what is to be taken out of sight of it.
+    def _withdraw(
+        self, tier: LowerTier, record: ObjectRecord, outcome: Outcome, *, was_needed: bool = False
+    ) -> Damaged | None:
+        """Stop offering what a tier does not have; what of it is to be taken out of sight.
 
-        So is one that failed several times in a row while others did not: its tier would not
-        replace it, and every prompt that needs it would fail again.
+        So is one that was needed and failed several times in a row while others did not: its tier
+        would not replace it, and every prompt that needs it would fail again.
         """
         cause = outcome.cause
         if cause is None or not record.readable >> tier.index & 1:
             return None  # it was withdrawn meanwhile
-        is_hopeless = tier.is_hopeless(Lane.READS, record.key)
+        is_hopeless = was_needed and tier.is_hopeless(Lane.READS, record.key)
         is_foreign = cause is Cause.FOREIGN_VERSION  # another release serves it
         if not (is_hopeless or is_foreign or cause.is_damage or cause is Cause.VANISHED):
             return None
