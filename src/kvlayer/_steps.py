@@ -14,7 +14,7 @@ __all__ = ["FEW", "SLICE", "Steps", "finish", "in_slices"]
 
 T = TypeVar("T")
 
-SLICE = 64
+SLICE = 32
 """Chunks, objects or spans of one step: up to half a millisecond."""
 
 FEW = 256

@@ -37,7 +37,7 @@ from kvlayer.identity.quality import EXACT
 from kvlayer.layout import KVLayout, KVView
 from kvlayer.patience import Patience
 from kvlayer.results import Cause, Failure, RetrieveReport, StoreReport
-from kvlayer.runtime.turns import in_turns, to_the_end
+from kvlayer.runtime.turns import after_a_turn, in_turns, to_the_end
 from kvlayer.tier.planner.lease import Lease, lease_seconds
 from kvlayer.tier.planner.match import Match
 from kvlayer.tier.planner.planner import REBOUND
@@ -53,7 +53,7 @@ PUBLIC = Scope()
 _HIT = "what `async with cache.lookup(...)` yields"
 _LONGEST_PREFILL = 1e9  # seconds
 _LONGEST_WAIT = 1e6
-_SLICE = 32  # spans remembered in one turn of the loop: some 10 us each
+_SLICE = 24  # spans remembered in one turn of the loop: some 10 us each
 _LARGEST_PREFILL = 10**12  # tokens
 
 
@@ -229,7 +229,9 @@ class Cache:
         try:
             yield hit
         finally:
-            await to_the_end(self._planner.releasing(hit.lease.number))
+            releasing = self._planner.releasing(hit.lease.number)
+            # What was done with a long hit has just taken its turn.
+            await to_the_end(releasing if len(hit.spans) <= FEW else after_a_turn(releasing))
 
     def begin_lookup(self, tokens: Tokens, *, scope: Scope = PUBLIC) -> Lookup:
         """Start a lookup to poll, for a callback that must not await. See :class:`Lookup`.
@@ -473,19 +475,24 @@ class Cache:
         return self._parts
 
     async def _remember(self, chain: ChunkChain, stored: Stored) -> None:
-        """Keep for ``explain`` what was stored, in slices; all of it if this is cancelled, too."""
+        """Keep for ``explain`` what was stored, in slices; all of it if this is cancelled, too.
+
+        What is remembered of ``stored`` is used up.
+        """
         await to_the_end(self._remembering(chain, stored))
 
     def _remembering(self, chain: ChunkChain, stored: Stored) -> Steps[None]:
-        known = [*stored.skipped]
-        last = max((spans[-1].stop for spans in (stored.spans, known) if spans), default=0)
+        new, known = stored.spans, [*stored.skipped]
+        stored.skipped.clear()
+        last = max((spans[-1].stop for spans in (new, known) if spans), default=0)
         yield from chain.fingerprinting(last // chain.chunk_step)
-        for at in range(0, len(stored.spans), _SLICE):
-            self._planner.remember(chain, stored.spans[at : at + _SLICE])
-            yield
-        for at in range(0, len(known), _SLICE):
-            self._planner.remember(chain, (), known[at : at + _SLICE])
-            yield
+        for spans in (new, known):
+            spans.reverse()
+            while spans:  # freed with their slice
+                some = spans[: -_SLICE - 1 : -1]
+                del spans[-_SLICE:]
+                self._planner.remember(chain, *((some,) if spans is new else ((), some)))
+                yield
 
     def chain(
         self, tokens: Tokens, scope: Scope = PUBLIC, *, namespace: Namespace | None = None

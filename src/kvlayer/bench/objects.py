@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -55,10 +56,10 @@ class Still(SickTier):
 async def object_rows(rounds: int, folder: Path) -> list[Row]:
     """``loop.put.*`` and ``loop.get.*``: CPU seconds of the loop's thread for one small object.
 
-    From ``flush`` until it is stored, and from ``promote`` until it is in host memory: on a backend
-    that moves no bytes (``still``; what it takes itself is left out) and on ``file://``, 128 at a
-    time and ``alone``. The least of ``rounds`` and more samples: others use the processor, too. No
-    ceiling.
+    What ``store`` and ``flush`` take beyond a ``store`` in a cache without the tier, and from
+    ``promote`` until it is in host memory: on a backend that moves no bytes (``still``; what it
+    takes itself is left out) and on ``file://``, 128 at a time and ``alone``. The least of
+    ``rounds`` and more samples: others use the processor, too. No ceiling.
     """
     rows: list[Row] = []
     for name, url in (("still", "bench-still://"), ("file", f"file://{folder}")):
@@ -79,13 +80,17 @@ async def _measure(url: str, count: int, rounds: int) -> tuple[float, float]:
     puts: list[float] = []
     gets: list[float] = []
     backends = BACKENDS.extended({Still.scheme: Still.fresh()})
-    async with Cache.open(config, layout, backends=backends) as cache:
+    alone = replace(config, tiers=(host,))
+    async with (
+        Cache.open(config, layout, backends=backends) as cache,
+        Cache.open(alone, layout) as plain,
+    ):
         was_enabled = gc.isenabled()
         gc.collect()
         gc.disable()  # what is collected is not this object's cost
         try:
             for number in range(rounds + 1):
-                put, get = await _one_round(cache, view, prompt(tokens, number))
+                put, get = await _one_round(cache, plain, view, prompt(tokens, number))
                 puts.append(put / count)
                 gets.append(get / count)
         finally:
@@ -94,10 +99,18 @@ async def _measure(url: str, count: int, rounds: int) -> tuple[float, float]:
     return min(puts[1:]), min(gets[1:])
 
 
-async def _one_round(cache: Cache, view: KVView, tokens: Sequence[int]) -> tuple[float, float]:
+async def _one_round(
+    cache: Cache, plain: Cache, view: KVView, tokens: Sequence[int]
+) -> tuple[float, float]:
+    async def store() -> None:  # tiers are written to meanwhile
+        await cache.store(chain, view)
+        await cache.flush()
+
+    itself = plain.chain(tokens)
+    put = -await _loop_seconds(plain, lambda: plain.store(itself, view))
+    await plain.control.evict(itself)
     chain = cache.chain(tokens)
-    await cache.store(chain, view)
-    put = await _loop_seconds(cache, cache.flush)
+    put += await _loop_seconds(cache, store)
     await cache.control.evict(chain, tier="cpu")
     async with cache.lookup(chain) as hit:
         get = await _loop_seconds(cache, lambda: cache.promote(hit))

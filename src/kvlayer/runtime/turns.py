@@ -7,7 +7,7 @@ from typing import TypeVar, cast
 
 from kvlayer._steps import Steps, finish
 
-__all__ = ["in_turns", "soon", "to_the_end"]
+__all__ = ["after_a_turn", "in_turns", "soon", "to_the_end"]
 
 T = TypeVar("T")
 
@@ -42,6 +42,12 @@ async def to_the_end(steps: Steps[T]) -> T:
                 cancelled = exc
     finally:
         finish(steps)  # the coroutine was closed: nobody gives it another turn
+
+
+def after_a_turn(steps: Steps[T]) -> Steps[T]:
+    """The same steps, and before them a turn for others."""
+    yield
+    return (yield from steps)
 
 
 def soon(steps: Steps[object]) -> None:

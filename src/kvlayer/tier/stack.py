@@ -43,7 +43,7 @@ __all__ = ["Stack", "Window"]
 
 _log = logging.getLogger(__name__)
 
-_SLICE = 64  # objects named in one turn of the loop: some 4 us each
+_SLICE = 32  # objects named in one turn of the loop: some 4 us each
 _UNTOLD = 64  # paths whose use a tier is told of when it has been written; the latest
 
 

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Stored", "Storing", "moved"]
 
-_SLICE = 8  # spans planned per turn of the loop: some 20 us each, or 70 where others must go
-_PART = 64  # spans gathered at once: others stage in between
+_SLICE = 6  # spans planned per turn of the loop: some 20 us each, or 70 where others must go
+_PART = 32  # spans gathered at once: others stage in between
 _VAIN = 3  # waits for room in a row that bring none: no tier takes what host memory keeps for it
 
 

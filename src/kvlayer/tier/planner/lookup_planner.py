@@ -84,12 +84,13 @@ class LookupPlanner(Tables):
     def _giving_back(
         self, left: list[ObjectRecord], give: Callable[[Sequence[ObjectRecord]], object]
     ) -> Steps[None]:
+        is_long = len(left) > SLICE
         while left:
             with self.lock:
                 some = left[-SLICE:]
                 del left[-SLICE:]
                 give(some)
-            if left:
+            if is_long:  # also after the last: what is freed then takes a turn
                 yield
 
     def search(self, match: Match, *, every: bool) -> Search:
@@ -410,6 +411,7 @@ class LookupPlanner(Tables):
         if self.leases.is_ending:
             yield
             yield from self.expiring()
+            yield  # what is freed then takes a turn
         return is_released
 
 
@@ -427,16 +429,16 @@ def _in_slices(match: Match) -> Iterator[tuple[Sequence[Held], Sequence[ObjectRe
     if len(match.spans) <= FEW:
         yield first, rest
         return
-    some: list[Held] = []
+    some, most = list[Held](), 2 * SLICE
     count = 0
     for each in first:
         size = len(each) if isinstance(each, Strand) else 1
-        if count + size > FEW:
+        if count + size > most:
             yield some, ()
             some, count = [], 0
         some.append(each)
         count += size
-    room = max(FEW - count, 0)
+    room = max(most - count, 0)
     yield some, rest[:room]
-    for at in range(room, len(rest), FEW):
-        yield (), rest[at : at + FEW]
+    for at in range(room, len(rest), most):
+        yield (), rest[at : at + most]

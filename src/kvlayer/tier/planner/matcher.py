@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias, cast
 
-from kvlayer._steps import FEW, SLICE, Steps, finish
+from kvlayer._steps import SLICE, Steps, finish
 from kvlayer.identity.keys import ChunkChain, ObjectKey, Part, Span
 from kvlayer.layout import HitRule, KVGroup
 from kvlayer.payload import Payload
@@ -85,15 +85,18 @@ class Matcher:
         stops = [span.stop for span in spans]
         return plan.ending(stops, self._groups, lambda i, g: found[i][g] is not None)
 
-    def first(self, chain: ChunkChain, at: int, end: int) -> tuple[list[Held], int, bool]:
+    def first(
+        self, chain: ChunkChain, at: int, end: int, most: int = 2 * SLICE
+    ) -> tuple[list[Held], int, bool]:
         """What serves full chunks from ``at`` on, as far as each is one object in host memory.
 
-        Also up to which chunk, and whether that was a slice: more may be there before ``end``.
+        Also up to which chunk, and whether it is because of ``most`` that it ended there: more may
+        be there before ``end``. A strand is found as a whole.
         """
         # Where another zone begins, this ends: zones only follow each other.
         step, zone = chain.chunk_step, chain.zone_before(chain.chunk_step)
         within = range(at, end)
-        return self._directory.leading(chain.namespace, chain.hashes, step, zone, within, most=FEW)
+        return self._directory.leading(chain.namespace, chain.hashes, step, zone, within, most=most)
 
     def chunks(
         self, chain: ChunkChain, end: int, known: int, stop: int

@@ -127,7 +127,7 @@ class StorePlanner:
                 yield
         at, goes_on = 0, self._matcher.is_plain
         while goes_on:
-            first, at, goes_on = self._matcher.first(chain, at, len(chain))
+            first, at, goes_on = self._matcher.first(chain, at, len(chain), FEW)
             self._host.string(first)
             if goes_on:
                 yield

@@ -22,7 +22,7 @@ from kvlayer.tier.messages import Outcome, Piece, Slot
 
 __all__ = ["Device", "LocalDevice"]
 
-_SLICE = 64  # copies described in one turn of the loop: some 5 us each
+_SLICE = 32  # copies described in one turn of the loop: some 5 us each
 
 
 class Device(ABC):

@@ -117,6 +117,11 @@ class _Request:
             if trip.is_growing:
                 trip.all_started(now)
 
+    def abandoned(self, now: float) -> None:
+        """It took longer than it was worth."""
+        for trip in self.trips.values():
+            trip.abandoned(now)
+
     def stopped(self, failure: Failure, now: float) -> None:
         """No more can be started for now, or at all."""
         if failure.cause is not Cause.NO_ROOM:
@@ -359,16 +364,10 @@ class Loads:
             outcome = await flight.wait(left)
             if record.host is HostState.READY:
                 return None
-            if outcome is None and left < tier.guard.deadline:
-                for trip in request.trips.values():
-                    trip.abandoned(self._clock())
-            if outcome is None and not flight.call.was_late:
-                tier.refused(Cause.DEADLINE)
-                return Failure(span, Cause.DEADLINE, tier.name, "took longer than it was worth")
             if outcome is None:
-                detail = f"not loaded within {tier.guard.deadline} s"
-                tier.fails(Cause.DEADLINE, detail, key=record.key)
-                return Failure(span, Cause.DEADLINE, tier.name, detail)
+                if left < tier.guard.deadline:
+                    request.abandoned(self._clock())
+                return Failure(span, Cause.DEADLINE, tier.name, self._late(flight, tier))
             if damaged := self._withdraw(tier, record, outcome, was_needed=True):
                 flight.quarantine = self._quarantine(tier, damaged, outcome)
             if flight.quarantine is not None:
@@ -388,6 +387,16 @@ class Loads:
             request.flights[record.key] = again
             if flight.was_given_up:
                 self._renew(request)
+
+    @staticmethod
+    def _late(flight: Flight, tier: LowerTier) -> str:
+        """Count a flight that is not waited for any longer; what is said of it."""
+        if not flight.call.was_late:
+            tier.refused(Cause.DEADLINE)
+            return "took longer than it was worth"
+        detail = f"not loaded within {tier.guard.deadline} s"
+        tier.fails(Cause.DEADLINE, detail, key=flight.key)
+        return detail
 
     def _renew(self, request: _Request) -> None:
         """Start anew, side by side, what others gave up when this request had just joined them."""
