@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from secrets import randbits
+from os import urandom
 from struct import Struct
 from typing import TypeAlias
 
@@ -33,7 +33,7 @@ _SEGMENTS = 512
 _SEGMENT_SHIFT = 55
 _SLOT_SHIFT = 24
 _WORD = (1 << 64) - 1
-_MULTIPLIER = randbits(64) | 1  # nobody can make keys that all meet in one place
+_MULTIPLIER = int.from_bytes(urandom(8)) | 1  # nobody can make keys that all meet in one place
 _FEWEST = 16  # slots of a segment
 _GROWTH = 4
 _EMPTY, _GONE, _ROWS = range(3)
