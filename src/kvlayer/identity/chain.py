@@ -10,7 +10,7 @@ import itertools
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from mmap import MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any, NamedTuple, cast
 
 from xxhash import xxh3_128
@@ -24,6 +24,9 @@ from kvlayer.identity.links import Links
 from kvlayer.identity.quality import Accepted
 from kvlayer.identity.tokens import Tokens, TokenSource, first_unnamed, token_bytes
 from kvlayer.scope import PUBLIC_ZONE, Scope, zone_at
+
+if sys.platform == "linux":
+    from mmap import MADV_HUGEPAGE
 
 __all__ = ["ChunkChain", "Span"]
 
