@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 _SLICE = 1_000  # objects found by one job of a thread
-_AT_ONCE = 250  # of them taken into the books before the loop gets a turn
+_AT_ONCE = 50  # of them taken into the books before the loop gets a turn
 
 
 class Janitor:

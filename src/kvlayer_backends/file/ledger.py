@@ -24,9 +24,9 @@ from kvlayer_backends.file.victims import Eviction, Victim
 
 __all__ = ["Ledger"]
 
-_AT_ONCE = 64
+_AT_ONCE = 16
 """Victims taken in one go: they are removed within milliseconds, and others get a turn."""
-_LOOKS = 512  # objects passed over for what follows them before the loop gets a turn
+_LOOKS = 128  # objects passed over for what follows them before the loop gets a turn
 
 
 class Ledger:
