@@ -312,9 +312,9 @@ def taken(books: Ledger, pages: int) -> list[ObjectKey]:
 
 
 def test_a_whole_prompt_goes_in_one_slice_end_first() -> None:
-    nodes = line(0, 50)
+    nodes = line(0, 12)
     books = ledger([*nodes, (1,)])
-    assert taken(books, 50) == [*map(key, reversed(nodes))]
+    assert taken(books, 12) == [*map(key, reversed(nodes))]
 
 
 def test_what_stays_keeps_what_comes_before_it_in_the_same_slice() -> None:
@@ -340,8 +340,8 @@ def test_what_a_write_follows_stays_until_it_has_ended() -> None:
 
 
 def test_passing_over_much_is_done_in_slices() -> None:
-    wide: list[Node] = [(n,) for n in range(600)]
-    books = ledger([*wide, *((n, 0) for n in range(600))])
+    wide: list[Node] = [(n,) for n in range(150)]
+    books = ledger([*wide, *((n, 0) for n in range(150))])
     assert taken(books, 1) == [] and books.has_more
     assert taken(books, 1) == [key((0, 0))] and not books.has_more
 
