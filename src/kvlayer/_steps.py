@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterable, Iterator
 from itertools import islice
 from typing import TypeAlias, TypeVar, cast
 
-__all__ = ["FEW", "SLICE", "Steps", "finish", "in_slices"]
+__all__ = ["FEW", "SLICE", "Steps", "finish", "in_slices", "used_up"]
 
 T = TypeVar("T")
 
@@ -28,6 +28,18 @@ def in_slices(entries: Iterable[T]) -> Iterator[list[T]]:
     """These entries, at most a slice at a time."""
     left = iter(entries)
     while some := [*islice(left, SLICE)]:
+        yield some
+
+
+def used_up(entries: list[T], size: int = SLICE) -> Iterator[list[T]]:
+    """These entries in their order, ``size`` at a time; what is freed with them goes so, too.
+
+    The list is empty afterwards.
+    """
+    entries.reverse()
+    while entries:
+        some = entries[: -size - 1 : -1]
+        del entries[-size:]
         yield some
 
 

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-from kvlayer._steps import FEW, Steps
+from kvlayer._steps import FEW, Steps, used_up
 from kvlayer._values import callee, flag, function, instance, number, text, waiting, whole
 from kvlayer.abc.backend import Backend
 from kvlayer.abc.codec import Codec
@@ -328,7 +328,8 @@ class Cache:
         """Start bringing a prompt's usable prefix into host memory and hold it there.
 
         The prefix stays pinned for ``deadline`` seconds (default ``lease_seconds``), whether or
-        not anyone asks for it. Raises ``TokensError``.
+        not anyone asks for it. The tokens are not to change before it is done. Raises
+        ``TokensError``; for a long prompt only the awaited :class:`Prefetch` does so.
         """
         started = self.check_loop()
         source = self._names.source(tokens, scope)
@@ -486,13 +487,12 @@ class Cache:
         stored.skipped.clear()
         last = max((spans[-1].stop for spans in (new, known) if spans), default=0)
         yield from chain.fingerprinting(last // chain.chunk_step)
-        for spans in (new, known):
-            spans.reverse()
-            while spans:  # freed with their slice
-                some = spans[: -_SLICE - 1 : -1]
-                del spans[-_SLICE:]
-                self._planner.remember(chain, *((some,) if spans is new else ((), some)))
-                yield
+        for some in used_up(new, _SLICE):
+            self._planner.remember(chain, some)
+            yield
+        for some in used_up(known, _SLICE):
+            self._planner.remember(chain, (), some)
+            yield
 
     def chain(
         self, tokens: Tokens, scope: Scope = PUBLIC, *, namespace: Namespace | None = None

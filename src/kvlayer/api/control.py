@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from kvlayer._steps import Steps
+from kvlayer._steps import Steps, used_up
 from kvlayer._values import instance, text
 from kvlayer.abc.backend import Capability
 from kvlayer.api.explain import explain
@@ -184,10 +184,7 @@ class Control:
         """Take objects out of host memory, in slices; how many went. Uses ``records`` up."""
         planner = self._cache.stack.planner
         gone = 0
-        records.reverse()
-        while records:  # what goes is freed with its slice
-            some = records[: -_SLICE - 1 : -1]
-            del records[-_SLICE:]
+        for some in used_up(records, _SLICE):
             self._cache.stack.loads.forsake(some)
             dropped = planner.evict(some, Cause.CLEARED, detail)
             self._cache.stack.host.removed(dropped)

@@ -64,8 +64,8 @@ class Names:
 
     def begun(self, tokens: Tokens, scope: Scope) -> ChunkChain | bytes:
         """A chain that was given, or tokens packed: what a buffer holds later changes nothing."""
-        instance("scope", scope, Scope, hint=_SCOPE)
-        return self._own(tokens, scope) if isinstance(tokens, ChunkChain) else token_bytes(tokens)
+        source = self.source(tokens, scope)
+        return source if isinstance(source, (ChunkChain, bytes)) else token_bytes(source)
 
     def source(self, tokens: Tokens, scope: Scope) -> ChunkChain | bytes | TokenSource:
         """:meth:`begun`, but what a long prompt is to be packed from: that takes its turns."""

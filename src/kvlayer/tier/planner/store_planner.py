@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from kvlayer._steps import FEW, SLICE, Steps
+from kvlayer._steps import FEW, SLICE, Steps, used_up
 from kvlayer.identity.keys import ChunkChain, Part, Span
 from kvlayer.layout import HitRule, KVGroup
 from kvlayer.payload import Payload
@@ -106,10 +106,8 @@ class StorePlanner:
     def settling(self, chain: ChunkChain, slots: list[Reservation]) -> Steps[list[ObjectRecord]]:
         """See ``Planner.settling``."""
         last = slots[-1].record.chunk if slots else None  # it may be a tail
-        slots.reverse()
-        while slots:  # freed with their slice
-            self._host.let_go([slot.record for slot in slots[: -SLICE - 1 : -1]])
-            del slots[-SLICE:]
+        for some in used_up(slots):
+            self._host.let_go([slot.record for slot in some])
             yield
         is_long = len(chain) > FEW
         path: list[ObjectRecord] = []
