@@ -62,6 +62,7 @@ class Router:
             "medium": getattr(event, "medium", None),
             "owner": getattr(event, "ownership", None),
             "hashes": list(getattr(event, "block_hashes", ())),
+            "parent": getattr(event, "parent_block_hash", None),
             "tokens": list(getattr(event, "token_ids", ())),
         }
 

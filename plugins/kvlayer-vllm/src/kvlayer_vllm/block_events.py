@@ -3,6 +3,10 @@
 A router knows blocks by vLLM's hashes, a tier knows chunks and tails by kvlayer's. The request that
 stores or finds a chunk says which blocks it is; from then on the cache's own events say where the
 chunk is and where it is not any more.
+
+Chunks that are stored come to a tier in any order, and are told of in the order in which they came.
+A router knows their parents by then: vLLM told of the same blocks, in the prompt's order, when it
+computed them. Chunks that are found in a tier are told of in the prompt's order.
 """
 
 from __future__ import annotations
