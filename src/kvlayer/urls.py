@@ -95,9 +95,10 @@ def shown_url(text: str) -> str:
     scheme, slashes, rest = head.partition("://")
     if slashes and "@" in rest:
         rest = f"{_MASK}@{rest.rpartition('@')[2]}"
-    names = (pair.partition("=")[0] for pair in query.partition("#")[0].split("&"))
-    query = "&".join(f"{name}={_MASK}" for name in names)
-    return f"{scheme}{slashes}{rest}{question}{query if question else ''}"
+    given = query.partition("#")[0]
+    names = (pair.partition("=")[0] for pair in given.split("&"))
+    shown = "&".join(f"{name}={_MASK}" for name in names) if given else ""
+    return f"{scheme}{slashes}{rest}{question}{shown}"
 
 
 def shown_text(text: str) -> str:

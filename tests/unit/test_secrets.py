@@ -114,6 +114,8 @@ def test_a_url_shows_where_it_leads_and_which_options_it_has() -> None:
     assert shown_url(f"file:///kv?capacity={CANARY}&fsync") == "file:///kv?capacity=***&fsync=***"
     assert shown_url(f"s3://me:{CANARY}@host/b") == "s3://***@host/b"
     assert shown_url("cpu://") == "cpu://"
+    assert shown_url("file:///kv?") == "file:///kv?"
+    assert shown_url(f"file:///kv?#{CANARY}") == "file:///kv?"
     assert repr(TierConfig(url="cpu://?capacity=1GiB")).startswith(
         "TierConfig(url='cpu://?capacity=***', write='back', "
     )
