@@ -33,7 +33,7 @@ class Work:
         return "done"
 
     async def has_begun(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(None, self.began.wait, 30)
+        await asyncio.get_running_loop().run_in_executor(None, self.began.wait, HANG)
 
 
 @pytest.mark.asyncio
@@ -106,7 +106,7 @@ async def test_an_error_of_work_nobody_waits_for_any_more_is_no_warning() -> Non
         raise ZeroDivisionError
 
     task = asyncio.create_task(offload.run(fail))
-    await asyncio.get_running_loop().run_in_executor(None, began.wait, 30)
+    await asyncio.get_running_loop().run_in_executor(None, began.wait, HANG)
     task.cancel()
     await asyncio.sleep(0)
     gate.set()
@@ -188,6 +188,32 @@ async def test_many_works_run_each_once_and_wake_the_loop_once_a_thread(threads:
     assert sorted(done) == list(range(40))
     assert woken <= threads
     await offload.run_all([])
+    offload.close()
+
+
+@pytest.mark.asyncio
+async def test_threads_that_start_late_do_not_make_the_others_take_turns() -> None:
+    """Nobody else waits for a thread: one of them does all there is to do in one go."""
+    offload, blocker = Offload(2, "test"), Work()
+    blocking = asyncio.create_task(offload.run(blocker))
+    await blocker.has_begun()
+    submit, submitted = offload._submit, list[object]()
+    asked, ended = threading.Event(), threading.Event()
+
+    def counted(call: Any) -> Any:
+        future = submit(call)
+        submitted.append(call)
+        if len(submitted) == 2:
+            asked.set()  # both threads, of which one is busy
+        return future
+
+    offload._submit = counted  # type: ignore[method-assign]
+    works = [partial(asked.wait, HANG)] * 40
+    task = asyncio.create_task(offload.run_all([*works, ended.set]))
+    await asyncio.get_running_loop().run_in_executor(None, ended.wait, HANG)
+    blocker.gate.set()
+    await asyncio.gather(blocking, task)
+    assert len(submitted) == 2
     offload.close()
 
 
@@ -296,7 +322,7 @@ async def test_the_first_of_many_that_fails_starts_no_other_and_waits_for_those_
         running.began.wait(HANG)
         raise ZeroDivisionError("here")
 
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(HANG):
         blocker = Work()  # takes the thread that failed, so that what waits cannot begin
         task = asyncio.create_task(offload.run_all([running, fail, *waiting]))
         await running.has_begun()
@@ -392,7 +418,7 @@ async def test_the_error_of_cancelled_work_keeps_nothing_of_what_it_was_lent() -
     offload, gate = Offload(1, "test"), threading.Barrier(2)
     work = Leak(gate)
     task = asyncio.create_task(offload.run(work))
-    await asyncio.get_running_loop().run_in_executor(None, work.began.wait, 30)
+    await asyncio.get_running_loop().run_in_executor(None, work.began.wait, HANG)
     task.cancel()
     await asyncio.sleep(0)
     gate.wait(HANG)

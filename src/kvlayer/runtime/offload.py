@@ -21,10 +21,14 @@ Item = TypeVar("Item")
 class _Call(Generic[T]):
     """One piece of work that either starts on a thread or is dropped before it starts."""
 
-    def __init__(self, work: Callable[[], T], waiting: set[_Call[Any]]) -> None:
+    def __init__(
+        self, work: Callable[[], T], waiting: set[_Call[Any]], todo: _Todo | None = None
+    ) -> None:
+        """``todo``: what it takes its works from, where there are several."""
         self._work: Callable[[], T] | None = work
         self._lock = Lock()
         self._waiting = waiting
+        self.todo = todo
         waiting.add(self)
 
     def __call__(self) -> T | None:
@@ -190,7 +194,7 @@ class Offload:
             await _dropped(running)
 
     def _start(self, todo: _Todo, running: _Running) -> None:
-        call = _Call(lambda: self._work_off(todo), self._waiting)
+        call = _Call(lambda: self._work_off(todo), self._waiting, todo)
         running[self._submit(call)] = call
 
     def _work_off(self, todo: _Todo) -> bool:
@@ -203,7 +207,8 @@ class Offload:
                 todo.stop()  # at once: the loop hears of it later
                 raise
             del work  # it may hold what the next waits for
-            if self.is_wanted:
+            # Its own threads may start late: one that takes all the works makes nobody wait.
+            if any(call.todo is not todo for call in tuple(self._waiting)):
                 return False
         return True
 
