@@ -47,7 +47,7 @@ def opened(subject: Subject | None = None) -> Generator[LoopThread[Subject]]:
     before = set(threading.enumerate())
     with LoopThread.start(opener) as thread:
         yield thread
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
 
 
 @contextmanager
@@ -440,8 +440,8 @@ def test_work_that_exits_ends_nobody_elses(error: type[BaseException]) -> None:
 
     with opened() as thread:
         jobs = thread.submit_all([at_once, later, note(1)])  # type: ignore[list-item]
-        assert isinstance(jobs[0].exception(10), error)
-        assert isinstance(jobs[1].exception(10), error)
+        assert isinstance(jobs[0].exception(HANG), error)
+        assert isinstance(jobs[1].exception(HANG), error)
         assert jobs[2].wait(HANG) == 1
         assert thread.call(note(2)) == 2
 
@@ -456,7 +456,7 @@ def test_a_failing_close_is_raised_where_it_is_closed_and_leaves_nothing() -> No
     thread = LoopThread.start(opener)
     with pytest.raises(ZeroDivisionError):
         thread.close()
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
 
 
 class Refusing:
@@ -649,7 +649,7 @@ from contextlib import asynccontextmanager
 from kvlayer.runtime.loop_thread import LoopThread
 
 answered = threading.Event()
-atexit.register(lambda: print("answered" if answered.wait(10) else "left waiting"))
+atexit.register(lambda: print("answered" if answered.wait(300) else "left waiting"))
 
 def wait_for(job):
     try:
@@ -716,5 +716,8 @@ def _python(code: str) -> str:
         check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
-    assert (ran.returncode, ran.stderr) == (0, "")
+    # Development mode reports callbacks that take long, as they do on a busy machine.
+    lines = ran.stderr.splitlines(keepends=True)
+    noise = "".join(line for line in lines if not line.startswith("Executing <"))
+    assert (ran.returncode, noise) == (0, "")
     return ran.stdout

@@ -53,7 +53,7 @@ class Stop:
         return held
 
     async def has_begun(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(None, self.began.wait, 30)
+        await asyncio.get_running_loop().run_in_executor(None, self.began.wait, HANG)
 
 
 @pytest_asyncio.fixture

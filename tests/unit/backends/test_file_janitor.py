@@ -204,7 +204,7 @@ async def test_a_cancelled_put_keeps_the_order_of_what_it_would_have_evicted(
         with monkeypatch.context() as patch:
             patch.setattr(os, "unlink", slow)
             task = asyncio.create_task(put(backend, 9, pages=2))
-            await asyncio.to_thread(entered.wait, 30)
+            await asyncio.to_thread(entered.wait, HANG)
             task.cancel()
             let_go.set()
             with pytest.raises(asyncio.CancelledError):

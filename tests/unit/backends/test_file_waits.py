@@ -265,7 +265,7 @@ class Hanging:
         return self.real(*args, **more)
 
     async def entered(self) -> None:
-        assert await asyncio.to_thread(self.inside.wait, 30)
+        assert await asyncio.to_thread(self.inside.wait, HANG)
 
 
 @pytest.mark.asyncio
@@ -330,7 +330,7 @@ async def test_notes_that_hang_hold_up_nobody(
 
     monkeypatch.setattr(disk, "create", hangs)
     taking = [asyncio.create_task(files.quarantine([Damaged(key)])) for key in others]
-    assert await asyncio.to_thread(inside.wait, 30)
+    assert await asyncio.to_thread(inside.wait, HANG)
     assert await asyncio.wait_for(files.contains([KEY, *others]), HANG) == [4096, None, None, None]
     for task in taking:
         task.cancel()
@@ -363,7 +363,7 @@ async def test_notes_begun_before_a_call_was_cancelled_are_written(
 
         monkeypatch.setattr(disk, "create", waits)
         taking = asyncio.create_task(files.quarantine([Damaged(KEY)]))
-        assert await asyncio.to_thread(inside.wait, 30)
+        assert await asyncio.to_thread(inside.wait, HANG)
         taking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await taking

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from caches import WEIGHTS, config, layout, stored_files, tokens
 from engine import Engine, same
+from hang import HANG
 from stacks import MemoryBackend
 
 from kvlayer import Cache, CacheConfig, Cause, ModelConfig, Scope, TierConfig
@@ -151,7 +152,7 @@ async def test_a_dead_tier_loses_nothing_that_fits_and_blocks_no_store() -> None
         explained = await cache.control.explain(tokens(16, 0))
         assert [missed.cause for missed in explained.misses] == [Cause.EVICTED]
         backend.fails = None  # it comes back without a restart
-        async with asyncio.timeout(30.0):
+        async with asyncio.timeout(HANG):
             for seed in itertools.count(21):
                 await cache.store(tokens(16, seed), engine.view(slots))
                 await cache.flush()

@@ -253,7 +253,7 @@ async def test_a_question_a_tier_does_not_answer_is_no_error(
             assert [miss.cause for miss in explained.misses] == [Cause.TIER_DOWN]
 
 
-@pytest.mark.asyncio
+@in_virtual_time
 async def test_a_tier_that_hangs_is_not_given_more_than_its_bound(shelf: type[Shelf]) -> None:
     engine = Engine(layout(), 64, 1)
     async with _open(shelf, close_seconds=0.05, hurry=True) as cache:
@@ -269,13 +269,13 @@ async def test_a_tier_that_hangs_is_not_given_more_than_its_bound(shelf: type[Sh
     assert shelf.objects == {}
 
 
-@pytest.mark.asyncio
+@in_virtual_time
 async def test_flush_does_not_wait_for_a_tier_that_hangs(shelf: type[Shelf]) -> None:
     engine = Engine(layout(), 32, 1)
     shelf.fault = "put hangs"
     async with _open(shelf, write="back", close_seconds=0.05) as cache:
         await cache.store(tokens(64), engine.view(engine.slots(64)))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(HANG):
             await cache.flush()
         # One was being written, three waited for their turn and do so on.
         tier = cache.control.stats().tiers[1]
@@ -390,7 +390,7 @@ async def test_a_tier_that_cannot_be_closed_does_not_stop_the_close(
 ) -> None:
     engine = Engine(layout(), 32, 1)
     shelf.fault = f"aclose {fault}"
-    async with asyncio.timeout(30), _open(shelf, close_seconds=0.05) as cache:
+    async with asyncio.timeout(HANG), _open(shelf, close_seconds=0.05) as cache:
         await cache.store(tokens(64), engine.view(engine.slots(64)))
     assert len(shelf.objects) == 4
 
@@ -401,7 +401,7 @@ async def test_a_tier_that_does_not_open_in_time_is_an_error_that_names_it(
 ) -> None:
     shelf.fault = "open hangs"
     with pytest.raises(BackendTimeoutError, match="shelf did not open within") as caught:
-        async with asyncio.timeout(30), _open(shelf):
+        async with asyncio.timeout(HANG), _open(shelf):
             pass
     assert caught.value.hint
 
@@ -419,7 +419,7 @@ async def test_a_tier_that_cannot_be_emptied_is_reported_and_the_others_are(
         await cache.recovered()
         await cache.flush()
         shelf.fault = f"{call} {fault}"
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(HANG):
             # What is known to be there is deleted even if the tier cannot list; host memory, too.
             left = "4 of 4 objects are left" if call == "delete" else "did not say what it holds"
             gone = 4 if call == "delete" else 8

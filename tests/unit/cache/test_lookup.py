@@ -504,7 +504,7 @@ async def test_another_loop_awaits_a_lookup_of_a_portal(tmp_path: Path) -> None:
         with portal.lookup([*tokens(48), *tokens(16, 1)]) as lookup:
             assert (await lookup).tokens == 48
         job = portal.submit(Cache.flush)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG):
             await asyncio.wrap_future(job)
 
 

@@ -17,6 +17,7 @@ import torch
 from caches import WEIGHTS, config, layout, tokens
 from descriptors import descriptors
 from engine import Engine
+from hang import HANG
 
 from kvlayer import Cache, CacheConfig, KVLayerError, KVView, ModelConfig, Portal, TierConfig
 from kvlayer.errors import (
@@ -256,5 +257,5 @@ def test_a_call_from_the_portals_own_loop_is_refused() -> None:
             portal.call(inner)
 
         with pytest.raises(UnsupportedError, match="own loop") as caught:
-            portal.submit(outer).result(10)
+            portal.submit(outer).result(HANG)
     assert caught.value.hint

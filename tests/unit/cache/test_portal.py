@@ -48,10 +48,10 @@ def test_threads_store_and_load_through_one_portal(tmp_path: Path) -> None:
 
 
 def test_what_open_refuses_is_raised_in_the_callers_thread() -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with pytest.raises(CapacityError), Portal.open(config(host="100"), layout()):
         pass
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
 
 
 def test_closing_cancels_what_runs_and_refuses_what_comes() -> None:
@@ -100,11 +100,11 @@ def test_a_clean_close_flushes_what_was_stored(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with Portal.open(config(tmp_path), layout()) as portal:
         engine = Engine(layout(), 32)
         portal.call(Cache.store, tokens(48), engine.view(engine.slots(48)))
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
 
 
 class _Interrupted(Future[Portal]):
@@ -126,7 +126,7 @@ def test_an_interrupt_while_opening_leaves_nothing_behind(
     for thread in threading.enumerate():
         if thread.name == "kvlayer-portal":  # whatever else it started has ended before it does
             thread.join(HANG)
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
@@ -135,7 +135,7 @@ def test_work_that_exits_is_its_own_callers_affair(error: type[BaseException]) -
         raise error
 
     with Portal.open(config(), layout()) as portal:
-        assert isinstance(portal.submit(leave).exception(10), error)
+        assert isinstance(portal.submit(leave).exception(HANG), error)
         with pytest.raises(error):
             portal.call(leave)
         portal.call(Cache.flush)  # the portal serves on

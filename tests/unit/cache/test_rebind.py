@@ -13,6 +13,7 @@ import pytest
 import torch
 from caches import WEIGHTS, config, group, layout, stored_files, tokens
 from engine import Engine, same
+from hang import HANG
 from stacks import check_accounts
 
 from kvlayer import Cache, Namespace
@@ -438,7 +439,7 @@ async def test_a_task_is_not_left_cancelled_by_what_was_stopped_in_it(tmp_path: 
     async with opened(tmp_path) as cache:
 
         async def whole() -> int:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(HANG):
                 await model.store(cache)
                 await asyncio.sleep(0)
             task = asyncio.current_task()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from caches import config, layout, stored_files, tokens
 from engine import Engine
+from hang import HANG
 
 from kvlayer import Cache
 from kvlayer.tier.guard.guard import Lane
@@ -151,7 +152,7 @@ async def test_a_call_that_never_ends_does_not_keep_a_cache_from_closing(
             except asyncio.CancelledError:
                 continue
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(HANG):
         async with Cache.open(config(tmp_path, close_seconds=0.05), layout()) as cache:
             cache.stack.lower[0].guard.start(stubborn)
             await asyncio.sleep(0)

@@ -217,7 +217,7 @@ class Gated(TorchStager):
     async def has_begun(self, *numbers: int) -> None:
         loop = asyncio.get_running_loop()
         for number in numbers:
-            assert await loop.run_in_executor(None, self.began[number].wait, 30)
+            assert await loop.run_in_executor(None, self.began[number].wait, HANG)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from hang import HANG
 
 from kvlayer.testing.sim import Stuck, VirtualTimeLoop, in_virtual_time, run
 
@@ -58,7 +59,7 @@ async def test_timers_that_are_close_ring_together_and_none_before_its_time() ->
 async def test_time_stands_still_while_a_thread_works() -> None:
     loop, gate = asyncio.get_running_loop(), threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        working = loop.run_in_executor(pool, gate.wait, 30)
+        working = loop.run_in_executor(pool, gate.wait, HANG)
         sleeping = asyncio.ensure_future(asyncio.sleep(1000))
         threading.Timer(0.05, gate.set).start()
         assert await working
