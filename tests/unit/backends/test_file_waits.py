@@ -345,7 +345,11 @@ async def test_notes_that_hang_hold_up_nobody(
     with suppress(asyncio.CancelledError):
         await asyncio.wait_for(closing, HANG)
     assert "1 threads are left behind" in caplog.text
+    left = [each for each in threading.enumerate() if each.name.startswith("kvlayer-file-notes")]
     let_go.set()
+    for thread in left:  # the file that it leaves open is this test's, not the next one's
+        await asyncio.to_thread(thread.join, HANG)
+        assert not thread.is_alive()
 
 
 @pytest.mark.asyncio
