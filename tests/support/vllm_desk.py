@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from vllm_settled import settled
 
 from kvlayer import Cache
 from kvlayer_vllm.messages import Step
@@ -121,6 +122,7 @@ class Desk:
         """Until nothing is read or written any more."""
         while self.half.tracked:
             self.run()
+        settled(self.half)
 
     def answer(self, request: Any, blocks: Sequence[int]) -> None:
         """A whole request: what the cache has of it is loaded, the rest is computed and stored."""
@@ -132,7 +134,6 @@ class Desk:
         self.run({request: request.num_tokens - more})
         self.finish(request)
         self.rest()
-        self.half.portal.call(Cache.flush)
 
     def found(self, tokens: Sequence[int], **scope: Any) -> int:
         """Tokens of a prompt that the cache has."""

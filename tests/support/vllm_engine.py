@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from counting import counted
 from damage import damage_file
+from vllm_settled import settled
 
 from kvlayer import Cache, Scope
 from kvlayer_vllm.bench.serving import Serving
@@ -60,7 +61,7 @@ def rest(serving: Serving) -> Any:
     """Until nothing is under way; what was stored has reached its tiers."""
     serving.rest()
     if serving.connector is not None:
-        serving.connector.scheduler.portal.call(Cache.flush)
+        settled(serving.connector.scheduler)
     return None
 
 

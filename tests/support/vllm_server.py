@@ -19,7 +19,7 @@ from hang import HANG
 
 __all__ = ["Server"]
 
-_SECONDS = 300.0  # a start takes ten on a quiet machine
+_SECONDS = 300.0  # without a line in its log: a whole start takes ten on a quiet machine
 
 
 class Server:
@@ -58,7 +58,10 @@ class Server:
             raise
 
     def _wait_until_it_answers(self) -> None:
-        for _ in range(int(_SECONDS)):
+        waited = said = 0
+        while waited < _SECONDS:
+            before, said = said, self._log.stat().st_size
+            waited = waited + 1 if said == before else 0
             try:
                 self.process.wait(1)
             except subprocess.TimeoutExpired:

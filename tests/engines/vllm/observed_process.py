@@ -10,17 +10,23 @@ import json
 import logging
 import os
 import sys
+import time
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+os.environ["VLLM_LOG_STATS_INTERVAL"] = "1e9"  # they are logged once, when they are asked for
+
+from hang import HANG
 
 from kvlayer_vllm.bench.serving import Serving, prompt_of
 
 TOKENS, ANSWER, CHUNK, BLOCK = 700, 8, 64, 32
+SPANS = "kvlayer_store_spans_total stored"
+KEPT = (TOKENS + ANSWER) // BLOCK  # blocks
 OBJECTS = 12  # ten chunks and the tail of the prompt, and the chunk that the answer completes
-TRIES = 100
 
 
 class Logged(logging.Handler):
@@ -108,14 +114,13 @@ def started(model: str, directory: Path, endpoint: str) -> Serving:
 
 
 def meet(serving: Serving, router: Router) -> None:
-    """Until the router hears the engine; then everything is forgotten, and was heard of."""
+    """Until the router hears the engine; then everything is forgotten."""
     for seed in count(99):  # whoever subscribes late has missed what was published before
         serving.ask([prompt_of(64, seed, 512)], 2)  # another each time: nothing is loaded here
         if router.hear(100):
             break
     forget_everything(serving)
-    step(serving)
-    router.hear(1000)
+    step(serving)  # with which the last of it is counted
 
 
 def step(serving: Serving) -> None:
@@ -141,20 +146,26 @@ def look(serving: Serving, router: Router) -> dict[str, Any]:
     (warm,) = serving.ask([prompt], ANSWER)
     stored: list[dict[str, Any]] = []
     removed: list[dict[str, Any]] = []
-    spans = "kvlayer_store_spans_total stored"
-    for _ in range(TRIES):
-        step(serving)
-        stored += router.hear(100)
-        after = values(REGISTRY)
-        if after.get(spans, 0) - before.get(spans, 0) >= OBJECTS and ours(stored) >= 2 * OBJECTS:
-            break
+    text = [*prompt, *cold.tokens]
+    blocks = {tuple(text[at : at + BLOCK]) for at in range(0, len(text), BLOCK)}
+
+    def is_stored() -> bool:
+        """What was published before, when nothing of the prompt was there, may come this late."""
+        stored.extend(event for event in router.hear(100) if blocks & {*blocks_of(event)})
+        spans = values(REGISTRY).get(SPANS, 0) - before.get(SPANS, 0)
+        return spans >= OBJECTS and all(len(held) == KEPT for held in told(stored).values())
+
+    def is_removed() -> bool:
+        removed.extend(event for event in router.hear(100) if known & {*event["hashes"]})
+        return told(removed) == told(stored)
+
+    step_until(is_stored, serving)
+    step(serving)  # what was published by now is counted with the next step at the latest
+    after = values(REGISTRY)
     serving.engine.do_log_stats()
+    known = {each for event in stored for each in event["hashes"]}
     forget_everything(serving)
-    for _ in range(TRIES):
-        step(serving)
-        removed += router.hear(100)
-        if ours(removed) >= 2 * (OBJECTS - 1):
-            break
+    step_until(is_removed, serving)
     (again,) = serving.ask([prompt], ANSWER)
     return {
         "cold": [list(cold.tokens), cold.cached],
@@ -168,9 +179,28 @@ def look(serving: Serving, router: Router) -> dict[str, Any]:
     }
 
 
-def ours(events: list[dict[str, Any]]) -> int:
-    """How many of them are kvlayer's."""
-    return sum(event["medium"] in ("CPU", "STORAGE") for event in events)
+def step_until(is_so: Callable[[], bool], serving: Serving) -> None:
+    """However many steps that takes."""
+    until = time.monotonic() + HANG
+    while not is_so():
+        if time.monotonic() > until:
+            raise TimeoutError(f"{is_so.__name__}: never")
+        step(serving)
+
+
+def blocks_of(event: dict[str, Any]) -> list[tuple[int, ...]]:
+    """The tokens of each block that an event tells of."""
+    tokens = event["tokens"]
+    return [tuple(tokens[at : at + BLOCK]) for at in range(0, len(tokens), BLOCK)]
+
+
+def told(events: list[dict[str, Any]]) -> dict[str, set[Any]]:
+    """The blocks that kvlayer's of them name, by where they are."""
+    found: dict[str, set[Any]] = {"CPU": set(), "STORAGE": set()}
+    for event in events:
+        if event["medium"] in found:
+            found[event["medium"]].update(event["hashes"])
+    return found
 
 
 def values(registry: Any) -> dict[str, float]:

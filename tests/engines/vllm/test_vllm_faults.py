@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from vllm_settled import settled
 
 from kvlayer import Cache, Cause, RetrieveReport
 from kvlayer.bench.sick import Sickness
@@ -280,7 +281,7 @@ def test_an_aborted_request_leaves_nothing_behind(engine: Any, prompts: Any) -> 
             llm.step()
         llm.abort_request(["aborted"])
         engine.serving.rest()
-        engine.portal.call(Cache.flush)  # what is still written to the tier is pinned
+        settled(engine.half)  # what is still written to the tier is pinned
         assert engine.half.tracked == 0
         assert engine.portal.cache.control.stats().tiers[0].pinned_nbytes == 0
     engine.forget()

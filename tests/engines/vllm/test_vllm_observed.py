@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ def seen(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, A
     directory = tmp_path_factory.mktemp("observed")
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(tiny), str(directory)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
