@@ -133,24 +133,22 @@ class Room:
     ) -> BackendError | None:
         """Evict until ``nbytes`` more fit, or so many slices were removed. One call at a time."""
         spared: dict[ObjectKey, int] = {}
-        candidates = 1
+        candidates, has_evidence = 1, True
         try:
-            while (excess := ledger.excess(nbytes)) > 0 and ledger is self.ledger:
-                if slices is not None:
-                    if slices == 0:
-                        break
-                    slices -= 1
+            while (excess := ledger.excess(nbytes)) > 0 and ledger is self.ledger and slices != 0:
                 victims = ledger.take(excess, candidates, time())
                 if victims:
                     eviction = await self._evict(ledger, victims, excess, spared)
                     if eviction.error is not None and not eviction.freed_nbytes:
                         return eviction.error
                     candidates = 2 * candidates if eviction.spared else 1
+                    slices = None if slices is None else slices - 1
                 elif ledger.has_more:
                     await asyncio.sleep(0)
                 elif any(key in ledger for key in spared):
                     ledger.spare(spared)  # all are in use: the least recently used goes after all
-                elif ledger.quarantined_nbytes:  # evidence never stands in the way of service
+                elif ledger.quarantined_nbytes and has_evidence:
+                    has_evidence = False  # it goes before service does; what resists stays
                     ledger.quarantined_nbytes = await self._pool.run(
                         self._files.change, keep, self._paths, 0
                     )

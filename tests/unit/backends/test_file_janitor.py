@@ -22,7 +22,7 @@ from hang import HANG
 
 from kvlayer.abc.backend import Damaged, Hit, Read, Write, WriteResult
 from kvlayer.abc.policy import EvictionPolicy
-from kvlayer.errors import BackendError
+from kvlayer.errors import BackendError, NoRoomError
 from kvlayer.eviction.lru import LRU, PrefixLRU
 from kvlayer.identity.keys import ObjectKey, ObjectName, Part
 from kvlayer_backends.file import FileBackend, FileOptions
@@ -166,6 +166,24 @@ async def test_evidence_counts_and_gives_way_to_objects(tmp_path: Path) -> None:
         (result,) = await put(backend, 6, pages=4)
         assert result is None and present(tmp_path) == {6}
         assert not list((tmp_path / "v2" / "quarantine").iterdir())
+
+
+@pytest.mark.asyncio
+async def test_evidence_that_resists_is_asked_to_go_once(tmp_path: Path) -> None:
+    async with opened(tmp_path, capacity=2 * PAGE) as backend:
+        await put(backend, 1)
+        await backend.quarantine([Damaged(KEYS[1])])
+        kept, _ = sorted((tmp_path / "v2" / "quarantine").iterdir())  # and a note beside it
+        kept.unlink()
+        kept.mkdir()  # as an object becomes that somebody replaced by a folder
+        (kept / "something").write_bytes(bytes(PAGE))
+        (error,) = await asyncio.wait_for(put(backend, 2, pages=2), HANG)
+        assert isinstance(error, NoRoomError) and not present(tmp_path)
+        assert await put(backend, 3) == [None]  # one page is left beside it
+    async with opened(tmp_path, capacity=PAGE // 2) as backend:
+        with pytest.raises(NoRoomError):  # which the janitor says in the log, and goes on
+            await asyncio.wait_for(pass_(backend), HANG)
+        assert not present(tmp_path)
 
 
 @pytest.mark.asyncio
