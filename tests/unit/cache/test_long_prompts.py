@@ -209,3 +209,24 @@ def test_no_turn_and_no_hold_grows_with_the_prompt(dose: Any) -> None:
             if lines > times * few[call][kind] + 300
         }
         assert grown == {}, "\n".join(map(str, grown.items()))
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("verb", ["retrieve", "promote"])
+async def test_a_load_of_more_chunks_than_a_tier_takes_at_a_time_is_whole(verb: str) -> None:
+    layout, chunks = LAYOUTS["every chunk"], 2_000
+    engine = Engine(layout, chunks, 1)
+    view = engine.view(range(chunks * CHUNK))
+    config = CacheConfig(
+        model=ModelConfig(weights=WEIGHTS, compute_dtype="float16"),
+        tiers=(TierConfig(url="cpu://?capacity=256MiB"), BELOW),
+        tokens_per_chunk=CHUNK,
+    )
+    async with Cache.open(config, layout) as cache:
+        chain = cache.chain(array("i", range(chunks * CHUNK)))
+        await cache.store(chain, view)
+        await cache.flush()
+        await cache.control.clear("cpu")
+        async with cache.lookup(chain) as hit:
+            done = await (cache.promote(hit) if verb == "promote" else cache.retrieve(hit, view))
+        assert done.tokens == chunks * CHUNK and not done.failed

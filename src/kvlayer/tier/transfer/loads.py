@@ -82,6 +82,10 @@ class _Trip:
             self.tier.guard.failed(Lane.READS, "nothing arrived while it was waited for")
 
 
+_COMES = frozenset({Cause.NO_ROOM, Cause.BUSY})
+"""What stops a load from starting more, until something of it has landed."""
+
+
 @dataclass(slots=True, eq=False)
 class _Request:
     """What one caller waits for, and until when by the clock."""
@@ -106,9 +110,14 @@ class _Request:
         return False
 
     async def may_start(self, failure: Failure | None, *, has_moved: bool) -> bool:
-        """Whether room has come for more, after ``failure`` stopped it."""
-        if self.room is None or failure is None or failure.cause is not Cause.NO_ROOM:
+        """Whether room has come for more, after ``failure`` stopped it.
+
+        A tier that has as many reads as it takes at a time has room once some of ours have landed.
+        """
+        if failure is None or failure.cause not in _COMES:
             return False
+        if self.room is None or failure.cause is Cause.BUSY:
+            return has_moved and failure.cause is Cause.BUSY
         return has_moved or await self.gives_up()
 
     def all_started(self, now: float) -> None:
@@ -198,7 +207,7 @@ class Loads:
         at, failure = 0, None
         try:
             while at < len(wanted):
-                if failure is None or failure.cause is Cause.NO_ROOM:
+                if failure is None or failure.cause in _COMES:
                     failure = await self._take_off(request)
                 batch, missed = await self._next(request, at)
                 at += len(batch)
