@@ -717,7 +717,6 @@ def _python(code: str) -> str:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     # Development mode reports callbacks that take long, as they do on a busy machine.
-    lines = ran.stderr.splitlines(keepends=True)
-    noise = "".join(line for line in lines if not line.startswith("Executing <"))
-    assert (ran.returncode, noise) == (0, "")
+    said = [line for line in ran.stderr.splitlines() if not line.startswith("Executing <")]
+    assert (ran.returncode, said) == (0, [])
     return ran.stdout

@@ -36,7 +36,7 @@ from kvlayer.layout import NHD, HitRule
 from kvlayer.testing import invariants
 
 CHUNK = 16
-FEW, MANY, HOSTS = (n * _steps.FEW + 5 for n in (2, 4, 8))  # chunks; the rest ends in a tail
+FEW, MANY, LONGEST = (n * _steps.FEW + 5 for n in (2, 4, 8))  # chunks; the rest ends in a tail
 
 PLAIN = KVGroup(AttentionKind.MHA, (0,), "int8", 1, 8)
 WINDOW = KVGroup(
@@ -200,7 +200,7 @@ long, of which a turn may have two and a half times as much."""
 
 def test_no_turn_and_no_hold_grows_with_the_prompt(dose: Any) -> None:
     for name, lower in VARIANTS[: dose(2, len(VARIANTS))]:
-        longer, times = (HOSTS, 2.5) if lower else (MANY, 1.4)
+        longer, times = (LONGEST, 2.5) if lower else (MANY, 1.4)
         few, many = (most(LAYOUTS[name], chunks, *lower) for chunks in (FEW, longer))
         grown = {
             (call, kind): (few[call][kind], lines)
@@ -230,3 +230,4 @@ async def test_a_load_of_more_chunks_than_a_tier_takes_at_a_time_is_whole(verb: 
         async with cache.lookup(chain) as hit:
             done = await (cache.promote(hit) if verb == "promote" else cache.retrieve(hit, view))
         assert done.tokens == chunks * CHUNK and not done.failed
+        assert not cache.control.stats().tiers[1].misses, "nothing was refused in the end"

@@ -82,8 +82,8 @@ class _Trip:
             self.tier.guard.failed(Lane.READS, "nothing arrived while it was waited for")
 
 
-_COMES = frozenset({Cause.NO_ROOM, Cause.BUSY})
-"""What stops a load from starting more, until something of it has landed."""
+_PASSING = frozenset({Cause.NO_ROOM, Cause.BUSY})
+"""What keeps a load from starting more only until something of it has landed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -114,11 +114,11 @@ class _Request:
 
         A tier that has as many reads as it takes at a time has room once some of ours have landed.
         """
-        if failure is None or failure.cause not in _COMES:
+        if failure is None or failure.cause not in _PASSING:
             return False
-        if self.room is None or failure.cause is Cause.BUSY:
-            return has_moved and failure.cause is Cause.BUSY
-        return has_moved or await self.gives_up()
+        if failure.cause is Cause.BUSY:
+            return has_moved
+        return self.room is not None and (has_moved or await self.gives_up())
 
     def all_started(self, now: float) -> None:
         """Nothing more will be started: what was is measured."""
@@ -133,10 +133,11 @@ class _Request:
 
     def stopped(self, failure: Failure, now: float) -> None:
         """No more can be started for now, or at all."""
-        if failure.cause is not Cause.NO_ROOM:
+        if failure.cause not in _PASSING:
             self.all_started(now)
+            return
         for trip in self.trips.values():  # what waits for room says nothing of its tier
-            trip.is_whole = trip.is_whole and failure.cause is not Cause.NO_ROOM
+            trip.is_whole = False
 
 
 class Room(Protocol):
@@ -207,7 +208,7 @@ class Loads:
         at, failure = 0, None
         try:
             while at < len(wanted):
-                if failure is None or failure.cause in _COMES:
+                if failure is None or failure.cause in _PASSING:
                     failure = await self._take_off(request)
                 batch, missed = await self._next(request, at)
                 at += len(batch)
@@ -217,14 +218,21 @@ class Loads:
                 if missed is None and (at < request.started or may_start):
                     continue
                 if (ended := missed or failure) is not None:
-                    if ended.cause is Cause.NO_ROOM:
-                        self._host.refused(Cause.NO_ROOM)
+                    if ended.cause is Cause.NO_ROOM or ended is failure:
+                        self._count_refusal(ended)
                     trouble.append(ended)
                     break
         finally:
             request.all_started(self._clock())
             for flight in flights.values():
                 flight.leave()
+
+    def _count_refusal(self, failure: Failure) -> None:
+        """A load ends for want of room or of turns: counted once, however often it was tried."""
+        if failure.cause in _PASSING:
+            for tier in (self._host, *self._lower.values()):
+                if tier.name == failure.tier:
+                    tier.refused(failure.cause)
 
     async def _next(
         self, request: _Request, at: int
@@ -310,7 +318,8 @@ class Loads:
             )
         except Refused as refused:
             self._planner.fetched(slot, tier.index, ok=False)
-            tier.refused(refused.cause)
+            if trips is None or refused.cause not in _PASSING:  # else the load may go on
+                tier.refused(refused.cause)
             return Failure(span, refused.cause, tier.name, refused.detail)
         tier.begins("load", record.key, slot.piece.nbytes)
         if trip is not None:
