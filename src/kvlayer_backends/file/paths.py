@@ -129,16 +129,25 @@ class Paths:
         """Create ``folder`` (``v2`` or below it) and what is missing above. Raises ``OSError``.
 
         All are closed to other users, because KV tells what was said. What is there already is
-        checked: a folder that others can write, or may have made, is refused (``UntrustedError``).
+        checked, on the whole way down from ``v2``: a link, or a folder that others can write, or
+        may have made, is refused (``UntrustedError``), and nothing is made behind it.
         """
         if folder == self.folder:
             disk.make_folders(self.root)
             disk.own_folder(folder)
             return
+        above = folder.rpartition("/")[0]
         try:
+            self._check(above)  # or it would be made wherever a link leads
             made = disk.make_folder(folder)  # nearly always only the last of them is missing
         except FileNotFoundError:
-            self.make(folder.rpartition("/")[0])
+            self.make(above)
             made = disk.make_folder(folder)
         if not made:
             disk.check_folder(folder)
+
+    def _check(self, folder: str) -> None:
+        """Check ``v2`` and what is between it and ``folder``, from the top. Raises ``OSError``."""
+        if folder != self.folder:
+            self._check(folder.rpartition("/")[0])
+        disk.check_folder(folder)

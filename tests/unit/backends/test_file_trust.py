@@ -232,7 +232,7 @@ async def test_folders_are_made_however_many_are_missing(tmp_path: Path) -> None
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("depth", [1, 2], ids=["shard", "namespace"])
+@pytest.mark.parametrize("depth", [1, 2, 3], ids=["shard", "namespace", "v2"])
 @pytest.mark.parametrize(
     "kind", ["link", pytest.param("another user's", marks=needs_root), "open to all"]
 )
@@ -259,6 +259,12 @@ async def test_nothing_is_written_into_a_folder_that_is_not_this_users_own(
         (result,) = await files.put([Write(KEY, (page(2),))])
         assert isinstance(result, BackendError) and "expected a folder of user" in str(result)
         assert result.hint
+        assert files._site is not None
+        files._site.scratch.close()  # as where somebody has deleted it
+        (result,) = await files.put([Write(KEY, (page(2),))])
+        assert isinstance(result, BackendError) and "expected a folder of user" in str(result)
+        await files.describe(KEY.namespace, b"what it is")
+        await files.quarantine([Damaged(KEY)])
         assert [*elsewhere.rglob("*")] == [] == [*folder.rglob("*")]
         assert await files.contains([KEY]) == [None]
         assert (files.objects, files.used_nbytes) == (0, 0)
