@@ -194,13 +194,13 @@ VARIANTS: list[tuple[str, tuple[TierConfig, ...]]] = [
     ("window", (BELOW,)),
 ]
 """The first two in every run. With a tier below, threads decide what falls into one turn of the
-loop, which may be twice as much: those are counted in the campaign, with prompts four times as
-long, of which a turn may have two and a half times as much."""
+loop, which may be half as much again: those are counted in the campaign, with prompts four times as
+long, of which a turn may have twice as much."""
 
 
 def test_no_turn_and_no_hold_grows_with_the_prompt(dose: Any) -> None:
     for name, lower in VARIANTS[: dose(2, len(VARIANTS))]:
-        longer, times = (LONGEST, 2.5) if lower else (MANY, 1.4)
+        longer, times = (LONGEST, 2.0) if lower else (MANY, 1.4)
         few, many = (most(LAYOUTS[name], chunks, *lower) for chunks in (FEW, longer))
         grown = {
             (call, kind): (few[call][kind], lines)

@@ -97,8 +97,19 @@ class _Request:
     """The last span of which something may be held that was not given up."""
     started: int = 0
     """How many spans of it are there or on their way."""
+    taken: int = 0
+    """How many spans of it the caller has taken."""
     flights: dict[ObjectKey, Flight] = field(default_factory=dict[ObjectKey, Flight])
+    """Of what was started and is not taken."""
     trips: dict[int, _Trip] = field(default_factory=dict[int, _Trip])
+
+    def took(self, batch: Wanted) -> None:
+        """The caller has these: their flights have landed."""
+        self.taken += len(batch)
+        for _, records in batch:
+            for record in records:
+                if (flight := self.flights.pop(record.key, None)) is not None:
+                    flight.leave()
 
     async def gives_up(self) -> bool:
         """Give up what is held of the prompt's end, a span at a time; whether something was."""
@@ -204,18 +215,17 @@ class Loads:
         its failure in ``trouble``. Close the iterator: that lets go of what is still on its way.
         """
         request = _Request(wanted, until, room, last=len(wanted) - 1)
-        flights = request.flights
-        at, failure = 0, None
+        failure = None
         try:
-            while at < len(wanted):
+            while request.taken < len(wanted):
                 if failure is None or failure.cause in _PASSING:
                     failure = await self._take_off(request)
-                batch, missed = await self._next(request, at)
-                at += len(batch)
+                batch, missed = await self._next(request)
                 if batch:
                     yield batch
+                    request.took(batch)
                 may_start = await request.may_start(failure, has_moved=bool(batch))
-                if missed is None and (at < request.started or may_start):
+                if missed is None and (request.taken < request.started or may_start):
                     continue
                 if (ended := missed or failure) is not None:
                     if ended.cause is Cause.NO_ROOM or ended is failure:
@@ -224,7 +234,7 @@ class Loads:
                     break
         finally:
             request.all_started(self._clock())
-            for flight in flights.values():
+            for flight in request.flights.values():
                 flight.leave()
 
     def _count_refusal(self, failure: Failure) -> None:
@@ -235,10 +245,10 @@ class Loads:
                     tier.refused(failure.cause)
 
     async def _next(
-        self, request: _Request, at: int
+        self, request: _Request
     ) -> tuple[list[tuple[Span, Sequence[ObjectRecord]]], Failure | None]:
-        """Spans from ``at`` on that are there, a slice at most; if there is none, why not."""
-        batch: list[tuple[Span, Sequence[ObjectRecord]]] = []
+        """The next spans that are there, a slice at most; if there is none, why not."""
+        at, batch = request.taken, list[tuple[Span, Sequence[ObjectRecord]]]()
         while at + len(batch) < request.started and len(batch) < FEW:
             span, records = request.wanted[at + len(batch)]
             absent = [r for r in records if r.host is not HostState.READY]
@@ -267,6 +277,7 @@ class Loads:
 
         ``request.started`` spans are on their way or there.
         """
+        begun = 0
         for count, (span, records) in enumerate(request.wanted[request.started :]):
             if count and not count % SLICE:
                 await asyncio.sleep(0)
@@ -280,7 +291,8 @@ class Loads:
                     request.stopped(started, self._clock())
                     return started
                 request.flights[record.key] = started
-                if not len(request.flights) % _AT_ONCE:
+                begun += 1
+                if not begun % _AT_ONCE:
                     await asyncio.sleep(0)
             request.started += 1
         request.all_started(self._clock())
@@ -418,7 +430,7 @@ class Loads:
 
     def _renew(self, request: _Request) -> None:
         """Start anew, side by side, what others gave up when this request had just joined them."""
-        for span, records in request.wanted:
+        for span, records in request.wanted[request.taken : request.started]:
             for record in records:
                 flight = request.flights.get(record.key)
                 if flight is None or not flight.was_given_up or record.host is HostState.READY:
