@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
@@ -188,10 +188,10 @@ class Stack:
 
     def _rebound(self, match: Match, bound: Window) -> RetrieveReport:
         """Nothing of a match is served: its epoch is over."""
-        spans = (span for span in match.spans if span.start < bound.stop)
-        lost = next((span for span in spans if span.stop > bound.start), None)
+        at = bisect_right(match.spans, bound.start, key=lambda span: span.stop)
+        lost = [span for span in match.spans[at : at + 1] if span.start < bound.stop]
         self.host.refused(Cause.REBOUND)
-        failed = () if lost is None else (Failure(lost, Cause.REBOUND, self.host.name, REBOUND),)
+        failed = tuple(Failure(span, Cause.REBOUND, self.host.name, REBOUND) for span in lost)
         return RetrieveReport(bound.start, failed)
 
     def _usable(self, match: Match, first: Span, done: int, bound: Window) -> int:
@@ -199,8 +199,12 @@ class Stack:
         groups = [layout.group for layout in self.planner.layout.groups]
         count = bisect_left(match.spans, first.start, key=lambda span: span.start) + done
         if any(group.hit_rule is HitRule.TRAILING for group in groups):
-            stops = [span.stop for span in match.spans[:count]]
-            count = plan.ending(stops, groups, lambda i, g: bool(match.covering(i)[g]))
+            count = plan.ending(
+                count,
+                lambda i: match.spans[i].stop,
+                groups,
+                lambda i, g: bool(match.covering(i)[g]),
+            )
         stop = match.spans[count - 1].stop if count else 0
         return max(min(stop, bound.stop), bound.start)
 

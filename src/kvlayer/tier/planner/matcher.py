@@ -82,8 +82,12 @@ class Matcher:
         """How many of ``spans``, which every-chunk groups have, trailing groups can use."""
         if self.is_plain:
             return len(spans)
-        stops = [span.stop for span in spans]
-        return plan.ending(stops, self._groups, lambda i, g: found[i][g] is not None)
+        return plan.ending(
+            len(spans),
+            lambda i: spans[i].stop,
+            self._groups,
+            lambda i, g: found[i][g] is not None,
+        )
 
     def first(
         self, chain: ChunkChain, at: int, end: int, most: int = 2 * SLICE

@@ -161,17 +161,22 @@ def prefix(
     count = 0
     while count < len(stops) and all(usable(count, g) for g in every):
         count += 1
-    return ending(stops[:count], groups, usable)
+    return ending(count, stops.__getitem__, groups, usable)
 
 
 def ending(
-    stops: Sequence[int], groups: Sequence[KVGroup], usable: Callable[[int, int], bool]
+    count: int,
+    stop_of: Callable[[int], int],
+    groups: Sequence[KVGroup],
+    usable: Callable[[int, int], bool],
 ) -> int:
-    """:func:`prefix` of spans that every-chunk groups have: looks at windows from the end only."""
+    """:func:`prefix` of ``count`` spans that every-chunk groups have, span i up to ``stop_of(i)``.
+
+    Looks at windows from the end only, however many spans there are.
+    """
     trailing = [g for g, group in enumerate(groups) if group.hit_rule is HitRule.TRAILING]
-    count = len(stops)
     while count:
-        gaps = [_gap(stops, count, groups[g], partial(_there, usable, g)) for g in trailing]
+        gaps = [_gap(stop_of, count, groups[g], partial(_there, usable, g)) for g in trailing]
         gap = min((i for i in gaps if i is not None), default=None)
         if gap is None:
             break
@@ -213,12 +218,12 @@ def worthwhile(saved: Sequence[float]) -> int:
 
 
 def _gap(
-    stops: Sequence[int], count: int, group: KVGroup, usable: Callable[[int], bool]
+    stop_of: Callable[[int], int], count: int, group: KVGroup, usable: Callable[[int], bool]
 ) -> int | None:
     """The last unusable span in the window that a hit of ``count`` spans ends with."""
-    first = trailing_start(group, stops[count - 1])
+    first = trailing_start(group, stop_of(count - 1))
     i = count - 1
-    while i >= 0 and stops[i] > first:
+    while i >= 0 and stop_of(i) > first:
         if not usable(i):
             return i
         i -= 1

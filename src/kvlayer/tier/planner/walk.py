@@ -121,13 +121,15 @@ class Walk:
         covers = covers[: len(spans)]
         stop = spans[-1].stop if spans else 0
         needed: list[Sequence[Cover]] = []
-        rest = list[ObjectRecord]()
+        rest, is_resident = list[ObjectRecord](), True
         for at in range(0, len(spans), SLICE):
             needed += matcher.needed(spans[at : at + SLICE], covers[at : at + SLICE], stop)
-            rest += _objects(needed[at:])
+            some = [*_objects(needed[at:])]
+            is_resident = is_resident and _is_resident(some)
+            rest += some
             if at + SLICE < len(spans):
                 yield
-        return Match(chain, spans, needed, rest=rest, reached=reached)
+        return Match(chain, spans, needed, rest=rest, is_resident=is_resident, reached=reached)
 
 
 def _objects(covers: Sequence[Sequence[Cover | None]]) -> Iterator[ObjectRecord]:
