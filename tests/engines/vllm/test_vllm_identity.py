@@ -386,3 +386,54 @@ def test_an_engine_that_schedules_ahead_is_refused(
     ahead = changed(vllm_config, "scheduler_config", async_scheduling=True)
     with pytest.raises(UnsupportedError, match="async_scheduling"):
         Desk(ahead, kv_cache_config((NAMES, spec("FullAttentionSpec"))))
+
+
+def test_nothing_is_stored_of_an_adapter_that_was_replaced_in_place(
+    desk: Any, request_of: Any, tmp_path: Path, no_cache_home: None
+) -> None:
+    """vLLM's own prefix cache names blocks by the adapter's path: later requests get old ones."""
+    from vllm.lora.request import LoRARequest
+
+    weights, at = tmp_path / "adapter_model.safetensors", desk()
+
+    def asks(name: str, *, inplace: bool = False) -> Any:
+        lora = LoRARequest("served", 1, str(tmp_path), load_inplace=inplace)
+        return request_of(TOKENS[:200], request_id=name, lora_request=lora)
+
+    def begins(request: Any, blocks: list[int], computed: int = 0) -> None:
+        at.half.arrived(request)
+        at.admit(request, blocks, computed)
+
+    def ends(request: Any) -> None:
+        at.run({request: 200 - request.num_computed_tokens})
+        at.finish(request)
+
+    def stored() -> int:
+        return int(at.half.portal.cache.control.stats().tiers[0].objects)
+
+    blocks = [*range(1, 9)]
+    weights.write_bytes(b"a" * 64)
+    first, running = asks("first"), asks("running")
+    begins(first, blocks)
+    ends(first)
+    at.rest()
+    before = stored()
+    assert before > 0
+    begins(running, [*range(11, 19)])
+    weights.write_bytes(b"b" * 65)
+    replaces = asks("replaces", inplace=True)
+    begins(replaces, [*range(21, 29)])
+    ends(replaces)
+    ends(running)
+    at.rest()
+    late = asks("late")
+    begins(late, blocks, 192)  # vLLM has found the first one's blocks
+    ends(late)
+    at.rest()
+    assert stored() == before
+    at.half.reset()
+    anew = asks("anew")
+    begins(anew, blocks)
+    ends(anew)
+    at.rest()
+    assert stored() > 0

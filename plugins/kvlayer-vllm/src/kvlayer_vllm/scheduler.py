@@ -156,6 +156,7 @@ class SchedulerHalf:
 
     def arrived(self, request: Request) -> None:
         """Start to look for its prefix."""
+        self._replaced_by(request)
         ids = TokenIds(request.all_token_ids)
         tracked = Tracked(request, ids, self._search(request, ids))
         self._tracked[request.request_id] = tracked
@@ -163,6 +164,18 @@ class SchedulerHalf:
             tracked.exclude("a session whose prompt grows while it is computed")
         elif self._may_load and not request.skip_reading_prefix_cache:
             self._poll(tracked)
+
+    def _replaced_by(self, request: Request) -> None:
+        """Requests with an adapter that this one replaces in place are computed from now on."""
+        lora = request.lora_request
+        if lora is None or not lora.load_inplace:
+            return
+        self._adapters.replaced(lora.lora_int_id, lora.lora_path)
+        for tracked in self._tracked.values():
+            other = tracked.request.lora_request
+            named = None if other is None else (other.lora_int_id, other.lora_path)
+            if named == (lora.lora_int_id, lora.lora_path):
+                tracked.exclude("its adapter is replaced in place")
 
     def _poll(self, tracked: Tracked) -> int | None:
         """Tokens of the request that lie in host memory; None while that is not known."""
@@ -330,6 +343,7 @@ class SchedulerHalf:
                 tracked.exclude("the cache was reset while it was computed")
             elif tracked.search is not None:
                 tracked.search.release()
+        self._adapters.start_over()
         return self._stores.forget()
 
     def close(self) -> None:

@@ -18,20 +18,33 @@ class Adapters:
     """Digests of LoRA adapters' files, made off the scheduler's thread.
 
     Once for each adapter as the engine numbers them: another number at the same path is another
-    adapter, whose files may have been replaced since. One that is replaced in place is looked at
-    again: see :meth:`forget`.
+    adapter, whose files may have been replaced since. One that is replaced in place has no digest
+    any more: vLLM names its blocks by number and path, and gives those of the old files to requests
+    that come after it.
     """
 
     def __init__(self) -> None:
         self._digests: dict[tuple[int, str], Future[bytes]] = {}
+        self._replaced: set[tuple[int, str]] = set()
         self._threads = Threads(1, "kvlayer-adapters")
 
-    def forget(self, number: int, path: str) -> None:
-        """The files of an adapter have changed."""
-        self._digests.pop((number, path), None)
+    def replaced(self, number: int, path: str) -> None:
+        """The files of an adapter change in place, some time."""
+        self._replaced.add((number, path))
+
+    def start_over(self) -> None:
+        """vLLM has no blocks any more that were computed with the files of an adapter."""
+        self._replaced.clear()
+        self._digests.clear()
 
     def digest(self, number: int, path: str) -> bytes | None:
         """The digest; None while it is being made. Raises ``IdentityError`` where there is none."""
+        if (number, path) in self._replaced:
+            raise IdentityError(
+                f"the files of adapter {path} were replaced in place, and vLLM may give a request "
+                "blocks that were computed with the old ones",
+                hint="it is computed; a reset of vLLM's prefix cache and of connectors ends that",
+            )
         making = self._digests.get((number, path))
         if making is None:
             making = self._digests[number, path] = self._threads.submit(_digest, path)
@@ -50,7 +63,7 @@ def scope_of(request: Request, adapters: Adapters) -> Scope | None:
     """The scope of a request; None while its adapter's digest is being made.
 
     Raises ``IdentityError`` for a request whose KV nothing names: a prompt given as embeddings, an
-    adapter whose files cannot be read, or one that is replaced in place.
+    adapter whose files cannot be read, or one that is or was replaced in place.
     """
     if request.prompt_embeds is not None or request.prompt_token_ids is None:
         raise IdentityError(
@@ -60,12 +73,7 @@ def scope_of(request: Request, adapters: Adapters) -> Scope | None:
     lora = request.lora_request
     if lora is not None:
         if lora.load_inplace:
-            adapters.forget(lora.lora_int_id, lora.lora_path)
-            raise IdentityError(
-                "the request replaces an adapter in place, and until it has run nobody can say "
-                "which files are in use",
-                hint="it is computed; requests after it share KV again",
-            )
+            adapters.replaced(lora.lora_int_id, lora.lora_path)
         found = adapters.digest(lora.lora_int_id, lora.lora_path)
         if found is None:
             return None
