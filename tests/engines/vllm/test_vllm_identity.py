@@ -431,6 +431,16 @@ def test_nothing_is_stored_of_an_adapter_that_was_replaced_in_place(
     ends(late)
     at.rest()
     assert stored() == before
+    waiting = asks("waiting", inplace=True)
+    at.half.arrived(waiting)
+    at.half.reset()
+    early = asks("early")
+    begins(early, blocks)
+    assert at.admit(waiting, [*range(11, 19)]) == 0
+    ends(early)
+    ends(waiting)
+    at.rest()
+    assert stored() == 0  # the one that waited replaced it after the reset
     at.half.reset()
     anew = asks("anew")
     begins(anew, blocks)

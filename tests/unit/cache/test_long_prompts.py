@@ -202,9 +202,7 @@ def test_no_turn_and_no_hold_grows_with_the_prompt(dose: Any) -> None:
     for name, lower in VARIANTS[: dose(2, len(VARIANTS))]:
         longer, times = (LONGEST, 2.0) if lower else (MANY, 1.4)
         few, many = (most(LAYOUTS[name], chunks, *lower) for chunks in (FEW, longer))
-        if (
-            lower
-        ):  # in which call the leases of as many chunks as a hold may have end, threads decide
+        if lower:  # threads decide which call ends the leases of as many chunks as one hold may
             longest = max(counts["hold"] for counts in few.values())
             few = {call: {**counts, "hold": longest} for call, counts in few.items()}
         grown = {

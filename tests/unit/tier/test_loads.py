@@ -17,6 +17,8 @@ from kvlayer.results import Cause, Failure
 from kvlayer.testing.sim import in_virtual_time
 from kvlayer.tier.guard.guard import Lane
 from kvlayer.tier.planner.records import HostState
+from kvlayer.tier.transfer import loads
+from kvlayer.tier.transfer.flight import Flight
 from kvlayer.tier.transfer.loads import Wanted
 
 SOON = 2.0
@@ -91,6 +93,28 @@ async def test_spans_are_given_as_soon_as_they_are_there_without_waiting_for_lat
         rig.backend.gate.set()
         second = await anext(arrivals)
         assert [span.stop for span, _ in second] == [48]
+    await rig.aclose()
+
+
+@pytest.mark.asyncio
+async def test_what_was_taken_is_waited_for_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the end of a long load would let go of all of it at once."""
+    rig, chain, left = make_rig(), chain_of(96), list[ObjectKey]()
+    await rig.send_down(chain)
+    leave = Flight.leave
+
+    def leaves(flight: Flight) -> None:
+        left.append(flight.key)
+        leave(flight)
+
+    monkeypatch.setattr(Flight, "leave", leaves)
+    monkeypatch.setattr(loads, "FEW", 2)
+    taken = list[ObjectKey]()
+    async with aclosing(rig.stack.loads.arrive(wanted(rig, chain), [])) as arrivals:
+        async for batch in arrivals:
+            assert len(batch) == 2 and left == taken
+            taken += [found.key for _, records in batch for found in records]
+    assert left == taken and len(taken) == 6
     await rig.aclose()
 
 

@@ -197,3 +197,15 @@ def test_a_state_needs_only_the_last_chunk() -> None:
     assert plan.prefix([4, 8, 12], [state], lambda _i, _g: False) == 0
     assert plan.trailing_start(state, 12) == 11
     assert plan.trailing_start(group(100), 12) == 0
+
+
+def test_the_end_of_a_long_prefix_is_found_without_a_look_at_the_rest() -> None:
+    window = group(64)
+    asked = set[int]()
+
+    def stop_of(i: int) -> int:
+        asked.add(i)
+        return 16 * (i + 1)
+
+    assert plan.ending(10_000, stop_of, [window], lambda i, _: i != 9_999) == 9_999
+    assert min(asked) >= 9_990

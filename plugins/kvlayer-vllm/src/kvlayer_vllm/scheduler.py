@@ -344,6 +344,8 @@ class SchedulerHalf:
             elif tracked.search is not None:
                 tracked.search.release()
         self._adapters.start_over()
+        for tracked in self._tracked.values():  # one that has not run yet will replace all the same
+            self._replaced_by(tracked.request)
         return self._stores.forget()
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ class Adapters:
         self._threads = Threads(1, "kvlayer-adapters")
 
     def replaced(self, number: int, path: str) -> None:
-        """The files of an adapter change in place, some time."""
+        """The files of an adapter change in place, some time: it is named no more."""
         self._replaced.add((number, path))
 
     def start_over(self) -> None:
@@ -63,7 +63,7 @@ def scope_of(request: Request, adapters: Adapters) -> Scope | None:
     """The scope of a request; None while its adapter's digest is being made.
 
     Raises ``IdentityError`` for a request whose KV nothing names: a prompt given as embeddings, an
-    adapter whose files cannot be read, or one that is or was replaced in place.
+    adapter whose files cannot be read, or one that was :meth:`Adapters.replaced`.
     """
     if request.prompt_embeds is not None or request.prompt_token_ids is None:
         raise IdentityError(
@@ -72,8 +72,6 @@ def scope_of(request: Request, adapters: Adapters) -> Scope | None:
     adapter = b""
     lora = request.lora_request
     if lora is not None:
-        if lora.load_inplace:
-            adapters.replaced(lora.lora_int_id, lora.lora_path)
         found = adapters.digest(lora.lora_int_id, lora.lora_path)
         if found is None:
             return None
