@@ -1,0 +1,164 @@
+"""Copies that wait for their turn: when the cache moves bytes is a seed's choice, not a thread's.
+
+Inside :func:`by_turns` nothing of kvlayer's runs beside the test: work for threads is done on the
+loop that asks for it, and the scheduler's loop stands still but for :meth:`Gate.turn`, which lets
+it run until it has nothing to do. Every copy between host memory and an engine's tensors waits at
+the gate for some turns. So a seed plays the same hooks, copies and failures each time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from kvlayer import Cache, Portal
+from kvlayer.abc.stager import HostCopy, Stager
+from kvlayer.layout import KVLayout, KVView
+from kvlayer.runtime.offload import Offload
+from kvlayer.staging.torch_stager import TorchStager
+from kvlayer_vllm import layouts, moves, worker
+
+__all__ = ["Gate", "by_turns"]
+
+
+class CopyError(OSError):
+    """A copy that fails half way, as a seed wants it."""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    turns: int
+    go_on: asyncio.Future[None]
+
+
+@dataclass
+class Gate:
+    """Where copies wait. ``slowest``: turns that one waits at most; ``failing``: loads of a
+    hundred that fail half way."""
+
+    rng: random.Random
+    slowest: int = 4
+    failing: int = 10
+    failed: int = 0
+    """Loads that failed so far."""
+    _waiting: list[_Waiting] = field(default_factory=list[_Waiting])
+    _loop: asyncio.AbstractEventLoop | None = None
+    _stands: threading.Event = field(default_factory=threading.Event)
+    _go_on: threading.Event = field(default_factory=threading.Event)
+    _is_open: bool = False
+
+    @contextmanager
+    def guarding(self, portal: Portal) -> Generator[None]:
+        """This portal's loop stands still. A rank's own does not: its engine waits for it."""
+        job = portal.submit(self._stand)
+        self._stands.wait()
+        try:
+            yield
+        finally:
+            self._is_open = True
+            self._go_on.set()
+            job.result()
+
+    async def _stand(self, _: Cache) -> None:
+        self._loop = asyncio.get_running_loop()
+        while True:
+            self._stands.set()
+            self._go_on.wait()  # on purpose on the loop: nothing of it runs meanwhile
+            self._go_on.clear()
+            for each in tuple(self._waiting):
+                each.turns -= 1
+                if (each.turns <= 0 or self._is_open) and not each.go_on.done():
+                    each.go_on.set_result(None)
+            await _idle()
+            if self._is_open:
+                return
+
+    def turn(self) -> None:
+        """One turn passes; what may go on goes on until the loop has nothing to do."""
+        self._stands.clear()
+        self._go_on.set()
+        self._stands.wait()
+
+    async def passed(self) -> None:
+        """Wait for one's turn, on the loop."""
+        if asyncio.get_running_loop() is not self._loop or self._is_open:
+            return
+        turns = self.rng.choice((0, 0, 1, self.rng.randint(1, self.slowest)))
+        if not turns:
+            return
+        waiting = _Waiting(turns, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        try:
+            await waiting.go_on
+        finally:
+            self._waiting.remove(waiting)
+
+    def fails(self) -> bool:
+        """Whether the load at the gate is one that fails."""
+        is_failing = self.rng.randrange(100) < self.failing
+        self.failed += is_failing
+        return is_failing
+
+
+async def _idle() -> None:
+    """Until nothing but this is ready on the loop."""
+    ready: Any = asyncio.get_running_loop()
+    await asyncio.sleep(0)
+    while ready._ready:
+        await asyncio.sleep(0)
+
+
+class _GatedStager(TorchStager):
+    """Rows as a GPU's backends keep them, copied when the gate says."""
+
+    def __init__(self, layout: KVLayout, gate: Gate) -> None:
+        super().__init__(layout, threads=1)
+        self._gate = gate
+
+    async def gather(self, view: KVView, copies: Sequence[HostCopy]) -> None:
+        await self._gate.passed()
+        await super().gather(view, copies)
+
+    async def scatter(self, view: KVView, copies: Sequence[HostCopy]) -> None:
+        await self._gate.passed()
+        if self._gate.fails():
+            await super().scatter(view, copies[: len(copies) // 2])
+            raise CopyError("the device is gone, says the seed")
+        await super().scatter(view, copies)
+
+
+async def _inline(_: Offload, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    return work(*args, **kwargs)
+
+
+async def _all_inline(_: Offload, works: Sequence[Callable[[], object]]) -> None:
+    for work in works:
+        work()
+
+
+@contextmanager
+def by_turns(gate: Gate) -> Generator[None]:
+    """kvlayer's copies wait at ``gate``, and whoever waits for one lets the turns pass."""
+
+    def make(_isas: Sequence[str], layout: KVLayout, _slab: Any, _threads: int) -> Stager:
+        return _GatedStager(layout, gate)
+
+    def wait(move: moves.Save | moves.Load) -> None:
+        while not move.is_over:
+            gate.turn()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Offload, "run", _inline)
+        patch.setattr(Offload, "run_all", _all_inline)
+        patch.setattr(layouts, "_make_stager", make)
+        patch.setattr(moves.Save, "wait", wait)
+        patch.setattr(moves.Load, "wait", wait)
+        patch.setattr(worker, "_IDLE_SECONDS", 0.0)
+        yield
