@@ -12,7 +12,7 @@ import torch
 __all__ = ["BLOCK", "CHUNK", "HEADS", "HEAD_SIZE", "SETTINGS", "Configs", "Setting"]
 
 BLOCK, CHUNK = 16, 32
-LAYERS, HEADS, HEAD_SIZE = 2, 4, 16
+LAYERS, HEADS, HEAD_SIZE = 2, 2, 16
 _MODEL: dict[str, Any] = {
     "hidden_size": HEADS * HEAD_SIZE,
     "intermediate_size": 64,
@@ -62,6 +62,7 @@ SETTINGS = {
         Setting("two steps, a worker elsewhere", is_async=True, depth=2, is_remote=True),
         Setting("three steps", is_async=True, depth=3),
         Setting("two tensor ranks", is_async=True, depth=2, tensor=2, is_remote=True),
+        Setting("four tensor ranks", is_async=True, depth=2, tensor=4, is_remote=True),
         Setting("two stages", is_async=True, depth=3, pipeline=2, is_remote=True),
         Setting("two by two", is_async=True, depth=3, tensor=2, pipeline=2, is_remote=True),
     )
@@ -130,7 +131,7 @@ class Configs:
         names = [name_of(layer) for layer in layers_of(self.setting, rank)]
         fields: dict[str, Any] = {
             "block_size": BLOCK,
-            "num_kv_heads": HEADS // self.setting.tensor,
+            "num_kv_heads": len(heads_of(self.setting, rank)),
             "head_size": HEAD_SIZE,
             "dtype": torch.float32,
         }
@@ -161,10 +162,10 @@ def layers_of(setting: Setting, rank: int) -> range:
 
 
 def heads_of(setting: Setting, rank: int) -> range:
-    """The model's KV heads that a rank holds."""
-    count = HEADS // setting.tensor
-    place = rank % setting.tensor
-    return range(place * count, (place + 1) * count)
+    """The model's KV heads that a rank holds, as vLLM deals them out."""
+    count = max(1, HEADS // setting.tensor)
+    first = rank % setting.tensor * HEADS // setting.tensor  # of more ranks than heads, neighbours
+    return range(first, first + count)
 
 
 def name_of(layer: int) -> str:

@@ -1,0 +1,44 @@
+"""The rig finds what it must find: one precaution less, and a row is wrong within 100 seeds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from shaped_play import play
+from shaped_setting import SETTINGS
+
+SEEDS = 100
+
+
+def found_at(configs: Any, figures: Any, name: str, setting: str, **how: Any) -> int | None:
+    """The first seed that shows it."""
+    for seed in range(SEEDS):
+        if play(configs(SETTINGS[setting]), seed, **how).faults:
+            figures(f"vllm-gpu.control.{name}", setting=setting, seed=seed)
+            return seed
+    return None
+
+
+@pytest.mark.parametrize(
+    ("fault", "setting"),
+    [
+        ("in flight counts", "two steps"),
+        ("finished not held", "one step, async loads"),
+        ("finished not held", "two steps"),
+        ("preempted not held", "two steps"),
+    ],
+)
+def test_a_precaution_that_is_taken_away_is_missed(
+    fault: str, setting: str, configs: Any, figures: Any
+) -> None:
+    seed = found_at(configs, figures, fault, setting, fault=fault)
+    assert seed is not None, f"{SEEDS} seeds on {setting!r} found nothing wrong with: {fault}"
+
+
+@pytest.mark.parametrize("setting", ["two steps", "three steps"])
+def test_an_adapter_that_keeps_no_record_of_each_step_is_found(
+    setting: str, configs: Any, figures: Any
+) -> None:
+    seed = found_at(configs, figures, "no record", setting, told_in_order=False)
+    assert seed is not None, f"{SEEDS} seeds on {setting!r} found nothing wrong"
