@@ -56,3 +56,20 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Any]:
         return made[setting]
 
     return find
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers, for engines that compute."""
+    from kvlayer_vllm.bench.models import random_model
+
+    return random_model(
+        tmp_path_factory.mktemp("models") / "tiny",
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=512,
+    )

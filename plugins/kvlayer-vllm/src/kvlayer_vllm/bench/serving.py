@@ -125,8 +125,8 @@ class Serving:
         ]
 
     def rest(self) -> None:
-        """Step until nothing holds blocks any more."""
-        while self.core.scheduler.has_requests():
+        """Step until nothing holds blocks any more and the output of every step was heard."""
+        while self.core.scheduler.has_requests() or self.core.batch_queue:
             self.engine.step()
 
     def close(self) -> None:
