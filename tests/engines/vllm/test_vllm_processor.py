@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +65,9 @@ def test_a_session_that_hides_amx_packs_without_it(pytestconfig: pytest.Config) 
     if pytestconfig.getoption("--processor") != NATIVE:
         assert packing("bfloat16") == "vec"
     assert packing("float32") == "vec"
+
+
+def test_there_is_no_triton_here() -> None:
+    """With it vLLM leaves out the C++ kernels of its CPU build, which everything here runs on."""
+    assert find_spec("triton") is None
+    assert not import_module("vllm.triton_utils").HAS_TRITON

@@ -192,7 +192,7 @@ class Engine:
             self.finished += 1
             del self.live[name]
 
-    # -- what came of it -----------------------------------------------------------------------------
+    # -- what came of it ---------------------------------------------------------------------------
 
     @property
     def wrong_reads(self) -> list[WrongRead]:

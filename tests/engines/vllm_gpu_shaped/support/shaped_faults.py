@@ -24,8 +24,8 @@ class Remedy:
 
     It remembers one step, the last that was scheduled, and takes it for the one whose output it
     hears; and it takes for computed what a request has found in vLLM's prefix cache, although
-    the step that writes those rows may be under way. With this told it from outside the same traffic
-    is right, so what the rig finds without it are these two faults and no others. Goes when the
+    the step that writes those rows may be under way. Told of both from outside it is right in the
+    same traffic: what the rig finds otherwise are these two faults and no others. Goes when the
     adapter keeps a record of each step.
     """
 

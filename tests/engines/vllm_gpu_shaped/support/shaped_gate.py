@@ -109,9 +109,9 @@ class Gate:
 
 async def _idle() -> None:
     """Until nothing but this is ready on the loop."""
-    ready: Any = asyncio.get_running_loop()
+    loop: Any = asyncio.get_running_loop()
     await asyncio.sleep(0)
-    while ready._ready:
+    while loop._ready:  # noqa: ASYNC110  # nobody tells when it is empty
         await asyncio.sleep(0)
 
 

@@ -1,4 +1,4 @@
-"""A device that lags, in vLLM's V2 runner: what a step computed is there when somebody waits for it.
+"""A device that lags, in vLLM's V2 runner: what a step computes is there when somebody waits.
 
 The model computes in tensors that nobody else sees. The connector's are others: they get the blocks
 of a step when vLLM takes the step's output, and the model sees what a connector has written into

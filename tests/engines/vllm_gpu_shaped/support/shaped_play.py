@@ -61,9 +61,7 @@ class _Traffic:
         return [self._rng.randrange(_WORDS) for _ in range(count)]
 
 
-def play(
-    configs: Configs, seed: int, *, fault: str = "", told_in_order: bool = True
-) -> Account:
+def play(configs: Configs, seed: int, *, fault: str = "", told_in_order: bool = True) -> Account:
     """Play one seed on an engine of its own. ``fault``: what is broken on purpose."""
     rng = random.Random(seed)
     gate = Gate(random.Random(seed + 1), failing=rng.choice((0, 10, 30)))
