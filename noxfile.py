@@ -111,7 +111,7 @@ def install_triton(session: nox.Session) -> None:
     folder = session.cache_dir / TRITON
     if not (folder / "triton" / "__init__.py").exists():
         install(session, "--no-deps", f"--target={folder}", TRITON)
-    session.env["KVLAYER_TRITON"] = str(folder)
+    session.env["TESTS_TRITON"] = str(folder)
 
 
 def interpreter(version: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import shaped_triton
+from shaped_faults import NOT_IN_ORDER, WrongKVError
 from vllm_process import EngineProcess
 from zygote import Zygote
 
@@ -72,6 +73,12 @@ def expected(model: Path, prompts: list[list[int]]) -> list[list[int]]:
     return answers
 
 
+def check(found: list[Any], expected: list[list[int]]) -> None:
+    wrong = [n for n, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1]]
+    if wrong:
+        raise WrongKVError(f"answers to prompts {wrong} of {len(expected)} are wrong: {found}")
+
+
 def asked(process: EngineProcess, prompts: list[list[int]]) -> tuple[list[Any], int]:
     """Answers to prompts that arrive at once, and how many prompt tokens were not computed."""
     found = process("ask", prompts, ANSWER)
@@ -83,7 +90,7 @@ def test_vllm_alone_is_right_with_a_gpus_attention(
     layout: str, shaped: Any, model: Path, prompts: list[list[int]], expected: Any
 ) -> None:
     process = shaped(model, attention="triton", layout=layout)
-    assert asked(process, prompts)[0] == expected
+    check(asked(process, prompts[:4])[0], expected[:4])
     seen = process("shape")
     process.close()
     assert seen.pop("writes") > 0
@@ -102,8 +109,9 @@ def test_vllm_alone_is_right_with_a_gpus_attention(
         pytest.param(
             "sync",
             marks=pytest.mark.xfail(
+                raises=WrongKVError,
                 reason="vLLM's V2 runner answers wrongly, and says nothing, after a load that its "
-                "connector reports as failed in the same step (vLLM issue 49250)"
+                "connector reports as failed in the same step (vLLM issue 49250)",
             ),
         ),
         "async",
@@ -115,7 +123,7 @@ def test_vllm_itself_recomputes_what_a_connector_could_not_load(
     process = shaped(model, rejecting=loads)
     found = [asked(process, [prompt])[0][0] for prompt in prompts]
     process.kill()
-    assert found == expected
+    check(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -124,10 +132,7 @@ def test_vllm_itself_recomputes_what_a_connector_could_not_load(
         False,
         pytest.param(
             True,
-            marks=pytest.mark.xfail(
-                reason="the adapter remembers the last step that was scheduled, not the one it "
-                "hears of: with several under way it stores rows that are not written yet"
-            ),
+            marks=pytest.mark.xfail(raises=WrongKVError, reason=NOT_IN_ORDER),
         ),
     ],
     ids=["one by one", "at once"],
@@ -138,13 +143,13 @@ def test_answers_are_the_same_on_a_device_that_lags(
     process = shaped(model, CACHE, lags=True)
     assert process("state")["on"]
     arrivals = [prompts] if at_once else [[prompt] for prompt in prompts]
-    for again in range(3):
+    for _ in range(3):
         found, loaded = list[Any](), 0
         for some in arrivals:
             answers, cached = asked(process, some)
             found += answers
             loaded += cached
-        assert found == expected, f"pass {again}"
+        check(found, expected)
         assert process("shape")["late"] > 0
         process("forget")
     assert loaded > 0

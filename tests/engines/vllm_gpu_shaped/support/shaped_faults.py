@@ -16,7 +16,16 @@ from kvlayer_vllm import scheduler
 from kvlayer_vllm.scheduler import SchedulerHalf
 from kvlayer_vllm.tracked import Tracked
 
-__all__ = ["FAULTS", "Remedy", "lifted"]
+__all__ = ["FAULTS", "NOT_IN_ORDER", "Remedy", "WrongKVError", "lifted"]
+
+NOT_IN_ORDER = (
+    "the adapter remembers the last step that was scheduled, not the one it hears of: with several "
+    "under way it stores rows that are not written yet"
+)
+
+
+class WrongKVError(AssertionError):
+    """Rows or answers are not those of their prefix. What is expected to fail fails of this."""
 
 
 class Remedy:

@@ -1,6 +1,6 @@
 """Triton for vLLM on a CPU: its kernels run in Triton's own interpreter, on CPU tensors.
 
-Triton lies in a folder of its own, which ``KVLAYER_TRITON`` names: where it can be imported vLLM
+Triton lies in a folder of its own, which ``TESTS_TRITON`` names: where it can be imported vLLM
 leaves out the C++ stand-ins of its CPU build, which every other session runs. Only processes that
 call :func:`use` see it.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["FOLDER", "use"]
 
-FOLDER = "KVLAYER_TRITON"
+FOLDER = "TESTS_TRITON"
 
 
 def use() -> None:
