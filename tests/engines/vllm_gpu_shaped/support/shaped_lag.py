@@ -33,6 +33,7 @@ class Lag:
         }
         self._seen = {name: tensor.clone() for name, tensor in self.connector.items()}
 
+    @torch.inference_mode()
     def show(self) -> None:
         """The model sees what the connector has written since the last step."""
         for name, tensor in self.connector.items():
@@ -46,6 +47,7 @@ class Lag:
         """What these blocks hold on the device once the step has run."""
         return {name: tensor[blocks].clone() for name, tensor in self.model.items()}
 
+    @torch.inference_mode()
     def commit(self, blocks: torch.Tensor, kept: dict[str, torch.Tensor]) -> None:
         """Somebody has waited for the step."""
         self.late += len(blocks)
