@@ -23,8 +23,8 @@ __all__ = ["serve"]
 def serve(model: str, cache: Any, options: dict[str, Any]) -> None:
     """As ``vllm_engine.serve``. Of the options ``attention`` is ``cpu`` or ``triton``, ``layout``
     a KV cache layout of vLLM's, ``rejecting`` says whether a connector of that name is asked
-    ``sync`` or ``async``, ``lags`` whether the device does, and ``told_in_order`` whether the adapter
-    is given ``shaped_faults.Remedy``."""
+    ``sync`` or ``async``, ``lags`` whether the device does, and ``told_in_order`` whether there is
+    a ``shaped_faults.Remedy`` for the adapter."""
     if options.pop("told_in_order", False):
         _told_in_order()
     layout = options.pop("layout", "")
