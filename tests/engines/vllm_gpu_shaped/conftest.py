@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import shaped_triton
+from zygote import Zygote
 
 HAS_VLLM = find_spec("vllm") is not None
 
@@ -56,6 +58,17 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Any]:
         return made[setting]
 
     return find
+
+
+@pytest.fixture(scope="session", autouse=True)
+def zygotes() -> Iterator[dict[str, Zygote]]:
+    """Fork engines, by the module of their roles. For every test, so that they import vLLM while
+    the first ones run; none where there is no Triton."""
+    roles = ("vllm_engine", "shaped_process") if shaped_triton.FOLDER in os.environ else ()
+    forking = {name: Zygote(name) for name in roles}
+    yield forking
+    for each in forking.values():
+        each.close()
 
 
 @pytest.fixture(scope="session")

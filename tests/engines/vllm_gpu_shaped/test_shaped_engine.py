@@ -36,21 +36,20 @@ LAYOUTS = ["LBNHC", "LBHNC", "BLHNC", "BLNHC"]
 
 
 @pytest.fixture(scope="module")
-def shaped() -> Iterator[Callable[..., EngineProcess]]:
+def shaped(zygotes: dict[str, Zygote]) -> Iterator[Callable[..., EngineProcess]]:
     """``shaped(model, cache, **options)``: an engine of ``shaped_process.py``."""
     if shaped_triton.FOLDER not in os.environ:
         pytest.skip(f"{shaped_triton.FOLDER} names no folder: nox -s vllm-gpu-shaped installs it")
-    zygote, running = Zygote("shaped_process"), list[EngineProcess]()
+    running: list[EngineProcess] = []
 
     def start(model: Path, cache: Any = None, **options: Any) -> EngineProcess:
-        running.append(EngineProcess(zygote, model, cache, **OPTIONS, **options))
+        running.append(EngineProcess(zygotes["shaped_process"], model, cache, **OPTIONS, **options))
         return running[-1]
 
     yield start
     for each in running:
         if not each.has_ended:
             each.kill()
-    zygote.close()
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +62,11 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected(model: Path, prompts: list[list[int]]) -> list[list[int]]:
+def expected(zygotes: dict[str, Zygote], model: Path, prompts: list[list[int]]) -> list[list[int]]:
     """What the engine answers, each prompt alone."""
-    zygote = Zygote("vllm_engine")
-    process = EngineProcess(zygote, model, None, **OPTIONS)
+    process = EngineProcess(zygotes["vllm_engine"], model, None, **OPTIONS)
     answers = [process("ask", [prompt], ANSWER)[0][0] for prompt in prompts]
     process.close()
-    zygote.close()
     return answers
 
 

@@ -21,7 +21,10 @@ SERVED = [each for each in SETTINGS.values() if not each.is_async]
 AHEAD = [each for each in SETTINGS.values() if each.is_async and each.ranks == 1]
 RANKS = [each for each in SETTINGS.values() if each.ranks > 1]
 
-COUNTED = ("steps", "reads", "loaded", "failed", "preempted", "aborted", "finished")
+COUNTED = ("steps", "reads", "loaded", "failed", "preempted", "aborted", "finished", "stuck")
+COMMON = ("steps", "reads", "loaded", "aborted", "finished")
+MANY = 50
+"""Seeds in which everything has happened that is counted; of being stuck nobody promises it."""
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def check(accounts: list[Account]) -> None:
     wrong = {each.seed: each.faults[:3] for each in accounts if each.faults}
     if wrong:
         raise WrongKVError(f"{len(wrong)} of {len(accounts)} seeds, by seed: {wrong}")
-    for name in COUNTED:
+    for name in (*COMMON, *(("failed", "preempted") if len(accounts) >= MANY else ())):
         assert sum(getattr(each, name) for each in accounts), f"no seed had any {name}"
 
 
@@ -62,8 +65,9 @@ def test_no_wrong_row_is_read_where_the_adapter_is_told_of_its_steps_in_order(
 
 @pytest.mark.xfail(raises=WrongKVError, reason=NOT_IN_ORDER)
 @pytest.mark.parametrize("setting", AHEAD, ids=str)
-def test_no_wrong_row_is_read_of_several_steps_under_way(setting: Any, played: Any) -> None:
-    check(played(setting, told_in_order=False))
+def test_no_wrong_row_is_read_of_several_steps_under_way(setting: Any, configs: Any) -> None:
+    for seed in range(100):
+        check([play(configs(setting), seed, told_in_order=False)])
 
 
 @pytest.mark.xfail(

@@ -19,6 +19,8 @@ from shaped_text import Text
 
 __all__ = ["Engine"]
 
+_MOST_FRUITLESS = 40  # a copy waits for less
+
 
 def _nothing() -> None:
     """What happens between a step and its answer, mostly."""
@@ -60,6 +62,8 @@ class Engine:
         self.live: dict[str, Any] = {}
         """vLLM's requests that are not over."""
         self.steps = self.preempted = self.finished = 0
+        self._fruitless = 0
+        """Steps in a row that compute nothing."""
         self.wrong_answers: list[str] = []
 
     def _aggregates(self) -> Any:
@@ -138,6 +142,7 @@ class Engine:
         if self._remedy is not None:
             self._remedy.preempts(output.preempted_req_ids or ())
         self.steps += 1
+        self._fruitless = 0 if works else self._fruitless + 1
         self.preempted += len(output.preempted_req_ids or ())
         batch = Batch(self.steps, output, works)
         self._under_way.append(batch)
@@ -191,6 +196,16 @@ class Engine:
                 self.wrong_answers.append(name)
             self.finished += 1
             del self.live[name]
+
+    @property
+    def is_stuck(self) -> bool:
+        """vLLM computes nothing, and does not wait for kvlayer.
+
+        Requests whose load has ended may hold all blocks, and then none of them gets its next one:
+        vLLM preempts what runs, and none of them does.
+        """
+        waits = len(self.connector.scheduler._promises)
+        return self._fruitless > _MOST_FRUITLESS and not waits
 
     # -- what came of it ---------------------------------------------------------------------------
 

@@ -33,27 +33,27 @@ class Lag:
         }
         self._seen = {name: tensor.clone() for name, tensor in self.connector.items()}
 
-    @torch.inference_mode()
     def show(self) -> None:
         """The model sees what the connector has written since the last step."""
-        for name, tensor in self.connector.items():
-            now = tensor.clone()  # copies may be under way: the rest is seen next time
-            bits = (now.view(torch.uint8) != self._seen[name].view(torch.uint8)).flatten(1)
-            changed = bits.any(dim=1).nonzero().flatten()
-            self.model[name][changed] = now[changed]
-            self._seen[name] = now
+        with torch.inference_mode():
+            for name, tensor in self.connector.items():
+                now = tensor.clone()  # copies may be under way: the rest is seen next time
+                bits = (now.view(torch.uint8) != self._seen[name].view(torch.uint8)).flatten(1)
+                changed = bits.any(dim=1).nonzero().flatten()
+                self.model[name][changed] = now[changed]
+                self._seen[name] = now
 
     def kept(self, blocks: torch.Tensor) -> dict[str, torch.Tensor]:
         """What these blocks hold on the device once the step has run."""
         return {name: tensor[blocks].clone() for name, tensor in self.model.items()}
 
-    @torch.inference_mode()
     def commit(self, blocks: torch.Tensor, kept: dict[str, torch.Tensor]) -> None:
         """Somebody has waited for the step."""
         self.late += len(blocks)
-        for name, rows in kept.items():
-            self.connector[name][blocks] = rows
-            self._seen[name][blocks] = rows
+        with torch.inference_mode():
+            for name, rows in kept.items():
+                self.connector[name][blocks] = rows
+                self._seen[name][blocks] = rows
 
 
 def lagging() -> None:

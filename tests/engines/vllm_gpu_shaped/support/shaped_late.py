@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any
 
 __all__ = ["Late"]
-
-T = TypeVar("T")
 
 
 class Late(random.Random):
@@ -17,7 +14,7 @@ class Late(random.Random):
     def random(self) -> float:
         return 1.0
 
-    def choice(self, seq: Sequence[T]) -> T:
+    def choice(self, seq: Any) -> Any:
         return seq[0]
 
     def randrange(self, start: int, stop: int | None = None, step: int = 1) -> int:

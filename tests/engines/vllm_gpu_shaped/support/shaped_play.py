@@ -32,6 +32,8 @@ class Account:
     preempted: int = 0
     aborted: int = 0
     finished: int = 0
+    stuck: int = 0
+    """Requests given up because vLLM had no block for any of them: see ``Engine.is_stuck``."""
     faults: list[str] = field(default_factory=list[str])
     """What must not be: rows and answers that are wrong, blocks that nobody gave back."""
 
@@ -64,16 +66,16 @@ class _Traffic:
 def play(configs: Configs, seed: int, *, fault: str = "", told_in_order: bool = True) -> Account:
     """Play one seed on an engine of its own. ``fault``: what is broken on purpose."""
     rng = random.Random(seed)
-    gate = Gate(random.Random(seed + 1), failing=rng.choice((0, 10, 30)))
+    gate = Gate(random.Random(seed + 1), failing=rng.choice((0, 20, 50)))
     broken = FAULTS[fault]() if fault else nullcontext()
     with by_turns(gate), lifted(), broken:
         engine = Engine(configs, rng, told_in_order=told_in_order)
         with closing(engine), gate.guarding(engine.connector.scheduler.portal):
             account, traffic = Account(seed), _Traffic(rng)
             _busy(engine, gate, rng, traffic, account)
-            _rested(engine, gate)
-            gate.failing = 0
-            _audited(engine, gate, traffic)
+            _rested(engine, gate, account)
+            gate.failing = rng.choice((0, gate.failing))
+            _audited(engine, gate, traffic, account)
             _settle(engine, gate, account)
     return account
 
@@ -103,25 +105,28 @@ def _busy(
             gate.turn()
 
 
-def _rested(engine: Engine, gate: Gate) -> None:
+def _rested(engine: Engine, gate: Gate, account: Account) -> None:
     """No more arrivals: until nothing is under way."""
     for _ in range(_PATIENCE):
         if not engine.is_busy:
             return
         engine.turn()
         gate.turn()
+        if engine.is_stuck:
+            engine.abort(list(engine.live)[-1])
+            account.stuck += 1
     raise AssertionError(f"the engine does not come to rest: {list(engine.live)} are not over")
 
 
-def _audited(engine: Engine, gate: Gate, traffic: _Traffic) -> None:
+def _audited(engine: Engine, gate: Gate, traffic: _Traffic, account: Account) -> None:
     """All that was stored is asked for: vLLM's own prefix cache has none of it."""
     assert engine.scheduler.reset_prefix_cache()
     distinct = {tuple(prompt): None for prompt in traffic.prompts}
     for number, prompt in enumerate(distinct):
         engine.ask(f"audit-{number}", prompt, 1)
         if number % 4 == 3:
-            _rested(engine, gate)
-    _rested(engine, gate)
+            _rested(engine, gate, account)
+    _rested(engine, gate, account)
 
 
 def _settle(engine: Engine, gate: Gate, account: Account) -> None:

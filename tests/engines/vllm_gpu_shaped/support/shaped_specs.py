@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -26,8 +26,6 @@ _OPAQUE = {"fp8_ds_mla": 656, "nvfp4_ds_mla": 352}
 class _Absent(ModuleType):
     """A package that is not installed, as far as importing names from it goes."""
 
-    __path__: ClassVar[list[str]] = []
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -39,6 +37,7 @@ def _stand_in(package: str, *modules: str) -> None:
         return
     for name in (package, *(f"{package}.{module}" for module in modules)):
         made = _Absent(name)
+        made.__path__ = []
         made.__spec__ = importlib.machinery.ModuleSpec(name, None)
         sys.modules[name] = made
 
