@@ -27,6 +27,7 @@ def found_at(configs: Any, figures: Any, name: str, setting: str, **how: Any) ->
         ("finished not held", "one step, async loads"),
         ("finished not held", "two steps"),
         ("preempted not held", "two steps"),
+        ("preempted not held", "one step, a window"),
     ],
 )
 def test_a_precaution_that_is_taken_away_is_missed(

@@ -97,7 +97,7 @@ def finished_not_held() -> Generator[None]:
 
 @contextmanager
 def preempted_not_held() -> Generator[None]:
-    """Nobody waits for what is still read of blocks that a preemption took."""
+    """Nobody waits for what is still read of blocks that a preemption took, or that left a window."""
     overtaken = SchedulerHalf._overtaken
 
     def none(half: SchedulerHalf, preempted: Any) -> list[Any]:
