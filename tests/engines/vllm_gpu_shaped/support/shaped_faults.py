@@ -97,7 +97,7 @@ def finished_not_held() -> Generator[None]:
 
 @contextmanager
 def preempted_not_held() -> Generator[None]:
-    """Nobody waits for what is still read of blocks that a preemption took, or that left a window."""
+    """Blocks that are still read go to others when they leave a window or are preempted."""
     overtaken = SchedulerHalf._overtaken
 
     def none(half: SchedulerHalf, preempted: Any) -> list[Any]:
