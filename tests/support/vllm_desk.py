@@ -101,7 +101,7 @@ class Desk:
         invalid = self.worker.invalid_blocks(step)
         for request, count in (scheduled or {}).items():
             request.num_in_flight_tokens -= count
-        self.half.heard(self.worker.answers())
+        self.half.heard(self.worker.answers(step))
         return invalid
 
     def run(self, scheduled: dict[Any, int] | None = None) -> Step:

@@ -86,12 +86,18 @@ def test_a_request_whose_load_failed_is_computed_and_does_not_ask_again(
     assert at.asked(again) == (0, False)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 def test_vllm_is_told_once_that_it_may_let_go_of_blocks(
-    desk: Any, request_of: Any, go_on: threading.Event, monkeypatch: pytest.MonkeyPatch
+    ahead: bool,
+    desk: Any,
+    request_of: Any,
+    go_on: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Aborted between the step that tells of its load and the moment when vLLM hears it.
 
-    What it saved before it was preempted is not over, either; twice would end the engine.
+    What it saved before it was preempted is not over, either; twice would end the engine. That vLLM
+    hears of the step before, with two steps under way, changes nothing.
     """
     at = desk(remote=True)
     at.run()  # the worker joins
@@ -107,10 +113,13 @@ def test_vllm_is_told_once_that_it_may_let_go_of_blocks(
     at.accept(at.begin(preempted=[longer]))
     more = at.admit(longer, [21, 22, 23, 24, 25, 26, 27, 28, 29, 30])
     assert more == 192
-    step = at.begin()
-    while "two" not in step.received:
-        at.accept(step)
-        step = at.begin()
+    under_way = [at.begin()]
+    while "two" not in (step := under_way[-1]).received:
+        if not ahead or len(under_way) > 1:
+            at.accept(under_way.pop(0))
+        under_way.append(at.begin())
+    for before in under_way[:-1]:
+        at.accept(before)
     assert at.half._tracked["two"].running_saves()
     assert not at.finish(longer)  # vLLM frees its blocks with this step
     at.accept(step)
@@ -138,6 +147,65 @@ def test_a_request_that_ends_in_the_step_after_its_load_is_stored(
     at.accept(step)
     at.rest()
     assert at.found(MORE) == 288
+
+
+# -- several steps under way -----------------------------------------------------------------------
+
+
+def test_what_a_request_finds_counts_once_its_own_step_was_heard(
+    desk: Any, request_of: Any
+) -> None:
+    """The step that writes what it found in vLLM's prefix cache may still be under way."""
+    at = desk()
+    one, two = request_of(PROMPT), request_of(PROMPT, request_id="two")
+    for request in (one, two):
+        at.half.arrived(request)
+    at.admit(one, [1, 2, 3, 4, 5, 6, 7])
+    at.admit(two, [1, 2, 3, 4, 5, 6, 8], computed=192)
+    first, second = at.begin({one: 200}), at.begin({two: 8})
+    assert at.half._tracked["two"].computed == 0
+    assert not at.finish(two) and not at.half._leaving  # it is aborted, and stores nothing
+    at.accept(first, {one: 200})
+    assert at.half._tracked["one"].computed == 200
+    at.accept(second)
+    at.finish(one)
+    at.rest()
+    assert at.found(PROMPT) == 192
+
+
+def test_a_step_without_an_answer_is_heard_of_with_the_next(desk: Any, request_of: Any) -> None:
+    at = desk()
+    request = request_of(PROMPT)
+    at.half.arrived(request)
+    at.admit(request, [1, 2, 3, 4, 5, 6, 7])
+    at.begin({request: 200})
+    request.num_in_flight_tokens = 0
+    at.half.heard(None)
+    assert at.half._tracked["one"].computed == 0
+    at.run()
+    assert at.half._tracked["one"].computed == 200
+
+
+def test_a_step_that_computed_into_blocks_that_are_gone_counts_no_more(
+    desk: Any, request_of: Any
+) -> None:
+    at = desk()
+    request = request_of(PROMPT)
+    at.half.arrived(request)
+    at.admit(request, [1, 2, 3, 4, 5, 6, 7])
+    step = at.begin({request: 200})
+    at.preempt(request)
+    between = at.begin(preempted=[request])
+    at.admit(request, [11, 12, 13, 14, 15, 16, 17], computed=192)  # found, not written yet
+    again = at.begin({request: 8})
+    at.accept(step, {request: 200})
+    at.accept(between)
+    assert at.half._tracked["one"].computed == 0
+    at.accept(again, {request: 8})
+    assert at.half._tracked["one"].computed == 200
+    at.finish(request)
+    at.rest()
+    assert at.found(PROMPT) == 192
 
 
 # -- blocks that are another's ---------------------------------------------------------------------
@@ -267,8 +335,10 @@ def test_an_answer_that_stops_within_accepted_drafts_is_stored(desk: Any, reques
     at.admit(request, [1, 2, 3, 4, 5, 6, 7, 8])
     at.run({request: 200})
     request.append_output_token_ids(list(range(400, 430)))
-    request.num_computed_tokens = 256
+    step = at.begin({request: 56})
+    request.num_in_flight_tokens = 0
     at.finish(request)
+    at.accept(step)
     at.rest()
     assert at.found([*PROMPT, *range(400, 430)]) == 224
 

@@ -64,7 +64,7 @@ def check_off(connector: KVLayerConnector, request: Any) -> None:
     assert connector.get_block_ids_with_load_errors() == set()
     assert connector.build_connector_worker_meta() is None
     assert connector.get_handshake_metadata() is None
-    connector.update_connector_output(SimpleNamespace(kv_connector_worker_meta=Answers()))
+    connector.update_connector_output(SimpleNamespace(kv_connector_worker_meta=Answers(0)))
     assert connector.request_finished_all_groups(request, ([1],)) == (False, None)
     assert list(connector.take_events()) == [] and connector.reset_cache() is None
     connector.shutdown()

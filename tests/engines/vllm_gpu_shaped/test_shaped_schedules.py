@@ -11,14 +11,13 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-from shaped_faults import NOT_IN_ORDER, WrongKVError
+from shaped_faults import WrongKVError
 from shaped_play import Account, play
 from shaped_setting import SETTINGS
 
 from kvlayer.errors import LayoutError
 
-SERVED = [each for each in SETTINGS.values() if not each.is_async]
-AHEAD = [each for each in SETTINGS.values() if each.is_async and each.ranks == 1]
+SERVED = [each for each in SETTINGS.values() if each.ranks == 1]
 RANKS = [each for each in SETTINGS.values() if each.ranks > 1]
 
 COUNTED = ("steps", "reads", "loaded", "failed", "preempted", "aborted", "finished", "stuck")
@@ -53,21 +52,7 @@ def check(accounts: list[Account]) -> None:
 
 @pytest.mark.parametrize("setting", SERVED, ids=str)
 def test_no_wrong_row_is_read(setting: Any, played: Any) -> None:
-    check(played(setting, told_in_order=False))
-
-
-@pytest.mark.parametrize("setting", AHEAD, ids=str)
-def test_no_wrong_row_is_read_where_the_adapter_is_told_of_its_steps_in_order(
-    setting: Any, played: Any
-) -> None:
     check(played(setting))
-
-
-@pytest.mark.xfail(raises=WrongKVError, reason=NOT_IN_ORDER)
-@pytest.mark.parametrize("setting", AHEAD, ids=str)
-def test_no_wrong_row_is_read_of_several_steps_under_way(setting: Any, configs: Any) -> None:
-    for seed in range(100):
-        check([play(configs(setting), seed, told_in_order=False)])
 
 
 @pytest.mark.xfail(

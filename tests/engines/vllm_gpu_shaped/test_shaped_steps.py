@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from shaped_engine import Engine
-from shaped_faults import NOT_IN_ORDER, WrongKVError, lifted
+from shaped_faults import WrongKVError, lifted
 from shaped_gate import Gate, by_turns
 from shaped_late import Late
 from shaped_play import play
@@ -16,27 +16,14 @@ from shaped_setting import SETTINGS
 SHORT = list(range(3, 43))
 LONG = list(range(50, 180))  # more than a step computes
 
-remedied = pytest.mark.parametrize(
-    "told_in_order",
-    [
-        pytest.param(True, id="told in order"),
-        pytest.param(
-            False,
-            id="as it is",
-            marks=pytest.mark.xfail(raises=WrongKVError, reason=NOT_IN_ORDER),
-        ),
-    ],
-)
 
-
-@remedied
 @pytest.mark.parametrize("setting", ["two steps", "three steps"])
 def test_a_twin_that_is_admitted_while_its_prefix_is_computed_stores_no_unwritten_rows(
-    setting: str, told_in_order: bool, configs: Any
+    setting: str, configs: Any
 ) -> None:
     gate = Gate(Late())
     with by_turns(gate), lifted():
-        engine = Engine(configs(SETTINGS[setting]), Late(), told_in_order=told_in_order)
+        engine = Engine(configs(SETTINGS[setting]), Late())
         with closing(engine), gate.guarding(engine.connector.scheduler.portal):
             for name, prompt in {"short": SHORT, "one": LONG, "twin": LONG}.items():
                 engine.ask(name, prompt, 2)
@@ -49,13 +36,12 @@ def test_a_twin_that_is_admitted_while_its_prefix_is_computed_stores_no_unwritte
             check(engine)
 
 
-@remedied
 def test_a_twin_that_is_aborted_in_the_step_that_computes_its_prefix_stores_nothing_of_it(
-    told_in_order: bool, configs: Any
+    configs: Any,
 ) -> None:
     gate = Gate(Late())
     with by_turns(gate), lifted():
-        engine = Engine(configs(SETTINGS["two steps"]), Late(), told_in_order=told_in_order)
+        engine = Engine(configs(SETTINGS["two steps"]), Late())
         with closing(engine), gate.guarding(engine.connector.scheduler.portal):
             engine.ask("one", LONG[:64], 1)
             engine.ask("twin", LONG[:64], 1)

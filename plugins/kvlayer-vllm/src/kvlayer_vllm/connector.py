@@ -228,7 +228,10 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         return self._rescued(rescue, self._worker.invalid_blocks, step)
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        return None if self._worker is None else self._safely(None, self._worker.answers)
+        if self._worker is None:
+            return None
+        step = _step(self._get_connector_metadata())
+        return self._rescued(partial(Answers, step.number), self._worker.answers, step)
 
     # -- where vLLM logs and is scraped ----------------------------------------------------------
 

@@ -164,8 +164,8 @@ def _refuse(what: str) -> NoReturn:
 def refuse_parallel(vllm_config: VllmConfig) -> None:
     """Raise ``UnsupportedError``, naming the option, for KV of several ranks or of a draft model.
 
-    A draft by ``ngram`` has no model, and no KV of its own. Nor is a step carried that is scheduled
-    before the last one was accepted: what is stored is what the last accepted step has computed.
+    A draft by ``ngram`` has no model, and no KV of its own. Nor is an engine carried that schedules
+    ahead: its runner may overwrite blocks of preempted requests before it says so.
     """
     parallel = vllm_config.parallel_config
     for name in (

@@ -34,6 +34,8 @@ class RankOrder:
 class Step(KVConnectorMetadata):
     """From the scheduler, with every step."""
 
+    number: int = 0
+    """Counted by the scheduler, from 1."""
     greeting: bytes = b""
     """For a rank that has not joined yet."""
     errands: list[RankOrder] = field(default_factory=list[RankOrder])
@@ -59,13 +61,19 @@ class Step(KVConnectorMetadata):
 class Answers(KVConnectorWorkerMetadata):
     """From one worker, or from several, with every step."""
 
+    step: int
+    """The step's number."""
     completions: list[bytes] = field(default_factory=list[bytes])
     joined: set[int] = field(default_factory=set[int])
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """What two workers say, as one."""
         assert isinstance(other, Answers)
-        return Answers(self.completions + other.completions, self.joined | other.joined)
+        return Answers(
+            min(self.step, other.step),
+            self.completions + other.completions,
+            self.joined | other.joined,
+        )
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """What vLLM was promised to be loaded, from the promise until it has heard how the load ended.
 
-A promise must end: loaded or reported, whatever fails in between. Until then what vLLM counts as
-computed of the request is doubtful.
+A promise must end: loaded or reported, whatever fails in between. Which step waits for a load, and
+which one tells of its end, is noted in the step's record (``steps_under_way``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from kvlayer_vllm.hands import WorkerLink
 from kvlayer_vllm.messages import Step
 from kvlayer_vllm.moves import Load, slots_of
 from kvlayer_vllm.settings import Loads
+from kvlayer_vllm.steps_under_way import StepUnderWay
 from kvlayer_vllm.tracked import Tracked
 
 __all__ = ["PendingLoads"]
@@ -43,11 +44,10 @@ class PendingLoads:
         self._made: list[Tracked] = []
         """To be loaded with the next step."""
         self._sent: dict[str, Tracked] = {}
-        self._told: list[Tracked] = []
-        """Whose end is in the step that is under way."""
+        """Beside the batch, and not over as far as vLLM was told."""
 
     def __len__(self) -> int:
-        """Promises that have not ended."""
+        """Promises that have not ended, but for those a step waits for."""
         return len(self._made) + len(self._sent)
 
     # -- made ------------------------------------------------------------------------------------
@@ -99,19 +99,18 @@ class PendingLoads:
             tokens_per_block=self._block_sizes[0],
         )
         tracked.load = load
-        tracked.is_doubtful = True
         tracked.is_awaited = self.is_async
         self._made.append(tracked)
         return load
 
     # -- sent ------------------------------------------------------------------------------------
 
-    def send(self, step: Step) -> None:
+    def send(self, step: Step, record: StepUnderWay) -> None:
         """Start what was promised, with this step."""
         step.must_wait = not self.is_async
         for tracked in self._made:
             assert tracked.load is not None
-            self._sent[tracked.load.request_id] = tracked
+            self._send(tracked, tracked.load, record)
             if self._hands.is_local:
                 step.loads.append(tracked.load)
             else:
@@ -119,13 +118,13 @@ class PendingLoads:
                 step.is_idle = True
         self._made = []
 
-    def send_failed(self, step: Step) -> None:
+    def send_failed(self, step: Step, record: StepUnderWay) -> None:
         """The step went wrong before or while loads were put into it: those left out are over."""
         step.must_wait = not self.is_async
         for tracked in self._made:
             load = tracked.load
             assert load is not None
-            self._sent[load.request_id] = tracked
+            self._send(tracked, load, record)
             if load in step.loads:
                 continue
             load.distrust()
@@ -133,9 +132,15 @@ class PendingLoads:
                 step.invalid |= load.invalid_blocks()
         self._made = []
 
+    def _send(self, tracked: Tracked, load: Load, record: StepUnderWay) -> None:
+        if self.is_async:
+            self._sent[load.request_id] = tracked
+        elif (tracked, load) not in record.waits_for:
+            record.waits_for.append((tracked, load))
+
     # -- over, and told ---------------------------------------------------------------------------
 
-    def land(self, step: Step, *, is_computing: bool) -> None:
+    def land(self, step: Step, record: StepUnderWay) -> None:
         """Tell with this step of the loads beside the batch that have ended."""
         if not self.is_async:
             return
@@ -143,7 +148,7 @@ class PendingLoads:
             load = tracked.load
             assert load is not None
             if load in step.loads or not load.is_over:
-                step.is_idle = step.is_idle or not is_computing
+                step.is_idle = step.is_idle or not record.computes
                 continue
             if not load.is_whole:  # said first: what is not whole must never count as received
                 if len(self._block_sizes) > 1:
@@ -152,37 +157,22 @@ class PendingLoads:
                     step.invalid |= load.invalid_blocks()
             step.received.add(request_id)
             del self._sent[request_id]
-            self._told.append(tracked)
-            tracked.is_doubtful = not load.is_whole  # until vLLM counts less as computed
+            record.told.append(tracked)
             self._end(tracked, load)
 
-    def settle(self) -> bool:
-        """vLLM has heard the step: end the loads it waited for. Whether all of them were whole.
-
-        If one was not, blocks that hold nothing yet may count as computed for any request that
-        shares them: nothing of this step is to be stored.
-        """
-        for tracked in self._told:
+    def settle(self, record: StepUnderWay) -> None:
+        """vLLM has heard the step: end the loads it waited for, and the promises it told of."""
+        for tracked in record.told:
             tracked.is_awaited = False
-        self._told = []
-        if self.is_async:
-            return True
-        is_right = True
-        while self._sent:
-            _, tracked = self._sent.popitem()
-            load = tracked.load
-            assert load is not None
-            is_right = is_right and load.is_over and load.is_whole
-            self._end(tracked, load)
-        return is_right
+        for tracked, load in record.waits_for:
+            if tracked.load is load:
+                self._end(tracked, load)
 
     def settle_early(self, tracked: Tracked) -> None:
-        """The request is over before its step was accepted: a load that went well is right."""
+        """The request is over before its step was heard of: a load that went well is right."""
         load = tracked.load
         if load is not None and not self.is_async and load.is_over and load.is_whole:
-            self._sent.pop(load.request_id, None)
             self._end(tracked, load)
-            tracked.is_doubtful = False
 
     def _end(self, tracked: Tracked, load: Load) -> None:
         if not load.is_whole:

@@ -1,8 +1,9 @@
 """The scheduler's half: which prefix a request can have, what is stored of it, who must wait.
 
 It runs in vLLM's scheduling loop and never waits: lookups are polled, copies are jobs on the
-portal's loop. What a step computed is stored only after vLLM has accepted the step's output, and
-only as far as vLLM counts it as computed: a step that ran on a failed load is not.
+portal's loop. What a step computed is stored only after vLLM has taken the step's output, however
+many others are under way (``steps_under_way``), and only as far as vLLM counts it as computed: a
+step that ran on a failed load is not.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from kvlayer_vllm.scopes import Adapters, scope_of
 from kvlayer_vllm.search import Search
 from kvlayer_vllm.settings import Settings
 from kvlayer_vllm.stats import Figures, StatsSink
+from kvlayer_vllm.steps_under_way import StepsUnderWay
 from kvlayer_vllm.stores import Stores
 from kvlayer_vllm.token_ids import TokenIds
 from kvlayer_vllm.tracked import Tracked
@@ -71,7 +73,7 @@ class SchedulerHalf:
         self._tracked: dict[str, Tracked] = {}
         self._leaving: dict[str, Tracked] = {}
         """Finished, with blocks that are still read."""
-        self._scheduled: Sequence[str] = ()
+        self._steps = StepsUnderWay()
         self._is_asked = False
         """A request has been told to ask again."""
         if transfer.kv_load_failure_policy != "recompute":
@@ -239,15 +241,22 @@ class SchedulerHalf:
 
     def step(self, scheduler_output: Any, step: Step) -> None:
         """Say in ``step`` what the workers are to do with it."""
-        self._scheduled = tuple(scheduler_output.num_scheduled_tokens)
-        step.is_idle = self._is_asked and not self._scheduled
+        record = self._steps.begin(step)
+        preempted = scheduler_output.preempted_req_ids or ()
+        for request_id in preempted:
+            if request_id in self._tracked:
+                self._tracked[request_id].start_over()
+        for request_id, count in scheduler_output.num_scheduled_tokens.items():
+            if request_id in self._tracked:
+                record.add(self._tracked[request_id], count)
+        step.is_idle = self._is_asked and not record.computes
         self._is_asked = False
         self._hands.fill(step)
-        step.saves = self._overtaken(scheduler_output.preempted_req_ids or ())
+        step.saves = self._overtaken(preempted)
         for save in step.saves:
             self._hands.revoke(save)
-        self._promises.send(step)
-        self._promises.land(step, is_computing=bool(self._scheduled))
+        self._promises.send(step, record)
+        self._promises.land(step, record)
         self._let_go(step)
         if not self._hands.is_local:
             step.saves = []  # these workers get orders
@@ -257,13 +266,14 @@ class SchedulerHalf:
 
         Any block may be let go of in this step.
         """
-        self._promises.send_failed(step)
+        record = self._steps.begin(step)
+        self._promises.send_failed(step, record)
         step.saves = _running((*self._tracked.values(), *self._leaving.values()))
         if not self._hands.is_local:
             for save in step.saves:
                 self._hands.revoke(save)
             step.saves = []
-        self._promises.land(step, is_computing=bool(self._scheduled))
+        self._promises.land(step, record)
         self._let_go(step)
 
     def _let_go(self, step: Step) -> None:
@@ -281,27 +291,28 @@ class SchedulerHalf:
             gone += [t[request_id] for t in (self._tracked, self._leaving) if request_id in t]
         if self._has_windows:  # blocks leave a window with any step
             gone += [each for each in self._tracked.values() if each not in gone]
-        found = _running(gone)
-        for request_id in preempted:
-            if request_id in self._tracked:
-                self._tracked[request_id].start_over()
-        return found
+        return _running(gone)
 
     # -- a step comes back -----------------------------------------------------------------------
 
     def heard(self, answers: Answers | None) -> None:
-        """The step's output is accepted: store what is new of the requests it computed."""
-        if answers is not None:
-            self._hands.hear(answers)
-        is_right = self._promises.settle()
-        for request_id in self._scheduled:
-            tracked = self._tracked.get(request_id)
-            if tracked is None:
-                continue
-            tracked.is_doubtful = not is_right
-            if is_right and self._may_store:
+        """The step's output is taken: store what is new of the requests it computed.
+
+        A step without an answer is heard of with the next one that has.
+        """
+        if answers is None:
+            return
+        self._hands.hear(answers)
+        grown: dict[Tracked, None] = {}
+        for record in self._steps.heard(answers.step):
+            for tracked in record.computes:
+                record.has_written(tracked)
+            if record.is_right:
+                grown |= dict.fromkeys(record.computes)
+            self._promises.settle(record)
+        for tracked in grown:
+            if self._may_store and self._tracked.get(tracked.request.request_id) is tracked:
                 self._stores.new(tracked, self._block_table)
-        self._scheduled = ()
 
     def finished(self, request: Request, block_ids: Sequence[Sequence[int]]) -> bool:
         """The request is over: store the rest. Whether its blocks must stay for now."""
@@ -309,6 +320,7 @@ class SchedulerHalf:
         if tracked is None:
             return False
         try:
+            self._steps.taken_of(tracked)
             self._promises.settle_early(tracked)
             if self._may_store and not tracked.is_awaited:
                 self._stores.rest(tracked, block_ids)

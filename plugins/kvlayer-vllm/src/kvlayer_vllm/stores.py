@@ -63,8 +63,7 @@ class Stores:
 
     def rest(self, tracked: Tracked, block_ids: Sequence[Sequence[int]]) -> None:
         """The request is over: store all that it has, tail included."""
-        if not tracked.is_doubtful:
-            self._store(tracked, tracked.computed, lambda: block_ids, tail=True)
+        self._store(tracked, tracked.computed, lambda: block_ids, tail=True)
 
     def _store(
         self,

@@ -30,8 +30,11 @@ class Tracked:
     load: Load | None = None
     has_failed: bool = False
     """A load of it has failed. It is computed: asking again could go on for ever."""
-    is_doubtful: bool = False
-    """What vLLM counts as computed may not be: a load that concerns it failed, or is under way."""
+    written: int = 0
+    """Tokens that lie in its blocks for certain: up to where its own steps, those that were heard
+    of, have computed it."""
+    placement: int = 0
+    """How often it has lost its blocks: what was computed into others counts no more."""
     is_awaited: bool = False
     """vLLM holds its blocks until it hears that the load has ended, and lets go of them then."""
     saved: int = 0
@@ -46,13 +49,14 @@ class Tracked:
 
     @property
     def computed(self) -> int:
-        """Tokens whose KV vLLM takes for right: no step that is still under way.
+        """Tokens whose KV is written and right: of no step that is still under way.
 
-        vLLM may count drafts that it accepted beyond the token at which the answer stops.
+        vLLM counts fewer than are written where it does not accept drafts, or where a load failed.
+        It may count drafts that it accepted beyond the token at which the answer stops.
         """
         request = self.request
         known = request.num_computed_tokens - request.num_in_flight_tokens
-        return int(min(known, request.num_tokens))
+        return int(min(known, self.written, request.num_tokens))
 
     def exclude(self, why: str) -> None:
         """Nothing is loaded for it, nor stored of it: no name would be its own."""
@@ -63,5 +67,6 @@ class Tracked:
 
     def start_over(self) -> None:
         """Its blocks are gone, and with them saves that were not gathered in time."""
-        self.saved = 0
+        self.saved = self.written = 0
+        self.placement += 1
         self.has_prompt = False

@@ -43,7 +43,8 @@ class WorkerHalf:
         self._caches: list[list[Any]] = []
         self._rank: LoopThread[RankWorker] | None = None
         self._has_tried = False
-        self._answers = Answers()
+        self._completions: list[bytes] = []
+        self._joined: set[int] = set()
         self._invalid: set[int] = set()
         self._is_layerwise = settings.loads == "layerwise"
         self._places = {
@@ -75,7 +76,7 @@ class WorkerHalf:
                 self._number,
                 make_stager=self._held.make_stager(),
             )
-            self._answers.joined.add(self._number)
+            self._joined.add(self._number)
         self._carry_out(step, Verb.GATHER)
 
     def load(self, step: Step) -> None:
@@ -122,9 +123,7 @@ class WorkerHalf:
             assert self._rank is not None
             slots = [np.frombuffer(each, np.int64) for each in errand.slots]
             view = KVView(self._caches, slots)
-            self._answers.completions.append(
-                self._rank.call(RankWorker.carry_out, errand.order, view)
-            )
+            self._completions.append(self._rank.call(RankWorker.carry_out, errand.order, view))
             step.errands.remove(errand)
 
     def give_up(self, step: Step) -> None:
@@ -137,7 +136,7 @@ class WorkerHalf:
             self._loads = step.loads
         for errand in step.errands:
             order = Task.from_bytes(errand.order)
-            self._answers.completions.append(given_up(order, "the worker's hook has failed"))
+            self._completions.append(given_up(order, "the worker's hook has failed"))
         step.errands = []
 
     def invalid_blocks(self, step: Step) -> set[int]:
@@ -155,10 +154,11 @@ class WorkerHalf:
         found, self._invalid = self._invalid | step.invalid, set()
         return found.union(*(load.invalid_blocks() for load in loads))
 
-    def answers(self) -> Answers | None:
-        """What the scheduler is to hear."""
-        found, self._answers = self._answers, Answers()
-        return found if found.completions or found.joined else None
+    def answers(self, step: Step) -> Answers:
+        """What the scheduler is to hear with this step, each time at least its number."""
+        found = Answers(step.number, self._completions, self._joined)
+        self._completions, self._joined = [], set()
+        return found
 
     def close(self) -> None:
         """Leave. Idempotent."""

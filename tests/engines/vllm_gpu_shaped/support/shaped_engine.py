@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from shaped_faults import Remedy
 from shaped_rank import Batch, Rank, Work, WrongRead
 from shaped_setting import BLOCK, Configs
 from shaped_text import Text
@@ -29,7 +28,7 @@ def _nothing() -> None:
 class Engine:
     """One engine, stepped by hand. Close it."""
 
-    def __init__(self, configs: Configs, rng: random.Random, *, told_in_order: bool) -> None:
+    def __init__(self, configs: Configs, rng: random.Random) -> None:
         from vllm.utils.hashing import sha256
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
         from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -39,7 +38,6 @@ class Engine:
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(BLOCK, sha256)
         self._setting, self._rng = configs.setting, rng
-        self._remedy = Remedy() if told_in_order else None
         config = configs.engine()
         kind = AsyncScheduler if self._setting.is_async else Scheduler
         self.scheduler: Any = kind(
@@ -94,8 +92,6 @@ class Engine:
         """It is over, whatever of it is under way."""
         from vllm.v1.request import RequestStatus
 
-        if self._remedy is not None:
-            self._remedy.ends(self.connector.scheduler, name)
         self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
         self._over()
 
@@ -139,8 +135,6 @@ class Engine:
                     samples=not request.is_prefill_chunk,
                 )
             )
-        if self._remedy is not None:
-            self._remedy.preempts(output.preempted_req_ids or ())
         self.steps += 1
         self._fruitless = 0 if works else self._fruitless + 1
         self.preempted += len(output.preempted_req_ids or ())
@@ -177,8 +171,6 @@ class Engine:
         answer = answers[0] if self._aggregator is None else self._aggregator.aggregate(answers)
         answer.sampled_token_ids = [self._sampled(batch, work) for work in batch.works]
         between()
-        if self._remedy is not None:
-            self._remedy.hears(self.connector.scheduler, batch.output)
         self.scheduler.update_from_output(batch.output, answer)
 
     def _sampled(self, batch: Batch, work: Work) -> list[int]:

@@ -6,7 +6,7 @@ one precaution of the adapter away, and :mod:`test_shaped_controls` sees each of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -14,47 +14,14 @@ import pytest
 
 from kvlayer_vllm import scheduler
 from kvlayer_vllm.scheduler import SchedulerHalf
+from kvlayer_vllm.steps_under_way import StepsUnderWay
 from kvlayer_vllm.tracked import Tracked
 
-__all__ = ["FAULTS", "NOT_IN_ORDER", "Remedy", "WrongKVError", "lifted"]
-
-NOT_IN_ORDER = (
-    "the adapter remembers the last step that was scheduled, not the one it hears of: with several "
-    "under way it stores rows that are not written yet"
-)
+__all__ = ["FAULTS", "WrongKVError", "lifted"]
 
 
 class WrongKVError(AssertionError):
     """Rows or answers are not those of their prefix. What is expected to fail fails of this."""
-
-
-class Remedy:
-    """What the adapter does not do yet where several steps are under way, done for it.
-
-    It remembers one step, the last that was scheduled, and takes it for the one whose output it
-    hears; and it takes for computed what a request has found in vLLM's prefix cache, although
-    the step that writes those rows may be under way. Told of both from outside it is right in the
-    same traffic: what the rig finds otherwise are these two faults and no others. Goes when the
-    adapter keeps a record of each step.
-    """
-
-    def __init__(self) -> None:
-        self._heard: set[str] = set()
-        """Requests of which a step was heard since they were given blocks."""
-
-    def preempts(self, names: Iterable[str]) -> None:
-        self._heard.difference_update(names)
-
-    def hears(self, half: SchedulerHalf, output: Any) -> None:
-        """The step that vLLM is going to hear of is this one."""
-        half._scheduled = tuple(output.num_scheduled_tokens)
-        self._heard.update(half._scheduled)
-
-    def ends(self, half: SchedulerHalf, name: str) -> None:
-        """A request is aborted: what none of its own steps has shown to be there is not stored."""
-        tracked = half._tracked.get(name)
-        if tracked is not None and name not in self._heard:
-            tracked.is_doubtful = True
 
 
 @contextmanager
@@ -77,6 +44,33 @@ def in_flight_counts() -> Generator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tracked, "computed", property(computed))
+        yield
+
+
+@contextmanager
+def found_counts() -> Generator[None]:
+    """What a request finds in vLLM's prefix cache is taken for written."""
+
+    def computed(tracked: Tracked) -> int:
+        request = tracked.request
+        known = request.num_computed_tokens - request.num_in_flight_tokens
+        return int(min(known, request.num_tokens))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tracked, "computed", property(computed))
+        yield
+
+
+@contextmanager
+def last_step_counts() -> Generator[None]:
+    """The last step that was scheduled is taken for the one that is heard of."""
+    heard = StepsUnderWay.heard
+
+    def all_of_them(steps: StepsUnderWay, _number: int) -> Any:
+        return heard(steps, steps._last)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepsUnderWay, "heard", all_of_them)
         yield
 
 
@@ -111,6 +105,8 @@ def preempted_not_held() -> Generator[None]:
 
 FAULTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "in flight counts": in_flight_counts,
+    "found counts": found_counts,
+    "last step counts": last_step_counts,
     "finished not held": finished_not_held,
     "preempted not held": preempted_not_held,
 }

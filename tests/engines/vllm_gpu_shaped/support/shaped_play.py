@@ -63,13 +63,13 @@ class _Traffic:
         return [self._rng.randrange(_WORDS) for _ in range(count)]
 
 
-def play(configs: Configs, seed: int, *, fault: str = "", told_in_order: bool = True) -> Account:
+def play(configs: Configs, seed: int, *, fault: str = "") -> Account:
     """Play one seed on an engine of its own. ``fault``: what is broken on purpose."""
     rng = random.Random(seed)
     gate = Gate(random.Random(seed + 1), failing=rng.choice((0, 20, 50)))
     broken = FAULTS[fault]() if fault else nullcontext()
     with by_turns(gate), lifted(), broken:
-        engine = Engine(configs, rng, told_in_order=told_in_order)
+        engine = Engine(configs, rng)
         with closing(engine), gate.guarding(engine.connector.scheduler.portal):
             account, traffic = Account(seed), _Traffic(rng)
             _busy(engine, gate, rng, traffic, account)

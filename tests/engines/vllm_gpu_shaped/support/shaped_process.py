@@ -14,7 +14,7 @@ shaped_triton.use()
 
 import vllm_engine  # noqa: E402  # imports vLLM
 from shaped_attention import WRITES, triton_attention  # noqa: E402
-from shaped_faults import Remedy, lifted  # noqa: E402
+from shaped_faults import lifted  # noqa: E402
 from shaped_lag import lagging  # noqa: E402
 
 __all__ = ["serve"]
@@ -23,10 +23,7 @@ __all__ = ["serve"]
 def serve(model: str, cache: Any, options: dict[str, Any]) -> None:
     """As ``vllm_engine.serve``. Of the options ``attention`` is ``cpu`` or ``triton``, ``layout``
     a KV cache layout of vLLM's, ``rejecting`` says whether a connector of that name is asked
-    ``sync`` or ``async``, ``lags`` whether the device does, and ``told_in_order`` whether there is
-    a ``shaped_faults.Remedy`` for the adapter."""
-    if options.pop("told_in_order", False):
-        _told_in_order()
+    ``sync`` or ``async``, and ``lags`` whether the device does."""
     layout = options.pop("layout", "")
     if layout:
         os.environ["VLLM_KV_CACHE_LAYOUT"] = layout
@@ -69,18 +66,6 @@ def _schedules_ahead() -> None:
         config.scheduler_config.async_scheduling = True
 
     CpuPlatform.check_and_update_config = classmethod(checked)
-
-
-def _told_in_order() -> None:
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    update, remedy = Scheduler.update_from_output, Remedy()
-
-    def told(self: Any, output: Any, answer: Any) -> Any:
-        remedy.hears(self.connector.scheduler, output)
-        return update(self, output, answer)
-
-    Scheduler.update_from_output = told
 
 
 def _rejecting(*, is_async: bool) -> Any:
