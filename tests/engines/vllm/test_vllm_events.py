@@ -143,7 +143,7 @@ def test_what_another_process_has_left_is_told_when_it_is_found(
     at = desk(tiers=below)
     request = hashed([*PROMPT, 7])
     at.half.arrived(request)
-    assert at.asked(request) == (192, False)
+    assert at.asked(request) == (192, True)
     router.hears(at.half.take_events())
     blocks = set(told(request.block_hashes))
     assert router.names() == {HOST: blocks, DISK: blocks}

@@ -294,13 +294,13 @@ def test_the_extra_configuration_is_a_cache_and_two_words_of_the_adapters() -> N
     settings = Settings.of(
         {
             "form": "canonical",
-            "loads": "async",
+            "loads": "sync",
             "tokens_per_chunk": 128,
             "tiers": [{"url": "cpu://?capacity=1MiB"}],
             "model": {"weights": "sha256:" + "2" * 64},
         }
     )
-    assert (settings.form, settings.loads) == ("canonical", "async")
+    assert (settings.form, settings.loads) == ("canonical", "sync")
     assert settings.cache.tokens_per_chunk == 128 and len(settings.cache.tiers) == 1
     assert settings.cache.model == ModelConfig(weights="sha256:" + "2" * 64)
 

@@ -10,8 +10,9 @@ import pytest
 
 from kvlayer.errors import ConfigError, UnsupportedError
 from kvlayer_vllm import connector as connector_module
+from kvlayer_vllm import engine as engine_module
 from kvlayer_vllm.connector import KVLayerConnector
-from kvlayer_vllm.engine import check_version, register
+from kvlayer_vllm.engine import check_loads, check_version, register
 from kvlayer_vllm.messages import Answers, Step
 
 NAMES = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
@@ -139,6 +140,35 @@ def test_a_mistake_in_the_configuration_is_an_error(make: Any, vllm_config: Any)
         patch.setattr(transfer, "kv_connector_extra_config", {"tokens_per_chunks": 1})
         with pytest.raises(ConfigError, match="tokens_per_chunk"):
             make("SCHEDULER")
+
+
+@pytest.mark.parametrize("role", ["SCHEDULER", "WORKER"])
+@pytest.mark.parametrize("loads", ["sync", "layerwise"])
+def test_loads_that_a_step_waits_for_turn_it_off_by_name(
+    loads: str,
+    role: str,
+    make: Any,
+    told: Any,
+    request_of: Any,
+    vllm_config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    transfer = vllm_config.kv_transfer_config
+    monkeypatch.setattr(transfer, "kv_connector_extra_config", {"loads": loads})
+    check_off(make(role), request_of([1, 2, 3]))
+    (line,) = told()
+    assert line.startswith(f"kvlayer is off: loads = {loads!r} is not safe with vLLM 0.3")
+    assert "vLLM issue 49250" in line
+
+
+def test_loads_that_a_step_waits_for_are_served_from_the_version_on_that_is_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_module, "RECOMPUTES_IN_STEP", (0, 32))
+    check_loads("0.32.1+cpu", "sync")
+    check_loads("0.31.0", "async")
+    with pytest.raises(UnsupportedError, match=r"with vLLM 0\.31\.0"):
+        check_loads("0.31.0", "layerwise")
 
 
 def test_a_load_that_fails_is_computed_whatever_the_default(make: Any, vllm_config: Any) -> None:

@@ -17,7 +17,7 @@ from shaped_setting import SETTINGS
 
 from kvlayer.errors import LayoutError
 
-SERVED = [each for each in SETTINGS.values() if each.ranks == 1]
+SERVED = [each for each in SETTINGS.values() if each.ranks == 1 and each.loads == "async"]
 RANKS = [each for each in SETTINGS.values() if each.ranks > 1]
 
 COUNTED = ("steps", "reads", "loaded", "failed", "preempted", "aborted", "finished", "stuck")

@@ -25,6 +25,7 @@ from kvlayer_vllm.engine import (
     Request,
     SupportsHMA,
     VllmConfig,
+    check_loads,
     check_version,
     engine_version,
     host_source,
@@ -56,6 +57,7 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         settings = Settings.of(self._kv_transfer_config.kv_connector_extra_config)
         try:
             check_version(engine_version())
+            check_loads(engine_version(), settings.loads)
             if role == KVConnectorRole.SCHEDULER:
                 self._scheduler = SchedulerHalf(vllm_config, kv_cache_config, settings)
             else:

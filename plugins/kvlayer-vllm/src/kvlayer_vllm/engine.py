@@ -28,6 +28,7 @@ __all__ = [
     "SupportsHMA",
     "VllmConfig",
     "attention_isa",
+    "check_loads",
     "check_version",
     "engine_version",
     "event_extra_keys",
@@ -44,6 +45,15 @@ __all__ = [
 
 TESTED: Final = ((0, 31), (0, 32))
 """First and last minor version the tests have passed with."""
+
+RECOMPUTES_IN_STEP: tuple[int, int] | None = None
+"""First minor version that recomputes rightly what a step has waited for and not got; None: none.
+
+vLLM enters a request's blocks in its prefix cache before the step that loads them, and leaves them
+there when the load fails. Until the request has computed them again, and for good if it is aborted
+or preempted first, whoever finds them attends to what was never written. Its runner for GPUs goes
+on from the wrong token, too. vLLM issue 49250; pull request 53298 would mend both.
+"""
 
 VllmConfig: TypeAlias = Any
 KVCacheConfig: TypeAlias = Any
@@ -143,14 +153,34 @@ def check_version(found: str) -> None:
     How steps, blocks and failures are reported has changed between minor versions without an error
     to show for it; KV in the wrong blocks would look like a worse model.
     """
-    major, minor, *_ = [*found.split("."), "", ""]
     first, last = TESTED
-    if not (major.isdigit() and minor.isdigit() and first <= (int(major), int(minor)) <= last):
+    if not first <= _minor(found) <= last:
         tested = " to ".join(f"{a}.{b}" for a, b in dict.fromkeys(TESTED))
         raise UnsupportedError(
             f"vLLM {found} is outside the tested range, {tested}",
             hint="install a tested version, or a newer kvlayer-vllm",
         )
+
+
+def check_loads(found: str, loads: str) -> None:
+    """Raise ``UnsupportedError`` for loads that a step waits for, where vLLM is wrong if one fails.
+
+    See :data:`RECOMPUTES_IN_STEP`. Loads beside the batch, ``async``, are right in every version:
+    vLLM enters their blocks in its prefix cache once it has heard that they were loaded.
+    """
+    first = RECOMPUTES_IN_STEP
+    if loads != "async" and (first is None or _minor(found) < first):
+        raise UnsupportedError(
+            f"loads = {loads!r} is not safe with vLLM {found}: when such a load fails, vLLM may "
+            "answer from blocks that nobody has written (vLLM issue 49250)",
+            hint="loads = 'async', which is the default",
+        )
+
+
+def _minor(found: str) -> tuple[int, int]:
+    """Major and minor number of a version; (-1, -1) of what is none."""
+    major, minor, *_ = [*found.split("."), "", ""]
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (-1, -1)
 
 
 def platform() -> str:

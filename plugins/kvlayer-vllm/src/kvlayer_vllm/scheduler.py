@@ -264,9 +264,11 @@ class SchedulerHalf:
     def rest_of(self, step: Step) -> None:
         """:meth:`step` has failed: add what vLLM must hear, whatever is in ``step`` by now.
 
-        Any block may be let go of in this step.
+        Any block may be let go of in this step, so that nothing computed before it counts.
         """
         record = self._steps.begin(step)
+        for tracked in self._tracked.values():
+            tracked.start_over()
         self._promises.send_failed(step, record)
         step.saves = _running((*self._tracked.values(), *self._leaving.values()))
         if not self._hands.is_local:

@@ -25,9 +25,10 @@ class Settings:
     cache: CacheConfig
     form: Form = "native"
     """``native``: blocks as the engine packed them; ``canonical``: what every engine can read."""
-    loads: Loads = "sync"
-    """When KV is copied into the engine's blocks: before the step that uses it, layer by layer
-    during that step, or beside other requests' steps."""
+    loads: Loads = "async"
+    """When KV is copied into the engine's blocks: beside other requests' steps, or, where
+    ``engine.check_loads`` lets it, before the step that uses it (``sync``) or layer by layer during
+    that step (``layerwise``)."""
 
     @classmethod
     def of(cls, extra_config: Mapping[str, Any]) -> Settings:

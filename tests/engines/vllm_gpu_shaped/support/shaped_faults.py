@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kvlayer_vllm import scheduler
+from kvlayer_vllm import engine, scheduler
 from kvlayer_vllm.scheduler import SchedulerHalf
 from kvlayer_vllm.steps_under_way import StepsUnderWay
 from kvlayer_vllm.tracked import Tracked
@@ -26,12 +26,14 @@ class WrongKVError(AssertionError):
 
 @contextmanager
 def lifted() -> Generator[None]:
-    """The one place where the rig lifts the adapter's refusal of ranks and of steps ahead.
+    """The one place where the rig lifts the adapter's refusals: of ranks, of steps ahead, and of
+    loads that a step waits for.
 
     Goes when the adapter no longer refuses them.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler, "refuse_parallel", lambda _config: None)
+        patch.setattr(engine, "RECOMPUTES_IN_STEP", engine.TESTED[0])
         yield
 
 
