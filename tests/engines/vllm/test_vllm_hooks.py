@@ -208,6 +208,23 @@ def test_a_step_that_computed_into_blocks_that_are_gone_counts_no_more(
     assert at.found(PROMPT) == 192
 
 
+def test_after_a_step_that_could_not_be_prepared_nothing_older_counts(
+    desk: Any, request_of: Any
+) -> None:
+    """Whom vLLM has preempted with it is not known: it may have said so in that step."""
+    at = desk()
+    request = request_of(PROMPT)
+    at.half.arrived(request)
+    at.admit(request, [1, 2, 3, 4, 5, 6, 7])
+    at.run({request: 200})
+    at.preempt(request)
+    step = Step()
+    at.half.rest_of(step)
+    at.accept(step)
+    at.admit(request, [11, 12, 13, 14, 15, 16, 17], computed=192)  # found, not written yet
+    assert at.half._tracked["one"].computed == 0
+
+
 # -- blocks that are another's ---------------------------------------------------------------------
 
 
