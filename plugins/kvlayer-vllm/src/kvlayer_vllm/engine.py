@@ -23,8 +23,13 @@ __all__ = [
     "KVConnectorStats",
     "KVConnectorTransferResults",
     "KVConnectorWorkerMetadata",
+    "KVCacheBlocks",
     "KVCacheConfig",
+    "KVCacheGroupSpec",
+    "KVCacheManager",
+    "KVConnectorOutput",
     "Request",
+    "SchedulerOutput",
     "SupportsHMA",
     "VllmConfig",
     "attention_isa",
@@ -57,8 +62,13 @@ on from the wrong token, too. vLLM issue 49250; pull request 53298 would mend bo
 
 VllmConfig: TypeAlias = Any
 KVCacheConfig: TypeAlias = Any
+KVCacheGroupSpec: TypeAlias = Any
 Request: TypeAlias = Any
-"""vLLM's ``vllm.config.VllmConfig``, ``v1.kv_cache_interface.KVCacheConfig``, ``v1.request``."""
+SchedulerOutput: TypeAlias = Any
+KVConnectorOutput: TypeAlias = Any
+KVCacheManager: TypeAlias = Any
+KVCacheBlocks: TypeAlias = Any
+"""vLLM's own. ``nox -s vllm-next`` puts the real classes in their place and checks every use."""
 
 if TYPE_CHECKING:
 
@@ -218,7 +228,7 @@ def external_hash(block_hash: bytes) -> bytes | int:
     return found
 
 
-def tokens_per_hash(kv_cache_manager: Any) -> int:
+def tokens_per_hash(kv_cache_manager: KVCacheManager) -> int:
     """How many tokens each of a request's ``block_hashes`` adds."""
     return int(kv_cache_manager.block_pool.hash_block_size)
 

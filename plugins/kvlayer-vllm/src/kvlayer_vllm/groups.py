@@ -10,7 +10,7 @@ from typing import Any, NoReturn, cast
 
 from kvlayer.errors import UnsupportedError
 from kvlayer.layout import AttentionKind, HitRule, KVGroup
-from kvlayer_vllm.engine import KVCacheConfig, VllmConfig, total_kv_heads
+from kvlayer_vllm.engine import KVCacheConfig, KVCacheGroupSpec, VllmConfig, total_kv_heads
 
 __all__ = ["EngineGroup", "engine_groups", "refuse_parallel", "rope_of"]
 
@@ -54,7 +54,7 @@ def engine_groups(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> li
     ]
 
 
-def _engine_group(vllm_config: VllmConfig, index: int, found: Any) -> EngineGroup:
+def _engine_group(vllm_config: VllmConfig, index: int, found: KVCacheGroupSpec) -> EngineGroup:
     spec = found.kv_cache_spec
     kind = type(spec).__name__
     where = f"KV group {index} ({kind}, {len(found.layer_names)} layers)"

@@ -21,7 +21,14 @@ from kvlayer.events import Sink
 from kvlayer.layout import HitRule
 from kvlayer.tier.ranks.rank_team import RankTeam
 from kvlayer_vllm.block_events import BlockEvents
-from kvlayer_vllm.engine import KVCacheConfig, Request, VllmConfig, tokens_per_hash
+from kvlayer_vllm.engine import (
+    KVCacheConfig,
+    KVCacheManager,
+    Request,
+    SchedulerOutput,
+    VllmConfig,
+    tokens_per_hash,
+)
 from kvlayer_vllm.groups import engine_groups, refuse_parallel
 from kvlayer_vllm.hands import LocalHands, RemoteHands, WorkerLink
 from kvlayer_vllm.identity import namespace_of
@@ -62,7 +69,7 @@ class SchedulerHalf:
         self._has_windows = any(each.group.hit_rule is HitRule.TRAILING for each in self._groups)
         self._cache_config = settings.fitting(max(self._block_sizes))
         self._adapters = Adapters()
-        self._block_table: Any = None
+        self._block_table: KVCacheManager = None
         events = vllm_config.kv_events_config
         self._events: BlockEvents | None = None
         if events is not None and events.enable_kv_cache_events:
@@ -131,7 +138,7 @@ class SchedulerHalf:
             "async" if self._promises.is_async else self._settings.loads,
         )
 
-    def bind(self, block_table: Any) -> None:
+    def bind(self, block_table: KVCacheManager) -> None:
         """``block_table.get_block_ids(request_id)`` is where a request's KV lies."""
         self._block_table = block_table
         if self._events is not None:
@@ -239,7 +246,7 @@ class SchedulerHalf:
 
     # -- a step goes out -------------------------------------------------------------------------
 
-    def step(self, scheduler_output: Any, step: Step) -> None:
+    def step(self, scheduler_output: SchedulerOutput, step: Step) -> None:
         """Say in ``step`` what the workers are to do with it."""
         record = self._steps.begin(step)
         preempted = scheduler_output.preempted_req_ids or ()

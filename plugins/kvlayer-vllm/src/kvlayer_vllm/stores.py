@@ -7,12 +7,12 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 from kvlayer import Cache, CacheConfig, Portal
 from kvlayer.errors import BackendError, IdentityError, KVLayerError
 from kvlayer.runtime.job import Job
 from kvlayer_vllm.block_events import BlockEvents
+from kvlayer_vllm.engine import KVCacheManager
 from kvlayer_vllm.hands import WorkerLink
 from kvlayer_vllm.moves import Save, slots_of
 from kvlayer_vllm.scopes import Adapters, scope_of
@@ -48,7 +48,7 @@ class Stores:
         self._running: list[Save] = []
         """Those that may still write to a tier, whether or not they read blocks."""
 
-    def new(self, tracked: Tracked, block_table: Any) -> None:
+    def new(self, tracked: Tracked, block_table: KVCacheManager) -> None:
         """A step of the request was accepted: store the chunks it filled, or its whole prompt."""
         request_id = tracked.request.request_id
         where = partial(block_table.get_block_ids, request_id)
