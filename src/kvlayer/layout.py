@@ -73,6 +73,7 @@ class HitRule(StrEnum):
 
 
 _OPTIONAL = frozenset({"v_head_size", "window_tokens"})
+_QUANTISATION = re.compile(r"[a-z0-9_.:+-]{0,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,10 @@ class KVGroup:
     everything that shaped the rotation of K. ``window_tokens`` belongs to ``HitRule.TRAILING``:
     how many tokens before the end of a hit must be present; for ``STATE`` only the last chunk's
     state matters, so that the rule is always ``TRAILING`` and the window 1 unless it is given.
-    ``state_nbytes`` is the size of one layer's state.
+    ``state_nbytes`` is the size of one layer's state. ``quantisation`` names the format of rows
+    that are more than elements of ``dtype``: those with scales among their bytes, say, such as
+    ``fp8_per_token_head``. Formats of one size are different groups; ``head_size`` and
+    ``v_head_size`` then only cut the row in two.
 
     A list is taken for a tuple, and an enum's text for its member. Raises ``LayoutError`` for
     what names no group.
@@ -102,9 +106,15 @@ class KVGroup:
         default_factory=dict[str, str | int | float | bool | None]
     )
     state_nbytes: int = 0
+    quantisation: str = ""
 
     def __post_init__(self) -> None:
         self._coerce()
+        if _QUANTISATION.fullmatch(self.quantisation) is None:
+            raise LayoutError(
+                f"a quantisation cannot be named {shown_value(self.quantisation)}",
+                hint="its format in lowercase, such as 'fp8_per_token_head'; empty for none",
+            )
         if self.dtype not in DTYPE_NBYTES:
             known = ", ".join(DTYPE_NBYTES)
             raise LayoutError(
@@ -140,6 +150,8 @@ class KVGroup:
             )
         dtype: object = self.dtype
         instance("dtype", dtype, str, hint="a logical dtype such as 'bfloat16'", error=LayoutError)
+        name: object = self.quantisation
+        instance("quantisation", name, str, hint="a format's name, or ''", error=LayoutError)
         rope = given(self.rope)
         if not isinstance(rope, Mapping):
             raise LayoutError(f"rope must be a flat table, found {shown_value(rope)}")

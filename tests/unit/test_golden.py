@@ -122,6 +122,10 @@ NAMESPACES = [
         },
     ),
     _space("folded adapters", _MHA, adapters=[f"sha256:{B}", f"sha256:{A}"], quality="int8"),
+    _space(
+        "rows with their scales",
+        _MHA | {"dtype": "int8", "head_size": 132, "quantisation": "fp8_per_token_head"},
+    ),
     _space("private", _MHA, weights=f"process:{'5e' * 16}", tokens_per_chunk=16, tokens_per_tail=2),
 ]
 

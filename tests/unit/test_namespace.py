@@ -60,6 +60,7 @@ def groups(draw: st.DrawFn) -> KVGroup:
         window_tokens=draw(st.integers(1, 2)) if is_trailing else None,
         rope=draw(flat),
         state_nbytes=draw(st.integers(1, 2)) if kind is AttentionKind.STATE else 0,
+        quantisation=draw(st.sampled_from(["", "int8_per_token_head"])),
     )
 
 
@@ -183,6 +184,7 @@ GROUP_CHANGES: dict[str, Any] = {
     "window_tokens": 512,
     "rope": {"theta": 1e6},
     "state_nbytes": 7,
+    "quantisation": "fp8_per_token_head",
 }
 
 

@@ -401,6 +401,13 @@ def test_a_state_group_needs_its_last_state_alone() -> None:
     assert (made.hit_rule, made.window_tokens) == (HitRule.TRAILING, 1)
 
 
+@pytest.mark.parametrize("name", ["FP8", "int8 rows", "x" * 65, 2, None])
+def test_a_quantisation_is_a_name_and_never_a_number(name: Any) -> None:
+    with pytest.raises(LayoutError):
+        KVGroup(AttentionKind.MHA, (0,), "int8", 1, 8, quantisation=name)
+    assert KVGroup(AttentionKind.MHA, (0,), "int8", 1, 8, quantisation="nvfp4_4over6")
+
+
 @pytest.mark.parametrize(
     ("axes", "kind"),
     [(NHD, "mla"), (NHD, "state"), (STATE_BLOCKS, "mha"), (STATE_BLOCKS, "mla"),

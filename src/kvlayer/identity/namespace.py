@@ -264,6 +264,8 @@ def _described(group: KVGroup) -> dict[str, object]:
         "layers": list(group.layers),
         "rope": _flat("rope", group.rope),
     }
+    if group.quantisation:  # left out where there is none: names from before it was known stay
+        described["quantisation"] = group.quantisation
     return dict(sorted(described.items()))
 
 
