@@ -26,7 +26,10 @@ LAYERS = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
 
 
 class Desk:
-    """One scheduler and one worker, in one process or, with ``remote``, as if in two."""
+    """One scheduler and one worker, in one process or, with ``remote``, as if in two.
+
+    ``widths`` are the elements of K and V of one head, of layers where they are not 128.
+    """
 
     def __init__(
         self,
@@ -35,6 +38,7 @@ class Desk:
         *,
         tiers: Sequence[dict[str, Any]] = ({"url": "cpu://?capacity=64MiB"},),
         remote: bool = False,
+        widths: dict[str, int] | None = None,
         **extra: Any,
     ) -> None:
         settings = Settings.of(
@@ -43,9 +47,8 @@ class Desk:
         self.half = SchedulerHalf(vllm_config, kv_cache_config, settings)
         self.worker = WorkerHalf(vllm_config, kv_cache_config, settings)
         names = [name for group in kv_cache_config.kv_cache_groups for name in group.layer_names]
-        self.tensors = {
-            name: torch.randn(kv_cache_config.num_blocks, 2, BLOCK, 128) for name in names
-        }
+        blocks, width = kv_cache_config.num_blocks, widths or {}
+        self.tensors = {name: torch.randn(blocks, 2, BLOCK, width.get(name, 128)) for name in names}
         self.worker.registered(self.tensors)
         handshake = self.worker.handshake()
         if remote:

@@ -18,7 +18,6 @@ from kvlayer.layout import HitRule
 from kvlayer_vllm.engine import engine_version
 from kvlayer_vllm.groups import engine_groups
 from kvlayer_vllm.identity import namespace_of, overrides_of, weights_of
-from kvlayer_vllm.layouts import rank_layout
 from kvlayer_vllm.scopes import Adapters, scope_of
 from kvlayer_vllm.settings import Settings
 
@@ -179,14 +178,6 @@ def test_rope_that_depends_on_the_length_is_refused(
         engine_groups(other, kv_cache_config((NAMES, spec("FullAttentionSpec"))))
 
 
-def test_a_native_form_names_packing_and_block_size(vllm_config: Any, groups: Any) -> None:
-    held = rank_layout(vllm_config, groups, "native", rank=0).layout.groups[0]
-    assert held.form == "native:vllm-cpu-vec-32"
-    assert (
-        rank_layout(vllm_config, groups, "canonical", rank=0).layout.groups[0].form == "canonical"
-    )
-
-
 # -- requests ----------------------------------------------------------------------------------
 
 
@@ -328,7 +319,7 @@ def test_a_misspelt_word_is_an_error(extra: dict[str, Any], message: str) -> Non
 def test_native_tails_are_whole_blocks() -> None:
     assert Settings.of({}).fitting(32).tail_tokens == 32
     assert Settings.of({}).fitting(128).tail_tokens == 128
-    assert Settings.of({"form": "canonical"}).fitting(128).tail_tokens == 32
+    assert Settings.of({}).fitting(1).tail_tokens == 32  # none is native
     assert Settings.of({"tokens_per_tail": 64}).fitting(32).tail_tokens == 64
     with pytest.raises(ConfigError, match="not a multiple of the engine's blocks"):
         Settings.of({"tokens_per_chunk": 96}).fitting(64)

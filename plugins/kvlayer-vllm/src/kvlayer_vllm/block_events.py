@@ -93,13 +93,17 @@ class BlockEvents:
     """A sink of the cache's. Its loop learns and hears, the scheduler's thread takes.
 
     Chunks and tails of different prompts share blocks: a block is stored when the first of them
-    comes to a place, and removed when the last has left it. A chunk that a tier holds costs some
+    comes to a place, and removed when the last has left it. Of KV groups that share a group of the
+    engine's the first speaks for all. A chunk that a tier holds costs some
     3 KiB; of those that none holds the last few thousand are remembered.
     """
 
     def __init__(self, groups: Sequence[EngineGroup]) -> None:
         self._groups = tuple(groups)
         self._sizes = sorted({each.tokens_per_block for each in groups})
+        tables = [each.table for each in groups]
+        self._told = {tables.index(table) for table in tables}
+        """Groups that are told of."""
         self._named: dict[Name, list[Named]] = {}
         """By a span's name. Two names of one adapter are two sets of blocks for the same bytes."""
         self._elsewhere: OrderedDict[Name, None] = OrderedDict()
@@ -214,7 +218,7 @@ class BlockEvents:
 
     def _appeared(self, named: Named, place: Place) -> None:
         blocks = named.blocks.get(self._groups[place.group].tokens_per_block)
-        if place in named.places or blocks is None:
+        if place in named.places or blocks is None or place.group not in self._told:
             return
         named.places.add(place)
         counts = self._counts.setdefault(place, {})
@@ -241,7 +245,7 @@ class BlockEvents:
             self._queue.append(
                 kv_events().BlockRemoved(
                     block_hashes=[external_hash(each) for each in gone],
-                    group_idx=place.group,
+                    group_idx=self._groups[place.group].table,
                     **self._where(place),
                 )
             )
@@ -259,7 +263,7 @@ class BlockEvents:
             lora_id=blocks.lora_id,
             lora_name=blocks.lora_name,
             extra_keys=blocks.extra_keys and list(blocks.extra_keys[first:]),
-            group_idx=place.group,
+            group_idx=self._groups[place.group].table,
             kv_cache_spec_kind="sliding_window" if is_window else _KINDS[held.kind],
             kv_cache_spec_sliding_window=held.window_tokens if is_window else None,
             **self._where(place),

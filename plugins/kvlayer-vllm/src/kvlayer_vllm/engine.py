@@ -32,6 +32,7 @@ __all__ = [
     "SchedulerOutput",
     "SupportsHMA",
     "VllmConfig",
+    "attention_backend",
     "attention_isa",
     "check_loads",
     "check_version",
@@ -40,6 +41,7 @@ __all__ = [
     "external_hash",
     "host_source",
     "kv_events",
+    "make_scales",
     "module",
     "platform",
     "register",
@@ -194,8 +196,31 @@ def _minor(found: str) -> tuple[int, int]:
 
 
 def platform() -> str:
-    """What this process computes on, as vLLM names it: ``cpu``, ``cuda``."""
-    return str(module("platforms").current_platform.device_type)
+    """What this process computes on, as vLLM names it: ``cpu``, ``cuda``, ``rocm``."""
+    current = module("platforms").current_platform
+    return "rocm" if current.is_rocm() else str(current.device_type)
+
+
+def attention_backend(vllm_config: VllmConfig, layer_name: str) -> str:
+    """The backend of a layer of this process's model; empty where it has no such layer."""
+    layer = vllm_config.compilation_config.static_forward_context.get(layer_name)
+    return "" if layer is None else str(layer.get_attn_backend().get_name())
+
+
+def make_scales(vllm_config: VllmConfig, layer_name: str, tensor: Any) -> None:
+    """Have a layer find the scales in its rows, which it fills with ones when it does.
+
+    By itself it would do so with its first step, and wipe those of what was loaded by then. Raises
+    ``UnsupportedError`` for a layer that finds them in a way that is not known.
+    """
+    layer = vllm_config.compilation_config.static_forward_context.get(layer_name)
+    make = getattr(getattr(layer, "impl", None), "_ensure_scale_caches", None)
+    if make is None:
+        raise UnsupportedError(
+            f"kvlayer cannot carry layer {layer_name!r}: when its scales are made is not known",
+            hint="the engine serves without kvlayer",
+        )
+    make(tensor)
 
 
 def attention_isa(dtype: Any, tokens_per_block: int, head_size: int, cache_dtype: str) -> str:

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from kvlayer.errors import UnsupportedError
 from kvlayer.layout import AttentionKind, HitRule, KVGroup
 from kvlayer_vllm.engine import KVCacheConfig, KVCacheGroupSpec, VllmConfig, total_kv_heads
+from kvlayer_vllm.specs import Content, content_of, refuse
 
-__all__ = ["EngineGroup", "engine_groups", "refuse_parallel", "rope_of"]
+__all__ = ["EngineGroup", "block_sizes", "engine_groups", "refuse_parallel", "rope_of"]
 
 Scalar = str | int | float | bool | None
 
-_DTYPES: Mapping[str, str] = {
-    "torch.float32": "float32",
-    "torch.bfloat16": "bfloat16",
-    "torch.float16": "float16",
-}
 _NUMBER = re.compile(r"(?:^|\.)([0-9]+)(?=\.|$)")
 # With these the angle of a key depends on how long the sequence or the batch was when it was
 # computed, so a prefix does not determine its KV.
@@ -31,75 +27,91 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 class EngineGroup:
     """A KV group with what only the engine knows of it.
 
-    ``layer_names`` are vLLM's, in the order of ``group.layers``; ``heads`` is how many KV heads a
-    rank holds.
+    ``layer_names`` are vLLM's, in the order of ``group.layers``; ``table`` is the number of vLLM's
+    group, whose block table its layers share with those of other groups of that number.
     """
 
     group: KVGroup
     layer_names: tuple[str, ...]
     tokens_per_block: int
-    heads: int
-    dtype: Any
-    """The engine's own, of torch."""
+    """Of a block as vLLM's scheduler counts them. Kernels may see it as several."""
+    table: int
+    content: Content
+
+    @property
+    def heads(self) -> int:
+        """KV heads that a rank holds."""
+        return self.content.heads
 
 
 def engine_groups(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> list[EngineGroup]:
     """All groups of the engine, in its order.
 
-    Raises ``UnsupportedError``, naming the kind, for a group that cannot be carried.
+    A group of vLLM's whose layers keep different things (``UniformTypeKVCacheSpecs``) is one for
+    each of these, in the order of their first layers. Raises ``UnsupportedError``, naming the kind,
+    for a group that cannot be carried.
     """
     return [
-        _engine_group(vllm_config, index, spec)
-        for index, spec in enumerate(kv_cache_config.kv_cache_groups)
+        each
+        for table, found in enumerate(kv_cache_config.kv_cache_groups)
+        for each in _members(vllm_config, table, found)
     ]
 
 
-def _engine_group(vllm_config: VllmConfig, index: int, found: KVCacheGroupSpec) -> EngineGroup:
-    spec = found.kv_cache_spec
-    kind = type(spec).__name__
-    where = f"KV group {index} ({kind}, {len(found.layer_names)} layers)"
-    if kind not in ("FullAttentionSpec", "SlidingWindowSpec", "MLAAttentionSpec"):
-        _refuse(where)
+def block_sizes(groups: Iterable[EngineGroup]) -> list[int]:
+    """Tokens of a block in each of vLLM's own groups."""
+    sizes = {each.table: each.tokens_per_block for each in groups}
+    return [sizes[table] for table in sorted(sizes)]
+
+
+def _members(vllm_config: VllmConfig, table: int, found: KVCacheGroupSpec) -> list[EngineGroup]:
+    """vLLM's group ``table``, by what its layers keep."""
+    spec, count = found.kv_cache_spec, len(found.layer_names)
+    where = f"KV group {table} ({type(spec).__name__}, {count} layers)"
     if found.is_eagle_group:
-        _refuse(f"{where}: layers of a draft model")
+        refuse(f"{where}: layers of a draft model")
     if not found.enable_kv_transfer or found.host_resident:
-        _refuse(f"{where}: not the engine's own copy of the KV")
-    if kind != "MLAAttentionSpec" and getattr(spec, "attention_chunk_size", None):
-        _refuse(f"{where}: attention in chunks of {spec.attention_chunk_size} tokens")
-    if getattr(spec, "non_causal", False):
-        _refuse(f"{where}: attention that is not causal")
-    if spec.tokens_per_state != 1:
-        _refuse(f"{where}: several tokens in one entry")
-    dtype = _DTYPES.get(str(spec.dtype))
-    if dtype is None or spec.kv_quant_mode:
-        _refuse(f"{where}: keys and values of {spec.dtype}")
-    numbered = sorted((_layer_number(name, where), name) for name in found.layer_names)
+        refuse(f"{where}: not the engine's own copy of the KV")
+    by_layer: Mapping[str, Any] = getattr(spec, "kv_cache_specs", {})
+    kept: dict[Content, list[tuple[int, str]]] = {}
+    for layer in sorted((_layer_number(name, where), name) for name in found.layer_names):
+        each = by_layer.get(layer[1], spec)
+        where = f"KV group {table} ({type(each).__name__}, {count} layers)"
+        content = content_of(each, str(vllm_config.cache_config.cache_dtype), where)
+        kept.setdefault(content, []).append(layer)
+    return [
+        _member(vllm_config, content, layers, where, table=table, size=int(spec.block_size))
+        for content, layers in kept.items()
+    ]
+
+
+def _member(
+    vllm_config: VllmConfig,
+    content: Content,
+    numbered: Sequence[tuple[int, str]],
+    where: str,
+    *,
+    table: int,
+    size: int,
+) -> EngineGroup:
     layers = tuple(number for number, _ in numbered)
     if len(set(layers)) != len(layers):
-        _refuse(f"{where}: two layers of one number")
-    rope = rope_of(vllm_config.model_config.hf_text_config, layers)
-    names = tuple(name for _, name in numbered)
-    if kind == "MLAAttentionSpec":
-        if getattr(spec, "cache_dtype_str", None) not in (None, "auto", dtype):
-            _refuse(f"{where}: a latent of {spec.cache_dtype_str}")
-        group = KVGroup(AttentionKind.MLA, layers, dtype, head_size=spec.head_size, rope=rope)
-        return EngineGroup(group, names, spec.block_size, 1, spec.dtype)
-    window = spec.sliding_window if kind == "SlidingWindowSpec" else None
-    if window is not None and spec.extra_retained_tokens:
-        _refuse(f"{where}: a window that keeps {spec.extra_retained_tokens} tokens more")
-    v_head_size = spec.head_size_v
+        refuse(f"{where}: two layers of one number")
+    is_latent = content.kind is AttentionKind.MLA
+    window = content.window_tokens
     group = KVGroup(
-        AttentionKind.MHA,
+        content.kind,
         layers,
-        dtype,
-        num_kv_heads=_heads(vllm_config, spec.num_kv_heads, where),
-        head_size=spec.head_size,
-        v_head_size=None if v_head_size == spec.head_size else v_head_size,
+        content.dtype,
+        num_kv_heads=1 if is_latent else _heads(vllm_config, content.heads, where),
+        head_size=content.head_size,
+        v_head_size=content.v_head_size,
         hit_rule=HitRule.EVERY_CHUNK if window is None else HitRule.TRAILING,
         window_tokens=window,
-        rope=rope,
+        rope=rope_of(vllm_config.model_config.hf_text_config, layers),
+        quantisation=content.quantisation,
     )
-    return EngineGroup(group, names, spec.block_size, spec.num_kv_heads, spec.dtype)
+    return EngineGroup(group, tuple(name for _, name in numbered), size, table, content)
 
 
 def rope_of(text_config: Any, layers: Iterable[int]) -> dict[str, Scalar]:
@@ -141,7 +153,7 @@ def _heads(vllm_config: VllmConfig, per_rank: int, where: str) -> int:
         return per_rank  # also where layers differ in it
     total = total_kv_heads(vllm_config)
     if max(total // ranks, 1) != per_rank:
-        _refuse(f"{where}: {per_rank} of {total} KV heads on each of {ranks} ranks")
+        refuse(f"{where}: {per_rank} of {total} KV heads on each of {ranks} ranks")
     return total
 
 
@@ -149,16 +161,8 @@ def _layer_number(name: str, where: str) -> int:
     """The one number in a name such as ``model.layers.3.self_attn.attn``."""
     numbers = _NUMBER.findall(name)
     if len(numbers) != 1:
-        _refuse(f"{where}: a layer named {name!r}")
+        refuse(f"{where}: a layer named {name!r}")
     return int(numbers[0])
-
-
-def _refuse(what: str) -> NoReturn:
-    raise UnsupportedError(
-        f"kvlayer cannot carry {what}",
-        hint="it carries full attention, sliding windows and latents (MLA) in float32, float16 or "
-        "bfloat16; the engine serves without kvlayer",
-    )
 
 
 def refuse_parallel(vllm_config: VllmConfig) -> None:

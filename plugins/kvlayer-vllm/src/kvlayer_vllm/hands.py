@@ -23,7 +23,7 @@ class WorkerLink(Protocol):
     """Whether a worker of this process can wait for a copy."""
 
     def view(self, slots: Sequence[Slots], owner: Save | Load) -> KVView:
-        """Lend these slots, one array for each KV group, until ``owner`` is over."""
+        """Lend these slots, one array for each group of vLLM's, until ``owner`` is over."""
         ...
 
     def revoke(self, save: Save) -> None:
@@ -41,13 +41,17 @@ class WorkerLink(Protocol):
 
 @dataclass(slots=True)
 class LocalHands:
-    """Engine and cache are one process: its tensors are lent as they are."""
+    """Engine and cache are one process: its tensors are lent as they are.
+
+    ``tables`` says for each KV group whose block table it has, of vLLM's groups.
+    """
 
     caches: list[list[Any]]
+    tables: Sequence[int]
     is_local: bool = True
 
     def view(self, slots: Sequence[Slots], owner: Save | Load) -> KVView:
-        return KVView(self.caches, slots)
+        return KVView(self.caches, [slots[table] for table in self.tables])
 
     def revoke(self, save: Save) -> None:
         """Nothing: the worker waits for it before the step."""
@@ -64,12 +68,14 @@ class RemoteHands:
 
     An order is carried out at the beginning of the step it comes with. What it reads must be held
     until then: a save whose blocks are let go of in this step is sent with this step or not at all.
+    ``tables`` as in :class:`LocalHands`.
     """
 
     is_local = False
 
-    def __init__(self, ranks: RankTeam) -> None:
+    def __init__(self, ranks: RankTeam, tables: Sequence[int]) -> None:
         self._ranks = ranks
+        self._tables = tuple(tables)
         self._numbers = count(1)
         self._slots: dict[str, tuple[tuple[bytes, ...], Save | Load]] = {}
         """By the name of a view: its slots, and whose they are."""
@@ -78,8 +84,9 @@ class RemoteHands:
     def view(self, slots: Sequence[Slots], owner: Save | Load) -> KVView:
         self._forget()
         name = f"view-{next(self._numbers)}"
-        self._slots[name] = tuple(each.tobytes() for each in slots), owner
-        return RemoteView.of(name, *slots)
+        by_group = [slots[table] for table in self._tables]
+        self._slots[name] = tuple(each.tobytes() for each in by_group), owner
+        return RemoteView.of(name, *by_group)
 
     def revoke(self, save: Save) -> None:
         """Sent by now, or never: what was sent is gathered, the rest is given up once asked for."""

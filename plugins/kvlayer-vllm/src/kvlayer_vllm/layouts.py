@@ -1,24 +1,67 @@
-"""How this rank's tensors lie, as kvlayer's layout: native blocks, or canonical through a stager.
+"""How this rank's tensors lie, as kvlayer's layout: canonical rows, or whole blocks as they are.
 
-The form is a choice of the fleet's: ``native`` keeps the blocks as the engine packed them, copies
-fastest and is read by engines of the same kind and block size only; ``canonical`` is read by all.
+A view of vLLM's has the axes that its spec says, whatever the backend and the order in memory
+(``specs``); the order and the size of a block are the tensor's own. The form is a choice of the
+fleet's: ``canonical`` is read by all; ``native`` keeps the blocks as the engine has them and is
+read by engines with the same block alone.
+
+By default rows are canonical: on a GPU that is as fast as whole blocks are (``docs/gpu.md``), and
+rows need no tails of whole blocks. Blocks that a CPU's attention has packed are native, since they
+would have to be unpacked, and so are pages whose scales lie behind the rows, since nothing else can
+be done with them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from kvlayer.abc.stager import MakeStager, Stager
-from kvlayer.errors import UnsupportedError
-from kvlayer.layout import FUSED_HND, MLA_BLOCKS, AttentionKind, GroupLayout, KVLayout
+from kvlayer.errors import LayoutError, UnsupportedError
+from kvlayer.layout import AttentionKind, GroupLayout, KVLayout, KVView
 from kvlayer.memory.slab import Slab
-from kvlayer_vllm.engine import VllmConfig, attention_isa, platform
+from kvlayer_vllm.engine import VllmConfig, attention_backend, attention_isa, platform
 from kvlayer_vllm.groups import EngineGroup
 
-__all__ = ["RankLayout", "caches_of", "rank_layout"]
+__all__ = ["COMPARED", "ORDERED", "RankLayout", "caches_of", "check_device", "rank_layout"]
+
+COMPARED: Final = frozenset(
+    {
+        "B12X",
+        "CUTLASS_MLA",
+        "DEEPSEEK_SPARSE_SWA",
+        "DEEPSEEK_V32_INDEXER",
+        "FLASHINFER",
+        "FLASHINFER_MLA",
+        "FLASHINFER_MLA_SPARSE",
+        "FLASHMLA",
+        "FLASHMLA_SPARSE",
+        "FLASH_ATTN",
+        "FLASH_ATTN_DIFFKV",
+        "FLASH_ATTN_MLA",
+        "FLEX_ATTENTION",
+        "HPC_ATTN",
+        "TRITON_ATTN",
+        "TRITON_ATTN_DIFFKV",
+        "TRITON_MLA",
+        "TURBOQUANT",
+    }
+)
+"""vLLM's attention backends for CUDA whose tensors the tests move and compare to the byte."""
+ORDERED = frozenset({"cpu"})
+"""Devices on which a copy of ours and the engine's own work on the same blocks have an order.
+
+vLLM zeroes the blocks that it gives to a request on its own stream: a load that does not wait for
+that is wiped, and nobody hears of it. Views have no stream yet (``hands``, ``worker``), so that on
+CUDA nothing is copied. Who orders them adds ``cuda``.
+"""
+_PACKING = "CPU_ATTN"
+_CPU_LATENTS = frozenset({"CPU_MLA", "AMX_MLA"})
+_LETTERS: Final = {"kv": "k", "head": "h", "token": "n", "dim": "c", "kvdim": "c"}
+"""Of the axes, in vLLM's words for its layouts; ``k`` where K and V are apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +77,23 @@ class RankLayout:
         """The packing in one word, for a build's name."""
         return self.isas[0] if self.isas else "rows"
 
+    @property
+    def native_step(self) -> int:
+        """Chunks and tails are multiples of so many tokens; 1 where no group is native."""
+        native = (each.tokens_per_block for each in self.layout.groups if each.form != "canonical")
+        return math.lcm(*native)
+
     def make_stager(self) -> MakeStager:
         """What copies between these tensors and host memory."""
-        return partial(_make_stager, self.isas if self._is_unpacked else ())
-
-    @property
-    def _is_unpacked(self) -> bool:
-        return bool(self.isas) and self.layout.groups[0].form == "canonical"
+        return partial(_make_stager, self.isas)
 
 
-def _make_stager(isas: Sequence[str], layout: KVLayout, _slab: Slab, threads: int) -> Stager:
-    if isas:
+def _make_stager(isas: Sequence[str], layout: KVLayout, slab: Slab, threads: int) -> Stager:
+    if not isas:  # rows of any device: through its pipeline where it has one
+        from kvlayer.staging.cuda.stager import DeviceStager
+
+        return DeviceStager(layout, slab=slab, threads=threads)
+    if layout.groups[0].form == "canonical":
         from kvlayer_vllm.packed_stager import PackedStager
 
         return PackedStager(layout, isas, threads=threads)
@@ -53,20 +102,60 @@ def _make_stager(isas: Sequence[str], layout: KVLayout, _slab: Slab, threads: in
     return TorchStager(layout, threads=threads)
 
 
-def rank_layout(
-    vllm_config: VllmConfig, groups: Sequence[EngineGroup], form: str, *, rank: int
-) -> RankLayout:
-    """The layout of tensor-parallel rank ``rank``; ``form`` is ``native`` or ``canonical``.
-
-    Raises ``UnsupportedError`` for a device or a packing that is not known.
-    """
+def check_device() -> str:
+    """``cpu`` or ``cuda``. Raises ``UnsupportedError`` for another device, or one without order."""
     device = platform()
-    if device != "cpu":
+    why = ""
+    if device not in ("cpu", "cuda"):
+        why = "the layouts of its attention backends are not tested yet"
+    elif device not in ORDERED:
+        why = "its copies do not wait for the engine's stream yet"
+    if why:
         raise UnsupportedError(
-            f"kvlayer cannot carry KV on {device}: the layouts of its attention backends are not "
-            "tested yet",
-            hint="the engine serves without kvlayer",
+            f"kvlayer cannot carry KV on {device}: {why}", hint="the engine serves without kvlayer"
         )
+    return device
+
+
+def rank_layout(
+    vllm_config: VllmConfig,
+    groups: Sequence[EngineGroup],
+    form: str,
+    tensors: Mapping[str, Any],
+    *,
+    rank: int,
+) -> RankLayout:
+    """The layout of tensor-parallel rank ``rank``, whose layers' tensors are ``tensors`` by name.
+
+    ``form`` is ``canonical``, ``native`` or ``auto``, which is the default of the module's text.
+    Raises ``UnsupportedError``, naming it, for a device, a backend, a packing or a form that cannot
+    be.
+    """
+    isas = _isas(vllm_config, groups)
+    found: list[GroupLayout] = []
+    for number, each in enumerate(groups):
+        view = _view(each, each.layer_names[0], tensors)
+        heads = _heads(each, rank) if each.group.kind is AttentionKind.MHA else None
+        axes, size, name = _lies(each, view, form, isas[number] if isas else "")
+        found.append(GroupLayout(each.group, axes, size, heads=heads, form=name))
+    return RankLayout(KVLayout(tuple(found)), isas)
+
+
+def _isas(vllm_config: VllmConfig, groups: Sequence[EngineGroup]) -> tuple[str, ...]:
+    """How the CPU's attention has packed the groups; empty where rows are rows."""
+    device = check_device()
+    names = [name for each in groups for name in each.layer_names]
+    backends = {name: attention_backend(vllm_config, name) for name in names}
+    known = COMPARED if device == "cuda" else COMPARED | _CPU_LATENTS | {_PACKING, ""}
+    for layer, backend in backends.items():
+        if backend not in known:
+            raise UnsupportedError(
+                f"kvlayer cannot carry KV of layer {layer!r}: its attention backend is "
+                f"{backend or 'not known'}, and nobody has compared how that lays KV out",
+                hint="choose another one (--attention-backend), or serve without kvlayer",
+            )
+    if device == "cuda" or COMPARED.intersection(backends.values()):
+        return ()
     kinds = {each.group.kind for each in groups}
     if len(kinds) > 1:
         raise UnsupportedError("kvlayer cannot carry latents (MLA) beside keys and values on a CPU")
@@ -78,29 +167,49 @@ def rank_layout(
                 "kvlayer cannot carry latents (MLA) where vLLM computes each prompt in one pass",
                 hint="its attention for AMX does not (bfloat16); the engine serves without kvlayer",
             )
-        rows = [GroupLayout(each.group, MLA_BLOCKS, each.tokens_per_block) for each in groups]
-        return RankLayout(KVLayout(tuple(rows)), ())
+        return ()
+    model = vllm_config.model_config.dtype
     cache_dtype = vllm_config.cache_config.cache_dtype
-    isas = [
-        attention_isa(each.dtype, each.tokens_per_block, each.group.head_size, cache_dtype)
+    return tuple(
+        attention_isa(model, each.tokens_per_block, each.group.head_size, cache_dtype)
         for each in groups
-    ]
-    found = [
-        GroupLayout(
-            each.group,
-            FUSED_HND,
-            each.tokens_per_block,
-            heads=_heads(each, rank),
-            form=form if form == "canonical" else _native(isa, each),
+    )
+
+
+def _lies(each: EngineGroup, view: Any, form: str, isa: str) -> tuple[tuple[str, ...], int, str]:
+    """Axes in the order of memory, tokens of a block, and the form, whose name pins the rest.
+
+    Blocks that hold the same bytes have one name, whatever lies between them: the layouts LBHNC and
+    BLHNC differ in nothing else. What a byte means is the namespace's.
+    """
+    axes, group = each.content.axes, each.group
+    size = int(view.shape[axes.index("token")])
+    if not size or each.tokens_per_block % size:
+        raise UnsupportedError(
+            f"layer {each.layer_names[0]!r}: expected blocks that divide the scheduler's "
+            f"{each.tokens_per_block} tokens, found {size}"
         )
-        for each, isa in zip(groups, isas, strict=True)
-    ]
-    return RankLayout(KVLayout(tuple(found)), tuple(isas))
-
-
-def _native(isa: str, held: EngineGroup) -> str:
-    """The form's name pins everything about a block that the namespace does not say."""
-    return f"native:vllm-cpu-{isa}-{held.tokens_per_block}"
+    if isa:
+        if form != "canonical":
+            return axes, size, f"native:vllm-cpu-{isa}-{size}"
+        if group.dtype.startswith("fp8"):
+            raise UnsupportedError(
+                "kvlayer cannot carry a CPU's fp8 blocks in form = 'canonical': nobody has "
+                "compared how they are packed",
+                hint="form = 'auto' keeps them as they are",
+            )
+        return axes, size, "canonical"
+    if form == "canonical" and each.content.is_paged:
+        raise UnsupportedError(
+            f"kvlayer cannot carry {group.quantisation or group.dtype} of layer "
+            f"{each.layer_names[0]!r} in form = 'canonical': only whole blocks mean something",
+            hint="form = 'auto' keeps these as they are, and the others canonical",
+        )
+    if form != "native" and not each.content.is_paged:
+        return axes, size, "canonical"
+    order = sorted(range(1, len(axes)), key=lambda axis: (-view.stride(axis), axis))
+    letters = "".join(_LETTERS[axes[axis]] for axis in order if view.shape[axis] > 1)
+    return ("block", *(axes[axis] for axis in order)), size, f"native:vllm-{letters}-{size}"
 
 
 def _heads(held: EngineGroup, rank: int) -> tuple[int, int]:
@@ -114,25 +223,40 @@ def _heads(held: EngineGroup, rank: int) -> tuple[int, int]:
 def caches_of(
     groups: Sequence[EngineGroup], layout: KVLayout, tensors: Mapping[str, Any]
 ) -> list[list[Any]]:
-    """The registered tensors, per group in the order of its layers.
+    """The registered tensors as views with the layout's axes, per group in the order of its layers.
 
-    Raises ``UnsupportedError`` where a layer has none, or one of another shape than the CPU
-    backend's.
+    Raises ``UnsupportedError`` where a layer has none, or one that does not lie as the layout says.
     """
+    from kvlayer.staging.torch_view import GeometryReader
+
     found: list[list[Any]] = []
     for each, held in zip(groups, layout.groups, strict=True):
-        layers: list[Any] = []
-        for name in each.layer_names:
-            tensor = tensors.get(name)
-            if tensor is None:
-                raise UnsupportedError(f"the engine registered no KV tensor for layer {name!r}")
-            shape = tuple(getattr(tensor, "shape", ()))
-            if each.group.kind is AttentionKind.MLA and shape[1:2] == (1,):
-                tensor, shape = tensor.squeeze(1), shape[:1] + shape[2:]  # the one head it has
-            if len(shape) != len(held.axes):
-                raise UnsupportedError(
-                    f"layer {name!r}: expected a KV tensor with axes {held.axes}, found {shape}"
-                )
-            layers.append(tensor)
-        found.append(layers)
+        order = [each.content.axes.index(axis) for axis in held.axes]
+        views = (_view(each, name, tensors) for name in each.layer_names)
+        found.append([view.permute(order) for view in views])
+    nowhere = [range(0) for _ in groups]
+    try:
+        GeometryReader(layout).read(KVView(found, nowhere))
+    except LayoutError as exc:
+        forms = ", ".join(dict.fromkeys(each.form for each in layout.groups))
+        raise UnsupportedError(
+            f"kvlayer cannot carry these KV tensors in form {forms}: {exc}",
+            hint="where a block's heads lie apart, form = 'canonical'",
+        ) from None
     return found
+
+
+def _view(each: EngineGroup, name: str, tensors: Mapping[str, Any]) -> Any:
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise UnsupportedError(f"the engine registered no KV tensor for layer {name!r}")
+    axes = each.content.axes
+    try:
+        view = each.content.shaped(tensor)
+        is_view = view.dim() == len(axes)
+    except (RuntimeError, IndexError, AttributeError):  # whatever it is, it is none of vLLM's
+        view, is_view = tensor, False
+    if not is_view:
+        shape = tuple(getattr(tensor, "shape", ()))
+        raise UnsupportedError(f"layer {name!r}: expected a KV tensor of {axes}, found {shape}")
+    return view

@@ -29,7 +29,7 @@ from kvlayer_vllm.engine import (
     VllmConfig,
     tokens_per_hash,
 )
-from kvlayer_vllm.groups import engine_groups, refuse_parallel
+from kvlayer_vllm.groups import block_sizes, engine_groups, refuse_parallel
 from kvlayer_vllm.hands import LocalHands, RemoteHands, WorkerLink
 from kvlayer_vllm.identity import namespace_of
 from kvlayer_vllm.messages import Answers, Handshake, Step
@@ -65,9 +65,10 @@ class SchedulerHalf:
         self._may_store = bool(transfer.is_kv_producer)
         refuse_parallel(vllm_config)
         self._groups = engine_groups(vllm_config, kv_cache_config)
-        self._block_sizes = [each.tokens_per_block for each in self._groups]
+        self._block_sizes = block_sizes(self._groups)
+        self._tables = [each.table for each in self._groups]
         self._has_windows = any(each.group.hit_rule is HitRule.TRAILING for each in self._groups)
-        self._cache_config = settings.fitting(max(self._block_sizes))
+        self._cache_config = settings.cache
         self._adapters = Adapters()
         self._block_table: KVCacheManager = None
         events = vllm_config.kv_events_config
@@ -76,7 +77,7 @@ class SchedulerHalf:
             self._events = BlockEvents(self._groups)
         self._stats = StatsSink(time.monotonic)
         self._portal: Portal | None = None
-        self._hands: WorkerLink = LocalHands([])
+        self._hands: WorkerLink = LocalHands([], ())
         self._tracked: dict[str, Tracked] = {}
         self._leaving: dict[str, Tracked] = {}
         """Finished, with blocks that are still read."""
@@ -99,6 +100,7 @@ class SchedulerHalf:
             raise UnsupportedError("no worker of the engine has introduced itself")
         ranks = [workers[number].rank for number in sorted(workers)]
         first = workers[min(workers)]
+        self._cache_config = self._settings.fitting(first.rank.native_step)
         namespace = namespace_of(
             self._vllm_config,
             [held.group for held in first.rank.layout.groups],
@@ -107,7 +109,7 @@ class SchedulerHalf:
         )
         sinks: list[Sink] = [self._stats] if self._events is None else [self._stats, self._events]
         if first.caches is not None:
-            self._hands = LocalHands(first.caches)
+            self._hands = LocalHands(first.caches, self._tables)
             portal = Portal.open(
                 self._cache_config,
                 first.rank.layout,
@@ -120,7 +122,7 @@ class SchedulerHalf:
             portal = Portal.open(
                 self._cache_config, first.rank.layout, namespace, sinks=sinks, ranks=team
             )
-            self._hands = RemoteHands(team)
+            self._hands = RemoteHands(team, self._tables)
         self._portal = portal
         self._promises = PendingLoads(portal, self._hands, self._block_sizes, self._settings.loads)
         self._stores = Stores(
@@ -134,7 +136,7 @@ class SchedulerHalf:
         _log.info(
             "kvlayer is on: namespace %s, form %s, loads %s",
             namespace.digest[:12],
-            first.rank.layout.groups[0].form,
+            ", ".join(dict.fromkeys(held.form for held in first.rank.layout.groups)),
             "async" if self._promises.is_async else self._settings.loads,
         )
 

@@ -12,7 +12,7 @@ from kvlayer.errors import ConfigError
 
 __all__ = ["Form", "Loads", "Settings"]
 
-Form = Literal["native", "canonical"]
+Form = Literal["auto", "native", "canonical"]
 Loads = Literal["sync", "layerwise", "async"]
 
 _OWN: Final[Mapping[str, tuple[str, ...]]] = {"form": get_args(Form), "loads": get_args(Loads)}
@@ -23,8 +23,9 @@ class Settings:
     """The connector's configuration."""
 
     cache: CacheConfig
-    form: Form = "native"
-    """``native``: blocks as the engine packed them; ``canonical``: what every engine can read."""
+    form: Form = "auto"
+    """``native``: blocks as the engine keeps them; ``canonical``: what every engine can read;
+    ``auto``: canonical wherever that is not slower (``layouts``)."""
     loads: Loads = "async"
     """When KV is copied into the engine's blocks: beside other requests' steps, or, where
     ``engine.check_loads`` lets it, before the step that uses it (``sync``) or layer by layer during
@@ -53,21 +54,20 @@ class Settings:
         path = given.pop("config", None)
         return cls(CacheConfig.load(path, **given), **own)
 
-    def fitting(self, tokens_per_block: int) -> CacheConfig:
-        """The cache's configuration for blocks of this size.
+    def fitting(self, native_step: int) -> CacheConfig:
+        """The cache's configuration where native blocks have ``native_step`` tokens; 1: none.
 
         Native payloads are whole blocks: unless the size of tails is stated it becomes a block
-        where an eighth of a chunk is not a multiple of one.
+        where an eighth of a chunk is not a multiple of one. Raises ``ConfigError`` for chunks that
+        are not.
         """
         config = self.cache
-        if self.form == "canonical" or config.tokens_per_tail:
+        if config.tokens_per_tail or config.tail_tokens % native_step == 0:
             return config
-        if config.tail_tokens % tokens_per_block == 0:
-            return config
-        if config.tokens_per_chunk % tokens_per_block:
+        if config.tokens_per_chunk % native_step:
             raise ConfigError(
                 f"tokens_per_chunk = {config.tokens_per_chunk} is not a multiple of the engine's "
-                f"blocks of {tokens_per_block} tokens, which form = 'native' needs",
-                hint="choose a multiple, or form = 'canonical'",
+                f"blocks of {native_step} tokens, which are stored as they are",
+                hint="choose a multiple, or form = 'canonical' where the engine's KV is in rows",
             )
-        return replace(config, tokens_per_tail=tokens_per_block)
+        return replace(config, tokens_per_tail=native_step)

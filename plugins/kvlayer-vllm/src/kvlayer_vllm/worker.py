@@ -13,10 +13,10 @@ from kvlayer import KVView
 from kvlayer.api.rank_worker import RankWorker
 from kvlayer.runtime.loop_thread import LoopThread
 from kvlayer.tier.messages import Task, Verb
-from kvlayer_vllm.engine import KVCacheConfig, VllmConfig
+from kvlayer_vllm.engine import KVCacheConfig, VllmConfig, make_scales
 from kvlayer_vllm.groups import engine_groups
 from kvlayer_vllm.hands import given_up
-from kvlayer_vllm.layouts import RankLayout, caches_of, rank_layout
+from kvlayer_vllm.layouts import RankLayout, caches_of, check_device, rank_layout
 from kvlayer_vllm.messages import Answers, Handshake, Step
 from kvlayer_vllm.moves import Load
 from kvlayer_vllm.settings import Settings
@@ -34,11 +34,12 @@ class WorkerHalf:
     def __init__(
         self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings
     ) -> None:
+        check_device()
+        self._vllm_config = vllm_config
+        self._form = settings.form
         self._groups = engine_groups(vllm_config, kv_cache_config)
         self._number = int(vllm_config.parallel_config.rank)
-        self._held: RankLayout = rank_layout(
-            vllm_config, self._groups, settings.form, rank=self._number
-        )
+        self._held: RankLayout | None = None
         self._is_alone = vllm_config.parallel_config.distributed_executor_backend == "uni"
         self._caches: list[list[Any]] = []
         self._rank: LoopThread[RankWorker] | None = None
@@ -57,11 +58,21 @@ class WorkerHalf:
         self._waited: set[str] = set()
 
     def registered(self, tensors: Mapping[str, Any]) -> None:
-        """The engine's KV tensors are there, by the names of their layers."""
-        self._caches = caches_of(self._groups, self._held.layout, tensors)
+        """The engine's KV tensors are there, by the names of their layers.
+
+        Raises ``UnsupportedError`` for tensors that cannot be carried.
+        """
+        held = rank_layout(self._vllm_config, self._groups, self._form, tensors, rank=self._number)
+        self._caches = caches_of(self._groups, held.layout, tensors)
+        for each in self._groups:
+            if each.group.quantisation.endswith("_per_token_head"):
+                for name in each.layer_names:
+                    make_scales(self._vllm_config, name, tensors[name])
+        self._held = held
 
     def handshake(self) -> Handshake:
-        """What the scheduler must know of this worker."""
+        """What the scheduler must know of this worker, once it has its tensors."""
+        assert self._held is not None
         return Handshake(self._held, self._caches if self._is_alone else None)
 
     def before_step(self, step: Step) -> None:
@@ -70,6 +81,7 @@ class WorkerHalf:
             save.wait()
         if step.greeting and not self._has_tried:
             self._has_tried = True  # once: a rank that cannot join would cost something every step
+            assert self._held is not None
             self._rank = RankWorker.start(
                 step.greeting,
                 self._held.layout,

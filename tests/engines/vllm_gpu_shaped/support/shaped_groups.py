@@ -1,112 +1,116 @@
-"""vLLM's KV tensors in kvlayer's words: which group, which axes, and the views in their order.
+"""vLLM's KV tensors as the adapter takes them: its groups, its layout of them, its views.
 
-The adapter knows the CPU backend's alone today. What it says of the others once it carries them
-takes this file's place.
+The engine's configuration is stood in for: a model of one layer's kind on a CUDA device, without
+weights. A recurrent state, which the adapter refuses, is put in kvlayer's own words here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from shaped_specs import LAYERS, Kind, Tensors
 
-from kvlayer.layout import AttentionKind, GroupLayout, KVGroup, KVLayout
+from kvlayer.layout import STATE_BLOCKS, AttentionKind, GroupLayout, KVGroup, KVLayout
+from kvlayer_vllm import layouts
+from kvlayer_vllm.groups import EngineGroup, engine_groups
+from kvlayer_vllm.layouts import RankLayout
 
-__all__ = ["Held", "held"]
-
-_DTYPES = {
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float32: "float32",
-    torch.uint8: "fp8_e4m3",
-}
+__all__ = ["Held", "config_of", "groups_of", "held", "kv_cache_of", "names", "on_a_gpu"]
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
     """The tensors of one kind in one layout, as a stager takes them."""
 
-    layout: KVLayout
+    rank: RankLayout
     views: list[torch.Tensor]
     tokens_per_block: int
+    """Of a block of the scheduler's."""
+
+    @property
+    def layout(self) -> KVLayout:
+        return self.rank.layout
 
     @property
     def group(self) -> KVGroup:
         return self.layout.groups[0].group
 
 
-def held(kind: Kind, tensors: Tensors, *, is_native: bool) -> Held | None:
-    """None where kvlayer has no words for it."""
-    from vllm.v1.kv_cache_interface import AttentionSpec
-
-    spec = tensors.spec
-    if isinstance(spec, AttentionSpec) and spec.tokens_per_state != 1:
-        return None  # a group does not say how many tokens an entry holds
-    group, axes = _group(spec), _axes(spec)
-    views = [_shaped(spec, group, view) for view in tensors.views]
-    tokens = tensors.views[0].shape[2] if group.kind is not AttentionKind.STATE else spec.block_size
-    form = "canonical"
-    if is_native:
-        # A native form keeps a block as it lies: its axes are named in the order of memory.
-        order = sorted(range(1, len(axes)), key=lambda axis: (-views[0].stride(axis), axis))
-        axes = ("block", *(axes[axis] for axis in order))
-        views = [view.permute(0, *order) for view in views]
-        form = "native:vllm-test"
-    return Held(KVLayout((GroupLayout(group, axes, tokens, form=form),)), views, tokens)
+def names(count: int = LAYERS) -> list[str]:
+    return [f"model.layers.{number}.self_attn.attn" for number in range(count)]
 
 
-def _group(spec: Any) -> KVGroup:
-    from vllm.v1.kv_cache_interface import MambaSpec, MLAAttentionSpec, SlidingWindowMLASpec
-
-    layers = tuple(range(LAYERS))
-    if isinstance(spec, MambaSpec):
-        return KVGroup(AttentionKind.STATE, layers, "int8", state_nbytes=spec.page_size_bytes)
-    row, heads = spec.state_content_size_bytes, spec.num_kv_heads
-    if _has_slots(spec):
-        if spec.kv_quant_mode.is_nvfp4:
-            return KVGroup(AttentionKind.MHA, layers, "int8", heads, row)
-        return KVGroup(AttentionKind.MHA, layers, _DTYPES[spec.dtype], heads, spec.head_size)
-    is_opaque = spec.state_content_bytes is not None  # bytes with scales among them
-    dtype = "int8" if is_opaque else _DTYPES[spec.dtype]
-    if isinstance(spec, MLAAttentionSpec | SlidingWindowMLASpec):
-        size = row if is_opaque else spec.head_size
-        return KVGroup(AttentionKind.MLA, layers, dtype, head_size=size)
-    if is_opaque:
-        return KVGroup(AttentionKind.MHA, layers, "int8", heads, row // 2, row - row // 2)
-    return KVGroup(AttentionKind.MHA, layers, dtype, heads, spec.head_size, spec.head_size_v)
+@contextmanager
+def on_a_gpu() -> Generator[None]:
+    """vLLM says that it computes on CUDA, and the adapter that its copies have an order there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layouts, "platform", lambda: "cuda")
+        patch.setattr(layouts, "ORDERED", frozenset({"cpu", "cuda"}))
+        yield
 
 
-def _axes(spec: Any) -> tuple[str, ...]:
-    from vllm.v1.kv_cache_interface import MambaSpec, MLAAttentionSpec, SlidingWindowMLASpec
-
-    if isinstance(spec, MambaSpec):
-        return ("block", "state")
-    if isinstance(spec, MLAAttentionSpec | SlidingWindowMLASpec):
-        return ("block", "token", "dim")
-    if not _has_slots(spec):
-        return ("block", "head", "token", "kvdim")
-    if spec.kv_quant_mode.is_nvfp4:
-        return ("block", "kv", "head", "token", "dim")
-    return ("block", "kv", "token", "head", "dim")
-
-
-def _shaped(spec: Any, group: KVGroup, view: torch.Tensor) -> torch.Tensor:
-    """A layer's view with the axes of :func:`_axes`."""
-    if group.dtype == "int8":
-        view = view.view(torch.int8)
-    if group.kind is AttentionKind.MLA:
-        return view.squeeze(1)
-    if group.kind is AttentionKind.STATE:
-        return view.squeeze(1).squeeze(1)
-    if not _has_slots(spec):
-        return view
-    if spec.kv_quant_mode.is_nvfp4:
-        return view.unflatten(1, (2, spec.num_kv_heads))
-    return view.unflatten(-1, (spec.num_kv_heads, spec.head_size))
+def config_of(backends: Mapping[str, str], cache_dtype: str = "auto", **impls: Any) -> Any:
+    """vLLM's configuration as far as groups and layouts read it; ``backends`` by layer's name."""
+    layers = {
+        name: SimpleNamespace(
+            get_attn_backend=lambda called=called: SimpleNamespace(get_name=lambda: called),
+            impl=impls.get("impl"),
+        )
+        for name, called in backends.items()
+    }
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            hf_text_config=SimpleNamespace(rope_parameters=rope), dtype=torch.bfloat16
+        ),
+        cache_config=SimpleNamespace(cache_dtype=cache_dtype),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=1, rank=0, distributed_executor_backend="uni"
+        ),
+        compilation_config=SimpleNamespace(static_forward_context=layers),
+    )
 
 
-def _has_slots(spec: Any) -> bool:
-    """Whether K and V lie beside each other as heads do."""
-    return getattr(spec, "num_head_slots", None) is not None
+def kv_cache_of(*groups: tuple[list[str], Any]) -> Any:
+    """vLLM's groups: the names of their layers, and a spec."""
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+
+    found = [KVCacheGroupSpec(layers, spec) for layers, spec in groups]
+    return KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=found)
+
+
+def groups_of(kind: Kind, spec: Any = None) -> list[EngineGroup]:
+    """The adapter's groups of a model whose layers are all of one kind."""
+    config = config_of(dict.fromkeys(names(), kind.called()), kind.cache)
+    return engine_groups(config, kv_cache_of((names(), spec or kind.spec())))
+
+
+def held(kind: Kind, tensors: Tensors, form: str, *, tensor: Any = torch.Tensor) -> Held:
+    """``tensor`` is the class of the tensors that are registered.
+
+    Raises ``UnsupportedError`` where the adapter refuses them.
+    """
+    views = [view.as_subclass(tensor) for view in tensors.views]
+    if type(tensors.spec).__name__ == "MambaSpec":
+        return _state(tensors.spec, views)
+    config = config_of(dict.fromkeys(names(), kind.called()), kind.cache)
+    groups = engine_groups(config, kv_cache_of((names(), tensors.spec)))
+    registered = dict(zip(names(), views, strict=True))
+    with on_a_gpu():
+        rank = layouts.rank_layout(config, groups, form, registered, rank=0)
+        (caches,) = layouts.caches_of(groups, rank.layout, registered)
+    return Held(rank, caches, groups[0].tokens_per_block)
+
+
+def _state(spec: Any, views: list[torch.Tensor]) -> Held:
+    nbytes, layers = spec.page_size_bytes, tuple(range(LAYERS))
+    group = KVGroup(AttentionKind.STATE, layers, "int8", state_nbytes=nbytes)
+    lying = GroupLayout(group, STATE_BLOCKS, spec.block_size, form="native:vllm-state")
+    flat = [view.view(torch.int8).squeeze(1).squeeze(1) for view in views]
+    return Held(RankLayout(KVLayout((lying,)), ()), flat, spec.block_size)

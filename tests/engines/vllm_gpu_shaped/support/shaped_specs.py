@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["BLOCKS", "KINDS", "LAYERS", "Kind", "Tensors"]
+__all__ = ["BLOCKS", "KINDS", "LAYERS", "Kind", "Tensors", "full_spec"]
 
 LAYERS, BLOCKS = 3, 8
 _HEADS, _HEAD_SIZE, _BLOCK = 4, 128, 16
@@ -53,6 +53,14 @@ class Kind:
     """A token is one row of each head; else only whole blocks mean something."""
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
     """Layouts that vLLM refuses for it, and what it says."""
+    cache: str = "auto"
+    """vLLM's ``kv_cache_dtype``."""
+    named: str = ""
+    """What the backend calls itself, where its class cannot be imported here."""
+
+    def called(self) -> str:
+        """What the backend calls itself."""
+        return self.named or str(self._class().get_name())
 
     def __str__(self) -> str:
         return self.name
@@ -146,6 +154,11 @@ def _full(cache: str = "auto", **changes: Any) -> Callable[[], Any]:
     return make
 
 
+def full_spec(cache: str, **changes: Any) -> Any:
+    """vLLM's description of full attention whose KV is kept as ``cache`` says."""
+    return _full(cache, **changes)()
+
+
 def _window() -> Any:
     from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
@@ -220,16 +233,19 @@ _SPLIT = "does not store blocks as dense, unpadded pages"
 _PER_TOKEN = ("int8_per_token_head", "fp8_per_token_head", "int4_per_token_head")
 KINDS = [
     Kind("FLASH_ATTN bf16", "FLASH_ATTN", _full()),
-    Kind("FLASH_ATTN fp8", "FLASH_ATTN", _full("fp8")),
+    Kind("FLASH_ATTN fp8", "FLASH_ATTN", _full("fp8"), cache="fp8"),
     Kind("FLASH_ATTN 1 KV head", "FLASH_ATTN", _full(num_kv_heads=1)),
     Kind("FLASH_ATTN sliding window", "FLASH_ATTN", _window),
     Kind("FLASH_ATTN_DIFFKV", "FLASH_ATTN_DIFFKV", _full(head_size=192, head_size_v=128)),
     Kind("TRITON_ATTN bf16", "TRITON_ATTN", _full()),
-    *[Kind(f"TRITON_ATTN {cache}", "TRITON_ATTN", _full(cache)) for cache in _PER_TOKEN],
+    *[
+        Kind(f"TRITON_ATTN {cache}", "TRITON_ATTN", _full(cache), cache=cache)
+        for cache in _PER_TOKEN
+    ],
     Kind("TRITON_ATTN_DIFFKV", "TRITON_ATTN_DIFFKV", _full(head_size=192, head_size_v=128)),
     Kind("FLASHINFER bf16", "FLASHINFER", _full()),
-    Kind("FLASHINFER fp8", "FLASHINFER", _full("fp8")),
-    Kind("FLASHINFER nvfp4", "FLASHINFER", _full("nvfp4"), has_rows=False),
+    Kind("FLASHINFER fp8", "FLASHINFER", _full("fp8"), cache="fp8"),
+    Kind("FLASHINFER nvfp4", "FLASHINFER", _full("nvfp4"), has_rows=False, cache="nvfp4"),
     Kind(
         "FLASHINFER block 256, kernel 64",
         "FLASHINFER",
@@ -239,29 +255,45 @@ KINDS = [
     Kind("FLEX_ATTENTION bf16", "FLEX_ATTENTION", _full()),
     Kind("B12X bf16", "B12X", _full(block_size=64)),
     Kind("HPC_ATTN", "HPC_ATTN", _full(block_size=64)),
-    Kind("TURBOQUANT 4bit_nc", "TURBOQUANT", _full("turboquant_4bit_nc")),
+    Kind(
+        "TURBOQUANT 4bit_nc",
+        "TURBOQUANT",
+        _full("turboquant_4bit_nc"),
+        cache="turboquant_4bit_nc",
+    ),
     Kind("TRITON_MLA bf16", "TRITON_MLA", _latent(block=16)),
-    Kind("CUTLASS_MLA bf16", "", _latent(block=128)),  # its class needs CUDA to be imported
+    Kind("CUTLASS_MLA bf16", "", _latent(block=128), named="CUTLASS_MLA"),  # wants CUDA
     Kind("FLASHMLA bf16", "FLASHMLA", _latent()),
-    Kind("FLASHMLA fp8", "FLASHMLA", _latent("fp8")),
-    Kind("FLASH_ATTN_MLA bf16", "", _latent()),  # as above
+    Kind("FLASHMLA fp8", "FLASHMLA", _latent("fp8"), cache="fp8"),
+    Kind("FLASH_ATTN_MLA bf16", "", _latent(), named="FLASH_ATTN_MLA"),  # as well
     Kind("FLASHINFER_MLA bf16", "FLASHINFER_MLA", _latent()),
     Kind("FLASHMLA_SPARSE bf16", "FLASHMLA_SPARSE", _latent()),
-    Kind("FLASHMLA_SPARSE fp8_ds_mla", "FLASHMLA_SPARSE", _latent("fp8_ds_mla")),
-    Kind("FLASHMLA_SPARSE nvfp4_ds_mla", "FLASHMLA_SPARSE", _latent("nvfp4_ds_mla")),
+    *[
+        Kind(f"FLASHMLA_SPARSE {cache}", "FLASHMLA_SPARSE", _latent(cache), cache=cache)
+        for cache in _OPAQUE
+    ],
     Kind("FLASHINFER_MLA_SPARSE bf16", "FLASHINFER_MLA_SPARSE", _latent()),
-    Kind("DeepSeek V3.2 indexer", "", _indexer, has_rows=False),
+    Kind(
+        "DeepSeek V3.2 indexer",
+        "",
+        _indexer,
+        has_rows=False,
+        cache="fp8_ds_mla",
+        named="DEEPSEEK_V32_INDEXER",
+    ),
     Kind(
         "DeepSeek V4 sparse, 4 tokens an entry",
         "",
         _sparse_v4(kind="MLAAttentionSpec", block_size=256, tokens_per_state=4),
         has_rows=False,
+        named="V4_FLASHMLA_SPARSE",
     ),
     Kind(
         "DeepSeek V4 window",
         "",
         _sparse_v4(kind="SlidingWindowMLASpec", block_size=64, sliding_window=128),
         has_rows=False,
+        named="DEEPSEEK_SPARSE_SWA",
     ),
     Kind(
         "a hybrid's padded page",
