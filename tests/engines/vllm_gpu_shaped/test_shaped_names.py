@@ -77,7 +77,10 @@ def test_quantisations_have_names_of_their_own() -> None:
         for each in caches
     ]
     assert len({digest(kind) for kind in kinds}) == len(caches)
-    assert digest(quantised("fp8")) == digest(quantised("fp8_e4m3"))
+    # A checkpoint's own scheme: only the workers' configuration has another word for it then.
+    by_checkpoint = Kind("by checkpoint", "TRITON_ATTN", lambda: full_spec("fp8"))
+    same = {digest(each) for each in (quantised("fp8"), quantised("fp8_e4m3"), by_checkpoint)}
+    assert len(same) == 1
     (of_rows,) = groups_of(quantised("fp8_per_token_head"))
     assert (of_rows.group.dtype, of_rows.group.quantisation) == ("int8", "fp8_per_token_head")
 
@@ -200,6 +203,15 @@ def test_kv_without_words_is_refused_by_its_name(
     config = config_of(dict.fromkeys(names(), "FLASH_ATTN"), cache)
     with pytest.raises(UnsupportedError, match=message):
         engine_groups(config, kv_cache_of((names(), full_spec(cache, **changes))))
+
+
+def test_a_group_with_a_role_of_its_own_is_refused_by_it() -> None:
+    from vllm.v1.kv_cache_interface import KVCacheGroupRole
+
+    found = kv_cache_of((names(), full_spec("auto")))
+    found.kv_cache_groups[0].role = KVCacheGroupRole.HISPARSE_INDEXER
+    with pytest.raises(UnsupportedError, match="hisparse_indexer"):
+        engine_groups(config_of(dict.fromkeys(names(), "FLASH_ATTN")), found)
 
 
 @pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])

@@ -72,6 +72,9 @@ def _members(vllm_config: VllmConfig, table: int, found: KVCacheGroupSpec) -> li
         refuse(f"{where}: layers of a draft model")
     if not found.enable_kv_transfer or found.host_resident:
         refuse(f"{where}: not the engine's own copy of the KV")
+    role = getattr(getattr(found, "role", None), "value", "default")
+    if role != "default":
+        refuse(f"{where}: blocks that are {role}'s")
     by_layer: Mapping[str, Any] = getattr(spec, "kv_cache_specs", {})
     kept: dict[Content, list[tuple[int, str]]] = {}
     for layer in sorted((_layer_number(name, where), name) for name in found.layer_names):

@@ -24,6 +24,7 @@ _ELEMENTS: Mapping[str, str] = {
     "torch.float16": "float16",
 }
 _FP8: Mapping[str, str] = {
+    "auto": "fp8_e4m3",  # what a checkpoint's own scheme means, of which only workers hear more
     "fp8": "fp8_e4m3",
     "fp8_e4m3": "fp8_e4m3",
     "fp8_e5m2": "fp8_e5m2",
