@@ -6,10 +6,13 @@ cases it is about are a matter of the order of hooks, which a whole engine seldo
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Collection, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from vllm_settled import settled
 
@@ -19,7 +22,7 @@ from kvlayer_vllm.scheduler import SchedulerHalf
 from kvlayer_vllm.settings import Settings
 from kvlayer_vllm.worker import WorkerHalf
 
-__all__ = ["BLOCK", "LAYERS", "Desk"]
+__all__ = ["BLOCK", "LAYERS", "Desk", "hanging"]
 
 BLOCK, CHUNK = 32, 64
 LAYERS = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
@@ -56,12 +59,8 @@ class Desk:
         self.half.open({0: handshake})
         self.tables: dict[str, list[list[int]]] = {}
         self.groups = len(kv_cache_config.kv_cache_groups)
-        self.half.bind(
-            SimpleNamespace(
-                get_block_ids=self.tables.__getitem__,
-                block_pool=SimpleNamespace(hash_block_size=BLOCK),
-            )
-        )
+        self.pool = _pool(kv_cache_config.num_blocks)
+        self.half.bind(SimpleNamespace(get_block_ids=self.tables.__getitem__, block_pool=self.pool))
 
     # -- what the engine would do ------------------------------------------------------------------
 
@@ -118,8 +117,12 @@ class Desk:
         request.num_computed_tokens = 0
         self.tables[request.request_id] = [[] for _ in range(self.groups)]
 
-    def finish(self, request: Any) -> bool:
-        return self.half.finished(request, self.tables[request.request_id])
+    def finish(self, request: Any) -> None:
+        self.half.finished(request, self.tables[request.request_id])
+
+    def held(self) -> set[int]:
+        """Blocks that are held: none of the requests' own counts here."""
+        return {block.block_id for block in self.pool.blocks[1:] if block.ref_cnt}
 
     def rest(self) -> None:
         """Until nothing is read or written any more."""
@@ -154,3 +157,21 @@ class Desk:
     def close(self) -> None:
         self.half.close()
         self.worker.close()
+
+
+def _pool(blocks: int) -> Any:
+    """vLLM's own, in which the requests of a test hold nothing."""
+    from vllm.v1.core.block_pool import BlockPool
+
+    return BlockPool(blocks, enable_caching=True, hash_block_size=BLOCK)
+
+
+def hanging(patch: pytest.MonkeyPatch, go_on: threading.Event) -> None:
+    """From now on ``Cache.store`` begins to read blocks only once ``go_on`` is set."""
+    store = Cache.store
+
+    async def late(cache: Cache, *args: Any, **how: Any) -> Any:
+        await asyncio.get_running_loop().run_in_executor(None, go_on.wait)
+        return await store(cache, *args, **how)
+
+    patch.setattr(Cache, "store", late)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -218,6 +219,14 @@ def desk(vllm_config: Any, spec: Any, kv_cache_config: Any, no_cache_home: None)
 
 
 @pytest.fixture
+def go_on(desk: Any) -> Iterator[threading.Event]:
+    """What ``vllm_desk.hanging`` waits for."""
+    event = threading.Event()
+    yield event
+    event.set()  # or what a failed test leaves would never end
+
+
+@pytest.fixture
 def below(tmp_path: Path) -> list[dict[str, Any]]:
     """Tiers for a desk: host memory, and a disk that has at once what is stored."""
     return [
@@ -366,6 +375,7 @@ def engine(tiny: Path) -> Iterator[Inside]:
             cache={
                 "tokens_per_chunk": 64,
                 "tokens_per_tail": 32,
+                "held_share": 1.0,  # few blocks, and what is stored is counted
                 "tiers": [{"url": "cpu://?capacity=1GiB"}, {"url": "sick://", **below}],
             },
             enable_prefix_caching=True,

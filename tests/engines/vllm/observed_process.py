@@ -98,6 +98,7 @@ def started(model: str, directory: Path, endpoint: str) -> Serving:
         cache={
             "tokens_per_chunk": CHUNK,
             "tokens_per_tail": BLOCK,
+            "held_share": 1.0,  # few blocks, and what is stored is counted
             "tiers": [
                 {"url": "cpu://?capacity=256MiB"},
                 {"url": f"file://{directory}/kv", "write": "through", "deadline_seconds": 60.0},

@@ -213,8 +213,8 @@ def test_a_hook_that_raises_is_a_miss(
     [
         ("scheduler", "allocated"),
         ("scheduler", "step"),
-        ("scheduler", "_overtaken"),  # within a step, whose loads no worker was told of yet
-        ("scheduler", "_let_go"),  # and with the loads in it
+        ("hands", "fill"),  # within a step, whose loads no worker was told of yet
+        ("promises", "land"),  # and with the loads in it
         ("hands", "view"),  # within the allocation, once the load is promised
         ("load", "begin"),
         ("worker", "before_step"),
@@ -239,6 +239,7 @@ def test_a_hook_that_raises_after_a_promise_is_computed(
     owners = {
         "scheduler": asking.engine.half,
         "hands": type(asking.engine.half._hands),
+        "promises": asking.engine.half._promises,
         "load": Load,
         "worker": worker._worker,
     }

@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from hang import HANG
 from vllm_desk import LAYERS
 
 from kvlayer import Cache, RetrieveReport
 from kvlayer.api.rank_worker import RankWorker
 from kvlayer_vllm.messages import Step
-from kvlayer_vllm.moves import Save
 
 PROMPT = list(range(3, 203))  # three chunks of 64 and 8 tokens
 MORE = [*PROMPT[:192], *range(300, 420)]
-
-
-@pytest.fixture
-def go_on(desk: Any) -> Iterator[threading.Event]:
-    """``Cache.store`` begins to read blocks only once this is set: see :func:`hanging`."""
-    event = threading.Event()
-    yield event
-    event.set()  # or what a failed test leaves would never end
-
-
-def hanging(monkeypatch: pytest.MonkeyPatch, go_on: threading.Event) -> None:
-    """From now on ``Cache.store`` waits for the event."""
-    store = Cache.store
-
-    async def late(cache: Cache, *args: Any, **how: Any) -> Any:
-        await asyncio.get_running_loop().run_in_executor(None, go_on.wait)
-        return await store(cache, *args, **how)
-
-    monkeypatch.setattr(Cache, "store", late)
 
 
 def failing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,48 +62,6 @@ def test_a_request_whose_load_failed_is_computed_and_does_not_ask_again(
     assert at.asked(again) == (0, False)
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_vllm_is_told_once_that_it_may_let_go_of_blocks(
-    ahead: bool,
-    desk: Any,
-    request_of: Any,
-    go_on: threading.Event,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Aborted between the step that tells of its load and the moment when vLLM hears it.
-
-    What it saved before it was preempted is not over, either; twice would end the engine. That vLLM
-    hears of the step before, with two steps under way, changes nothing.
-    """
-    at = desk(remote=True)
-    at.run()  # the worker joins
-    at.answer(request_of(PROMPT), [1, 2, 3, 4, 5, 6, 7])
-    hanging(monkeypatch, go_on)
-    longer = request_of(MORE, request_id="two")
-    at.half.arrived(longer)
-    at.admit(longer, [11, 12, 13, 14, 15, 16, 17, 18, 19, 20])
-    while "two" not in at.run().received:
-        pass
-    at.run({longer: 120})
-    at.preempt(longer)
-    at.accept(at.begin(preempted=[longer]))
-    more = at.admit(longer, [21, 22, 23, 24, 25, 26, 27, 28, 29, 30])
-    assert more == 192
-    under_way = [at.begin()]
-    while "two" not in (step := under_way[-1]).received:
-        if not ahead or len(under_way) > 1:
-            at.accept(under_way.pop(0))
-        under_way.append(at.begin())
-    for before in under_way[:-1]:
-        at.accept(before)
-    assert at.half._tracked["two"].running_saves()
-    assert not at.finish(longer)  # vLLM frees its blocks with this step
-    at.accept(step)
-    go_on.set()
-    at.half.portal.call(Cache.flush)
-    assert not at.run().sent and at.half.tracked == 0
-
-
 def test_a_request_that_ends_in_the_step_after_its_load_is_stored(
     desk: Any, request_of: Any
 ) -> None:
@@ -147,72 +81,6 @@ def test_a_request_that_ends_in_the_step_after_its_load_is_stored(
     at.accept(step)
     at.rest()
     assert at.found(MORE) == 288
-
-
-# -- blocks that are another's ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("is_over", [False, True])
-def test_blocks_of_a_preempted_request_are_gathered_before_they_are_written(
-    is_over: bool,
-    desk: Any,
-    request_of: Any,
-    go_on: threading.Event,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Whether it waits or was aborted since: vLLM frees running requests' blocks at a reset."""
-    at = desk()
-    hanging(monkeypatch, go_on)
-    request = request_of(PROMPT)
-    at.half.arrived(request)
-    at.admit(request, [1, 2, 3, 4, 5, 6, 7])
-    at.run({request: 200})
-    was = at.rows([1, 2, 3, 4, 5, 6])
-    at.preempt(request)
-    if is_over:
-        at.finish(request)
-    wait = Save.wait
-
-    def begins_to_wait(save: Save) -> None:
-        go_on.set()
-        wait(save)
-
-    monkeypatch.setattr(Save, "wait", begins_to_wait)
-    step = at.begin(preempted=[request])
-    assert go_on.is_set() and step.saves and all(save.is_over for save in step.saves)
-    for tensor in at.tensors.values():
-        tensor[1:7] = 7.5  # another request computes in them
-    at.half.portal.call(Cache.flush)
-    other = request_of([*PROMPT, 7], request_id="two")
-    at.half.arrived(other)
-    assert at.admit(other, [11, 12, 13, 14, 15, 16, 17]) == 192
-    while "two" not in at.run().received:
-        pass
-    for before, now in zip(was, at.rows([11, 12, 13, 14, 15, 16]), strict=True):
-        assert torch.equal(before, now)
-
-
-@pytest.mark.parametrize("windows", [False, True])
-def test_what_was_ordered_before_blocks_are_let_go_of_is_stored(
-    windows: bool, desk: Any, request_of: Any
-) -> None:
-    """Workers elsewhere gather at the start of the step that lets go: the order counts."""
-    at = desk(remote=True, windows=windows)
-    request = request_of(PROMPT)
-    at.half.arrived(request)
-    at.admit(request, [1, 2, 3, 4, 5, 6, 7])
-    at.run()  # the worker joins
-    at.run({request: 200})
-    ranks = at.half._hands._ranks
-    with ranks._changed:
-        assert ranks._changed.wait_for(lambda: ranks._outbox, HANG)  # a taken order would be gone
-    step = at.begin(preempted=[request])
-    assert step.errands == [] and not step.saves  # it was carried out
-    at.accept(step)
-    at.preempt(request)
-    at.finish(request)
-    at.rest()
-    assert at.found(PROMPT) == 192
 
 
 def test_a_worker_that_cannot_join_tries_once_and_its_orders_are_given_up(
@@ -240,30 +108,6 @@ def test_a_worker_that_cannot_join_tries_once_and_its_orders_are_given_up(
     at.finish(request)
     at.rest()  # nothing is owed
     assert len(tried) == 1 and at.found(PROMPT) == 0
-
-
-def test_a_preempted_request_stores_what_it_computes_anew(
-    desk: Any, request_of: Any, go_on: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its orders came too late the first time."""
-    at = desk(remote=True)
-    hanging(monkeypatch, go_on)
-    request = request_of(PROMPT)
-    at.half.arrived(request)
-    at.admit(request, [1, 2, 3, 4, 5, 6, 7])
-    at.run()
-    at.run({request: 200})
-    at.preempt(request)
-    at.accept(at.begin(preempted=[request]))
-    go_on.set()
-    while at.half._tracked["one"].running_saves():
-        at.run()
-    assert at.found(PROMPT) == 0
-    at.admit(request, [11, 12, 13, 14, 15, 16, 17])
-    at.run({request: 200})
-    at.finish(request)
-    at.rest()
-    assert at.found(PROMPT) == 192
 
 
 # -- counting --------------------------------------------------------------------------------------

@@ -80,6 +80,7 @@ def test_each_kind_of_kv_is_stored_and_loaded(
     cache = {
         "tokens_per_chunk": 64,
         "tokens_per_tail": kind.tail,
+        "held_share": 1.0,  # few blocks, and what is stored is counted
         "tiers": [
             {"url": "cpu://?capacity=256MiB"},
             {"url": f"file://{tmp_path}/kv", "write": "back", "deadline_seconds": 60.0},

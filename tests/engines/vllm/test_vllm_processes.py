@@ -35,6 +35,7 @@ def cache_in(directory: Path, **more: Any) -> dict[str, Any]:
     return {
         "tokens_per_chunk": 64,
         "tokens_per_tail": 32,
+        "held_share": 1.0,  # few blocks, and what is stored is counted
         "tiers": [
             {"url": "cpu://?capacity=256MiB"},
             {"url": f"file://{directory}", "write": "back", "deadline_seconds": 60.0},

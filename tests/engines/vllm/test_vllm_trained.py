@@ -130,6 +130,7 @@ def served(
     cache = {
         "tokens_per_chunk": CHUNK,
         "tokens_per_tail": BLOCK,
+        "held_share": 1.0,  # few blocks, and what is stored is counted
         "loads": loads,
         "tiers": [{"url": "cpu://?capacity=512MiB"}],
     }

@@ -28,10 +28,13 @@ def found_at(configs: Any, figures: Any, name: str, setting: str, **how: Any) ->
         ("found counts", "three steps"),
         ("last step counts", "two steps"),
         ("last step counts", "three steps"),
-        ("finished not held", "one step, async loads"),
-        ("finished not held", "two steps"),
-        ("preempted not held", "two steps"),
-        ("preempted not held", "one step, a window"),
+        ("blocks not held", "one step, async loads"),
+        ("blocks not held", "one step, a window"),
+        ("blocks not held", "one step, zeroed blocks"),
+        ("blocks not held", "one step, a worker elsewhere"),
+        ("blocks not held", "two steps"),
+        ("blocks not held", "two steps, a window"),
+        ("blocks not held", "three steps"),
     ],
 )
 def test_a_precaution_that_is_taken_away_is_missed(

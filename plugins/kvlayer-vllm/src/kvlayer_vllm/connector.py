@@ -29,6 +29,7 @@ from kvlayer_vllm.engine import (
     SchedulerOutput,
     SupportsHMA,
     VllmConfig,
+    before_reset,
     check_loads,
     check_version,
     engine_version,
@@ -128,6 +129,17 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         self._kv_cache_manager = kv_cache_manager
         if self._scheduler is not None:
             self._safely(None, self._scheduler.bind, kv_cache_manager)
+            before_reset(kv_cache_manager, self._before_reset)
+
+    def _before_reset(self) -> None:
+        if (half := self._half) is not None:
+            self._safely(None, half.before_reset)
+
+    def has_pending_block_frees(self) -> bool:
+        return (half := self._half) is not None and self._safely(False, half.will_free)
+
+    def has_pending_push_work(self) -> bool:
+        return (half := self._half) is not None and self._safely(False, half.holds_blocks)
 
     def on_new_request(self, request: Request) -> None:
         if self._scheduler is not None and not self._scheduler.is_open:
@@ -172,9 +184,9 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        if (half := self._half) is None:
-            return False, None
-        return self._safely(False, half.finished, request, block_ids), None
+        if (half := self._half) is not None:
+            self._safely(None, half.finished, request, block_ids)
+        return False, None  # what is still read of it is held by reference
 
     def take_events(self) -> Iterable[Any]:
         nothing: list[Any] = []
@@ -221,7 +233,6 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         step = _step(self._get_connector_metadata())
         return KVConnectorTransferResults(
-            finished_sending=set(step.sent),
             finished_recving=set(step.received),
             failed_recving=set(step.failed),
         )

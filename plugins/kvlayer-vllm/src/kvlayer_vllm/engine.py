@@ -6,7 +6,7 @@ inherits from is declared below as far as it is relied upon; that is what type c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -34,6 +34,7 @@ __all__ = [
     "VllmConfig",
     "attention_backend",
     "attention_isa",
+    "before_reset",
     "check_loads",
     "check_version",
     "engine_version",
@@ -256,6 +257,22 @@ def external_hash(block_hash: bytes) -> bytes | int:
 def tokens_per_hash(kv_cache_manager: KVCacheManager) -> int:
     """How many tokens each of a request's ``block_hashes`` adds."""
     return int(kv_cache_manager.block_pool.hash_block_size)
+
+
+def before_reset(kv_cache_manager: Any, hook: Callable[[], None]) -> None:
+    """Have ``hook`` called before vLLM resets its prefix cache; it must not raise.
+
+    vLLM tells a connector of a reset (``reset_cache``) only after it has counted the blocks that
+    are held and, where there are any, has refused it. It has no hook before that: its manager's
+    method is wrapped, on the one object.
+    """
+    reset = kv_cache_manager.reset_prefix_cache
+
+    def resetting() -> bool:
+        hook()
+        return bool(reset())
+
+    kv_cache_manager.reset_prefix_cache = resetting
 
 
 def resolved_hashes(request: Request, per_hash: int, tokens_per_block: int) -> Sequence[bytes]:

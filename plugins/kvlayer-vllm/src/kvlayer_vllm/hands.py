@@ -26,10 +26,6 @@ class WorkerLink(Protocol):
         """Lend these slots, one array for each group of vLLM's, until ``owner`` is over."""
         ...
 
-    def revoke(self, save: Save) -> None:
-        """The blocks of a save are not held any more after this step."""
-        ...
-
     def fill(self, step: Step) -> None:
         """Put into a step what the workers are to do."""
         ...
@@ -53,9 +49,6 @@ class LocalHands:
     def view(self, slots: Sequence[Slots], owner: Save | Load) -> KVView:
         return KVView(self.caches, [slots[table] for table in self.tables])
 
-    def revoke(self, save: Save) -> None:
-        """Nothing: the worker waits for it before the step."""
-
     def fill(self, step: Step) -> None:
         """Nothing."""
 
@@ -66,9 +59,8 @@ class LocalHands:
 class RemoteHands:
     """Workers have the tensors: orders go out with a step, and completions come back with it.
 
-    An order is carried out at the beginning of the step it comes with. What it reads must be held
-    until then: a save whose blocks are let go of in this step is sent with this step or not at all.
-    ``tables`` as in :class:`LocalHands`.
+    An order is carried out in the step it comes with, which may be any: what it reads is held until
+    its completion has come back. ``tables`` as in :class:`LocalHands`.
     """
 
     is_local = False
@@ -88,18 +80,13 @@ class RemoteHands:
         self._slots[name] = tuple(each.tobytes() for each in by_group), owner
         return RemoteView.of(name, *by_group)
 
-    def revoke(self, save: Save) -> None:
-        """Sent by now, or never: what was sent is gathered, the rest is given up once asked for."""
-        for name in [name for name, (_, owner) in self._slots.items() if owner is save]:
-            del self._slots[name]
-
     def fill(self, step: Step) -> None:
         if self._absent:
             step.greeting = self._ranks.greeting()
         for order in self._ranks.take():
             known = self._slots.get(order.view)
             if known is None:
-                self._ranks.complete(given_up(order, "the blocks are not the request's any more"))
+                self._ranks.complete(given_up(order, "whatever it was for is over"))
             else:
                 step.errands.append(RankOrder(order.to_bytes(), order.verb, known[0]))
 

@@ -12,7 +12,7 @@ from kvlayer_vllm.engine import (
     KVConnectorWorkerMetadata,
 )
 from kvlayer_vllm.layouts import RankLayout
-from kvlayer_vllm.moves import Load, Save
+from kvlayer_vllm.moves import Load
 
 __all__ = ["Answers", "RankOrder", "Handshake", "Step"]
 
@@ -43,10 +43,6 @@ class Step(KVConnectorMetadata):
     """To start in this very process; empty where the workers are elsewhere."""
     must_wait: bool = False
     """The loads are of requests that this step computes."""
-    saves: list[Save] = field(default_factory=list[Save])
-    """Whose blocks are no longer held: they must be gathered before anything is written."""
-    sent: set[str] = field(default_factory=set[str])
-    """Finished requests whose blocks nothing reads any more."""
     received: set[str] = field(default_factory=set[str])
     """Requests whose load has ended, well or not."""
     failed: set[str] = field(default_factory=set[str])

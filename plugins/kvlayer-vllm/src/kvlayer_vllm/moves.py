@@ -18,14 +18,16 @@ from kvlayer.identity.chain import ChunkChain
 from kvlayer.runtime.job import Job
 from kvlayer_vllm.token_ids import Name
 
-__all__ = ["Load", "Save", "Slots", "slots_of"]
+__all__ = ["NULL_BLOCK", "Load", "Save", "Slots", "slots_of"]
 
 Slots: TypeAlias = NDArray[np.int64]
 
 Learn: TypeAlias = Callable[[Cache, ChunkChain], Awaitable[None]]
 """Is told what is going to be stored, on the cache's loop."""
 
-_NULL_BLOCK = 0  # stands in a block table for what the engine has let go of
+NULL_BLOCK = 0
+"""Stands in a block table for what the engine has let go of."""
+
 _POLL_SECONDS = 0.05
 
 
@@ -37,7 +39,7 @@ def slots_of(block_ids: Sequence[int], tokens_per_block: int, first: int, stop: 
     at = first // tokens_per_block
     ids = np.array(block_ids[at : -(-stop // tokens_per_block)], np.int64)
     slots = ids[:, None] * tokens_per_block + np.arange(tokens_per_block)
-    slots[ids == _NULL_BLOCK] = -1
+    slots[ids == NULL_BLOCK] = -1
     inside = first - at * tokens_per_block
     found: Slots = slots.reshape(-1)[inside : inside + stop - first]
     return found
@@ -63,11 +65,16 @@ class Save:
     ) -> None:
         """Start to store ``view``, from token ``first_token`` on, after ``learn(cache, chain)``.
 
-        ``name(cache.chain)`` says on the loop what its tokens are called, from the first on.
+        ``name(cache.chain)`` says on the loop what its tokens are called, from the first on. What
+        cannot be started is over. Raises ``ClosedError`` and ``ForkedError``.
         """
-        self._job = portal.submit(
-            self._run, name, view, first_token=first_token, tail=tail, learn=learn
-        )
+        try:
+            self._job = portal.submit(
+                self._run, name, view, first_token=first_token, tail=tail, learn=learn
+            )
+        except BaseException:
+            self._gathered.set()
+            raise
 
     async def _run(
         self,

@@ -1,4 +1,4 @@
-"""The scheduler's half: which prefix a request can have, what is stored of it, who must wait.
+"""The scheduler's half: which prefix a request can have, what is stored of it, what is held.
 
 It runs in vLLM's scheduling loop and never waits: lookups are polled, copies are jobs on the
 portal's loop. What a step computed is stored only after vLLM has taken the step's output, however
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,6 @@ from kvlayer import Portal
 from kvlayer.api.hit import PrefixHit
 from kvlayer.errors import IdentityError, UnsupportedError
 from kvlayer.events import Sink
-from kvlayer.layout import HitRule
 from kvlayer.tier.ranks.rank_team import RankTeam
 from kvlayer_vllm.block_events import BlockEvents
 from kvlayer_vllm.engine import (
@@ -31,9 +30,9 @@ from kvlayer_vllm.engine import (
 )
 from kvlayer_vllm.groups import block_sizes, engine_groups, refuse_parallel
 from kvlayer_vllm.hands import LocalHands, RemoteHands, WorkerLink
+from kvlayer_vllm.held_blocks import HeldBlocks
 from kvlayer_vllm.identity import namespace_of
 from kvlayer_vllm.messages import Answers, Handshake, Step
-from kvlayer_vllm.moves import Save
 from kvlayer_vllm.promises import PendingLoads
 from kvlayer_vllm.scopes import Adapters, scope_of
 from kvlayer_vllm.search import Search
@@ -67,7 +66,6 @@ class SchedulerHalf:
         self._groups = engine_groups(vllm_config, kv_cache_config)
         self._block_sizes = block_sizes(self._groups)
         self._tables = [each.table for each in self._groups]
-        self._has_windows = any(each.group.hit_rule is HitRule.TRAILING for each in self._groups)
         self._cache_config = settings.cache
         self._adapters = Adapters()
         self._block_table: KVCacheManager = None
@@ -79,8 +77,7 @@ class SchedulerHalf:
         self._portal: Portal | None = None
         self._hands: WorkerLink = LocalHands([], ())
         self._tracked: dict[str, Tracked] = {}
-        self._leaving: dict[str, Tracked] = {}
-        """Finished, with blocks that are still read."""
+        self._held = HeldBlocks(settings.held_share)
         self._steps = StepsUnderWay()
         self._is_asked = False
         """A request has been told to ask again."""
@@ -132,6 +129,8 @@ class SchedulerHalf:
             self._cache_config,
             adapters=self._adapters,
             events=self._events,
+            held=self._held,
+            on_cut=self._stats.store_cut,
         )
         _log.info(
             "kvlayer is on: namespace %s, form %s, loads %s",
@@ -141,8 +140,9 @@ class SchedulerHalf:
         )
 
     def bind(self, block_table: KVCacheManager) -> None:
-        """``block_table.get_block_ids(request_id)`` is where a request's KV lies."""
+        """``block_table`` is vLLM's ``KVCacheManager``: where KV lies, and whose the blocks are."""
         self._block_table = block_table
+        self._held.bind(block_table.block_pool)
         if self._events is not None:
             self._events.tokens_per_hash = tokens_per_hash(block_table)
 
@@ -153,8 +153,8 @@ class SchedulerHalf:
 
     @property
     def tracked(self) -> int:
-        """Requests whose blocks may still be read or written, and loads that vLLM awaits."""
-        return len(self._tracked) + len(self._leaving) + len(self._promises)
+        """Requests that are not over, stores that read blocks, and loads that vLLM awaits."""
+        return len(self._tracked) + len(self._held) + len(self._promises)
 
     @property
     def portal(self) -> Portal:
@@ -250,9 +250,9 @@ class SchedulerHalf:
 
     def step(self, scheduler_output: SchedulerOutput, step: Step) -> None:
         """Say in ``step`` what the workers are to do with it."""
+        self._held.let_go()
         record = self._steps.begin(step)
-        preempted = scheduler_output.preempted_req_ids or ()
-        for request_id in preempted:
+        for request_id in scheduler_output.preempted_req_ids or ():
             if request_id in self._tracked:
                 self._tracked[request_id].start_over()
         for request_id, count in scheduler_output.num_scheduled_tokens.items():
@@ -261,48 +261,19 @@ class SchedulerHalf:
         step.is_idle = self._is_asked and not record.computes
         self._is_asked = False
         self._hands.fill(step)
-        step.saves = self._overtaken(preempted)
-        for save in step.saves:
-            self._hands.revoke(save)
         self._promises.send(step, record)
         self._promises.land(step, record)
-        self._let_go(step)
-        if not self._hands.is_local:
-            step.saves = []  # these workers get orders
 
     def rest_of(self, step: Step) -> None:
         """:meth:`step` has failed: add what vLLM must hear, whatever is in ``step`` by now.
 
-        Any block may be let go of in this step, so that nothing computed before it counts.
+        Any request may lose its blocks in this step, so that nothing computed before it counts.
         """
         record = self._steps.begin(step)
         for tracked in self._tracked.values():
             tracked.start_over()
         self._promises.send_failed(step, record)
-        step.saves = _running((*self._tracked.values(), *self._leaving.values()))
-        if not self._hands.is_local:
-            for save in step.saves:
-                self._hands.revoke(save)
-            step.saves = []
         self._promises.land(step, record)
-        self._let_go(step)
-
-    def _let_go(self, step: Step) -> None:
-        """Report the finished requests whose blocks nothing reads any more."""
-        for request_id, tracked in list(self._leaving.items()):
-            if not tracked.running_saves():
-                del self._leaving[request_id]
-                step.sent.add(request_id)
-
-    def _overtaken(self, preempted: Collection[str]) -> list[Save]:
-        """Saves that are not over, of blocks that the engine has let go of."""
-        gone: list[Tracked] = []
-        for request_id in preempted:
-            # It may have ended since: what it was preempted for has its blocks all the same.
-            gone += [t[request_id] for t in (self._tracked, self._leaving) if request_id in t]
-        if self._has_windows:  # blocks leave a window with any step
-            gone += [each for each in self._tracked.values() if each not in gone]
-        return _running(gone)
 
     # -- a step comes back -----------------------------------------------------------------------
 
@@ -314,6 +285,7 @@ class SchedulerHalf:
         if answers is None:
             return
         self._hands.hear(answers)
+        self._held.let_go()
         grown: dict[Tracked, None] = {}
         for record in self._steps.heard(answers.step):
             for tracked in record.computes:
@@ -325,30 +297,46 @@ class SchedulerHalf:
             if self._may_store and self._tracked.get(tracked.request.request_id) is tracked:
                 self._stores.new(tracked, self._block_table)
 
-    def finished(self, request: Request, block_ids: Sequence[Sequence[int]]) -> bool:
-        """The request is over: store the rest. Whether its blocks must stay for now."""
+    def finished(self, request: Request, block_ids: Sequence[Sequence[int]]) -> None:
+        """The request is over: store the rest. Its blocks need not stay."""
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
-            return False
+            return
         try:
             self._steps.taken_of(tracked)
             self._promises.settle_early(tracked)
             if self._may_store and not tracked.is_awaited:
                 self._stores.rest(tracked, block_ids)
-        except Exception:  # noqa: BLE001  # whatever it is: blocks that are still read must stay
-            _log.exception("what request %s has computed is not stored", request.request_id)
-        if tracked.search is not None:
-            tracked.search.release()
-        if tracked.is_awaited or not tracked.running_saves():
-            return False
-        self._leaving[request.request_id] = tracked
-        return True
+        finally:
+            if tracked.search is not None:
+                tracked.search.release()
+
+    # -- blocks ----------------------------------------------------------------------------------
+
+    def holds_blocks(self) -> bool:
+        """Whether vLLM must step on, with nothing to compute, until it has its blocks back."""
+        self._held.let_go()
+        return bool(self._held)
+
+    def will_free(self) -> bool:
+        """Whether vLLM gets blocks back without preempting a request for them."""
+        return self._held.will_free()
+
+    def before_reset(self) -> None:
+        """vLLM is about to reset its prefix cache, which it does not while a block is held.
+
+        Blocks are let go of once they are read: waits as long as copying takes. What workers in
+        other processes read is let go of with the steps under way.
+        """
+        if self._hands.is_local:
+            self._held.wait()
+        self._held.let_go()
 
     # -- the rest --------------------------------------------------------------------------------
 
     def figures(self) -> Figures | None:
         """What has happened since the last call, for vLLM's statistics."""
-        return self._stats.take(self.portal.cache)
+        return self._stats.take(self.portal.cache, held_blocks=self._held.blocks)
 
     def take_events(self) -> list[Any]:
         """What has happened to blocks in kvlayer's tiers since the last call; none unless asked."""
@@ -367,9 +355,9 @@ class SchedulerHalf:
             elif tracked.search is not None:
                 tracked.search.release()
         self._adapters.start_over()
-        for tracked in self._tracked.values():  # one that has not run yet will replace all the same
-            self._replaced_by(tracked.request)
-        return self._stores.forget()
+        is_empty = self._stores.forget()
+        self._held.let_go()
+        return is_empty
 
     def close(self) -> None:
         """Store what is under way and close the cache. Idempotent."""
@@ -377,7 +365,3 @@ class SchedulerHalf:
         portal, self._portal = self._portal, None
         if portal is not None:
             portal.close()
-
-
-def _running(requests: Iterable[Tracked]) -> list[Save]:
-    return [save for tracked in requests for save in tracked.running_saves()]

@@ -30,14 +30,16 @@ class Settings:
     """When KV is copied into the engine's blocks: beside other requests' steps, or, where
     ``engine.check_loads`` lets it, before the step that uses it (``sync``) or layer by layer during
     that step (``layerwise``)."""
+    held_share: float = 0.25
+    """Of the engine's blocks, how many stores may hold while they read them. Over 0, at most 1."""
 
     @classmethod
     def of(cls, extra_config: Mapping[str, Any]) -> Settings:
         """Read the connector's extra configuration.
 
-        ``form`` and ``loads`` are the adapter's own; ``config`` names a TOML file; everything else
-        is a field of ``kvlayer.CacheConfig`` and comes before environment and file. Raises
-        ``ConfigError`` for what is unknown or wrong.
+        ``form``, ``loads`` and ``held_share`` are the adapter's own; ``config`` names a TOML file;
+        everything else is a field of ``kvlayer.CacheConfig`` and comes before environment and file.
+        Raises ``ConfigError`` for what is unknown or wrong.
         """
         given = dict(extra_config)
         own: dict[str, Any] = {}
@@ -51,6 +53,8 @@ class Settings:
                     f"{key} must be one of {', '.join(choices)}, found {own[key]!r}",
                     hint=f"did you mean {near[0]!r}?" if near else None,
                 )
+        if "held_share" in given:
+            own["held_share"] = _share("held_share", given.pop("held_share"))
         path = given.pop("config", None)
         return cls(CacheConfig.load(path, **given), **own)
 
@@ -71,3 +75,10 @@ class Settings:
                 hint="choose a multiple, or form = 'canonical' where the engine's KV is in rows",
             )
         return replace(config, tokens_per_tail=native_step)
+
+
+def _share(name: str, value: Any) -> float:
+    """A number over 0 and at most 1."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
+        return float(value)
+    raise ConfigError(f"{name} must be a number over 0 and at most 1, found {value!r}")

@@ -19,9 +19,16 @@ from kvlayer.telemetry.families import Family, Reading
 from kvlayer.telemetry.prometheus import SECONDS_BUCKETS
 from kvlayer_vllm.engine import KVConnectorPromMetrics, KVConnectorStats
 
-__all__ = ["Figures", "PromMetrics", "StatsSink"]
+__all__ = ["CUT_STORES", "HELD_BLOCKS", "Figures", "PromMetrics", "StatsSink"]
 
 _log = logging.getLogger("vllm.kvlayer")  # below vLLM's, so that its users see it
+
+CUT_STORES = Family(
+    "kvlayer_cut_stores",
+    "Stores cut short: they would hold too many of the engine's blocks.",
+)
+HELD_BLOCKS = Family("kvlayer_held_blocks", "Blocks of the engine that stores hold and read.")
+"""Of this adapter alone, beside the core's families."""
 
 _READ_SECONDS = 1.0  # gauges cost a lock and are scraped every few seconds at most
 _MOST_TIMES = 4096  # of one family between two steps: an engine that idles sends nothing
@@ -113,8 +120,14 @@ class StatsSink(EventCounter):
             if len(times) < _MOST_TIMES:
                 times.append(seconds)
 
-    def take(self, cache: Cache) -> Figures | None:
+    def store_cut(self) -> None:
+        """A store was cut short."""
+        self.add(CUT_STORES, 1)
+
+    def take(self, cache: Cache, *, held_blocks: int = 0) -> Figures | None:
         """What happened since it was taken last; None for nothing. Gauges once a second.
+
+        ``held_blocks``: of the engine's, now.
 
         Raises what a backend's own figures raise, and then what was counted is still there.
         """
@@ -126,6 +139,7 @@ class StatsSink(EventCounter):
             taken, self._figures = self._figures, Figures()
         if reading is not None:
             self._add_read(reading, taken)
+            taken.data["gauges"][HELD_BLOCKS.name] = float(held_blocks)
         return None if taken.is_empty() else taken
 
     def _add_read(self, reading: Reading, into: Figures) -> None:
@@ -157,6 +171,8 @@ class PromMetrics(KVConnectorPromMetrics):
         read = [(each.family, each.is_counter) for each in families.SCRAPED]
         counted = [*families.COUNTERS, *(family for family, is_counter in read if is_counter)]
         shown = [family for family, is_counter in read if not is_counter]
+        counted.append(CUT_STORES)
+        shown.append(HELD_BLOCKS)
         self._metrics: dict[str, Any] = {}
         for family in counted:
             self._make(self._counter_cls, family)

@@ -1,4 +1,4 @@
-"""What of the requests' KV is stored, and the blocks that it is being read from."""
+"""What of the requests' KV is stored, and how much of it at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from kvlayer.runtime.job import Job
 from kvlayer_vllm.block_events import BlockEvents
 from kvlayer_vllm.engine import KVCacheManager
 from kvlayer_vllm.hands import WorkerLink
-from kvlayer_vllm.moves import Save, slots_of
+from kvlayer_vllm.held_blocks import HeldBlocks
+from kvlayer_vllm.moves import NULL_BLOCK, Save, slots_of
 from kvlayer_vllm.scopes import Adapters, scope_of
 from kvlayer_vllm.tracked import Tracked
 
@@ -27,7 +28,12 @@ _TRY_SECONDS = 0.01
 
 
 class Stores:
-    """Stores what vLLM counts as computed: chunks as they fill, tails at the ends."""
+    """Stores what vLLM counts as computed: chunks as they fill, tails at the ends.
+
+    What is read is held (``held``). Where no more may be, a store is cut short at a chunk, which
+    ``on_cut`` is told once, and the request's next step goes on from there; what a request that
+    ends had no room for is not stored. One chunk at a time always has room.
+    """
 
     def __init__(
         self,
@@ -38,13 +44,20 @@ class Stores:
         *,
         adapters: Adapters,
         events: BlockEvents | None,
+        held: HeldBlocks,
+        on_cut: Callable[[], None],
     ) -> None:
         self._portal = portal
         self._hands = hands
         self._block_sizes = tuple(block_sizes)
         self._config = config
+        chunk = config.tokens_per_chunk
+        # At most: a chunk that is no multiple of the block ends and begins inside of one.
+        self._blocks_per_chunk = sum(-(-chunk // n) + bool(chunk % n) for n in block_sizes)
         self._adapters = adapters
         self._events = events
+        self._held = held
+        self._on_cut = on_cut
         self._running: list[Save] = []
         """Those that may still write to a tier, whether or not they read blocks."""
 
@@ -54,8 +67,8 @@ class Stores:
         where = partial(block_table.get_block_ids, request_id)
         computed = tracked.computed
         if not tracked.has_prompt and computed >= tracked.request.num_prompt_tokens:
-            tracked.has_prompt = True
             self._store(tracked, computed, where, tail=True)
+            tracked.has_prompt = not tracked.is_cut
             return
         chunk = self._config.tokens_per_chunk
         if computed // chunk > tracked.saved // chunk:
@@ -79,6 +92,7 @@ class Stores:
             return
         stop -= stop % self._config.tail_tokens
         if stop <= tracked.saved:
+            tracked.is_cut = False
             return
         try:
             scope = scope_of(request, self._adapters)
@@ -89,9 +103,20 @@ class Stores:
             return  # its adapter's digest is still being made
         chunk = self._config.tokens_per_chunk
         first = tracked.saved // chunk * chunk
+        tables = where()
+        blocks = self._blocks(tables, first, stop)
+        room = self._room()
+        tracked.is_cut, was_cut = len(blocks) > room, tracked.is_cut
+        if tracked.is_cut:
+            if not was_cut:
+                self._on_cut()
+            tail, stop = False, first + room // self._blocks_per_chunk * chunk
+            if stop <= tracked.saved:
+                return
+            blocks = self._blocks(tables, first, stop)
         slots = [
             slots_of(each, size, first, stop)
-            for each, size in zip(where(), self._block_sizes, strict=True)
+            for each, size in zip(tables, self._block_sizes, strict=True)
         ]
         if min(map(len, slots)) < stop - first:
             return
@@ -101,6 +126,7 @@ class Stores:
         learn = None
         if self._events is not None:
             learn = partial(self._events.stores, request=request, first=first)
+        self._held.hold(save, blocks)
         save.begin(
             self._portal,
             partial(tracked.ids.chain_in_slices, tokens=tokens, scope=scope),
@@ -109,10 +135,23 @@ class Stores:
             tail=tail,
             learn=learn,
         )
-        tracked.saves.append(save)
         self._running = [each for each in self._running if not each.has_ended]
         self._running.append(save)
         tracked.saved = stop
+
+    def _blocks(self, tables: Sequence[Sequence[int]], first: int, stop: int) -> list[int]:
+        """The blocks of tokens ``first .. stop`` of every group, but for those that are gone."""
+        return [
+            number
+            for table, size in zip(tables, self._block_sizes, strict=True)
+            for number in table[first // size : -(-stop // size)]
+            if number != NULL_BLOCK
+        ]
+
+    def _room(self) -> int:
+        """How many blocks the next store may read."""
+        self._held.let_go()
+        return max(self._held.room, 0 if self._held else self._blocks_per_chunk)
 
     def forget(self) -> bool:
         """Empty the cache, in all tiers, of this namespace. Whether nothing of it is left.

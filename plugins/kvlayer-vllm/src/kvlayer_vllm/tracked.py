@@ -1,12 +1,12 @@
-"""One request as the scheduler's half sees it, until nothing reads or writes its blocks."""
+"""One request as the scheduler's half sees it, until it is over."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kvlayer_vllm.engine import Request
-from kvlayer_vllm.moves import Load, Save
+from kvlayer_vllm.moves import Load
 from kvlayer_vllm.search import Search
 from kvlayer_vllm.token_ids import TokenIds
 
@@ -17,7 +17,7 @@ _log = logging.getLogger("vllm.kvlayer")  # below vLLM's, so that its users see 
 
 @dataclass(slots=True, eq=False)
 class Tracked:
-    """One request, from its arrival until nothing reads or writes its blocks any more."""
+    """One request, from its arrival until vLLM says that it is over."""
 
     request: Request
     ids: TokenIds
@@ -41,11 +41,8 @@ class Tracked:
     """Tokens that need not be stored: they were loaded, or are on their way."""
     has_prompt: bool = False
     """The prompt's tail is stored, too."""
-    saves: list[Save] = field(default_factory=list[Save])
-
-    def running_saves(self) -> list[Save]:
-        self.saves = [save for save in self.saves if not save.is_over]
-        return self.saves
+    is_cut: bool = False
+    """The last store of it was cut short, since too many blocks were held. A later one goes on."""
 
     @property
     def computed(self) -> int:
@@ -66,7 +63,7 @@ class Tracked:
             self.search = None
 
     def start_over(self) -> None:
-        """Its blocks are gone, and with them saves that were not gathered in time."""
+        """Its blocks are gone. What is being stored of them is held and goes on."""
         self.saved = self.written = 0
         self.placement += 1
         self.has_prompt = False

@@ -76,9 +76,7 @@ class WorkerHalf:
         return Handshake(self._held, self._caches if self._is_alone else None)
 
     def before_step(self, step: Step) -> None:
-        """Nothing has been written yet: what was let go of is gathered now, or never."""
-        for save in step.saves:
-            save.wait()
+        """Join where that is asked for, and gather what was ordered. Nothing else waits here."""
         if step.greeting and not self._has_tried:
             self._has_tried = True  # once: a rank that cannot join would cost something every step
             assert self._held is not None
@@ -140,8 +138,6 @@ class WorkerHalf:
 
     def give_up(self, step: Step) -> None:
         """A hook of this step has failed: none of its loads counts, and every order is answered."""
-        for save in step.saves:
-            save.wait()
         for load in step.loads:
             load.distrust()
         if step.must_wait:

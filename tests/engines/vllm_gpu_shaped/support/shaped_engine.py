@@ -196,7 +196,8 @@ class Engine:
         Requests whose load has ended may hold all blocks, and then none of them gets its next one:
         vLLM preempts what runs, and none of them does.
         """
-        waits = len(self.connector.scheduler._promises)
+        half = self.connector.scheduler
+        waits = len(half._promises) + len(half._held)
         return self._fruitless > _MOST_FRUITLESS and not waits
 
     # -- what came of it ---------------------------------------------------------------------------

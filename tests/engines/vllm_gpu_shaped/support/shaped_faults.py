@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from kvlayer_vllm import engine, scheduler
-from kvlayer_vllm.scheduler import SchedulerHalf
+from kvlayer_vllm.held_blocks import HeldBlocks
+from kvlayer_vllm.moves import Save
 from kvlayer_vllm.steps_under_way import StepsUnderWay
 from kvlayer_vllm.tracked import Tracked
 
@@ -77,31 +78,14 @@ def last_step_counts() -> Generator[None]:
 
 
 @contextmanager
-def finished_not_held() -> Generator[None]:
-    """A finished request's blocks go back to vLLM while they are still read."""
-    finished = SchedulerHalf.finished
+def blocks_not_held() -> Generator[None]:
+    """What a store reads is another's as soon as its request lets go of it."""
 
-    def let_go(half: SchedulerHalf, request: Any, block_ids: Any) -> bool:
-        finished(half, request, block_ids)
-        half._leaving.pop(request.request_id, None)
-        return False
+    def not_held(_held: HeldBlocks, _save: Save, _block_ids: Any) -> None:
+        pass
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SchedulerHalf, "finished", let_go)
-        yield
-
-
-@contextmanager
-def preempted_not_held() -> Generator[None]:
-    """Blocks that are still read go to others when they leave a window or are preempted."""
-    overtaken = SchedulerHalf._overtaken
-
-    def none(half: SchedulerHalf, preempted: Any) -> list[Any]:
-        overtaken(half, preempted)
-        return []
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SchedulerHalf, "_overtaken", none)
+        patch.setattr(HeldBlocks, "hold", not_held)
         yield
 
 
@@ -109,6 +93,5 @@ FAULTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "in flight counts": in_flight_counts,
     "found counts": found_counts,
     "last step counts": last_step_counts,
-    "finished not held": finished_not_held,
-    "preempted not held": preempted_not_held,
+    "blocks not held": blocks_not_held,
 }

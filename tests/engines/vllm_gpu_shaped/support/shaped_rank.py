@@ -86,6 +86,8 @@ class Rank:
         }
         self.connector.register_kv_caches(self._tensors)
         self._device: deque[Batch] = deque()
+        self._zeros: dict[int, list[int]] = {}
+        """Blocks that a step which is queued zeroes first, by its number."""
         self.wrong: list[WrongRead] = []
         self.reads = 0
 
@@ -97,12 +99,13 @@ class Rank:
         from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
         output, connector = batch.output, self.connector
+        self._zeroed(batch)
         step = self._crossed(output.kv_connector_metadata)
         connector.handle_preemptions(step)
         connector.bind_connector_metadata(step)
         if output.has_sync_kv_loads:
             connector.start_load_kv(None)
-        if batch.works:
+        if batch.works or batch.number in self._zeros:
             self._device.append(batch)
         if not output.has_sync_kv_loads:
             connector.start_load_kv(None)
@@ -133,8 +136,21 @@ class Rank:
         while self._device and self._device[0].number <= number:
             self._compute(self._device.popleft())
 
+    def _zeroed(self, batch: Batch) -> None:
+        """New blocks are zeroed on the device: at once, where it has nothing else to do."""
+        blocks = batch.output.new_block_ids_to_zero
+        if blocks and self._device:
+            self._zeros[batch.number] = blocks
+        elif blocks:
+            self._zero(blocks)
+
+    def _zero(self, blocks: Sequence[int]) -> None:
+        for each in self._bits.values():
+            each[list(blocks)] = 0
+
     def _compute(self, batch: Batch) -> None:
         """A layer writes the rows of all requests, then attends to what came before them."""
+        self._zero(self._zeros.pop(batch.number, ()))
         layers = layers_of(self._setting, self.number)
         for layer in layers:
             for work in batch.works:

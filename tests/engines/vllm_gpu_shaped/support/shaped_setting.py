@@ -40,6 +40,8 @@ class Setting:
     pipeline: int = 1
     is_remote: bool = False
     """The workers are in other processes: what goes to them and comes back is pickled."""
+    zeroes: bool = False
+    """New blocks are zeroed before any hook of the step, as vLLM's V2 runner does."""
     blocks: int = 32
 
     def __str__(self) -> str:
@@ -57,10 +59,13 @@ SETTINGS = {
         Setting("one step, async loads"),
         Setting("one step, a window", window=40),
         Setting("one step, a worker elsewhere", is_remote=True),
+        Setting("one step, zeroed blocks", zeroes=True),
         Setting("two steps", is_async=True, depth=2),
         Setting("two steps, a window", is_async=True, depth=2, window=40),
         Setting("two steps, a worker elsewhere", is_async=True, depth=2, is_remote=True),
+        Setting("two steps, zeroed blocks", is_async=True, depth=2, zeroes=True),
         Setting("three steps", is_async=True, depth=3),
+        Setting("three steps, a window", is_async=True, depth=3, window=40),
         Setting("two tensor ranks", is_async=True, depth=2, tensor=2, is_remote=True),
         Setting("four tensor ranks", is_async=True, depth=2, tensor=4, is_remote=True),
         Setting("two stages", is_async=True, depth=3, pipeline=2, is_remote=True),
@@ -142,9 +147,14 @@ class Configs:
                 KVCacheGroupSpec(names[:-1], FullAttentionSpec(**fields)),
                 KVCacheGroupSpec(names[-1:], seen),
             ]
-        return KVCacheConfig(
-            num_blocks=self.setting.blocks, kv_cache_tensors=[], kv_cache_groups=groups
-        )
+
+        class Zeroed(KVCacheConfig):
+            """As for a model with several kinds of state: vLLM zeroes blocks of no other."""
+
+            needs_kv_cache_zeroing = True
+
+        kind = Zeroed if self.setting.zeroes else KVCacheConfig
+        return kind(num_blocks=self.setting.blocks, kv_cache_tensors=[], kv_cache_groups=groups)
 
 
 def model_of(folder: Path) -> Path:
