@@ -371,12 +371,13 @@ def test_weights_that_are_replaced_while_serving_are_refused(
         Desk(replaced, kv_cache_config((NAMES, spec("FullAttentionSpec"))))
 
 
-def test_an_engine_that_schedules_ahead_is_refused(
-    vllm_config: Any, changed: Any, spec: Any, kv_cache_config: Any
+def test_an_engine_that_schedules_ahead_is_carried(
+    vllm_config: Any, changed: Any, spec: Any, kv_cache_config: Any, no_cache_home: None
 ) -> None:
     ahead = changed(vllm_config, "scheduler_config", async_scheduling=True)
-    with pytest.raises(UnsupportedError, match="async_scheduling"):
-        Desk(ahead, kv_cache_config((NAMES, spec("FullAttentionSpec"))))
+    at = Desk(ahead, kv_cache_config((NAMES, spec("FullAttentionSpec"))))
+    assert at.half.is_open
+    at.close()
 
 
 def test_nothing_is_stored_of_an_adapter_that_was_replaced_in_place(

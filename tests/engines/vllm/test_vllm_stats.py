@@ -265,6 +265,7 @@ def test_before_the_workers_are_met_every_hook_has_an_answer(
     step = connector.build_connector_meta(None)
     assert not (step.received or step.loads)  # type: ignore[attr-defined]
     assert connector.request_finished(request_of(PROMPT), [1]) == (False, None)
+    assert not connector.has_pending_push_work() and not connector.has_pending_block_frees()
     assert connector.troubles == 0
 
 

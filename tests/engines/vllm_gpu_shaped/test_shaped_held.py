@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from shaped_engine import Engine
-from shaped_faults import lifted
 from shaped_gate import Gate, by_turns
 from shaped_late import Late
 from shaped_setting import SETTINGS
@@ -28,7 +27,6 @@ def start(configs: Any) -> Iterator[Callable[..., tuple[Engine, Gate]]]:
         def run(setting: str) -> tuple[Engine, Gate]:
             gate = Gate(Late())
             stack.enter_context(by_turns(gate))
-            stack.enter_context(lifted())
             engine = Engine(configs(SETTINGS[setting]), Late())
             stack.enter_context(closing(engine))
             stack.enter_context(gate.guarding(engine.connector.scheduler.portal))

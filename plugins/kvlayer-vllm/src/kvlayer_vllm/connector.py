@@ -129,7 +129,7 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         self._kv_cache_manager = kv_cache_manager
         if self._scheduler is not None:
             self._safely(None, self._scheduler.bind, kv_cache_manager)
-            before_reset(kv_cache_manager, self._before_reset)
+            self._safely(None, before_reset, kv_cache_manager, self._before_reset)
 
     def _before_reset(self) -> None:
         if (half := self._half) is not None:

@@ -171,8 +171,7 @@ def _layer_number(name: str, where: str) -> int:
 def refuse_parallel(vllm_config: VllmConfig) -> None:
     """Raise ``UnsupportedError``, naming the option, for KV of several ranks or of a draft model.
 
-    A draft by ``ngram`` has no model, and no KV of its own. Nor is an engine carried that schedules
-    ahead: its runner may overwrite blocks of preempted requests before it says so.
+    A draft by ``ngram`` has no model, and no KV of its own.
     """
     parallel = vllm_config.parallel_config
     for name in (
@@ -187,11 +186,6 @@ def refuse_parallel(vllm_config: VllmConfig) -> None:
                 f"kvlayer cannot carry KV of an engine with {name} = {size} yet",
                 hint="the engine serves without kvlayer",
             )
-    if vllm_config.scheduler_config.async_scheduling:
-        raise UnsupportedError(
-            "kvlayer cannot carry KV of an engine that schedules ahead (async_scheduling) yet",
-            hint="--no-async-scheduling; until then the engine serves without kvlayer",
-        )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram":
         raise UnsupportedError(

@@ -50,7 +50,7 @@ class Step(KVConnectorMetadata):
     invalid: set[int] = field(default_factory=set[int])
     """Blocks that a load was to fill and did not."""
     is_idle: bool = False
-    """Requests wait for an answer of the cache and nothing is computed: let others run."""
+    """Somebody waits for a lookup, a load or a store and nothing is computed: let others run."""
 
 
 @dataclass(slots=True)

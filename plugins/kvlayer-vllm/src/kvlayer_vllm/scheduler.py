@@ -258,7 +258,7 @@ class SchedulerHalf:
         for request_id, count in scheduler_output.num_scheduled_tokens.items():
             if request_id in self._tracked:
                 record.add(self._tracked[request_id], count)
-        step.is_idle = self._is_asked and not record.computes
+        step.is_idle = not record.computes and (self._is_asked or bool(self._held))
         self._is_asked = False
         self._hands.fill(step)
         self._promises.send(step, record)

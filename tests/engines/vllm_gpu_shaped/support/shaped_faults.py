@@ -26,14 +26,15 @@ class WrongKVError(AssertionError):
 
 
 @contextmanager
-def lifted() -> Generator[None]:
-    """The one place where the rig lifts the adapter's refusals: of ranks, of steps ahead, and of
-    loads that a step waits for.
+def lifted(*, ranks: int = 1) -> Generator[None]:
+    """The one place where the rig lifts the adapter's refusals: of several ranks, and of loads that
+    a step waits for.
 
     Goes when the adapter no longer refuses them.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler, "refuse_parallel", lambda _config: None)
+        if ranks > 1:
+            patch.setattr(scheduler, "refuse_parallel", lambda _config: None)
         patch.setattr(engine, "RECOMPUTES_IN_STEP", engine.TESTED[0])
         yield
 

@@ -14,7 +14,6 @@ shaped_triton.use()
 
 import vllm_engine  # noqa: E402  # imports vLLM
 from shaped_attention import WRITES, triton_attention  # noqa: E402
-from shaped_faults import lifted  # noqa: E402
 from shaped_lag import lagging  # noqa: E402
 
 __all__ = ["serve"]
@@ -36,8 +35,7 @@ def serve(model: str, cache: Any, options: dict[str, Any]) -> None:
     if rejecting:
         options["kv_transfer_config"] = _rejecting(is_async=rejecting == "async")
     vllm_engine.VERBS["shape"] = shape
-    with lifted():
-        vllm_engine.serve(model, cache, options)
+    vllm_engine.serve(model, cache, options)
 
 
 def shape(serving: Any) -> Any:
