@@ -147,13 +147,9 @@ class Configs:
                 KVCacheGroupSpec(names[:-1], FullAttentionSpec(**fields)),
                 KVCacheGroupSpec(names[-1:], seen),
             ]
-
-        class Zeroed(KVCacheConfig):
-            """As for a model with several kinds of state: vLLM zeroes blocks of no other."""
-
-            needs_kv_cache_zeroing = True
-
-        kind = Zeroed if self.setting.zeroes else KVCacheConfig
+        kind: Any = KVCacheConfig
+        if self.setting.zeroes:  # as for a model with several kinds of state: it does for no other
+            kind = type("Zeroed", (KVCacheConfig,), {"needs_kv_cache_zeroing": True})
         return kind(num_blocks=self.setting.blocks, kv_cache_tensors=[], kv_cache_groups=groups)
 
 
