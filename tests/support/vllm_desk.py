@@ -7,8 +7,10 @@ cases it is about are a matter of the order of hooks, which a whole engine seldo
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import Collection, Sequence
+from functools import reduce
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from vllm_settled import settled
 
 from kvlayer import Cache
-from kvlayer_vllm.messages import Step
+from kvlayer_vllm.messages import Answers, Step
 from kvlayer_vllm.scheduler import SchedulerHalf
 from kvlayer_vllm.settings import Settings
 from kvlayer_vllm.worker import WorkerHalf
@@ -29,37 +31,45 @@ LAYERS = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
 
 
 class Desk:
-    """One scheduler and one worker, in one process or, with ``remote``, as if in two.
+    """One scheduler and its workers: one, in its process or with ``remote`` as if in another, or
+    ``tensor`` times ``pipeline`` as if elsewhere, each with a ``kv_cache_configs`` of its own.
 
-    ``widths`` are the elements of K and V of one head, of layers where they are not 128.
+    ``widths`` are the elements of a token of one head, of layers that do not have their spec's.
     """
 
     def __init__(
         self,
         vllm_config: Any,
-        kv_cache_config: Any,
-        *,
+        *kv_cache_configs: Any,
         tiers: Sequence[dict[str, Any]] = ({"url": "cpu://?capacity=64MiB"},),
         remote: bool = False,
         widths: dict[str, int] | None = None,
+        tensor: int = 1,
+        pipeline: int = 1,
         **extra: Any,
     ) -> None:
         settings = Settings.of(
             {"tokens_per_chunk": CHUNK, "tokens_per_tail": BLOCK, "tiers": list(tiers), **extra}
         )
-        self.half = SchedulerHalf(vllm_config, kv_cache_config, settings)
-        self.worker = WorkerHalf(vllm_config, kv_cache_config, settings)
-        names = [name for group in kv_cache_config.kv_cache_groups for name in group.layer_names]
-        blocks, width = kv_cache_config.num_blocks, widths or {}
-        self.tensors = {name: torch.randn(blocks, 2, BLOCK, width.get(name, 128)) for name in names}
-        self.worker.registered(self.tensors)
-        handshake = self.worker.handshake()
-        if remote:
-            handshake.caches = None
-        self.half.open({0: handshake})
+        configs = [vllm_config]
+        if remote or tensor * pipeline > 1:
+            configs = [
+                _elsewhere(vllm_config, n, tensor, pipeline) for n in range(tensor * pipeline)
+            ]
+        self.half = SchedulerHalf(configs[0], kv_cache_configs[0], settings)
+        self.workers: list[WorkerHalf] = []
+        self.rows_held: list[dict[str, torch.Tensor]] = []
+        """The KV tensors by the names of layers, of each rank."""
+        for number, config in enumerate(configs):
+            mine = kv_cache_configs[number % len(kv_cache_configs)]
+            self.workers.append(WorkerHalf(config, mine, settings))
+            self.rows_held.append(_tensors(mine, widths or {}))
+            self.workers[-1].registered(self.rows_held[-1])
+        self.worker, self.tensors = self.workers[0], self.rows_held[0]
+        self.half.open({number: each.handshake() for number, each in enumerate(self.workers)})
         self.tables: dict[str, list[list[int]]] = {}
-        self.groups = len(kv_cache_config.kv_cache_groups)
-        self.pool = _pool(kv_cache_config.num_blocks)
+        self.groups = len(kv_cache_configs[0].kv_cache_groups)
+        self.pool = _pool(kv_cache_configs[0].num_blocks)
         self.half.bind(SimpleNamespace(get_block_ids=self.tables.__getitem__, block_pool=self.pool))
 
     # -- what the engine would do ------------------------------------------------------------------
@@ -94,16 +104,18 @@ class Desk:
         for request, count in scheduled.items():
             request.num_computed_tokens += count
             request.num_in_flight_tokens += count
-        self.worker.before_step(step)
-        self.worker.load(step)
+        for worker in self.workers:
+            worker.before_step(step)
+        for worker in self.workers:
+            worker.load(step)
         return step
 
     def accept(self, step: Step, scheduled: dict[Any, int] | None = None) -> set[int]:
         """Its output is accepted. Returns the blocks that were to be loaded and were not."""
-        invalid = self.worker.invalid_blocks(step)
+        invalid = set[int]().union(*(each.invalid_blocks(step) for each in self.workers))
         for request, count in (scheduled or {}).items():
             request.num_in_flight_tokens -= count
-        self.half.heard(self.worker.answers(step))
+        self.half.heard(reduce(Answers.aggregate, (each.answers(step) for each in self.workers)))
         return invalid
 
     def run(self, scheduled: dict[Any, int] | None = None) -> Step:
@@ -151,12 +163,37 @@ class Desk:
         return self.half.portal.call(look)
 
     def rows(self, blocks: Sequence[int]) -> list[Any]:
-        """What the blocks hold, of every layer."""
-        return [each[list(blocks)].clone() for each in self.tensors.values()]
+        """What the blocks hold, of every layer of every rank."""
+        return [each[list(blocks)].clone() for held in self.rows_held for each in held.values()]
 
     def close(self) -> None:
         self.half.close()
-        self.worker.close()
+        for worker in self.workers:
+            worker.close()
+
+
+def _elsewhere(vllm_config: Any, rank: int, tensor: int, pipeline: int) -> Any:
+    """The configuration as rank ``rank`` of several has it, in a process of its own."""
+    config = copy.copy(vllm_config)
+    config.parallel_config = parallel = copy.copy(vllm_config.parallel_config)
+    parallel.distributed_executor_backend = "mp"
+    parallel.rank, parallel.world_size = rank, tensor * pipeline
+    parallel.tensor_parallel_size, parallel.pipeline_parallel_size = tensor, pipeline
+    return config
+
+
+def _tensors(kv_cache_config: Any, widths: dict[str, int]) -> dict[str, torch.Tensor]:
+    """Random KV by the names of layers, as the CPU backend shapes it."""
+    found: dict[str, torch.Tensor] = {}
+    for group in kv_cache_config.kv_cache_groups:
+        by_layer = getattr(group.kv_cache_spec, "kv_cache_specs", {})
+        for name in group.layer_names:
+            spec = by_layer.get(name, group.kv_cache_spec)
+            row = spec.state_content_size_bytes // spec.dtype.itemsize
+            row = widths.get(name, row)
+            shape = (kv_cache_config.num_blocks, spec.num_kv_heads, spec.block_size, row)
+            found[name] = torch.randn(shape).to(spec.dtype)
+    return found
 
 
 def _pool(blocks: int) -> Any:

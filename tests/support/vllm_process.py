@@ -38,6 +38,12 @@ class EngineProcess:
         self._victim.signal(signal.SIGKILL)
         assert self._victim.end() == -signal.SIGKILL
 
+    def dies(self) -> int:
+        """Wait until it ends without having answered; its exit code."""
+        assert self._victim.line() is None
+        self.has_ended = True
+        return self._victim.end()
+
     def close(self) -> None:
         """Close the engine, whose process then ends by itself."""
         self("close")

@@ -10,7 +10,6 @@ from vllm_desk import LAYERS
 
 from kvlayer import Cache, RetrieveReport
 from kvlayer.api.rank_worker import RankWorker
-from kvlayer_vllm.messages import Step
 
 PROMPT = list(range(3, 203))  # three chunks of 64 and 8 tokens
 MORE = [*PROMPT[:192], *range(300, 420)]
@@ -92,15 +91,7 @@ def test_a_worker_that_cannot_join_tries_once_and_its_orders_are_given_up(
         tried.append(None)
         raise OSError("no such process")
 
-    def as_the_connector_does(step: Step) -> None:
-        try:
-            before_step(step)
-        except (AssertionError, OSError):
-            at.worker.give_up(step)
-
-    before_step = at.worker.before_step
-    monkeypatch.setattr(RankWorker, "start", cannot)
-    monkeypatch.setattr(at.worker, "before_step", as_the_connector_does)
+    monkeypatch.setattr(RankWorker, "open", cannot)
     request = request_of(PROMPT)
     at.half.arrived(request)
     at.admit(request, [1, 2, 3, 4, 5, 6, 7])

@@ -111,11 +111,19 @@ def test_a_group_that_cannot_be_carried_turns_it_off_by_its_name(
 @pytest.mark.parametrize(
     ("part", "fields", "message"),
     [
-        ("parallel_config", {"tensor_parallel_size": 2}, "tensor_parallel_size = 2"),
-        ("parallel_config", {"pipeline_parallel_size": 3}, "pipeline_parallel_size = 3"),
+        (
+            "parallel_config",
+            {"decode_context_parallel_size": 2},
+            "decode_context_parallel_size = 2",
+        ),
+        (
+            "parallel_config",
+            {"prefill_context_parallel_size": 2},
+            "prefill_context_parallel_size = 2",
+        ),
     ],
 )
-def test_several_ranks_turn_it_off(
+def test_ranks_that_share_out_a_prompts_tokens_turn_it_off(
     part: str, fields: dict[str, Any], message: str, make: Any, told: Any
 ) -> None:
     assert not make("SCHEDULER", part=part, **fields).is_on

@@ -35,6 +35,8 @@ def found_at(configs: Any, figures: Any, name: str, setting: str, **how: Any) ->
         ("blocks not held", "two steps"),
         ("blocks not held", "two steps, a window"),
         ("blocks not held", "three steps"),
+        ("blocks not held", "two tensor ranks"),
+        ("heads by turns", "four tensor ranks"),
     ],
 )
 def test_a_precaution_that_is_taken_away_is_missed(

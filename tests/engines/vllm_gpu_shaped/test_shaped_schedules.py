@@ -1,7 +1,6 @@
 """Traffics by seed on engines of many shapes: no row is read that is not the prefix's own.
 
-Settings that the adapter refuses today are played with the refusal lifted (``shaped_faults.py``),
-and what that shows is written down as an expected failure: it must go with the fault.
+Settings that the adapter refuses today are played with the refusal lifted (``shaped_faults.py``).
 """
 
 from __future__ import annotations
@@ -15,10 +14,7 @@ from shaped_faults import WrongKVError
 from shaped_play import Account, play
 from shaped_setting import SETTINGS
 
-from kvlayer.errors import LayoutError
-
-SERVED = [each for each in SETTINGS.values() if each.ranks == 1 and each.loads == "async"]
-RANKS = [each for each in SETTINGS.values() if each.ranks > 1]
+SERVED = [each for each in SETTINGS.values() if each.loads == "async"]
 
 COUNTED = ("steps", "reads", "loaded", "failed", "preempted", "aborted", "finished", "stuck")
 COMMON = ("steps", "reads", "loaded", "aborted", "finished")
@@ -52,14 +48,4 @@ def check(accounts: list[Account]) -> None:
 
 @pytest.mark.parametrize("setting", SERVED, ids=str)
 def test_no_wrong_row_is_read(setting: Any, played: Any) -> None:
-    check(played(setting))
-
-
-@pytest.mark.xfail(
-    raises=(LayoutError, ValueError),
-    reason="the adapter plans with the share of one rank, and knows no stages of a pipeline: "
-    "several ranks are refused when the cache opens",
-)
-@pytest.mark.parametrize("setting", RANKS, ids=str)
-def test_no_wrong_row_is_read_by_any_of_several_ranks(setting: Any, played: Any) -> None:
     check(played(setting))

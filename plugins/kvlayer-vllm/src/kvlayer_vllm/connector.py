@@ -125,6 +125,15 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         except UnsupportedError as exc:
             self._turn_off(exc)
 
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: Mapping[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        """:meth:`set_xfer_handshake_metadata` by ``(stage of the pipeline, tensor rank)``."""
+        size = int(self._vllm_config.parallel_config.tensor_parallel_size)
+        self.set_xfer_handshake_metadata(
+            {stage * size + rank: each for (stage, rank), each in metadata.items()}
+        )
+
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         self._kv_cache_manager = kv_cache_manager
         if self._scheduler is not None:

@@ -27,8 +27,9 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 class EngineGroup:
     """A KV group with what only the engine knows of it.
 
-    ``layer_names`` are vLLM's, in the order of ``group.layers``; ``table`` is the number of vLLM's
-    group, whose block table its layers share with those of other groups of that number.
+    ``group.layers`` are those of this process' stage of the pipeline, by their numbers in the whole
+    model; ``layer_names`` are vLLM's, in their order; ``table`` is the number of vLLM's group,
+    whose block table its layers share with those of other groups of that number.
     """
 
     group: KVGroup
@@ -68,6 +69,8 @@ def _members(vllm_config: VllmConfig, table: int, found: KVCacheGroupSpec) -> li
     """vLLM's group ``table``, by what its layers keep."""
     spec, count = found.kv_cache_spec, len(found.layer_names)
     where = f"KV group {table} ({type(spec).__name__}, {count} layers)"
+    if not found.layer_names:
+        refuse(f"KV group {table}: a stage of the pipeline has none of its layers")
     if found.is_eagle_group:
         refuse(f"{where}: layers of a draft model")
     if not found.enable_kv_transfer or found.host_resident:
@@ -169,17 +172,13 @@ def _layer_number(name: str, where: str) -> int:
 
 
 def refuse_parallel(vllm_config: VllmConfig) -> None:
-    """Raise ``UnsupportedError``, naming the option, for KV of several ranks or of a draft model.
+    """Raise ``UnsupportedError``, naming the option, where ranks share out a prompt's tokens, and
+    for KV of a draft model.
 
     A draft by ``ngram`` has no model, and no KV of its own.
     """
     parallel = vllm_config.parallel_config
-    for name in (
-        "tensor_parallel_size",
-        "pipeline_parallel_size",
-        "decode_context_parallel_size",
-        "prefill_context_parallel_size",
-    ):
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(parallel, name, 1)
         if size > 1:
             raise UnsupportedError(

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any, Protocol
 
-from kvlayer import KVView
+from kvlayer import KVView, Portal
+from kvlayer.errors import ClosedError, ForkedError, MessageError
 from kvlayer.tier.messages import Completion, Order, Task
 from kvlayer.tier.ranks.rank_team import RankTeam, RemoteView
+from kvlayer_vllm.layouts import RankLayout
 from kvlayer_vllm.messages import Answers, RankOrder, Step
 from kvlayer_vllm.moves import Load, Save, Slots
 
 __all__ = ["WorkerLink", "LocalHands", "RemoteHands", "given_up"]
+
+_log = logging.getLogger("vllm.kvlayer")  # below vLLM's, so that its users see it
 
 
 class WorkerLink(Protocol):
@@ -59,19 +66,30 @@ class LocalHands:
 class RemoteHands:
     """Workers have the tensors: orders go out with a step, and completions come back with it.
 
-    An order is carried out in the step it comes with, which may be any: what it reads is held until
-    its completion has come back. ``tables`` as in :class:`LocalHands`.
+    Every rank picks its own orders, begins them with the step they come with, and answers them with
+    this step or a later one. The step may be any: what an order reads is held until its completion
+    has come back. ``shares[r]`` is what rank r holds; ``tables`` as in :class:`LocalHands`. Answers
+    are read on the loop of ``portal``, which is the cache's.
     """
 
     is_local = False
 
-    def __init__(self, ranks: RankTeam, tables: Sequence[int]) -> None:
+    def __init__(
+        self,
+        ranks: RankTeam,
+        shares: Sequence[RankLayout],
+        tables: Sequence[int],
+        portal: Portal,
+    ) -> None:
         self._ranks = ranks
+        self._shares = tuple(shares)
         self._tables = tuple(tables)
+        self._portal = portal
         self._numbers = count(1)
         self._slots: dict[str, tuple[tuple[bytes, ...], Save | Load]] = {}
         """By the name of a view: its slots, and whose they are."""
         self._absent = set(range(len(ranks)))
+        """Those that have not said that they were greeted."""
 
     def view(self, slots: Sequence[Slots], owner: Save | Load) -> KVView:
         self._forget()
@@ -82,18 +100,28 @@ class RemoteHands:
 
     def fill(self, step: Step) -> None:
         if self._absent:
-            step.greeting = self._ranks.greeting()
+            step.greeting, step.shares = self._ranks.greeting(), self._shares
         for order in self._ranks.take():
             known = self._slots.get(order.view)
             if known is None:
                 self._ranks.complete(given_up(order, "whatever it was for is over"))
-            else:
-                step.errands.append(RankOrder(order.to_bytes(), order.verb, known[0]))
+                continue
+            step.views[order.view] = known[0]
+            message = self._ranks.message(order)
+            step.errands.append(RankOrder(order.rank, order.verb, order.view, message))
 
     def hear(self, answers: Answers) -> None:
-        self._absent -= answers.joined
-        for completion in answers.completions:
+        self._absent -= answers.greeted
+        if answers.completions:
+            with suppress(ClosedError, ForkedError):  # nobody waits for them any more
+                self._portal.post([partial(self._complete, each) for each in answers.completions])
+
+    def _complete(self, completion: bytes) -> None:
+        """On the cache's loop."""
+        try:
             self._ranks.complete(completion)
+        except MessageError:
+            _log.exception("a rank's answer was not understood")
 
     def _forget(self) -> None:
         """Views of what is over have no more orders."""

@@ -125,17 +125,20 @@ def rank_layout(
     *,
     rank: int,
 ) -> RankLayout:
-    """The layout of tensor-parallel rank ``rank``, whose layers' tensors are ``tensors`` by name.
+    """How rank ``rank`` of the engine holds its stage's layers; ``tensors`` are theirs, by name.
 
     ``form`` is ``canonical``, ``native`` or ``auto``, which is the default of the module's text.
     Raises ``UnsupportedError``, naming it, for a device, a backend, a packing or a form that cannot
     be.
     """
+    tensor_ranks = int(vllm_config.parallel_config.tensor_parallel_size)
     isas = _isas(vllm_config, groups)
     found: list[GroupLayout] = []
     for number, each in enumerate(groups):
         view = _view(each, each.layer_names[0], tensors)
-        heads = _heads(each, rank) if each.group.kind is AttentionKind.MHA else None
+        heads = None
+        if each.group.kind is AttentionKind.MHA:
+            heads = _heads(each, rank % tensor_ranks, tensor_ranks)
         axes, size, name = _lies(each, view, form, isas[number] if isas else "")
         found.append(GroupLayout(each.group, axes, size, heads=heads, form=name))
     return RankLayout(KVLayout(tuple(found)), isas)
@@ -196,14 +199,14 @@ def _lies(each: EngineGroup, view: Any, form: str, isa: str) -> tuple[tuple[str,
             raise UnsupportedError(
                 "kvlayer cannot carry a CPU's fp8 blocks in form = 'canonical': nobody has "
                 "compared how they are packed",
-                hint="form = 'auto' keeps them as they are",
+                hint="on one rank form = 'auto' keeps them as they are",
             )
         return axes, size, "canonical"
     if form == "canonical" and each.content.is_paged:
         raise UnsupportedError(
             f"kvlayer cannot carry {group.quantisation or group.dtype} of layer "
             f"{each.layer_names[0]!r} in form = 'canonical': only whole blocks mean something",
-            hint="form = 'auto' keeps these as they are, and the others canonical",
+            hint="on one rank form = 'auto' keeps these as they are, and the others canonical",
         )
     if form != "native" and not each.content.is_paged:
         return axes, size, "canonical"
@@ -212,11 +215,13 @@ def _lies(each: EngineGroup, view: Any, form: str, isa: str) -> tuple[tuple[str,
     return ("block", *(axes[axis] for axis in order)), size, f"native:vllm-{letters}-{size}"
 
 
-def _heads(held: EngineGroup, rank: int) -> tuple[int, int]:
-    total = held.group.num_kv_heads
-    first = rank * held.heads % total  # more ranks than heads: neighbours hold the same one
-    if held.heads == 1 and total > 1:
-        first = rank % total
+def _heads(held: EngineGroup, rank: int, ranks: int) -> tuple[int, int]:
+    """The KV heads of one of ``ranks`` tensor-parallel ranks, as vLLM deals them out.
+
+    Of more ranks than heads neighbours hold the same one.
+    """
+    replicas = max(ranks // held.group.num_kv_heads, 1)
+    first = rank // replicas * held.heads
     return first, first + held.heads
 
 

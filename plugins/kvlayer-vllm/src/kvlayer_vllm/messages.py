@@ -19,15 +19,14 @@ __all__ = ["Answers", "RankOrder", "Handshake", "Step"]
 
 @dataclass(frozen=True, slots=True)
 class RankOrder:
-    """An order for a rank in another process, and the slots of the view it names.
+    """An order for a rank in another process. What is said of it need not be read to find it."""
 
-    ``slots[g]`` are int64 in bytes, entry 0 being the view's first token.
-    """
-
-    order: bytes
+    rank: int
     verb: Verb
-    """Which way it goes: whose turn it is not need not be read."""
-    slots: tuple[bytes, ...]
+    """Which way it goes."""
+    view: str
+    """One of ``Step.views``."""
+    order: bytes
 
 
 @dataclass(slots=True)
@@ -37,8 +36,13 @@ class Step(KVConnectorMetadata):
     number: int = 0
     """Counted by the scheduler, from 1."""
     greeting: bytes = b""
-    """For a rank that has not joined yet."""
+    """For ranks that have not heard it yet."""
+    shares: tuple[RankLayout, ...] = ()
+    """With a greeting: what each rank holds of the whole model."""
     errands: list[RankOrder] = field(default_factory=list[RankOrder])
+    """For all ranks."""
+    views: dict[str, tuple[bytes, ...]] = field(default_factory=dict[str, tuple[bytes, ...]])
+    """The slots of each KV group by an order's view: int64 in bytes, entry 0 being its first."""
     loads: list[Load] = field(default_factory=list[Load])
     """To start in this very process; empty where the workers are elsewhere."""
     must_wait: bool = False
@@ -60,15 +64,16 @@ class Answers(KVConnectorWorkerMetadata):
     step: int
     """The step's number."""
     completions: list[bytes] = field(default_factory=list[bytes])
-    joined: set[int] = field(default_factory=set[int])
+    greeted: set[int] = field(default_factory=set[int])
+    """Ranks that have heard the greeting."""
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> Answers:
         """What two workers say, as one."""
         assert isinstance(other, Answers)
         return Answers(
             min(self.step, other.step),
             self.completions + other.completions,
-            self.joined | other.joined,
+            self.greeted | other.greeted,
         )
 
 
@@ -77,6 +82,7 @@ class Handshake(KVConnectorHandshakeMetadata):
     """What a worker tells the scheduler once its tensors are there."""
 
     rank: RankLayout
+    """With the layers of its own stage alone."""
     caches: list[list[Any]] | None
     """The tensors themselves, for a scheduler in the same process."""
 

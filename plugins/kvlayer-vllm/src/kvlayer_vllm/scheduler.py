@@ -34,6 +34,7 @@ from kvlayer_vllm.held_blocks import HeldBlocks
 from kvlayer_vllm.identity import namespace_of
 from kvlayer_vllm.messages import Answers, Handshake, Step
 from kvlayer_vllm.promises import PendingLoads
+from kvlayer_vllm.ranks import count_of, united, whole
 from kvlayer_vllm.scopes import Adapters, scope_of
 from kvlayer_vllm.search import Search
 from kvlayer_vllm.settings import Settings
@@ -66,6 +67,7 @@ class SchedulerHalf:
         self._groups = engine_groups(vllm_config, kv_cache_config)
         self._block_sizes = block_sizes(self._groups)
         self._tables = [each.table for each in self._groups]
+        self._ranks = count_of(vllm_config)
         self._cache_config = settings.cache
         self._adapters = Adapters()
         self._block_table: KVCacheManager = None
@@ -91,16 +93,25 @@ class SchedulerHalf:
     def open(self, workers: Mapping[int, Handshake]) -> None:
         """Open the cache for these workers, by their rank. Raises what ``Cache.open`` raises.
 
-        ``UnsupportedError`` where there are none: each has said in its own log why it is off.
+        ``UnsupportedError`` where one is missing: it has said in its own log why it is off.
         """
-        if not workers:
+        missing = [number for number in range(self._ranks) if number not in workers]
+        if len(missing) == self._ranks:
             raise UnsupportedError("no worker of the engine has introduced itself")
-        ranks = [workers[number].rank for number in sorted(workers)]
-        first = workers[min(workers)]
+        if missing:
+            raise UnsupportedError(
+                f"of the engine's {self._ranks} workers {missing} have not introduced themselves"
+            )
+        first = workers[0]
         self._cache_config = self._settings.fitting(first.rank.native_step)
+        ranks = united(
+            [workers[number].rank for number in range(self._ranks)],
+            self._vllm_config.model_config.hf_text_config,
+        )
+        layout = whole(ranks)
         namespace = namespace_of(
             self._vllm_config,
-            [held.group for held in first.rank.layout.groups],
+            [held.group for held in layout.groups],
             self._cache_config,
             isa=first.rank.isa,
         )
@@ -109,17 +120,15 @@ class SchedulerHalf:
             self._hands = LocalHands(first.caches, self._tables)
             portal = Portal.open(
                 self._cache_config,
-                first.rank.layout,
+                layout,
                 namespace,
                 sinks=sinks,
                 make_stager=first.rank.make_stager(),
             )
         else:
             team = RankTeam([rank.layout for rank in ranks])
-            portal = Portal.open(
-                self._cache_config, first.rank.layout, namespace, sinks=sinks, ranks=team
-            )
-            self._hands = RemoteHands(team, self._tables)
+            portal = Portal.open(self._cache_config, layout, namespace, sinks=sinks, ranks=team)
+            self._hands = RemoteHands(team, ranks, self._tables, portal)
         self._portal = portal
         self._promises = PendingLoads(portal, self._hands, self._block_sizes, self._settings.loads)
         self._stores = Stores(
@@ -133,9 +142,10 @@ class SchedulerHalf:
             on_cut=self._stats.store_cut,
         )
         _log.info(
-            "kvlayer is on: namespace %s, form %s, loads %s",
+            "kvlayer is on: namespace %s, form %s, ranks %d, loads %s",
             namespace.digest[:12],
-            ", ".join(dict.fromkeys(held.form for held in first.rank.layout.groups)),
+            ", ".join(dict.fromkeys(held.form for held in layout.groups)),
+            self._ranks,
             "async" if self._promises.is_async else self._settings.loads,
         )
 

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any, Final, Literal, get_args
 
 from kvlayer import CacheConfig
-from kvlayer.errors import ConfigError
+from kvlayer.errors import ConfigError, UnsupportedError
 
 __all__ = ["Form", "Loads", "Settings"]
 
@@ -57,6 +57,21 @@ class Settings:
             own["held_share"] = _share("held_share", given.pop("held_share"))
         path = given.pop("config", None)
         return cls(CacheConfig.load(path, **given), **own)
+
+    def form_of(self, ranks: int) -> Form:
+        """What an engine of so many ranks keeps: ``canonical`` where ``auto`` has several to serve.
+
+        Raises ``UnsupportedError`` for native blocks of several: they are read by none but the same
+        rank of an engine with as many.
+        """
+        if ranks == 1:
+            return self.form
+        if self.form == "native":
+            raise UnsupportedError(
+                f"form = 'native' keeps the blocks of one rank, and this engine has {ranks}",
+                hint="form = 'canonical', which is what form = 'auto' means with several ranks",
+            )
+        return "canonical"
 
     def fitting(self, native_step: int) -> CacheConfig:
         """The cache's configuration where native blocks have ``native_step`` tokens; 1: none.

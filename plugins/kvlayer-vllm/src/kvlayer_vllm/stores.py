@@ -11,6 +11,8 @@ from functools import partial
 from kvlayer import Cache, CacheConfig, Portal
 from kvlayer.errors import BackendError, IdentityError, KVLayerError
 from kvlayer.runtime.job import Job
+from kvlayer.runtime.turns import in_turns
+from kvlayer.tier.planner.records import HostState
 from kvlayer_vllm.block_events import BlockEvents
 from kvlayer_vllm.engine import KVCacheManager
 from kvlayer_vllm.hands import WorkerLink
@@ -157,11 +159,13 @@ class Stores:
         """Empty the cache, in all tiers, of this namespace. Whether nothing of it is left.
 
         What is being stored is given up first, or it would be there again. Waits at most
-        ``close_seconds``.
+        ``close_seconds``, and not for what ranks elsewhere are copying: they answer with the
+        engine's next steps, and what was given up by then is never served.
         """
         for save in self._running:
             save.cancel()
-        job: Job[bool] = self._portal.submit(_emptied, [*self._running])
+        await_copies = self._hands.is_local
+        job: Job[bool] = self._portal.submit(_emptied, [*self._running], await_copies)
         try:
             return job.wait(self._config.close_seconds)
         except KVLayerError:
@@ -170,16 +174,30 @@ class Stores:
             return False
 
 
-async def _emptied(cache: Cache, saves: Sequence[Save]) -> bool:
-    """What is under way would be there again once it ends: that comes first."""
+async def _emptied(cache: Cache, saves: Sequence[Save], await_copies: bool) -> bool:
+    """What is under way would be there again once it ends: that comes first.
+
+    All of it was cancelled. A save that is still being copied ends without having stored that.
+    """
     left = _TRIES
     while left:
-        if all(save.has_ended for save in saves):
+        if all(save.has_ended or not (await_copies or save.is_over) for save in saves):
             left -= 1
             await cache.flush()
             with suppress(BackendError):  # something is left, which the figures say
                 await cache.control.clear()
-            if not any(tier.objects for tier in cache.control.stats().tiers):
+            if await _is_empty(cache, await_copies):
                 return True
         await asyncio.sleep(_TRY_SECONDS)
     return False
+
+
+async def _is_empty(cache: Cache, await_copies: bool) -> bool:
+    """Whether no tier has anything; what ranks are still copying into memory is not there yet."""
+    host, *lower = cache.control.stats().tiers
+    if any(tier.objects for tier in lower):
+        return False
+    if await_copies or not host.objects:
+        return not host.objects
+    found = await in_turns(cache.stack.planner.resident())
+    return not any(record.host is HostState.READY for record in found)

@@ -1,4 +1,4 @@
-"""A worker's half: waits for copies that its step depends on, and carries out orders."""
+"""A worker's half: waits for copies that its step depends on, and begins its rank's orders."""
 
 from __future__ import annotations
 
@@ -7,25 +7,21 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from kvlayer import KVView
-from kvlayer.api.rank_worker import RankWorker
-from kvlayer.runtime.loop_thread import LoopThread
-from kvlayer.tier.messages import Task, Verb
+from kvlayer.tier.messages import Verb
 from kvlayer_vllm.engine import KVCacheConfig, VllmConfig, make_scales
 from kvlayer_vllm.groups import engine_groups
-from kvlayer_vllm.hands import given_up
 from kvlayer_vllm.layouts import RankLayout, caches_of, check_device, rank_layout
-from kvlayer_vllm.messages import Answers, Handshake, Step
+from kvlayer_vllm.messages import Answers, Handshake, RankOrder, Step
 from kvlayer_vllm.moves import Load
+from kvlayer_vllm.orders import Orders
+from kvlayer_vllm.ranks import count_of
 from kvlayer_vllm.settings import Settings
 
 __all__ = ["WorkerHalf"]
 
 _log = logging.getLogger("vllm.kvlayer")  # below vLLM's, so that its users see it
 
-_IDLE_SECONDS = 0.0005  # as long as vLLM's own loop sleeps after a step without work, and less
+_IDLE_SECONDS = 0.0002  # a step that computes nothing leaves the processor to others for so long
 
 
 class WorkerHalf:
@@ -36,16 +32,15 @@ class WorkerHalf:
     ) -> None:
         check_device()
         self._vllm_config = vllm_config
-        self._form = settings.form
+        self._form = settings.form_of(count_of(vllm_config))
         self._groups = engine_groups(vllm_config, kv_cache_config)
         self._number = int(vllm_config.parallel_config.rank)
         self._held: RankLayout | None = None
         self._is_alone = vllm_config.parallel_config.distributed_executor_backend == "uni"
         self._caches: list[list[Any]] = []
-        self._rank: LoopThread[RankWorker] | None = None
-        self._has_tried = False
-        self._completions: list[bytes] = []
-        self._joined: set[int] = set()
+        self._orders: Orders | None = None
+        """None beside a scheduler, which copies itself."""
+        self._is_greeted = False
         self._invalid: set[int] = set()
         self._is_layerwise = settings.loads == "layerwise"
         self._places = {
@@ -69,6 +64,8 @@ class WorkerHalf:
                 for name in each.layer_names:
                     make_scales(self._vllm_config, name, tensors[name])
         self._held = held
+        if not self._is_alone:
+            self._orders = Orders(self._number, held)
 
     def handshake(self) -> Handshake:
         """What the scheduler must know of this worker, once it has its tensors."""
@@ -76,17 +73,12 @@ class WorkerHalf:
         return Handshake(self._held, self._caches if self._is_alone else None)
 
     def before_step(self, step: Step) -> None:
-        """Join where that is asked for, and gather what was ordered. Nothing else waits here."""
-        if step.greeting and not self._has_tried:
-            self._has_tried = True  # once: a rank that cannot join would cost something every step
-            assert self._held is not None
-            self._rank = RankWorker.start(
-                step.greeting,
-                self._held.layout,
-                self._number,
-                make_stager=self._held.make_stager(),
-            )
-            self._joined.add(self._number)
+        """Begin to join where that is asked for, and to gather what was ordered. Nothing waits."""
+        if self._orders is None:
+            return
+        if step.greeting and not self._is_greeted:
+            self._is_greeted = True
+            self._orders.join(step.greeting, step.shares[self._number])
         self._carry_out(step, Verb.GATHER)
 
     def load(self, step: Step) -> None:
@@ -99,8 +91,10 @@ class WorkerHalf:
                 for load in self._loads:
                     load.wait()
         self._carry_out(step, Verb.SCATTER)
-        if step.is_idle:
+        if step.is_idle and self._orders is None:
             time.sleep(_IDLE_SECONDS)
+        elif step.is_idle and self._orders is not None:
+            self._orders.rest(_IDLE_SECONDS)
 
     def layer(self, name: str) -> None:
         """Attention over this layer is next: wait for what is loaded into it."""
@@ -126,26 +120,25 @@ class WorkerHalf:
         self._loads = []
 
     def _carry_out(self, step: Step, verb: Verb) -> None:
-        """Carry out the step's orders of one kind; those that are left are not answered yet."""
-        for errand in tuple(step.errands):
-            if errand.verb is not verb:
-                continue
-            assert self._rank is not None
-            slots = [np.frombuffer(each, np.int64) for each in errand.slots]
-            view = KVView(self._caches, slots)
-            self._completions.append(self._rank.call(RankWorker.carry_out, errand.order, view))
-            step.errands.remove(errand)
+        """Begin this rank's orders of one kind; those that are left have not begun."""
+        for order in [each for each in self._mine(step) if each.verb is verb]:
+            assert self._orders is not None
+            self._orders.begin(order, step.views[order.view], self._caches)
+            step.errands.remove(order)
+
+    def _mine(self, step: Step) -> list[RankOrder]:
+        return [each for each in step.errands if each.rank == self._number]
 
     def give_up(self, step: Step) -> None:
-        """A hook of this step has failed: none of its loads counts, and every order is answered."""
+        """A hook of this step has failed: none of its loads counts, and no more orders begin."""
         for load in step.loads:
             load.distrust()
         if step.must_wait:
             self._loads = step.loads
-        for errand in step.errands:
-            order = Task.from_bytes(errand.order)
-            self._completions.append(given_up(order, "the worker's hook has failed"))
-        step.errands = []
+        for order in self._mine(step):
+            assert self._orders is not None
+            self._orders.give_up(order)
+            step.errands.remove(order)
 
     def invalid_blocks(self, step: Step) -> set[int]:
         """Blocks that were to be loaded by now and were not."""
@@ -164,12 +157,13 @@ class WorkerHalf:
 
     def answers(self, step: Step) -> Answers:
         """What the scheduler is to hear with this step, each time at least its number."""
-        found = Answers(step.number, self._completions, self._joined)
-        self._completions, self._joined = [], set()
-        return found
+        if self._orders is None:
+            return Answers(step.number)
+        greeted = {self._number} if self._is_greeted else set[int]()
+        return Answers(step.number, self._orders.answers(), greeted)
 
     def close(self) -> None:
         """Leave. Idempotent."""
-        rank, self._rank = self._rank, None
-        if rank is not None:
-            rank.close()
+        orders, self._orders = self._orders, None
+        if orders is not None:
+            orders.close()

@@ -35,6 +35,8 @@ from kvlayer.tier.transfer.device import Device
 
 __all__ = ["RankDevice", "RankTeam", "RemoteView"]
 
+_SLICE = 32  # pieces of which the orders are made in one turn of the loop
+
 
 @dataclass(frozen=True, slots=True)
 class RemoteView(KVView):
@@ -84,6 +86,8 @@ class RankTeam:
         self._outbox: dict[int, Order] = {}
         """What nobody took yet, by number."""
         self._open: dict[int, tuple[Order, _Move]] = {}
+        self._messages: dict[int, bytes] = {}
+        """Of the open orders, by number."""
         self._down: dict[int, str] = {}
         self._next = 1
         self._slab: Slab | None = None
@@ -116,6 +120,15 @@ class RankTeam:
             taken = [*self._outbox.values()]
             self._outbox.clear()
             return taken
+
+    def message(self, order: Order) -> bytes:
+        """``order.to_bytes()`` of one that was taken. At once: it was made on the cache's loop.
+
+        For hundreds of objects that is the most that an order costs, and who takes may be in haste.
+        """
+        with self._changed:
+            known = self._messages.get(order.number)
+        return order.to_bytes() if known is None else known
 
     def complete(self, packed: bytes) -> None:
         """A rank has answered. What comes too late, after :meth:`lost` or closing, is ignored.
@@ -188,15 +201,22 @@ class RankTeam:
         loop = asyncio.get_running_loop()
         shared = shares(verb, pieces, self._parts)
         moving = _Move(Tally(pieces, shared), loop, loop.create_future())
+        orders = [
+            self._numbered(Order(0, rank, verb, view, start, stop, tuple(some)))
+            for rank, its in shared.items()
+            for some in _batches(its)
+        ]
+        messages: list[bytes] = []
+        for order in orders:
+            if len(pieces) > _SLICE:
+                await asyncio.sleep(0)
+            messages.append(order.to_bytes())
         with self._changed:
             down = next((self._down[rank] for rank in shared if rank in self._down), None)
             if down is not None:  # what the others moved would be of no use
                 return [Outcome(piece.key, Cause.RANK_DOWN, down) for piece in pieces]
-            orders = [
-                self._post(moving, Order(0, rank, verb, view, start, stop, tuple(some)))
-                for rank, its in shared.items()
-                for some in _batches(its)
-            ]
+            for order, message in zip(orders, messages, strict=True):
+                self._post(moving, order, message)
             if moving.tally.is_done:
                 return moving.tally.missed()
             self._changed.notify_all()
@@ -211,12 +231,15 @@ class RankTeam:
             raise asyncio.CancelledError
         return moving.tally.missed()
 
-    def _post(self, moving: _Move, order: Order) -> Order:
-        numbered = order._replace(number=self._next)
-        self._next += 1
-        self._open[numbered.number] = numbered, moving
-        self._outbox[numbered.number] = numbered
-        return numbered
+    def _numbered(self, order: Order) -> Order:
+        with self._changed:
+            self._next += 1
+            return order._replace(number=self._next - 1)
+
+    def _post(self, moving: _Move, order: Order, message: bytes) -> None:
+        self._open[order.number] = order, moving
+        self._messages[order.number] = message
+        self._outbox[order.number] = order
 
     def _withdraw(self, orders: Sequence[Order]) -> None:
         with self._changed:
@@ -230,6 +253,7 @@ class RankTeam:
 
     def _settle(self, order: Order, outcomes: Sequence[Outcome]) -> None:
         _, moving = self._open.pop(order.number)
+        del self._messages[order.number]
         moving.tally.report(order.rank, outcomes)
         if moving.tally.is_done:
             with suppress(RuntimeError):  # the loop is gone, and with it who waited

@@ -222,6 +222,12 @@ class Engine:
         """Hooks of kvlayer's that raised."""
         return sum(each.troubles for each in (self.connector, *(r.connector for r in self.ranks)))
 
+    @property
+    def loops(self) -> list[Any]:
+        """Those on which kvlayer moves bytes: the scheduler's, then the ranks' own."""
+        orders = [rank.connector._worker._orders for rank in self.ranks]
+        return [self.connector.scheduler.portal, *(each._thread for each in orders if each)]
+
     def close(self) -> None:
         self.connector.shutdown()
         for rank in self.ranks:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kvlayer_vllm import engine, scheduler
+from kvlayer_vllm import engine, layouts
 from kvlayer_vllm.held_blocks import HeldBlocks
 from kvlayer_vllm.moves import Save
 from kvlayer_vllm.steps_under_way import StepsUnderWay
@@ -26,15 +26,12 @@ class WrongKVError(AssertionError):
 
 
 @contextmanager
-def lifted(*, ranks: int = 1) -> Generator[None]:
-    """The one place where the rig lifts the adapter's refusals: of several ranks, and of loads that
-    a step waits for.
+def lifted() -> Generator[None]:
+    """The one place where the rig lifts the adapter's refusals: of loads that a step waits for.
 
     Goes when the adapter no longer refuses them.
     """
     with pytest.MonkeyPatch.context() as patch:
-        if ranks > 1:
-            patch.setattr(scheduler, "refuse_parallel", lambda _config: None)
         patch.setattr(engine, "RECOMPUTES_IN_STEP", engine.TESTED[0])
         yield
 
@@ -90,9 +87,23 @@ def blocks_not_held() -> Generator[None]:
         yield
 
 
+@contextmanager
+def heads_by_turns() -> Generator[None]:
+    """Of more ranks than heads every other is taken for holding the same one, not neighbours."""
+
+    def by_turns(held: Any, rank: int, _ranks: int) -> tuple[int, int]:
+        first = rank * held.heads % held.group.num_kv_heads
+        return first, first + held.heads
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layouts, "_heads", by_turns)
+        yield
+
+
 FAULTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "in flight counts": in_flight_counts,
     "found counts": found_counts,
     "last step counts": last_step_counts,
     "blocks not held": blocks_not_held,
+    "heads by turns": heads_by_turns,
 }

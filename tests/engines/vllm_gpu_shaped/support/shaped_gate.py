@@ -1,9 +1,10 @@
 """Copies that wait for their turn: when the cache moves bytes is a seed's choice, not a thread's.
 
 Inside :func:`by_turns` nothing of kvlayer's runs beside the test: work for threads is done on the
-loop that asks for it, and the scheduler's loop stands still but for :meth:`Gate.turn`, which lets
-it run until it has nothing to do. Every copy between host memory and an engine's tensors waits at
-the gate for some turns. So a seed plays the same hooks, copies and failures each time.
+loop that asks for it, and the loops of scheduler and ranks stand still but for :meth:`Gate.turn`,
+which lets one after the other run until it has nothing to do. Every copy between host memory and an
+engine's tensors waits at the gate for some turns. So a seed plays the same hooks, copies and
+failures each time.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Any
 
 import pytest
 
-from kvlayer import Cache, Portal
 from kvlayer.abc.stager import HostCopy, Stager
 from kvlayer.layout import KVLayout, KVView
+from kvlayer.runtime.job import Job
+from kvlayer.runtime.loop_thread import LoopThread
 from kvlayer.runtime.offload import Offload
 from kvlayer.staging.torch_stager import TorchStager
 from kvlayer_vllm import layouts, moves, worker
@@ -38,6 +40,16 @@ class _Waiting:
     go_on: asyncio.Future[None]
 
 
+@dataclass(slots=True, eq=False)
+class _Stand:
+    """A loop that stands still between turns."""
+
+    loop: asyncio.AbstractEventLoop | None = None
+    waiting: list[_Waiting] = field(default_factory=list[_Waiting])
+    stands: threading.Event = field(default_factory=threading.Event)
+    go_on: threading.Event = field(default_factory=threading.Event)
+
+
 @dataclass
 class Gate:
     """Where copies wait. ``slowest``: turns that one waits at most; ``failing``: loads of a
@@ -48,31 +60,36 @@ class Gate:
     failing: int = 10
     failed: int = 0
     """Loads that failed so far."""
-    _waiting: list[_Waiting] = field(default_factory=list[_Waiting])
-    _loop: asyncio.AbstractEventLoop | None = None
-    _stands: threading.Event = field(default_factory=threading.Event)
-    _go_on: threading.Event = field(default_factory=threading.Event)
+    _stands: list[_Stand] = field(default_factory=list[_Stand])
     _is_open: bool = False
 
     @contextmanager
-    def guarding(self, portal: Portal) -> Generator[None]:
-        """This portal's loop stands still. A rank's own does not: its engine waits for it."""
-        job = portal.submit(self._stand)
-        self._stands.wait()
+    def guarding(self, *threads: LoopThread[Any]) -> Generator[None]:
+        """These loops stand still: the scheduler's, and those of ranks elsewhere."""
+        jobs = [self._guarded(thread) for thread in threads]
         try:
             yield
         finally:
             self._is_open = True
-            self._go_on.set()
-            job.result()
+            for stand in self._stands:
+                stand.go_on.set()
+            for job in jobs:
+                job.result()
 
-    async def _stand(self, _: Cache) -> None:
-        self._loop = asyncio.get_running_loop()
+    def _guarded(self, thread: LoopThread[Any]) -> Job[None]:
+        stand = _Stand()
+        job = thread.submit(self._stand, stand)
+        stand.stands.wait()
+        self._stands.append(stand)
+        return job
+
+    async def _stand(self, _: Any, stand: _Stand) -> None:
+        stand.loop = asyncio.get_running_loop()
         while True:
-            self._stands.set()
-            self._go_on.wait()  # on purpose on the loop: nothing of it runs meanwhile
-            self._go_on.clear()
-            for each in tuple(self._waiting):
+            stand.stands.set()
+            stand.go_on.wait()  # on purpose on the loop: nothing of it runs meanwhile
+            stand.go_on.clear()
+            for each in tuple(stand.waiting):
                 each.turns -= 1
                 if (each.turns <= 0 or self._is_open) and not each.go_on.done():
                     each.go_on.set_result(None)
@@ -81,24 +98,27 @@ class Gate:
                 return
 
     def turn(self) -> None:
-        """One turn passes; what may go on goes on until the loop has nothing to do."""
-        self._stands.clear()
-        self._go_on.set()
-        self._stands.wait()
+        """One turn passes; what may go on goes on until its loop has nothing to do."""
+        for stand in self._stands:
+            stand.stands.clear()
+            stand.go_on.set()
+            stand.stands.wait()
 
     async def passed(self) -> None:
         """Wait for one's turn, on the loop."""
-        if asyncio.get_running_loop() is not self._loop or self._is_open:
+        loop = asyncio.get_running_loop()
+        stand = next((each for each in self._stands if each.loop is loop), None)
+        if stand is None or self._is_open:
             return
         turns = self.rng.choice((0, 0, 1, self.rng.randint(1, self.slowest)))
         if not turns:
             return
-        waiting = _Waiting(turns, asyncio.get_running_loop().create_future())
-        self._waiting.append(waiting)
+        waiting = _Waiting(turns, loop.create_future())
+        stand.waiting.append(waiting)
         try:
             await waiting.go_on
         finally:
-            self._waiting.remove(waiting)
+            stand.waiting.remove(waiting)
 
     def fails(self) -> bool:
         """Whether the load at the gate is one that fails."""

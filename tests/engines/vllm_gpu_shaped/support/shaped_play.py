@@ -68,9 +68,9 @@ def play(configs: Configs, seed: int, *, fault: str = "") -> Account:
     rng = random.Random(seed)
     gate = Gate(random.Random(seed + 1), failing=rng.choice((0, 20, 50)))
     broken = FAULTS[fault]() if fault else nullcontext()
-    with by_turns(gate), lifted(ranks=configs.setting.ranks), broken:
+    with by_turns(gate), lifted(), broken:
         engine = Engine(configs, rng)
-        with closing(engine), gate.guarding(engine.connector.scheduler.portal):
+        with closing(engine), gate.guarding(*engine.loops):
             account, traffic = Account(seed), _Traffic(rng)
             _busy(engine, gate, rng, traffic, account)
             _rested(engine, gate, account)
