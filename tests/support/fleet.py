@@ -47,6 +47,7 @@ class Fleet:
         """Carry orders out until ``job`` is done; its result."""
         while not job.done():
             for order in self.ranks.take(0.01):
+                assert self.ranks.message(order) == order.to_bytes()
                 self.orders.append(order)
                 self.ranks.complete(self.answer(order))
         return job.wait(0)

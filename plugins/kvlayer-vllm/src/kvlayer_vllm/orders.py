@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, wait
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -68,7 +69,10 @@ class Orders:
 
     def rest(self, seconds: float) -> None:
         """Let an engine rest that computes nothing: until an order has ended, at most so long."""
-        wait([each.job for each in self._under_way], seconds, FIRST_COMPLETED)
+        if self._under_way:
+            wait([each.job for each in self._under_way], seconds, FIRST_COMPLETED)
+        else:
+            time.sleep(seconds)
 
     def answers(self) -> list[bytes]:
         """The completions that nobody has taken yet."""

@@ -91,10 +91,9 @@ class WorkerHalf:
                 for load in self._loads:
                     load.wait()
         self._carry_out(step, Verb.SCATTER)
-        if step.is_idle and self._orders is None:
-            time.sleep(_IDLE_SECONDS)
-        elif step.is_idle and self._orders is not None:
-            self._orders.rest(_IDLE_SECONDS)
+        if step.is_idle:
+            rest = time.sleep if self._orders is None else self._orders.rest
+            rest(_IDLE_SECONDS)
 
     def layer(self, name: str) -> None:
         """Attention over this layer is next: wait for what is loaded into it."""
