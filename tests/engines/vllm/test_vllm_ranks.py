@@ -131,15 +131,16 @@ def stored(
     return fill
 
 
-CI = [(REPLICAS, REPLICAS), (BOTH, BOTH), (ONE, TWO), (TWO, ONE)]
+PAIRS = [(REPLICAS, REPLICAS), (BOTH, BOTH), (ONE, TWO), (TWO, ONE)]
 MORE = [(TWO, TWO), (STAGES, STAGES), (FOUR, TWO), (TWO, FOUR)]
+"""Those that are left to a campaign, but for the first."""
 
 
-def test_engines_answer_from_what_others_have_stored(
-    engine_of: Any, stored: Any, cold: Any, dose: Any, figures: Any
-) -> None:
-    """Each read by a fresh process. Of the pairs some are left to a campaign."""
-    for writes, reads in [*CI, *MORE][: dose(len(CI), len(CI) + len(MORE))]:
+@pytest.fixture
+def answers_from(engine_of: Any, stored: Any, cold: Any, figures: Any) -> Callable[..., None]:
+    """``answers_from(writes, reads)``: what one has stored a fresh process of the other loads."""
+
+    def check(writes: Shape, reads: Shape) -> None:
         process = engine_of(reads, stored(writes))
         found = [process("ask", [each], ANSWER)[0] for each in PROMPTS]
         assert [answer for answer, _ in found] == cold(reads), (writes, reads)
@@ -150,6 +151,20 @@ def test_engines_answer_from_what_others_have_stored(
         assert state["on"] and state["loaded"] >= sum(USABLE) * state["token_nbytes"]
         assert (state["troubles"], state["leases"], state["pinned"]) == (0, 0, 0)
         figures("vllm.ranks", writes=str(writes), reads=str(reads), loaded=state["loaded"])
+
+    return check
+
+
+@pytest.mark.parametrize(("writes", "reads"), PAIRS)
+def test_an_engine_answers_from_what_another_has_stored(
+    writes: Shape, reads: Shape, answers_from: Any
+) -> None:
+    answers_from(writes, reads)
+
+
+def test_more_engines_answer_from_what_others_have_stored(answers_from: Any, dose: Any) -> None:
+    for writes, reads in MORE[: dose(1, len(MORE))]:
+        answers_from(writes, reads)
 
 
 def test_a_map_of_heads_that_is_not_vllms_answers_wrongly(
