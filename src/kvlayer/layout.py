@@ -365,7 +365,12 @@ class KVView:
 
     The engine owns the memory. It must not free, move or rewrite it until the call returns, also
     when the call is cancelled: every call returns only once it has let go of the view.
+
     ``stream`` is the raw handle of the device stream the engine computes on (0: its default one).
+    The call follows what is queued on it when the call begins, whichever thread has queued it.
+    ``ready`` says exactly what it follows: the raw handle of a device event that the engine has
+    recorded on ``stream`` (0: none), and keeps until the call returns. What was queued later holds
+    nothing up then, except where torch copies.
 
     ``loaded`` is told of layers as soon as all the copies are queued that a load's call makes into
     them, in the order of layers, from a thread of kvlayer's. An engine whose stream waits for the
@@ -378,6 +383,7 @@ class KVView:
     slots: Sequence[Any]
     stream: int = 0
     loaded: Callable[[LoadedLayers], None] | None = None
+    ready: int = 0
 
     @property
     def num_tokens(self) -> int:

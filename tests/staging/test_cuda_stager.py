@@ -176,6 +176,44 @@ async def test_what_the_engine_queues_after_a_call_began_holds_up_none_of_its_ba
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("layout", [PAGED, WHOLE], ids=["ring", "straight"])
+async def test_a_call_with_an_event_follows_that_and_nothing_the_engine_has_queued_since(
+    layout: KVLayout,
+) -> None:
+    gpu = Gpu("lazy")
+    async with stage(gpu, Calls(), layout) as on:
+        slots, copies, values = on.engine.engine.slots(80), on.copies(5), on.engine.noise(1)
+        on.engine.write(values)
+        view = replace(on.engine.view(slots), ready=on.engine.queued())
+        release = gpu.hold(on.engine.stream)
+        await on.stager.gather(view, copies)
+        wanted = await oracle(twin(on, values)[0], slots, copies, gather=True)
+        on.expect("of a store", on.host(copies), wanted)
+        release()
+        on.engine.write(on.engine.noise(2), "zeroes for the next tenant")
+        view = replace(on.engine.view(slots), ready=on.engine.queued())
+        release = gpu.hold(on.engine.stream)
+        await on.stager.scatter(view, copies)
+        release()
+        gpu.drain()
+        found = await oracle(twin(on, on.engine.bits())[0], slots, copies, gather=True)
+        on.expect("of a load", found, wanted)
+    assert not on.faults
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("verb", ["gather", "scatter"])
+async def test_a_call_whose_event_comes_before_the_engines_work_races_with_it(verb: str) -> None:
+    gpu = Gpu("race")
+    async with stage(gpu, Calls(), PAGED) as on:
+        slots, copies = on.engine.engine.slots(80), on.copies(5)
+        view = replace(on.engine.view(slots), ready=on.engine.queued())
+        on.engine.write(on.engine.noise(1))
+        await getattr(on.stager, verb)(view, copies)
+    assert any("the model" in fault for fault in on.faults), "a control: no order was there"
+
+
+@pytest.mark.asyncio
 async def test_what_is_wrong_with_a_call_is_said_before_anything_moves() -> None:
     gpu = Gpu("eager")
     async with stage(gpu, Calls(), PAGED) as on:

@@ -61,6 +61,13 @@ class GpuEngine:
         """What the engine lends: every group has these slots."""
         return KVView(self.caches, [slots] * len(self.caches), self.stream, loaded)
 
+    def queued(self) -> int:
+        """An event behind what is on the engine's stream by now, as an engine's hook makes it."""
+        event = self.gpu.new_event()
+        self.gpu.device = self.number
+        self.gpu.record(event, self.stream)
+        return event
+
     def write(self, values: Sequence[np.ndarray[Any, Any]], label: str = "the model") -> None:
         """Queue a kernel that writes all of the cache: a value per storage, whole."""
         for (start, nbytes), value in zip(self.storages(), values, strict=True):

@@ -5,7 +5,7 @@
     engine's stream ---ready--->  compute: gather, scatter
                                   down:    ring slot -> host
                                   up:      host -> ring slot, or straight into blocks
-    ready       what the engine had queued when a call began: before any batch of the call
+    ready       what the engine had queued by its event, or when a call began: before any batch
     slot.full   its writer has ended:  gather -> copy down,  copy up -> scatter
     slot.free   its reader has ended:  copy down, scatter -> the next gather or copy up
     done        the last of a batch has ended: the thread that queued it, and nobody else, sleeps
@@ -31,7 +31,7 @@ from kvlayer.staging.cuda.pinned import PinnedSlab
 from kvlayer.staging.cuda.programs import Program, Programs
 from kvlayer.staging.cuda.ring import Ring, Slot
 from kvlayer.staging.cuda.runs import Runs
-from kvlayer.staging.cuda.runtime import Event, Runtime, Stream, cuda_errors
+from kvlayer.staging.cuda.runtime import Event, Recorded, Runtime, Stream, cuda_errors
 from kvlayer.staging.cuda.tables import Arena, Arenas
 from kvlayer.staging.kernels.plan import Plan
 from kvlayer.staging.lazy import np
@@ -64,9 +64,9 @@ class Call:
         """Addresses of host memory, by the identity of its memoryview."""
 
     @property
-    def ready(self) -> Event:
-        """Behind what the engine had queued when the call began."""
-        return self.marks.taken[0]
+    def ready(self) -> Event | Recorded:
+        """Behind what the engine had queued when the call began, or by its own event."""
+        return Recorded(self.view.ready) if self.view.ready else self.marks.taken[0]
 
 
 class Pipeline:
@@ -115,10 +115,11 @@ class Pipeline:
         return Call(view, programs, Marks(self._event))
 
     def begin(self, call: Call) -> None:
-        """Its batches follow what the engine has queued by now, and nothing that comes later."""
+        """Its batches follow what the engine has queued, by its event or by now."""
         self._runtime.setDevice(self.number)
-        with self._turn:
-            call.marks.marked(call.view.stream)
+        if not call.view.ready:
+            with self._turn:
+                call.marks.marked(call.view.stream)
 
     def end(self, call: Call) -> None:
         """None of its batches is under way, or will be."""

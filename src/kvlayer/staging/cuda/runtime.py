@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 __all__ = [
     "ALIGNMENT",
     "PORTABLE",
     "Event",
+    "Recorded",
     "Runtime",
     "Stream",
     "cuda_errors",
@@ -76,7 +77,7 @@ class Stream:
         self._runtime = runtime
         self.ptr = runtime.streamCreateWithPriority(_NON_BLOCKING, _HIGHEST)
 
-    def wait(self, event: Event) -> None:
+    def wait(self, event: Event | Recorded) -> None:
         """What is queued from now on follows the last record of ``event`` before this call."""
         self._runtime.streamWaitEvent(self.ptr, event.ptr)
 
@@ -86,6 +87,12 @@ class Stream:
 
     def close(self) -> None:
         self._runtime.streamDestroy(self.ptr)
+
+
+class Recorded(NamedTuple):
+    """An event that somebody else has made and recorded, by its handle."""
+
+    ptr: int
 
 
 class Event:
