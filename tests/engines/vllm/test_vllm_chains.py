@@ -13,6 +13,7 @@ import pytest
 from kvlayer import KVView, Portal, Scope
 from kvlayer.identity.chain import ChunkChain
 from kvlayer.identity.tokens import Tokens, token_bytes
+from kvlayer_vllm.device_order import NOTHING
 from kvlayer_vllm.moves import Save
 from kvlayer_vllm.token_ids import TokenIds
 
@@ -170,7 +171,9 @@ async def test_a_store_lets_others_run_while_it_names_a_long_prompt(
 
     save, portal = Save("r"), OnLoop()
     naming = partial(ids.chain_in_slices, tokens=ids.upto(200_000), scope=Scope())
-    save.begin(cast("Portal", portal), naming, cast("KVView", None), first_token=0, tail=True)
+    save.begin(
+        cast("Portal", portal), naming, cast("KVView", None), NOTHING, first_token=0, tail=True
+    )
     other = asyncio.ensure_future(others())
     await portal.work
     other.cancel()

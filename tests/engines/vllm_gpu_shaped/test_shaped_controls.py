@@ -37,6 +37,10 @@ def found_at(configs: Any, figures: Any, name: str, setting: str, **how: Any) ->
         ("blocks not held", "three steps"),
         ("blocks not held", "two tensor ranks"),
         ("heads by turns", "four tensor ranks"),
+        ("copies follow nothing", "a GPU, checked"),
+        ("copies follow nothing", "two GPU ranks, checked"),
+        ("copies follow too little", "a GPU, checked"),
+        ("copies follow too little", "two GPU ranks, checked"),
     ],
 )
 def test_a_precaution_that_is_taken_away_is_missed(

@@ -33,6 +33,7 @@ from kvlayer.payload import Payload
 from kvlayer.staging.cuda.devices import Devices
 from kvlayer.staging.cuda.stager import DeviceStager
 from kvlayer.staging.torch_stager import TorchStager
+from kvlayer_vllm.device_order import EngineStream
 from kvlayer_vllm.hands import LocalHands
 from kvlayer_vllm.specs import Content
 
@@ -289,7 +290,7 @@ def part_of(found: Held, tokens: int) -> Payload:
 @asynccontextmanager
 async def by_torch(found: Held, tensors: Tensors) -> AsyncGenerator[Ready]:
     stager = TorchStager(found.layout, threads=1)
-    hands = LocalHands([found.views], (0,))
+    hands = LocalHands([found.views], (0,), EngineStream("cpu"))
 
     def copy(tokens: int) -> HostCopy:
         payload = part_of(found, tokens)
@@ -305,7 +306,7 @@ async def by_torch(found: Held, tensors: Tensors) -> AsyncGenerator[Ready]:
 async def by_device(found: Held, tensors: Tensors) -> AsyncGenerator[Ready]:
     """The pipeline of a CUDA device, on a simulated one that does nothing before it must."""
     gpu = Gpu("lazy")
-    hands = LocalHands([found.views], (0,))
+    hands = LocalHands([found.views], (0,), EngineStream("cpu"))
     with fake_cupy.install(gpu):
         slab = Slab(4 << 20)
         stager = DeviceStager(

@@ -14,6 +14,7 @@ from kvlayer import KVView, Portal
 from kvlayer.errors import ClosedError, ForkedError, MessageError
 from kvlayer.tier.messages import Completion, Order, Task
 from kvlayer.tier.ranks.rank_team import RankTeam, RemoteView
+from kvlayer_vllm.device_order import NOTHING, EngineStream, Queued
 from kvlayer_vllm.layouts import RankLayout
 from kvlayer_vllm.messages import Answers, RankOrder, Step
 from kvlayer_vllm.moves import Load, Save, Slots
@@ -33,6 +34,10 @@ class WorkerLink(Protocol):
         """Lend these slots, one array for each group of vLLM's, until ``owner`` is over."""
         ...
 
+    def queued(self) -> Queued:
+        """What a copy of this process must follow that reads what steps have computed by now."""
+        ...
+
     def fill(self, step: Step) -> None:
         """Put into a step what the workers are to do."""
         ...
@@ -46,15 +51,20 @@ class WorkerLink(Protocol):
 class LocalHands:
     """Engine and cache are one process: its tensors are lent as they are.
 
-    ``tables`` says for each KV group whose block table it has, of vLLM's groups.
+    ``tables`` says for each KV group whose block table it has, of vLLM's groups; ``stream`` is what
+    computes in the tensors.
     """
 
     caches: list[list[Any]]
     tables: Sequence[int]
+    stream: EngineStream
     is_local: bool = True
 
     def view(self, slots: Sequence[Slots], owner: Save | Load) -> KVView:
         return KVView(self.caches, [slots[table] for table in self.tables])
+
+    def queued(self) -> Queued:
+        return self.stream.queued()
 
     def fill(self, step: Step) -> None:
         """Nothing."""
@@ -97,6 +107,10 @@ class RemoteHands:
         by_group = [slots[table] for table in self._tables]
         self._slots[name] = tuple(each.tobytes() for each in by_group), owner
         return RemoteView.of(name, *by_group)
+
+    def queued(self) -> Queued:
+        """Nothing: each rank orders its copies itself."""
+        return NOTHING
 
     def fill(self, step: Step) -> None:
         if self._absent:

@@ -26,7 +26,7 @@ from kvlayer.memory.slab import Slab
 from kvlayer_vllm.engine import VllmConfig, attention_backend, attention_isa, platform
 from kvlayer_vllm.groups import EngineGroup
 
-__all__ = ["COMPARED", "ORDERED", "RankLayout", "caches_of", "check_device", "rank_layout"]
+__all__ = ["COMPARED", "RankLayout", "caches_of", "check_device", "rank_layout"]
 
 COMPARED: Final = frozenset(
     {
@@ -51,13 +51,6 @@ COMPARED: Final = frozenset(
     }
 )
 """vLLM's attention backends for CUDA whose tensors the tests move and compare to the byte."""
-ORDERED = frozenset({"cpu"})
-"""Devices on which a copy of ours and the engine's own work on the same blocks have an order.
-
-vLLM zeroes the blocks that it gives to a request on its own stream: a load that does not wait for
-that is wiped, and nobody hears of it. Views have no stream yet (``hands``, ``worker``), so that on
-CUDA nothing is copied. Who orders them adds ``cuda``.
-"""
 _PACKING = "CPU_ATTN"
 _CPU_LATENTS = frozenset({"CPU_MLA", "AMX_MLA"})
 _LETTERS: Final = {"kv": "k", "head": "h", "token": "n", "dim": "c", "kvdim": "c"}
@@ -103,16 +96,13 @@ def _make_stager(isas: Sequence[str], layout: KVLayout, slab: Slab, threads: int
 
 
 def check_device() -> str:
-    """``cpu`` or ``cuda``. Raises ``UnsupportedError`` for another device, or one without order."""
+    """``cpu`` or ``cuda``. Raises ``UnsupportedError`` for another device."""
     device = platform()
-    why = ""
     if device not in ("cpu", "cuda"):
-        why = "the layouts of its attention backends are not tested yet"
-    elif device not in ORDERED:
-        why = "its copies do not wait for the engine's stream yet"
-    if why:
         raise UnsupportedError(
-            f"kvlayer cannot carry KV on {device}: {why}", hint="the engine serves without kvlayer"
+            f"kvlayer cannot carry KV on {device}: the layouts of its attention backends are not "
+            "tested yet",
+            hint="the engine serves without kvlayer",
         )
     return device
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvlayer.tier.messages import Verb
+from kvlayer_vllm.device_order import EngineStream
 from kvlayer_vllm.engine import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
@@ -85,9 +86,11 @@ class Handshake(KVConnectorHandshakeMetadata):
     """With the layers of its own stage alone."""
     caches: list[list[Any]] | None
     """The tensors themselves, for a scheduler in the same process."""
+    stream: EngineStream | None
+    """With the tensors: what writes to them."""
 
     def __getstate__(self) -> tuple[RankLayout]:
-        return (self.rank,)  # tensors do not cross processes
+        return (self.rank,)  # tensors and streams do not cross processes
 
     def __setstate__(self, state: tuple[RankLayout]) -> None:
-        (self.rank,), self.caches = state, None
+        (self.rank,), self.caches, self.stream = state, None, None

@@ -16,6 +16,7 @@ from kvlayer.api.lookup import Lookup
 from kvlayer.errors import ClosedError, ForkedError
 from kvlayer.identity.chain import ChunkChain
 from kvlayer.runtime.job import Job
+from kvlayer_vllm.device_order import NOTHING, Queued
 from kvlayer_vllm.token_ids import Name
 
 __all__ = ["NULL_BLOCK", "Load", "Save", "Slots", "slots_of"]
@@ -50,6 +51,8 @@ class Save:
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
+        self.behind: Queued = NOTHING
+        """What its copies follow: kept until they have."""
         self._gathered = Event()
         self._job: Job[None] | None = None
 
@@ -58,6 +61,7 @@ class Save:
         portal: Portal,
         name: Callable[[Name], Awaitable[ChunkChain]],
         view: KVView,
+        behind: Queued,
         *,
         first_token: int,
         tail: bool,
@@ -65,9 +69,13 @@ class Save:
     ) -> None:
         """Start to store ``view``, from token ``first_token`` on, after ``learn(cache, chain)``.
 
+        It is read behind what the engine has queued.
+
         ``name(cache.chain)`` says on the loop what its tokens are called, from the first on. What
         cannot be started is over. Raises ``ClosedError`` and ``ForkedError``.
         """
+        self.behind = behind
+        view = behind.followed_by(view)
         try:
             self._job = portal.submit(
                 self._run, name, view, first_token=first_token, tail=tail, learn=learn
@@ -142,10 +150,12 @@ class Load:
         self.request_id = request_id
         self.first = first
         self.promised = promised
+        self.behind: Queued = NOTHING
+        """What its copies follow: kept until they have."""
         self._lookup = lookup
         self._blocks = blocks
         self._tokens_per_block = tokens_per_block
-        self._start: Callable[[Landed], Job[RetrieveReport]] | None = None
+        self._start: Callable[[Landed, Queued], Job[RetrieveReport]] | None = None
         self._job: Job[RetrieveReport] | None = None
         self._is_distrusted = False
         self._is_refused = False
@@ -153,17 +163,21 @@ class Load:
         """Guards what follows."""
         self._landed: set[tuple[int, int]] = set()
 
-    def prepare(self, start: Callable[[Landed], Job[RetrieveReport]]) -> None:
-        """``start(landed)`` begins the copy: not before what else uses the blocks has ended."""
+    def prepare(self, start: Callable[[Landed, Queued], Job[RetrieveReport]]) -> None:
+        """``start(landed, behind)`` begins the copy, which follows ``behind`` on the device."""
         self._start = start
 
-    def begin(self) -> None:
-        """Start to write into the blocks; a load that was never prepared is over at once."""
+    def begin(self, behind: Queued) -> None:
+        """Start to write into the blocks, behind all that the engine has queued for them.
+
+        A load that was never prepared is over at once.
+        """
+        self.behind = behind
         if self._start is None or self._is_refused:
             self._is_refused = True  # nothing is loaded, and that is reported
             return
         try:
-            self._job = self._start(self._layer_landed)
+            self._job = self._start(self._layer_landed, behind)
         except (ClosedError, ForkedError):
             self._is_refused = True
         else:

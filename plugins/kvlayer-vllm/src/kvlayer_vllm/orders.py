@@ -22,6 +22,7 @@ from kvlayer.api.rank_worker import RankWorker
 from kvlayer.runtime.job import Job
 from kvlayer.runtime.loop_thread import LoopThread
 from kvlayer.tier.messages import Task
+from kvlayer_vllm.device_order import Queued
 from kvlayer_vllm.hands import given_up
 from kvlayer_vllm.layouts import RankLayout
 from kvlayer_vllm.messages import RankOrder
@@ -58,9 +59,18 @@ class Orders:
         """
         self._thread.submit(_Member.join, greeting, share)
 
-    def begin(self, order: RankOrder, slots: Sequence[bytes], caches: list[list[Any]]) -> None:
-        """Begin to carry out ``order`` between these slots of ``caches`` and host memory."""
-        job = self._thread.submit(_Member.carry_out, order.order, slots, caches)
+    def begin(
+        self,
+        order: RankOrder,
+        slots: Sequence[bytes],
+        caches: list[list[Any]],
+        behind: Queued,
+    ) -> None:
+        """Begin to carry out ``order`` between these slots of ``caches`` and host memory.
+
+        The copies follow ``behind`` on the device.
+        """
+        job = self._thread.submit(_Member.carry_out, order.order, slots, caches, behind)
         self._under_way.append(_UnderWay(order, job))
 
     def give_up(self, order: RankOrder) -> None:
@@ -135,10 +145,11 @@ class _Member:
             self._has_tried.set()
 
     async def carry_out(
-        self, order: bytes, slots: Sequence[bytes], caches: list[list[Any]]
+        self, order: bytes, slots: Sequence[bytes], caches: list[list[Any]], behind: Queued
     ) -> bytes:
         await self._has_tried.wait()
         if self._rank is None:
             return given_up(Task.from_bytes(order), self._why_not)
-        view = KVView(caches, [np.frombuffer(each, np.int64) for each in slots])
+        by_group = [np.frombuffer(each, np.int64) for each in slots]
+        view = behind.followed_by(KVView(caches, by_group))
         return await self._rank.carry_out(order, view)

@@ -12,6 +12,7 @@ from typing import Any
 
 from kvlayer import Cache, KVView, Portal, RetrieveReport
 from kvlayer.api.lookup import Lookup
+from kvlayer_vllm.device_order import NOTHING
 from kvlayer_vllm.hands import WorkerLink
 from kvlayer_vllm.messages import Step
 from kvlayer_vllm.moves import Load, slots_of
@@ -67,10 +68,10 @@ class PendingLoads:
         ]
         view = self._hands.view(slots, load)
         load.prepare(
-            lambda landed: self._portal.submit(
+            lambda landed, behind: self._portal.submit(
                 _retrieve,
                 lookup,
-                view,
+                behind.followed_by(view),
                 first_token=load.first,
                 on_layer=landed if self._is_layerwise else None,
             )
@@ -114,7 +115,7 @@ class PendingLoads:
             if self._hands.is_local:
                 step.loads.append(tracked.load)
             else:
-                tracked.load.begin()
+                tracked.load.begin(NOTHING)  # its ranks order their copies themselves
                 step.is_idle = True
         self._made = []
 

@@ -20,6 +20,7 @@ from kvlayer.errors import IdentityError, UnsupportedError
 from kvlayer.events import Sink
 from kvlayer.tier.ranks.rank_team import RankTeam
 from kvlayer_vllm.block_events import BlockEvents
+from kvlayer_vllm.device_order import EngineStream
 from kvlayer_vllm.engine import (
     KVCacheConfig,
     KVCacheManager,
@@ -77,7 +78,7 @@ class SchedulerHalf:
             self._events = BlockEvents(self._groups)
         self._stats = StatsSink(time.monotonic)
         self._portal: Portal | None = None
-        self._hands: WorkerLink = LocalHands([], ())
+        self._hands: WorkerLink = LocalHands([], (), EngineStream("cpu"))
         self._tracked: dict[str, Tracked] = {}
         self._held = HeldBlocks(settings.held_share)
         self._steps = StepsUnderWay()
@@ -116,8 +117,8 @@ class SchedulerHalf:
             isa=first.rank.isa,
         )
         sinks: list[Sink] = [self._stats] if self._events is None else [self._stats, self._events]
-        if first.caches is not None:
-            self._hands = LocalHands(first.caches, self._tables)
+        if first.caches is not None and first.stream is not None:
+            self._hands = LocalHands(first.caches, self._tables, first.stream)
             portal = Portal.open(
                 self._cache_config,
                 layout,

@@ -133,6 +133,7 @@ class Stores:
             self._portal,
             partial(tracked.ids.chain_in_slices, tokens=tokens, scope=scope),
             view,
+            self._hands.queued(),
             first_token=first,
             tail=tail,
             learn=learn,

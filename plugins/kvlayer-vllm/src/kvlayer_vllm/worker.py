@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvlayer.tier.messages import Verb
+from kvlayer_vllm.device_order import NOTHING, EngineStream
 from kvlayer_vllm.engine import KVCacheConfig, VllmConfig, make_scales
 from kvlayer_vllm.groups import engine_groups
 from kvlayer_vllm.layouts import RankLayout, caches_of, check_device, rank_layout
@@ -30,7 +31,7 @@ class WorkerHalf:
     def __init__(
         self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings
     ) -> None:
-        check_device()
+        self._stream = EngineStream(check_device())
         self._vllm_config = vllm_config
         self._form = settings.form_of(count_of(vllm_config))
         self._groups = engine_groups(vllm_config, kv_cache_config)
@@ -70,12 +71,15 @@ class WorkerHalf:
     def handshake(self) -> Handshake:
         """What the scheduler must know of this worker, once it has its tensors."""
         assert self._held is not None
-        return Handshake(self._held, self._caches if self._is_alone else None)
+        if not self._is_alone:
+            return Handshake(self._held, None, None)
+        return Handshake(self._held, self._caches, self._stream)
 
     def before_step(self, step: Step) -> None:
         """Begin to join where that is asked for, and to gather what was ordered. Nothing waits."""
         if self._orders is None:
             return
+        self._stream.note()
         if step.greeting and not self._is_greeted:
             self._is_greeted = True
             self._orders.join(step.greeting, step.shares[self._number])
@@ -83,8 +87,11 @@ class WorkerHalf:
 
     def load(self, step: Step) -> None:
         """Fill blocks. Returns when those are there that this step computes with."""
-        for load in step.loads:
-            load.begin()
+        self._stream.note()
+        if step.loads:
+            behind = self._stream.queued()
+            for load in step.loads:
+                load.begin(behind)
         if step.must_wait:
             self._loads, self._waited = step.loads, set()
             if not self._is_layerwise:
@@ -120,9 +127,11 @@ class WorkerHalf:
 
     def _carry_out(self, step: Step, verb: Verb) -> None:
         """Begin this rank's orders of one kind; those that are left have not begun."""
-        for order in [each for each in self._mine(step) if each.verb is verb]:
+        mine = [each for each in self._mine(step) if each.verb is verb]
+        behind = self._stream.queued() if mine else NOTHING
+        for order in mine:
             assert self._orders is not None
-            self._orders.begin(order, step.views[order.view], self._caches)
+            self._orders.begin(order, step.views[order.view], self._caches, behind)
             step.errands.remove(order)
 
     def _mine(self, step: Step) -> list[RankOrder]:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from shaped_device import Behind, Device
 from shaped_rank import Batch, Rank, Work, WrongRead
 from shaped_setting import BLOCK, Configs
 from shaped_text import Text
@@ -28,7 +29,9 @@ def _nothing() -> None:
 class Engine:
     """One engine, stepped by hand. Close it."""
 
-    def __init__(self, configs: Configs, rng: random.Random) -> None:
+    def __init__(
+        self, configs: Configs, rng: random.Random, device: Callable[[], Device] = Behind
+    ) -> None:
         from vllm.utils.hashing import sha256
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
         from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -46,7 +49,7 @@ class Engine:
             structured_output_manager=StructuredOutputManager(config),
             block_size=BLOCK,
         )
-        self.ranks = [Rank(configs, number) for number in range(self._setting.ranks)]
+        self.ranks = [Rank(configs, number, device()) for number in range(self._setting.ranks)]
         self.connector = self.scheduler.connector
         self._aggregator = self._aggregates()
         tensor = self._setting.tensor

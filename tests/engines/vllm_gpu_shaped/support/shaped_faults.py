@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from kvlayer import KVView
 from kvlayer_vllm import engine, layouts
+from kvlayer_vllm.device_order import EngineStream, Queued
 from kvlayer_vllm.held_blocks import HeldBlocks
 from kvlayer_vllm.moves import Save
 from kvlayer_vllm.steps_under_way import StepsUnderWay
@@ -100,10 +102,39 @@ def heads_by_turns() -> Generator[None]:
         yield
 
 
+@contextmanager
+def copies_follow_nothing() -> Generator[None]:
+    """Copies do not wait for the engine's stream."""
+
+    def as_it_is(_queued: Queued, view: KVView) -> KVView:
+        return view
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Queued, "followed_by", as_it_is)
+        yield
+
+
+@contextmanager
+def copies_follow_too_little() -> Generator[None]:
+    """Copies wait for what was queued when another one began: its blocks are zeroed later."""
+    queued = EngineStream.queued
+
+    def before(stream: EngineStream) -> Queued:
+        found = getattr(stream, "_before", None) or queued(stream)
+        stream._before = queued(stream)  # type: ignore[attr-defined]
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EngineStream, "queued", before)
+        yield
+
+
 FAULTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "in flight counts": in_flight_counts,
     "found counts": found_counts,
     "last step counts": last_step_counts,
     "blocks not held": blocks_not_held,
     "heads by turns": heads_by_turns,
+    "copies follow nothing": copies_follow_nothing,
+    "copies follow too little": copies_follow_too_little,
 }

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,13 +21,14 @@ import pytest
 
 from kvlayer.abc.stager import HostCopy, Stager
 from kvlayer.layout import KVLayout, KVView
+from kvlayer.memory.slab import Slab
 from kvlayer.runtime.job import Job
 from kvlayer.runtime.loop_thread import LoopThread
 from kvlayer.runtime.offload import Offload
 from kvlayer.staging.torch_stager import TorchStager
 from kvlayer_vllm import layouts, moves, worker
 
-__all__ = ["Gate", "by_turns"]
+__all__ = ["Gate", "by_turns", "in_memory"]
 
 
 class CopyError(OSError):
@@ -135,27 +136,38 @@ async def _idle() -> None:
         await asyncio.sleep(0)
 
 
-class _GatedStager(TorchStager):
-    """Rows as a GPU's backends keep them, copied when the gate says."""
+class _GatedStager(Stager):
+    """Copies as ``through`` does, when the gate says."""
 
-    def __init__(self, layout: KVLayout, gate: Gate) -> None:
-        super().__init__(layout, threads=1)
-        self._gate = gate
+    def __init__(self, through: Stager, gate: Gate) -> None:
+        self._through, self._gate = through, gate
+
+    def check(self, view: KVView) -> None:
+        self._through.check(view)
 
     async def gather(self, view: KVView, copies: Sequence[HostCopy]) -> None:
         await self._gate.passed()
-        await super().gather(view, copies)
+        await self._through.gather(view, copies)
 
     async def scatter(self, view: KVView, copies: Sequence[HostCopy]) -> None:
         await self._gate.passed()
         if self._gate.fails():
-            await super().scatter(view, copies[: len(copies) // 2])
+            await self._through.scatter(view, copies[: len(copies) // 2])
             raise CopyError("the device is gone, says the seed")
-        await super().scatter(view, copies)
+        await self._through.scatter(view, copies)
+
+    async def aclose(self) -> None:
+        await self._through.aclose()
 
 
 async def _inline(_: Offload, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     return work(*args, **kwargs)
+
+
+async def _over_inline(
+    _: Offload, work: Callable[[Iterator[Any]], object], items: Iterable[Any]
+) -> None:
+    work(iter(items))
 
 
 async def _all_inline(_: Offload, works: Sequence[Callable[[], object]]) -> None:
@@ -163,12 +175,19 @@ async def _all_inline(_: Offload, works: Sequence[Callable[[], object]]) -> None
         work()
 
 
+def in_memory(layout: KVLayout, _slab: Slab) -> Stager:
+    """Copies rows as a GPU's backends keep them, in this process's memory."""
+    return TorchStager(layout, threads=1)
+
+
 @contextmanager
-def by_turns(gate: Gate) -> Generator[None]:
+def by_turns(
+    gate: Gate, through: Callable[[KVLayout, Slab], Stager] = in_memory
+) -> Generator[None]:
     """kvlayer's copies wait at ``gate``, and whoever waits for one lets the turns pass."""
 
-    def make(_isas: Sequence[str], layout: KVLayout, _slab: Any, _threads: int) -> Stager:
-        return _GatedStager(layout, gate)
+    def make(_isas: Sequence[str], layout: KVLayout, slab: Slab, _threads: int) -> Stager:
+        return _GatedStager(through(layout, slab), gate)
 
     def wait(move: moves.Save | moves.Load) -> None:
         while not move.is_over:
@@ -177,6 +196,7 @@ def by_turns(gate: Gate) -> Generator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Offload, "run", _inline)
         patch.setattr(Offload, "run_all", _all_inline)
+        patch.setattr(Offload, "run_over", _over_inline)
         patch.setattr(layouts, "_make_stager", make)
         patch.setattr(moves.Save, "wait", wait)
         patch.setattr(moves.Load, "wait", wait)

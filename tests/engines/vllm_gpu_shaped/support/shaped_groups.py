@@ -48,10 +48,9 @@ def names(count: int = LAYERS) -> list[str]:
 
 @contextmanager
 def on_a_gpu() -> Generator[None]:
-    """vLLM says that it computes on CUDA, and the adapter that its copies have an order there."""
+    """vLLM says that it computes on CUDA."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layouts, "platform", lambda: "cuda")
-        patch.setattr(layouts, "ORDERED", frozenset({"cpu", "cuda"}))
         yield
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
-from contextlib import closing, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
+from shaped_device import Behind, Device, OnGpu, SimulatedGpu
 from shaped_engine import Engine
 from shaped_faults import FAULTS, lifted
-from shaped_gate import Gate, by_turns
+from shaped_gate import Gate, by_turns, in_memory
 from shaped_setting import Configs
 
 __all__ = ["Account", "play"]
@@ -67,9 +70,17 @@ def play(configs: Configs, seed: int, *, fault: str = "") -> Account:
     """Play one seed on an engine of its own. ``fault``: what is broken on purpose."""
     rng = random.Random(seed)
     gate = Gate(random.Random(seed + 1), failing=rng.choice((0, 20, 50)))
-    broken = FAULTS[fault]() if fault else nullcontext()
-    with by_turns(gate), lifted(), broken:
-        engine = Engine(configs, rng)
+    with ExitStack() as stack:
+        device: Callable[[], Device] = Behind
+        through, gpu = in_memory, None
+        if configs.setting.is_gpu:
+            gpu = SimulatedGpu()
+            stack.enter_context(gpu.installed())
+            device, through = partial(OnGpu, gpu), gpu.stager
+        stack.enter_context(by_turns(gate, through))
+        stack.enter_context(lifted())
+        stack.enter_context(FAULTS[fault]() if fault else nullcontext())
+        engine = Engine(configs, rng, device)
         with closing(engine), gate.guarding(*engine.loops):
             account, traffic = Account(seed), _Traffic(rng)
             _busy(engine, gate, rng, traffic, account)
@@ -77,6 +88,7 @@ def play(configs: Configs, seed: int, *, fault: str = "") -> Account:
             gate.failing = rng.choice((0, gate.failing))
             _audited(engine, gate, traffic, account)
             _settle(engine, gate, account)
+        account.faults += [] if gpu is None else gpu.faults
     return account
 
 

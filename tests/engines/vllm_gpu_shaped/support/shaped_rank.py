@@ -1,20 +1,22 @@
 """One rank: the worker's half of the connector, its KV tensors, and a device that runs behind.
 
 The hooks are called in the order of vLLM's GPU runner (``v1/worker/gpu/kv_connector.py``). What the
-step computes is queued, as on a device's stream, and runs when :meth:`Rank.catch_up` says: until
+step computes is queued on the device, and runs when :meth:`Rank.catch_up` says at the latest: until
 then the tensors hold what they held, whatever the scheduler counts as computed.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from gpu_sim import Access
+from shaped_device import Device, blocks_of, rows_of
 from shaped_setting import BLOCK, HEAD_SIZE, Configs, heads_of, layers_of, name_of
 from shaped_text import Text
 
@@ -64,7 +66,7 @@ class WrongRead:
 class Rank:
     """A worker's process, as far as the connector can see it."""
 
-    def __init__(self, configs: Configs, number: int) -> None:
+    def __init__(self, configs: Configs, number: int, device: Device) -> None:
         from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
         from kvlayer_vllm.connector import KVLayerConnector
@@ -84,10 +86,8 @@ class Rank:
             for index, group in enumerate(kv_cache.kv_cache_groups)
             for name in group.layer_names
         }
-        self.connector.register_kv_caches(self._tensors)
-        self._device: deque[Batch] = deque()
-        self._zeros: dict[int, list[int]] = {}
-        """Blocks that a step which is queued zeroes first, by its number."""
+        self._device = device
+        self.connector.register_kv_caches(device.lent(self._tensors))
         self.wrong: list[WrongRead] = []
         self.reads = 0
 
@@ -99,14 +99,16 @@ class Rank:
         from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
         output, connector = batch.output, self.connector
+        self._device.hooks_come()
         self._zeroed(batch)
         step = self._crossed(output.kv_connector_metadata)
         connector.handle_preemptions(step)
         connector.bind_connector_metadata(step)
         if output.has_sync_kv_loads:
             connector.start_load_kv(None)
-        if batch.works or batch.number in self._zeros:
-            self._device.append(batch)
+        if batch.works:
+            compute = partial(self._compute, batch)
+            self._device.queue(batch.number, compute, *self._touched(batch))
         if not output.has_sync_kv_loads:
             connector.start_load_kv(None)
         connector.wait_for_save()
@@ -133,16 +135,30 @@ class Rank:
 
     def catch_up(self, number: int) -> None:
         """The device has run what was queued, up to step ``number``."""
-        while self._device and self._device[0].number <= number:
-            self._compute(self._device.popleft())
+        self._device.catch_up(number)
 
     def _zeroed(self, batch: Batch) -> None:
         """New blocks are zeroed on the device: at once, where it has nothing else to do."""
         blocks = batch.output.new_block_ids_to_zero
-        if blocks and self._device:
-            self._zeros[batch.number] = blocks
-        elif blocks:
+        if blocks and self._device.is_idle:
             self._zero(blocks)
+        elif blocks:
+            writes = [each for t in self._tensors.values() for each in blocks_of(t, blocks)]
+            self._device.queue(batch.number, partial(self._zero, blocks), [], writes)
+
+    def _touched(self, batch: Batch) -> tuple[list[Access], list[Access]]:
+        """What the step reads, and what it writes."""
+        reads, writes = list[Access](), list[Access]()
+        for layer in layers_of(self._setting, self.number):
+            name = name_of(layer)
+            group, window = self._groups[name]
+            for work in batch.works:
+                seen = 0 if window is None else max(0, work.first - window + 1)
+                table, tensor = work.tables[group], self._tensors[name]
+                if seen < work.first:
+                    reads += rows_of(tensor, *_places(table, seen, work.first))
+                writes += rows_of(tensor, *_places(table, work.first, work.stop))
+        return reads, writes
 
     def _zero(self, blocks: Sequence[int]) -> None:
         for each in self._bits.values():
@@ -150,7 +166,6 @@ class Rank:
 
     def _compute(self, batch: Batch) -> None:
         """A layer writes the rows of all requests, then attends to what came before them."""
-        self._zero(self._zeros.pop(batch.number, ()))
         layers = layers_of(self._setting, self.number)
         for layer in layers:
             for work in batch.works:

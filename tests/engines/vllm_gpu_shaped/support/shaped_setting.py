@@ -42,6 +42,8 @@ class Setting:
     """The workers are in other processes: what goes to them and comes back is pickled."""
     zeroes: bool = False
     """New blocks are zeroed before any hook of the step, as vLLM's V2 runner does."""
+    is_gpu: bool = False
+    """The ranks compute on a simulated GPU (``gpu_sim``) that checks the order of all accesses."""
     blocks: int = 32
 
     def __str__(self) -> str:
@@ -66,6 +68,10 @@ SETTINGS = {
         Setting("two steps, zeroed blocks", is_async=True, depth=2, zeroes=True),
         Setting("three steps", is_async=True, depth=3),
         Setting("three steps, a window", is_async=True, depth=3, window=40),
+        Setting("a GPU, checked", is_async=True, depth=2, zeroes=True, is_gpu=True),
+        Setting(
+            "two GPU ranks, checked", is_async=True, depth=2, tensor=2, is_remote=True, is_gpu=True
+        ),
         Setting("two tensor ranks", is_async=True, depth=2, tensor=2, is_remote=True),
         Setting("four tensor ranks", is_async=True, depth=2, tensor=4, is_remote=True),
         Setting("two stages", is_async=True, depth=3, pipeline=2, is_remote=True),
