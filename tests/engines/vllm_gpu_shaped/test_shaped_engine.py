@@ -10,11 +10,17 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import shaped_triton
+from shaped_device import Behind
 from shaped_faults import WrongKVError
+from shaped_order import STEP
+from shaped_rank import Batch, Rank, Work
+from shaped_setting import SETTINGS
+from shaped_text import Text
 from vllm_process import EngineProcess
 from zygote import Zygote
 
@@ -123,6 +129,68 @@ def test_vllm_itself_recomputes_what_a_connector_could_not_load(
     check(found, expected)
 
 
+def test_a_rank_of_the_rig_does_what_vllms_runner_does_in_the_same_order(
+    shaped: Any, configs: Any, model: Path, prompts: list[list[int]]
+) -> None:
+    """A load begins behind what has zeroed its blocks: on both, in every step."""
+    process = shaped(model, CACHE, notes_order=True)
+    for _ in range(2):
+        assert asked(process, prompts[1:3])
+        process("forget")
+    assert process("state")["loaded"] > 0
+    steps = process("order")
+    process.close()
+    assert len(steps) > 20
+    assert [step for step in steps if step != STEP] == []
+
+    seen = list[str]()
+    rank = Rank(configs(SETTINGS["two steps, zeroed blocks"]), 0, NotingDevice(seen))
+    rank.connector = NotingConnector(seen)
+    work = Work("request", Text(range(20)), ((1, 2),), 0, 20, samples=False)
+    said = SimpleNamespace(
+        new_block_ids_to_zero=[1, 2],
+        kv_connector_metadata=None,
+        has_sync_kv_loads=False,
+        finished_req_ids=set[str](),
+    )
+    rank.run(Batch(1, said, [work]))
+    assert seen == STEP
+
+
+class NotingDevice(Behind):
+    """Says what is queued."""
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    @property
+    def is_idle(self) -> bool:
+        return False
+
+    def queue(self, number: int, run: Any, reads: Any, writes: Any) -> None:
+        self._seen.append(STEP[2] if STEP[0] in self._seen else STEP[0])
+
+
+class NotingConnector:
+    """Says which of the hooks that matter was called."""
+
+    HOOKS: ClassVar = {
+        "handle_preemptions": STEP[1],
+        "start_load_kv": STEP[3],
+        "build_connector_worker_meta": STEP[4],
+    }
+
+    def __init__(self, seen: list[str]) -> None:
+        self._seen = seen
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.HOOKS:
+            self._seen.append(self.HOOKS[name])
+        found = SimpleNamespace(finished_sending=None, finished_recving=None, failed_recving=None)
+        return lambda *_: found if name == "get_transfer_results" else None
+
+
 @pytest.mark.parametrize("at_once", [False, True], ids=["one by one", "at once"])
 def test_answers_are_the_same_on_a_device_that_lags(
     at_once: bool, shaped: Any, model: Path, prompts: list[list[int]], expected: Any
@@ -141,3 +209,30 @@ def test_answers_are_the_same_on_a_device_that_lags(
         process("forget")
     assert loaded > 0
     process.close()
+
+
+FORMS = ("canonical", "native")
+WRITTEN = [(layout, form) for layout in LAYOUTS for form in FORMS]
+
+
+def test_what_one_engine_stores_another_reads_in_every_layout_and_form(
+    shaped: Any,
+    model: Path,
+    prompts: list[list[int]],
+    expected: Any,
+    tmp_path: Path,
+    dose: Any,
+) -> None:
+    """On a device that lags, by the kernel that writes a GPU's cache."""
+    for layout, form in WRITTEN[: dose(2, len(WRITTEN))]:
+        tiers = [*CACHE["tiers"], {"url": f"file://{tmp_path}/{layout}-{form}?capacity=1GiB"}]
+        options = {"attention": "triton", "layout": layout, "lags": True}
+        for has_written in (False, True):
+            process = shaped(model, {**CACHE, "form": form, "tiers": tiers}, **options)
+            state = process("state")
+            assert state["on"] and {each.split(":")[0] for each in state["groups"]} == {form}
+            answers, cached = asked(process, prompts[:4])
+            check(answers, expected[:4])
+            assert process("shape")["writes"] > 0
+            assert cached >= sum(len(each) // 32 * 32 for each in prompts[:4]) * has_written
+            process.close()

@@ -15,14 +15,18 @@ shaped_triton.use()
 import vllm_engine  # noqa: E402  # imports vLLM
 from shaped_attention import WRITES, triton_attention  # noqa: E402
 from shaped_lag import lagging  # noqa: E402
+from shaped_order import recorded  # noqa: E402
 
 __all__ = ["serve"]
+
+_STEPS: list[list[list[str]]] = []
 
 
 def serve(model: str, cache: Any, options: dict[str, Any]) -> None:
     """As ``vllm_engine.serve``. Of the options ``attention`` is ``cpu`` or ``triton``, ``layout``
     a KV cache layout of vLLM's, ``rejecting`` says whether a connector of that name is asked
-    ``sync`` or ``async``, and ``lags`` whether the device does."""
+    ``sync`` or ``async``, ``lags`` whether the device does, and ``notes_order`` whether ``order``
+    is going to be asked for."""
     layout = options.pop("layout", "")
     if layout:
         os.environ["VLLM_KV_CACHE_LAYOUT"] = layout
@@ -30,11 +34,13 @@ def serve(model: str, cache: Any, options: dict[str, Any]) -> None:
         triton_attention()
     if options.pop("lags", False):
         lagging()
+    if options.pop("notes_order", False):
+        _STEPS.append(recorded())
     _schedules_ahead()
     rejecting = options.pop("rejecting", "")
     if rejecting:
         options["kv_transfer_config"] = _rejecting(is_async=rejecting == "async")
-    vllm_engine.VERBS["shape"] = shape
+    vllm_engine.VERBS |= {"shape": shape, "order": order}
     vllm_engine.serve(model, cache, options)
 
 
@@ -51,6 +57,11 @@ def shape(serving: Any) -> Any:
         "writes": WRITES[0],
         "late": 0 if lag is None else lag.late,
     }
+
+
+def order(_: Any) -> Any:
+    """What happened in each step."""
+    return _STEPS[0]
 
 
 def _schedules_ahead() -> None:
