@@ -19,6 +19,7 @@ import torch
 from vllm_settled import settled
 
 from kvlayer import Cache
+from kvlayer_vllm.introductions import Introduction
 from kvlayer_vllm.messages import Answers, Step
 from kvlayer_vllm.scheduler import SchedulerHalf
 from kvlayer_vllm.settings import Settings
@@ -66,11 +67,16 @@ class Desk:
             self.rows_held.append(_tensors(mine, widths or {}))
             self.workers[-1].registered(self.rows_held[-1])
         self.worker, self.tensors = self.workers[0], self.rows_held[0]
-        self.half.open({number: each.handshake() for number, each in enumerate(self.workers)})
+        self.half.open(self.introductions())
         self.tables: dict[str, list[list[int]]] = {}
         self.groups = len(kv_cache_configs[0].kv_cache_groups)
         self.pool = _pool(kv_cache_configs[0].num_blocks)
         self.half.bind(SimpleNamespace(get_block_ids=self.tables.__getitem__, block_pool=self.pool))
+
+    def introductions(self) -> dict[int, Introduction]:
+        """What the workers say of themselves, by their ranks."""
+        said = {number: each.introduction for number, each in enumerate(self.workers)}
+        return {number: each for number, each in said.items() if each is not None}
 
     # -- what the engine would do ------------------------------------------------------------------
 

@@ -18,9 +18,12 @@ from typing import Any
 import pytest
 from counting import counted
 from damage import damage_file
+from vllm_beside import BesideServing, config_of, sibling
 from vllm_settled import settled
 
-from kvlayer import Cache, Scope
+from kvlayer import Cache, Cause, RetrieveReport, Scope
+from kvlayer.identity.keys import Span
+from kvlayer.results import Failure
 from kvlayer_vllm import engine
 from kvlayer_vllm.bench.serving import Serving
 
@@ -125,6 +128,33 @@ def damage_before_load(serving: Serving, directory: str, damage: str) -> Any:
 def damaged(_: Serving) -> Any:
     """How many files :func:`damage_before_load` has damaged by now."""
     return len(_DAMAGED[0])
+
+
+def fail_loads(_: Serving, fails: bool) -> Any:
+    """From now on loads put nonsense where they can, and fail, or not; how often one has so far."""
+    if fails:
+        _FAILING.setattr(Cache, "retrieve", _fails)
+    else:
+        _FAILING.undo()
+    return _FAILED[0]
+
+
+async def _fails(_: Cache, hit: Any, kv: Any, **how: Any) -> RetrieveReport:
+    _FAILED[0] += 1
+    for layer in kv.caches[0] if kv.caches else ():
+        layer[sorted({int(slot) // 32 for slot in kv.slots[0]})] = 7.5
+    return RetrieveReport(0, (Failure(Span(0, hit.tokens, b""), Cause.RANK_DOWN, "cpu", "no"),))
+
+
+def empty(serving: Serving, name: str) -> Any:
+    """The connector of this class beside kvlayer holds nothing any more."""
+    serving.rest()
+    return sibling(serving, name).reset_cache()
+
+
+def policy(serving: Serving) -> Any:
+    """Whether vLLM computes what a load has not brought."""
+    return serving.core.scheduler.recompute_kv_load_failures
 
 
 def leave_memory(serving: Serving, prompt: list[int]) -> Any:
@@ -246,6 +276,8 @@ def close(serving: Serving) -> Any:
 
 _PREEMPTED = [0]
 _DAMAGED: list[list[str]] = [[]]
+_FAILING = pytest.MonkeyPatch()
+_FAILED = [0]
 VERBS = {
     each.__name__: each
     for each in (
@@ -257,6 +289,9 @@ VERBS = {
         alter,
         damage_before_load,
         damaged,
+        fail_loads,
+        empty,
+        policy,
         leave_memory,
         explain,
         state,
@@ -272,11 +307,16 @@ def serve(model: str, cache: Any, options: dict[str, Any]) -> None:
     """Until it is told to close, or nobody listens any more.
 
     Loads that a step waits for are served here whatever the version: none fails in these engines.
+    Of the options ``beside`` names the connectors of a ``MultiConnector``: see ``vllm_beside``.
     """
     engine.RECOMPUTES_IN_STEP = engine.TESTED[0]
     says = os.fdopen(os.dup(1), "w")  # the engine's log must not get between the answers
     os.dup2(2, 1)
-    serving = Serving(model, cache=cache, **options)
+    if order := options.pop("beside", None):
+        transfer = config_of(order, cache)
+        serving: Serving = BesideServing(model, **{**options, "kv_transfer_config": transfer})
+    else:
+        serving = Serving(model, cache=cache, **options)
     _count_preemptions(serving.core.scheduler)
     says.write(json.dumps("ready") + "\n")
     says.flush()

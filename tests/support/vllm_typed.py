@@ -45,7 +45,6 @@ HOME = {
     "SupportsHMA": f"{_V1}.base",
     "KVConnectorMetadata": f"{_V1}.base",
     "KVConnectorWorkerMetadata": f"{_V1}.base",
-    "KVConnectorHandshakeMetadata": f"{_V1}.base",
     "KVConnectorRole": f"{_V1}.base",
     "KVConnectorTransferResults": f"{_V1}.base",
     "KVConnectorStats": f"{_V1}.metrics",

@@ -64,7 +64,7 @@ def check_off(connector: KVLayerConnector, request: Any) -> None:
     assert connector.get_transfer_results(set()).finished_sending == set()
     assert connector.get_block_ids_with_load_errors() == set()
     assert connector.build_connector_worker_meta() is None
-    assert connector.get_handshake_metadata() is None
+    assert not connector.has_pending_push_work()
     connector.update_connector_output(SimpleNamespace(kv_connector_worker_meta=Answers(0)))
     assert connector.request_finished_all_groups(request, ([1],)) == (False, None)
     assert list(connector.take_events()) == [] and connector.reset_cache() is None
@@ -131,15 +131,15 @@ def test_ranks_that_share_out_a_prompts_tokens_turn_it_off(
     assert message in line
 
 
-def test_workers_that_say_nothing_turn_it_off_at_the_first_request(
+def test_a_worker_that_is_off_turns_the_scheduler_off(
     make: Any, told: Any, request_of: Any
 ) -> None:
     connector = make("SCHEDULER")
     assert connector.is_on
-    connector.on_new_request(request_of([1, 2, 3]))
+    connector.bind_kv_cache_manager(SimpleNamespace(block_pool=None, reset_prefix_cache=None))
     check_off(connector, request_of([1, 2, 3]))
     (line,) = told()
-    assert line == "kvlayer is off: no worker of the engine has introduced itself"
+    assert line.startswith("kvlayer is off: no worker of the engine has introduced itself: ")
 
 
 def test_a_mistake_in_the_configuration_is_an_error(make: Any, vllm_config: Any) -> None:

@@ -161,14 +161,14 @@ def test_a_worker_that_is_missing_turns_it_off(
     missing: list[int], message: str, ranks: Any
 ) -> None:
     at = ranks(2)
-    heard = {n: each.handshake() for n, each in enumerate(at.workers) if n not in missing}
+    heard = {n: each for n, each in at.introductions().items() if n not in missing}
     with pytest.raises(UnsupportedError, match=message):
         at.half.open(heard)
 
 
 def test_stages_that_do_not_divide_the_layers_are_refused(ranks: Any) -> None:
     at = ranks(1, 2)
-    heard = {number: each.handshake() for number, each in enumerate(at.workers)}
+    heard = at.introductions()
     held = heard[0].rank.layout.groups[0]
     around = replace(held, group=replace(held.group, layers=(0, 5)))
     layout = replace(heard[0].rank.layout, groups=(around,))

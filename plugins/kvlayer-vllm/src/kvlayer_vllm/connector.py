@@ -17,7 +17,6 @@ from kvlayer_vllm.engine import (
     KVCacheConfig,
     KVCacheManager,
     KVConnectorBase_V1,
-    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorOutput,
     KVConnectorPromMetrics,
@@ -35,7 +34,8 @@ from kvlayer_vllm.engine import (
     engine_version,
     host_source,
 )
-from kvlayer_vllm.messages import Answers, Handshake, Step
+from kvlayer_vllm.introductions import Introduction
+from kvlayer_vllm.messages import Answers, Step
 from kvlayer_vllm.scheduler import SchedulerHalf
 from kvlayer_vllm.settings import Settings
 from kvlayer_vllm.stats import Figures, PromMetrics
@@ -59,6 +59,8 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         """Hooks that raised and were answered as a miss."""
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
+        self._early: dict[str, Request] | None = None
+        """Requests that wait until workers elsewhere have introduced themselves; None: not so."""
         settings = Settings.of(self._kv_transfer_config.kv_connector_extra_config)
         try:
             check_version(engine_version())
@@ -91,7 +93,7 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         return False  # a cache: what is not stored is computed again
 
     def _turn_off(self, why: UnsupportedError) -> None:
-        self._scheduler = self._worker = None
+        self._scheduler = self._worker = self._early = None
         _log.warning("kvlayer is off: %s", why)
 
     def _safely(self, otherwise: T, hook: Callable[..., T], *args: Any) -> T:
@@ -113,32 +115,31 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
 
     # -- scheduler -------------------------------------------------------------------------------
 
-    def set_xfer_handshake_metadata(
-        self, metadata: Mapping[int, KVConnectorHandshakeMetadata]
-    ) -> None:
-        """The workers' tensors are there: open the cache. Raises what ``Cache.open`` raises."""
-        if self._scheduler is None:
-            return
-        workers = {n: each for n, each in metadata.items() if isinstance(each, Handshake)}
-        try:
-            self._scheduler.open(workers)
-        except UnsupportedError as exc:
-            self._turn_off(exc)
-
-    def set_xfer_handshake_metadata_pp_aware(
-        self, metadata: Mapping[tuple[int, int], KVConnectorHandshakeMetadata]
-    ) -> None:
-        """:meth:`set_xfer_handshake_metadata` by ``(stage of the pipeline, tensor rank)``."""
-        size = int(self._vllm_config.parallel_config.tensor_parallel_size)
-        self.set_xfer_handshake_metadata(
-            {stage * size + rank: each for (stage, rank), each in metadata.items()}
-        )
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[tuple[int, int], Any]) -> None:
+        """What workers of another connector say of themselves; ours do otherwise."""
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         self._kv_cache_manager = kv_cache_manager
         if self._scheduler is not None:
             self._safely(None, self._scheduler.bind, kv_cache_manager)
             self._safely(None, before_reset, kv_cache_manager, self._before_reset)
+            workers = self._scheduler.beside()
+            if workers is None:
+                self._early = {}
+            else:
+                self._meet(workers)
+
+    def _meet(self, workers: Mapping[int, Introduction]) -> None:
+        """The workers are known: open the cache. Raises what ``Cache.open`` raises."""
+        assert self._scheduler is not None
+        early, self._early = self._early or {}, None
+        try:
+            self._scheduler.open(workers)
+        except UnsupportedError as exc:
+            self._turn_off(exc)
+            return
+        for request in early.values():
+            self._safely(None, self._scheduler.arrived, request)
 
     def _before_reset(self) -> None:
         if (half := self._half) is not None:
@@ -148,18 +149,22 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         return (half := self._half) is not None and self._safely(False, half.will_free)
 
     def has_pending_push_work(self) -> bool:
+        if self._early is not None:
+            return True  # a step in which the workers introduce themselves
         return (half := self._half) is not None and self._safely(False, half.holds_blocks)
 
     def on_new_request(self, request: Request) -> None:
-        if self._scheduler is not None and not self._scheduler.is_open:
-            self._turn_off(UnsupportedError("no worker of the engine has introduced itself"))
-        if self._scheduler is not None:
-            self._safely(None, self._scheduler.arrived, request)
+        if self._early is not None:
+            self._early[request.request_id] = request
+        elif (half := self._half) is not None:
+            self._safely(None, half.arrived, request)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         nothing: tuple[int | None, bool] = (0, False)
+        if self._early is not None:
+            return None, False  # a step later: nothing is stored of whom nobody knew
         if (half := self._half) is None:
             return nothing
         return self._safely(nothing, half.matched, request, num_computed_tokens)
@@ -174,15 +179,17 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         self._rescued(partial(half.not_allocated, *told), half.allocated, *told)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        step = Step()
+        step = Step(asks=self._early is not None)
         if (half := self._half) is not None:
             self._rescued(partial(half.rest_of, step), half.step, scheduler_output, step)
         return step
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        if (half := self._half) is not None:
-            said = connector_output.kv_connector_worker_meta
-            answers = said if isinstance(said, Answers) else None
+        said = connector_output.kv_connector_worker_meta
+        answers = said if isinstance(said, Answers) else None
+        if self._early is not None:
+            self._meet({} if answers is None else answers.introductions)
+        elif (half := self._half) is not None:
             self._safely(None, half.heard, answers)
 
     def request_finished(
@@ -193,7 +200,9 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        if (half := self._half) is not None:
+        if self._early is not None:
+            self._early.pop(request.request_id, None)
+        elif (half := self._half) is not None:
             self._safely(None, half.finished, request, block_ids)
         return False, None  # what is still read of it is held by reference
 
@@ -212,9 +221,6 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
                 self._worker.registered(kv_caches)
             except UnsupportedError as exc:
                 self._turn_off(exc)
-
-    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
-        return None if self._worker is None else self._worker.handshake()
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if self._worker is not None:
@@ -254,9 +260,9 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         return self._rescued(rescue, self._worker.invalid_blocks, step)
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        if self._worker is None:
-            return None
         step = _step(self._get_connector_metadata())
+        if self._worker is None:  # off, which the scheduler must hear once
+            return Answers(step.number) if step.asks else None
         return self._rescued(partial(Answers, step.number), self._worker.answers, step)
 
     # -- where vLLM logs and is scraped ----------------------------------------------------------

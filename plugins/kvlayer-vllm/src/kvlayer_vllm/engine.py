@@ -6,9 +6,12 @@ inherits from is declared below as far as it is relied upon; that is what type c
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from kvlayer.errors import UnsupportedError
@@ -16,7 +19,6 @@ from kvlayer.errors import UnsupportedError
 __all__ = [
     "TESTED",
     "KVConnectorBase_V1",
-    "KVConnectorHandshakeMetadata",
     "KVConnectorMetadata",
     "KVConnectorPromMetrics",
     "KVConnectorRole",
@@ -45,11 +47,14 @@ __all__ = [
     "make_scales",
     "module",
     "platform",
+    "recompute_failed_loads",
     "register",
     "resolved_hashes",
     "tokens_per_hash",
     "total_kv_heads",
 ]
+
+_log = logging.getLogger("vllm.kvlayer")  # below vLLM's, so that its users see it
 
 TESTED: Final = ((0, 31), (0, 32))
 """First and last minor version the tests have passed with."""
@@ -95,9 +100,6 @@ if TYPE_CHECKING:
     class KVConnectorWorkerMetadata:
         """From a worker's connector to the scheduler's, once a step."""
 
-    class KVConnectorHandshakeMetadata:
-        """From a worker's connector to the scheduler's, once."""
-
     class KVConnectorStats:
         """What a connector has counted: see ``kv_connector.v1.metrics``."""
 
@@ -135,7 +137,6 @@ else:
     SupportsHMA = getattr(_base, "SupportsHMA", object)
     # And these are used only where the version was tested.
     KVConnectorWorkerMetadata = getattr(_base, "KVConnectorWorkerMetadata", object)
-    KVConnectorHandshakeMetadata = getattr(_base, "KVConnectorHandshakeMetadata", object)
     KVConnectorTransferResults = getattr(_base, "KVConnectorTransferResults", None)
     try:
         _metrics = import_module("vllm.distributed.kv_transfer.kv_connector.v1.metrics")
@@ -206,6 +207,39 @@ def attention_backend(vllm_config: VllmConfig, layer_name: str) -> str:
     """The backend of a layer of this process's model; empty where it has no such layer."""
     layer = vllm_config.compilation_config.static_forward_context.get(layer_name)
     return "" if layer is None else str(layer.get_attn_backend().get_name())
+
+
+def recompute_failed_loads(vllm_config: VllmConfig) -> None:
+    """Have vLLM compute what a load has not brought; its default fails the request.
+
+    Called while a connector of the scheduler's is made: vLLM reads the policy after that.
+    """
+    transfer = _transfer_config(vllm_config)
+    if transfer.kv_load_failure_policy == "recompute":
+        return
+    transfer.kv_load_failure_policy = "recompute"
+    whose = ""
+    if transfer is not vllm_config.kv_transfer_config:
+        whose = f" for all connectors of {transfer.kv_connector}"
+    _log.info(
+        "kv_load_failure_policy is 'recompute' from here on%s: a cache fails into a miss", whose
+    )
+
+
+def _transfer_config(vllm_config: VllmConfig) -> Any:
+    """The ``KVTransferConfig`` that vLLM itself reads.
+
+    A ``MultiConnector`` gives each of its connectors a copy of the configuration with one of their
+    own, and no way back. But it makes them, so that its constructor is among the callers.
+    """
+    found = vllm_config.kv_transfer_config
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, KVConnectorBase_V1):  # the outermost is vLLM's
+            found = getattr(caller, "_kv_transfer_config", found)
+        frame = frame.f_back
+    return found
 
 
 def make_scales(vllm_config: VllmConfig, layer_name: str, tensor: Any) -> None:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from kvlayer.tier.messages import Verb
-from kvlayer_vllm.device_order import EngineStream
-from kvlayer_vllm.engine import (
-    KVConnectorHandshakeMetadata,
-    KVConnectorMetadata,
-    KVConnectorWorkerMetadata,
-)
+from kvlayer_vllm.engine import KVConnectorMetadata, KVConnectorWorkerMetadata
+from kvlayer_vllm.introductions import Introduction
 from kvlayer_vllm.layouts import RankLayout
 from kvlayer_vllm.moves import Load
 
-__all__ = ["Answers", "RankOrder", "Handshake", "Step"]
+__all__ = ["Answers", "RankOrder", "Step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +30,9 @@ class Step(KVConnectorMetadata):
     """From the scheduler, with every step."""
 
     number: int = 0
-    """Counted by the scheduler, from 1."""
+    """Counted by the scheduler, from 1; 0 while nothing is offered."""
+    asks: bool = False
+    """The scheduler does not know its workers yet: they introduce themselves with their answers."""
     greeting: bytes = b""
     """For ranks that have not heard it yet."""
     shares: tuple[RankLayout, ...] = ()
@@ -67,6 +64,8 @@ class Answers(KVConnectorWorkerMetadata):
     completions: list[bytes] = field(default_factory=list[bytes])
     greeted: set[int] = field(default_factory=set[int])
     """Ranks that have heard the greeting."""
+    introductions: dict[int, Introduction] = field(default_factory=dict[int, Introduction])
+    """Of workers in other processes, by rank, where the step has asked for them."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Answers:
         """What two workers say, as one."""
@@ -75,22 +74,5 @@ class Answers(KVConnectorWorkerMetadata):
             min(self.step, other.step),
             self.completions + other.completions,
             self.greeted | other.greeted,
+            self.introductions | other.introductions,
         )
-
-
-@dataclass(slots=True)
-class Handshake(KVConnectorHandshakeMetadata):
-    """What a worker tells the scheduler once its tensors are there."""
-
-    rank: RankLayout
-    """With the layers of its own stage alone."""
-    caches: list[list[Any]] | None
-    """The tensors themselves, for a scheduler in the same process."""
-    stream: EngineStream | None
-    """With the tensors: what writes to them."""
-
-    def __getstate__(self) -> tuple[RankLayout]:
-        return (self.rank,)  # tensors and streams do not cross processes
-
-    def __setstate__(self, state: tuple[RankLayout]) -> None:
-        (self.rank,), self.caches, self.stream = state, None, None

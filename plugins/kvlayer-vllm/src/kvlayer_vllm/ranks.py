@@ -17,13 +17,18 @@ from kvlayer_vllm.engine import VllmConfig
 from kvlayer_vllm.groups import rope_of
 from kvlayer_vllm.layouts import RankLayout
 
-__all__ = ["check_agrees", "count_of", "united", "whole"]
+__all__ = ["check_agrees", "count_of", "is_beside_scheduler", "united", "whole"]
 
 
 def count_of(vllm_config: VllmConfig) -> int:
     """How many ranks the engine has."""
     parallel = vllm_config.parallel_config
     return int(parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
+
+
+def is_beside_scheduler(vllm_config: VllmConfig) -> bool:
+    """Whether the one worker is in the scheduler's process, and has its tensors before that."""
+    return bool(vllm_config.parallel_config.distributed_executor_backend == "uni")
 
 
 def united(ranks: Sequence[RankLayout], text_config: Any) -> list[RankLayout]:

@@ -27,15 +27,17 @@ from kvlayer_vllm.engine import (
     Request,
     SchedulerOutput,
     VllmConfig,
+    recompute_failed_loads,
     tokens_per_hash,
 )
 from kvlayer_vllm.groups import block_sizes, engine_groups, refuse_parallel
 from kvlayer_vllm.hands import LocalHands, RemoteHands, WorkerLink
 from kvlayer_vllm.held_blocks import HeldBlocks
 from kvlayer_vllm.identity import namespace_of
-from kvlayer_vllm.messages import Answers, Handshake, Step
+from kvlayer_vllm.introductions import Introduction, announced
+from kvlayer_vllm.messages import Answers, Step
 from kvlayer_vllm.promises import PendingLoads
-from kvlayer_vllm.ranks import count_of, united, whole
+from kvlayer_vllm.ranks import count_of, is_beside_scheduler, united, whole
 from kvlayer_vllm.scopes import Adapters, scope_of
 from kvlayer_vllm.search import Search
 from kvlayer_vllm.settings import Settings
@@ -84,24 +86,29 @@ class SchedulerHalf:
         self._steps = StepsUnderWay()
         self._is_asked = False
         """A request has been told to ask again."""
-        if transfer.kv_load_failure_policy != "recompute":
-            # vLLM reads it after this; its default would fail requests whose load failed.
-            transfer.kv_load_failure_policy = "recompute"
-            _log.info(
-                "kv_load_failure_policy is 'recompute' from here on: a cache fails into a miss"
-            )
+        recompute_failed_loads(vllm_config)
 
-    def open(self, workers: Mapping[int, Handshake]) -> None:
+    def beside(self) -> Mapping[int, Introduction] | None:
+        """The worker of this process, where it is on; None where the workers are elsewhere."""
+        if not is_beside_scheduler(self._vllm_config):
+            return None
+        worker = announced(self._vllm_config.kv_transfer_config.engine_id)
+        return {} if worker is None else {0: worker}
+
+    def open(self, workers: Mapping[int, Introduction]) -> None:
         """Open the cache for these workers, by their rank. Raises what ``Cache.open`` raises.
 
         ``UnsupportedError`` where one is missing: it has said in its own log why it is off.
         """
         missing = [number for number in range(self._ranks) if number not in workers]
         if len(missing) == self._ranks:
-            raise UnsupportedError("no worker of the engine has introduced itself")
+            raise UnsupportedError(
+                "no worker of the engine has introduced itself: its own line says why it is off"
+            )
         if missing:
             raise UnsupportedError(
-                f"of the engine's {self._ranks} workers {missing} have not introduced themselves"
+                f"of the engine's {self._ranks} workers {missing} have not introduced themselves: "
+                "their own lines say why they are off"
             )
         first = workers[0]
         self._cache_config = self._settings.fitting(first.rank.native_step)

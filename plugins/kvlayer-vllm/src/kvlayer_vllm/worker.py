@@ -11,11 +11,12 @@ from kvlayer.tier.messages import Verb
 from kvlayer_vllm.device_order import NOTHING, EngineStream
 from kvlayer_vllm.engine import KVCacheConfig, VllmConfig, make_scales
 from kvlayer_vllm.groups import engine_groups
-from kvlayer_vllm.layouts import RankLayout, caches_of, check_device, rank_layout
-from kvlayer_vllm.messages import Answers, Handshake, RankOrder, Step
+from kvlayer_vllm.introductions import Introduction, announce
+from kvlayer_vllm.layouts import caches_of, check_device, rank_layout
+from kvlayer_vllm.messages import Answers, RankOrder, Step
 from kvlayer_vllm.moves import Load
 from kvlayer_vllm.orders import Orders
-from kvlayer_vllm.ranks import count_of
+from kvlayer_vllm.ranks import count_of, is_beside_scheduler
 from kvlayer_vllm.settings import Settings
 
 __all__ = ["WorkerHalf"]
@@ -36,8 +37,9 @@ class WorkerHalf:
         self._form = settings.form_of(count_of(vllm_config))
         self._groups = engine_groups(vllm_config, kv_cache_config)
         self._number = int(vllm_config.parallel_config.rank)
-        self._held: RankLayout | None = None
-        self._is_alone = vllm_config.parallel_config.distributed_executor_backend == "uni"
+        self.introduction: Introduction | None = None
+        """What the scheduler must know of this worker, once it has its tensors."""
+        self._is_beside = is_beside_scheduler(vllm_config)
         self._caches: list[list[Any]] = []
         self._orders: Orders | None = None
         """None beside a scheduler, which copies itself."""
@@ -64,16 +66,12 @@ class WorkerHalf:
             if each.group.quantisation.endswith("_per_token_head"):
                 for name in each.layer_names:
                     make_scales(self._vllm_config, name, tensors[name])
-        self._held = held
-        if not self._is_alone:
+        if self._is_beside:
+            self.introduction = Introduction(held, self._caches, self._stream)
+            announce(self._vllm_config.kv_transfer_config.engine_id, self.introduction)
+        else:
+            self.introduction = Introduction(held, None, None)
             self._orders = Orders(self._number, held)
-
-    def handshake(self) -> Handshake:
-        """What the scheduler must know of this worker, once it has its tensors."""
-        assert self._held is not None
-        if not self._is_alone:
-            return Handshake(self._held, None, None)
-        return Handshake(self._held, self._caches, self._stream)
 
     def before_step(self, step: Step) -> None:
         """Begin to join where that is asked for, and to gather what was ordered. Nothing waits."""
@@ -168,7 +166,10 @@ class WorkerHalf:
         if self._orders is None:
             return Answers(step.number)
         greeted = {self._number} if self._is_greeted else set[int]()
-        return Answers(step.number, self._orders.answers(), greeted)
+        answers = Answers(step.number, self._orders.answers(), greeted)
+        if step.asks and self.introduction is not None:
+            answers.introductions[self._number] = self.introduction
+        return answers
 
     def close(self) -> None:
         """Leave. Idempotent."""

@@ -40,8 +40,9 @@ class Engine:
 
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(BLOCK, sha256)
-        self._setting, self._rng = configs.setting, rng
+        self._setting, self._rng = configs.setting, random.Random(0)
         config = configs.engine()
+        self.ranks = [Rank(configs, number, device()) for number in range(self._setting.ranks)]
         kind = AsyncScheduler if self._setting.is_async else Scheduler
         self.scheduler: Any = kind(
             vllm_config=config,
@@ -49,14 +50,8 @@ class Engine:
             structured_output_manager=StructuredOutputManager(config),
             block_size=BLOCK,
         )
-        self.ranks = [Rank(configs, number, device()) for number in range(self._setting.ranks)]
         self.connector = self.scheduler.connector
         self._aggregator = self._aggregates()
-        tensor = self._setting.tensor
-        self.connector.set_xfer_handshake_metadata_pp_aware(
-            {(n // tensor, n % tensor): rank.handshake() for n, rank in enumerate(self.ranks)}
-        )
-        assert self.connector.is_on
         self._under_way: deque[Batch] = deque()
         self._not_run: list[deque[Batch]] = [deque() for _ in self.ranks]
         self._texts: dict[str, Text] = {}
@@ -66,6 +61,10 @@ class Engine:
         self._fruitless = 0
         """Steps in a row that compute nothing."""
         self.wrong_answers: list[str] = []
+        while self.is_busy:  # with workers elsewhere, which introduce themselves
+            self.turn()
+        assert self.connector.scheduler.is_open
+        self._rng, self.steps = rng, 0
 
     def _aggregates(self) -> Any:
         from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator

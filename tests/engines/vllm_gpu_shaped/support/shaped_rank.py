@@ -91,9 +91,6 @@ class Rank:
         self.wrong: list[WrongRead] = []
         self.reads = 0
 
-    def handshake(self) -> Any:
-        return self._crossed(self.connector.get_handshake_metadata())
-
     def run(self, batch: Batch) -> None:
         """The hooks of a step; what it computes is queued."""
         from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
