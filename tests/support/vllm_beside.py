@@ -23,8 +23,11 @@ _SIBLINGS: Mapping[str, dict[str, Any]] = {
 }
 
 
-def config_of(order: Sequence[str], cache: Mapping[str, Any]) -> Any:
-    """vLLM's configuration of connectors in this order; ``kvlayer`` with ``cache`` for its own."""
+def config_of(order: Sequence[str], cache: Mapping[str, Any], role: str = "kv_both") -> Any:
+    """vLLM's configuration of connectors in this order; ``kvlayer`` with ``cache`` for its own.
+
+    ``role`` is that of all together; each has ``kv_both``.
+    """
     from vllm.config import KVTransferConfig
 
     kvlayer = {
@@ -35,7 +38,7 @@ def config_of(order: Sequence[str], cache: Mapping[str, Any]) -> Any:
     chosen = [{**_SIBLINGS, "kvlayer": kvlayer}[name] for name in order]
     return KVTransferConfig(
         kv_connector="MultiConnector",
-        kv_role="kv_both",
+        kv_role=role,
         kv_connector_extra_config={"connectors": [{"kv_role": "kv_both", **n} for n in chosen]},
     )
 

@@ -181,6 +181,36 @@ def test_a_map_of_heads_that_is_not_vllms_answers_wrongly(
     assert [answer for answer, _ in again] != cold(REPLICAS)
 
 
+AMONG = [
+    (TWO, ["greeter", "kvlayer"]),
+    (STAGES, ["greeter", "kvlayer"]),
+    (TWO, ["kvlayer", "greeter"]),
+    (STAGES, ["kvlayer", "offloading"]),
+]
+"""Those that are left to a campaign, but for the first."""
+
+
+def test_workers_elsewhere_need_no_handshake(
+    engine_of: Any, stored: Any, cold: Any, dose: Any
+) -> None:
+    """The first prompt is answered from the cache, which opens with the engine's first step."""
+    for shape, order in AMONG[: dose(1, len(AMONG))]:
+        process = engine_of(shape, stored(TWO), beside=order)
+        found = [process("ask", [each], ANSWER)[0] for each in PROMPTS]
+        assert [answer for answer, _ in found] == cold(shape), (shape, order)
+        process("rest")
+        state = process("state")
+        assert state["on"] and (state["troubles"], state["leases"], state["pinned"]) == (0, 0, 0)
+        if shape is TWO:  # stages divide the layers in another way than those who stored
+            assert [cached for _, cached in found] == USABLE
+            assert state["loaded"] >= sum(USABLE) * state["token_nbytes"]
+        process("fail_loads", True)
+        process("forget")
+        failed = [process("ask", [each], ANSWER)[0][0] for each in PROMPTS]
+        assert failed == cold(shape) and process("fail_loads", False) >= len(PROMPTS)
+        process.close()
+
+
 def test_without_one_ranks_object_the_prefix_is_shorter_and_right(
     engine_of: Any, stored: Any, cold: Any, tmp_path: Path
 ) -> None:

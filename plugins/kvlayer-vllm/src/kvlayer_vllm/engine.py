@@ -6,7 +6,6 @@ inherits from is declared below as far as it is relied upon; that is what type c
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -47,14 +46,13 @@ __all__ = [
     "make_scales",
     "module",
     "platform",
-    "recompute_failed_loads",
     "register",
     "resolved_hashes",
+    "single_group_connectors",
     "tokens_per_hash",
     "total_kv_heads",
+    "transfer_config",
 ]
-
-_log = logging.getLogger("vllm.kvlayer")  # below vLLM's, so that its users see it
 
 TESTED: Final = ((0, 31), (0, 32))
 """First and last minor version the tests have passed with."""
@@ -209,25 +207,8 @@ def attention_backend(vllm_config: VllmConfig, layer_name: str) -> str:
     return "" if layer is None else str(layer.get_attn_backend().get_name())
 
 
-def recompute_failed_loads(vllm_config: VllmConfig) -> None:
-    """Have vLLM compute what a load has not brought; its default fails the request.
-
-    Called while a connector of the scheduler's is made: vLLM reads the policy after that.
-    """
-    transfer = _transfer_config(vllm_config)
-    if transfer.kv_load_failure_policy == "recompute":
-        return
-    transfer.kv_load_failure_policy = "recompute"
-    whose = ""
-    if transfer is not vllm_config.kv_transfer_config:
-        whose = f" for all connectors of {transfer.kv_connector}"
-    _log.info(
-        "kv_load_failure_policy is 'recompute' from here on%s: a cache fails into a miss", whose
-    )
-
-
-def _transfer_config(vllm_config: VllmConfig) -> Any:
-    """The ``KVTransferConfig`` that vLLM itself reads.
+def transfer_config(vllm_config: VllmConfig) -> Any:
+    """The ``KVTransferConfig`` that vLLM itself reads. Called while a connector is made.
 
     A ``MultiConnector`` gives each of its connectors a copy of the configuration with one of their
     own, and no way back. But it makes them, so that its constructor is among the callers.
@@ -240,6 +221,15 @@ def _transfer_config(vllm_config: VllmConfig) -> Any:
             found = getattr(caller, "_kv_transfer_config", found)
         frame = frame.f_back
     return found
+
+
+def single_group_connectors(transfer: Any) -> list[str]:
+    """Of the connectors in a ``MultiConnector`` those without support for several KV groups."""
+    factory = module("distributed.kv_transfer.kv_connector.factory").KVConnectorFactory
+    make = module("config").KVTransferConfig
+    children = transfer.kv_connector_extra_config.get("connectors", [])
+    configs = [make(**{"engine_id": transfer.engine_id, **each}) for each in children]
+    return [each.kv_connector for each in configs if not factory.supports_hma_config(each)]
 
 
 def make_scales(vllm_config: VllmConfig, layer_name: str, tensor: Any) -> None:

@@ -27,7 +27,6 @@ from kvlayer_vllm.engine import (
     Request,
     SchedulerOutput,
     VllmConfig,
-    recompute_failed_loads,
     tokens_per_hash,
 )
 from kvlayer_vllm.groups import block_sizes, engine_groups, refuse_parallel
@@ -41,6 +40,7 @@ from kvlayer_vllm.ranks import count_of, is_beside_scheduler, united, whole
 from kvlayer_vllm.scopes import Adapters, scope_of
 from kvlayer_vllm.search import Search
 from kvlayer_vllm.settings import Settings
+from kvlayer_vllm.siblings import may_load, recompute_failed_loads, warn_of_single_groups
 from kvlayer_vllm.stats import Figures, StatsSink
 from kvlayer_vllm.steps_under_way import StepsUnderWay
 from kvlayer_vllm.stores import Stores
@@ -63,9 +63,8 @@ class SchedulerHalf:
     ) -> None:
         self._vllm_config = vllm_config
         self._settings = settings
-        transfer = vllm_config.kv_transfer_config
-        self._may_load = bool(transfer.is_kv_consumer)
-        self._may_store = bool(transfer.is_kv_producer)
+        self._may_load = may_load(vllm_config)
+        self._may_store = bool(vllm_config.kv_transfer_config.is_kv_producer)
         refuse_parallel(vllm_config)
         self._groups = engine_groups(vllm_config, kv_cache_config)
         self._block_sizes = block_sizes(self._groups)
@@ -87,6 +86,7 @@ class SchedulerHalf:
         self._is_asked = False
         """A request has been told to ask again."""
         recompute_failed_loads(vllm_config)
+        warn_of_single_groups(vllm_config, kv_cache_config)
 
     def beside(self) -> Mapping[int, Introduction] | None:
         """The worker of this process, where it is on; None where the workers are elsewhere."""
