@@ -135,8 +135,8 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(
     mixed: Path, spec: Any, kv_cache_config: Any, caplog: pytest.LogCaptureFixture
 ) -> Iterator[Any]:
-    """``made(*order)``: vLLM's configuration with these connectors, the scheduler's half of them, and
-    what kvlayer said while it was made."""
+    """``made(*order)``: vLLM's configuration with these connectors, their halves in its scheduler,
+    and what kvlayer said while they were made."""
     from vllm import EngineArgs
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
