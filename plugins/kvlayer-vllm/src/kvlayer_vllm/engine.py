@@ -226,10 +226,11 @@ def transfer_config(vllm_config: VllmConfig) -> Any:
 def single_group_connectors(transfer: Any) -> list[str]:
     """Of the connectors in a ``MultiConnector`` those without support for several KV groups."""
     factory = module("distributed.kv_transfer.kv_connector.factory").KVConnectorFactory
+    supports = module("distributed.kv_transfer.kv_connector.v1.base").supports_hma
     make = module("config").KVTransferConfig
     children = transfer.kv_connector_extra_config.get("connectors", [])
-    configs = [make(**{"engine_id": transfer.engine_id, **each}) for each in children]
-    return [each.kv_connector for each in configs if not factory.supports_hma_config(each)]
+    classes = [factory.get_connector_class(make(**each)) for each in children]
+    return [each.__name__ for each in classes if not supports(each)]
 
 
 def make_scales(vllm_config: VllmConfig, layer_name: str, tensor: Any) -> None:
