@@ -362,8 +362,9 @@ class Cache:
         """Bring a hit into host memory: for an engine that makes room only for what is certain.
 
         The report's tokens are there then, for as long as the hit is leased, and ``retrieve``
-        copies them without a tier in between. Abandoned ``deadline`` seconds from now, and when a
-        tier missed its own. Raises ``LayoutError`` for a hit of another cache.
+        copies them without a tier in between. Abandoned as :meth:`retrieve` is: ``deadline``
+        seconds from now, when a tier missed its own, and when it has taken as long as recomputing
+        would. Raises ``LayoutError`` for a hit of another cache.
         """
         started = self.check_loop()
         deadline = waiting("deadline", deadline)

@@ -222,7 +222,7 @@ class Stack:
                 )
                 held = False
                 try:
-                    report = await self._promote(match, None)
+                    report = await self._promote(match, None, at_any_price=True)
                     held = True
                 finally:
                     if not held:
@@ -237,20 +237,27 @@ class Stack:
         return lease, report
 
     async def promote(self, match: Match, *, deadline: float | None = None) -> RetrieveReport:
-        """Bring a match into host memory; the caller's lease holds it there afterwards."""
+        """Bring a match into host memory; the caller's lease holds it there afterwards.
+
+        It is waited for: a load that has taken as long as computing would is abandoned.
+        """
         try:
             with self.epochs.within(match.chain.epoch):
                 return await self._promote(match, deadline)
         except EpochOver:
             return self._rebound(match, Window(0, match.tokens))
 
-    async def _promote(self, match: Match, deadline: float | None) -> RetrieveReport:
+    async def _promote(
+        self, match: Match, deadline: float | None, *, at_any_price: bool = False
+    ) -> RetrieveReport:
         trouble: list[Failure] = []
         done = 0
-        until = None if deadline is None else self.clock() + deadline
         # Pinned, too: the lease may run out before everything is there.
         match, _ = await in_turns(self.planner.claiming(match, None, match.tokens))
         try:
+            until: float | None = None
+            if not at_any_price:
+                until = await in_turns(self.finder.budget(match.needs, deadline))
             async with aclosing(self.loads.arrive(match.needs, trouble, until)) as arrivals:
                 async for batch in arrivals:
                     done += len(batch)

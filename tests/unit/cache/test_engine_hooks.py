@@ -96,6 +96,24 @@ async def test_promoting_ends_at_its_deadline() -> None:
         patient.falls(Sickness.HEALTHY)
 
 
+@in_virtual_time
+async def test_promoting_ends_when_it_has_cost_as_much_as_computing_would() -> None:
+    """And the next lookup knows better: nothing is tried twice."""
+    patient = Patient.fresh()
+    async with ward(patient, prefill_tokens_per_second=1000.0) as cache:
+        engine = Engine(layout(), 32, 1)
+        await cache.store(PROMPT, engine.view(engine.slots(64)))
+        await cache.control.evict(PROMPT, tier="cpu")
+        patient.latency = 1.5
+        async with cache.lookup(PROMPT) as hit:
+            began = cache.parts.clock()
+            report = await cache.promote(hit)
+            assert report.tokens == 0 and cache.parts.clock() - began == pytest.approx(0.064)
+        assert [failure.cause for failure in report.failed] == [Cause.DEADLINE]
+        async with cache.lookup(PROMPT) as hit:
+            assert hit.tokens == 0
+
+
 @pytest.mark.asyncio
 async def test_a_hit_of_another_cache_is_not_promoted() -> None:
     engine = Engine(layout(), 32, 1)
