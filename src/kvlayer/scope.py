@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from hashlib import sha256
 
-from kvlayer._values import given, instance, items, text, whole
+from kvlayer._values import flag, given, instance, items, text, whole
 from kvlayer.errors import ConfigError, IdentityError
 from kvlayer.retention import ORDINARY, Retention
 
@@ -104,8 +104,9 @@ class Scope:
     start at one token the last listed is the later. ``adapter`` is the digest of a LoRA adapter's
     files. ``contents`` are extra content hashes. ``owner`` is who asks, for leases and reports;
     ``retention`` is how long what the request stores is worth keeping. ``accepts`` names qualities
-    that may serve the request after exact KV, which is always accepted: by default none. None of
-    these is part of any name.
+    that may serve the request after exact KV, which is always accepted: by default none. With
+    ``memory_only`` the request gets what lies in host memory, and no lower tier is asked or read
+    for it. None of these is part of any name.
     """
 
     salts: tuple[Salt, ...] = ()
@@ -114,6 +115,7 @@ class Scope:
     owner: str = ""
     retention: Retention = ORDINARY
     accepts: tuple[str, ...] = ()
+    memory_only: bool = False
 
     def __post_init__(self) -> None:
         _check_digest("an adapter", self.adapter)
@@ -124,6 +126,7 @@ class Scope:
         owner = text("owner", "" if owner is None else owner, hint=hint)
         hint = "pass kvlayer.Retention(priority=1), or leave it out"
         instance("a scope's retention", self.retention, Retention, hint=hint, error=ConfigError)
+        flag("memory_only", self.memory_only)
         accepts = items("accepts", self.accepts, str, hint=_QUALITIES, error=IdentityError)
         accepts = tuple(dict.fromkeys(name for name in accepts if name != "exact"))
         checked = (("salts", salts), ("contents", contents), ("owner", owner))

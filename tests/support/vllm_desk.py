@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from functools import reduce
 from types import SimpleNamespace
 from typing import Any
@@ -47,17 +48,22 @@ class Desk:
         widths: dict[str, int] | None = None,
         tensor: int = 1,
         pipeline: int = 1,
+        clock: Callable[[], float] = time.monotonic,
         **extra: Any,
     ) -> None:
-        settings = Settings.of(
-            {"tokens_per_chunk": CHUNK, "tokens_per_tail": BLOCK, "tiers": list(tiers), **extra}
-        )
+        given = {
+            "tokens_per_chunk": CHUNK,
+            "tokens_per_tail": BLOCK,
+            "report_prefill": False,  # steps that compute nothing take no time
+            "tiers": list(tiers),
+        }
+        settings = Settings.of({**given, **extra})
         configs = [vllm_config]
         if remote or tensor * pipeline > 1:
             configs = [
                 _elsewhere(vllm_config, n, tensor, pipeline) for n in range(tensor * pipeline)
             ]
-        self.half = SchedulerHalf(configs[0], kv_cache_configs[0], settings)
+        self.half = SchedulerHalf(configs[0], kv_cache_configs[0], settings, clock=clock)
         self.workers: list[WorkerHalf] = []
         self.rows_held: list[dict[str, torch.Tensor]] = []
         """The KV tensors by the names of layers, of each rank."""

@@ -308,7 +308,9 @@ def serve(model: str, cache: Any, options: dict[str, Any]) -> None:
 
     Loads that a step waits for are served here whatever the version: none fails in these engines.
     Of the options ``beside`` names the connectors of a ``MultiConnector``: see ``vllm_beside``.
+    What is found is loaded, however fast so small a model computes.
     """
+    cache = cache if cache is None else {"report_prefill": False, **cache}
     engine.RECOMPUTES_IN_STEP = engine.TESTED[0]
     says = os.fdopen(os.dup(1), "w")  # the engine's log must not get between the answers
     os.dup2(2, 1)

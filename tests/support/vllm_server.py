@@ -35,7 +35,7 @@ class Server:
         transfer = {
             "kv_connector": "KVLayerConnector",
             "kv_role": "kv_both",
-            "kv_connector_extra_config": cache,
+            "kv_connector_extra_config": {"report_prefill": False, **cache},  # loads all it finds
         }
         self._model = str(model)
         self._log = folder / f"server-{self._port}.log"

@@ -376,6 +376,7 @@ def engine(tiny: Path) -> Iterator[Inside]:
                 "tokens_per_chunk": 64,
                 "tokens_per_tail": 32,
                 "held_share": 1.0,  # few blocks, and what is stored is counted
+                "report_prefill": False,  # what is found is loaded
                 "tiers": [{"url": "cpu://?capacity=1GiB"}, {"url": "sick://", **below}],
             },
             enable_prefix_caching=True,

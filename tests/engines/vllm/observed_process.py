@@ -99,6 +99,7 @@ def started(model: str, directory: Path, endpoint: str) -> Serving:
             "tokens_per_chunk": CHUNK,
             "tokens_per_tail": BLOCK,
             "held_share": 1.0,  # few blocks, and what is stored is counted
+            "report_prefill": False,  # what is found is loaded
             "tiers": [
                 {"url": "cpu://?capacity=256MiB"},
                 {"url": f"file://{directory}/kv", "write": "through", "deadline_seconds": 60.0},

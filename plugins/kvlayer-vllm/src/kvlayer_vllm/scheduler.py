@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from kvlayer import Portal
+from kvlayer import Cache, Portal
 from kvlayer.api.hit import PrefixHit
-from kvlayer.errors import IdentityError, UnsupportedError
+from kvlayer.errors import ClosedError, ForkedError, IdentityError, UnsupportedError
 from kvlayer.events import Sink
 from kvlayer.tier.ranks.rank_team import RankTeam
 from kvlayer_vllm.block_events import BlockEvents
@@ -35,6 +36,7 @@ from kvlayer_vllm.held_blocks import HeldBlocks
 from kvlayer_vllm.identity import namespace_of
 from kvlayer_vllm.introductions import Introduction, announced
 from kvlayer_vllm.messages import Answers, Step
+from kvlayer_vllm.prefill_pace import PrefillPace
 from kvlayer_vllm.promises import PendingLoads
 from kvlayer_vllm.ranks import count_of, is_beside_scheduler, united, whole
 from kvlayer_vllm.scopes import Adapters, scope_of
@@ -46,6 +48,7 @@ from kvlayer_vllm.steps_under_way import StepsUnderWay
 from kvlayer_vllm.stores import Stores
 from kvlayer_vllm.token_ids import TokenIds
 from kvlayer_vllm.tracked import Tracked
+from kvlayer_vllm.wishes import Wishes
 
 __all__ = ["SchedulerHalf"]
 
@@ -59,8 +62,14 @@ class SchedulerHalf:
     """
 
     def __init__(
-        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings
+        self,
+        vllm_config: VllmConfig,
+        kv_cache_config: KVCacheConfig,
+        settings: Settings,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self._vllm_config = vllm_config
         self._settings = settings
         self._may_load = may_load(vllm_config)
@@ -77,12 +86,13 @@ class SchedulerHalf:
         self._events: BlockEvents | None = None
         if events is not None and events.enable_kv_cache_events:
             self._events = BlockEvents(self._groups)
-        self._stats = StatsSink(time.monotonic)
+        self._stats = StatsSink(clock)
         self._portal: Portal | None = None
         self._hands: WorkerLink = LocalHands([], (), EngineStream("cpu"))
         self._tracked: dict[str, Tracked] = {}
         self._held = HeldBlocks(settings.held_share)
-        self._steps = StepsUnderWay()
+        self._steps = StepsUnderWay(clock)
+        self._pace = PrefillPace(self._computed, least=settings.cache.tokens_per_chunk, clock=clock)
         self._is_asked = False
         """A request has been told to ask again."""
         recompute_failed_loads(vllm_config)
@@ -186,12 +196,12 @@ class SchedulerHalf:
     def arrived(self, request: Request) -> None:
         """Start to look for its prefix."""
         self._replaced_by(request)
-        ids = TokenIds(request.all_token_ids)
-        tracked = Tracked(request, ids, self._search(request, ids))
+        tracked = Tracked(request, TokenIds(request.all_token_ids), None, Wishes.of(request))
+        tracked.search = self._search(tracked)
         self._tracked[request.request_id] = tracked
         if request.resumable:
             tracked.exclude("a session whose prompt grows while it is computed")
-        elif self._may_load and not request.skip_reading_prefix_cache:
+        elif self._is_asked_for(tracked) and tracked.wishes.most_loaded is None:
             self._poll(tracked)
 
     def _replaced_by(self, request: Request) -> None:
@@ -206,6 +216,11 @@ class SchedulerHalf:
             if named == (lora.lora_int_id, lora.lora_path):
                 tracked.exclude("its adapter is replaced in place")
 
+    def _is_asked_for(self, tracked: Tracked) -> bool:
+        """Whether anything is loaded for it."""
+        is_wished = tracked.wishes.most_loaded != 0
+        return self._may_load and is_wished and not tracked.request.skip_reading_prefix_cache
+
     def _poll(self, tracked: Tracked) -> int | None:
         """Tokens of the request that lie in host memory; None while that is not known."""
         if tracked.search is None or tracked.has_failed:
@@ -216,13 +231,14 @@ class SchedulerHalf:
             tracked.exclude(str(exc))
             return 0
 
-    def _search(self, request: Request, ids: TokenIds) -> Search:
+    def _search(self, tracked: Tracked) -> Search:
+        request = tracked.request
         return Search(
             self.portal,
-            ids,
-            lambda: request.num_tokens,
-            partial(scope_of, request, self._adapters),
-            clock=time.monotonic,
+            tracked.ids,
+            tracked.wanted,
+            partial(scope_of, request, self._adapters, tracked.wishes),
+            clock=self._clock,
             lease_seconds=self._cache_config.lease_seconds,
             on_found=None if self._events is None else partial(self._found, self._events, request),
         )
@@ -236,8 +252,9 @@ class SchedulerHalf:
         One token is always left to compute: its logits are wanted.
         """
         tracked = self._tracked.get(request.request_id)
-        if tracked is None or not self._may_load or request.skip_reading_prefix_cache:
+        if tracked is None or not self._is_asked_for(tracked):
             return 0, False
+        tracked.looks_from(computed)
         found = self._poll(tracked)
         if found is None:
             self._is_asked = True
@@ -305,7 +322,9 @@ class SchedulerHalf:
         self._hands.hear(answers)
         self._held.let_go()
         grown: dict[Tracked, None] = {}
-        for record in self._steps.heard(answers.step):
+        records = self._steps.heard(answers.step)
+        self._pace.heard(records)
+        for record in records:
             for tracked in record.computes:
                 record.has_written(tracked)
             if record.is_right:
@@ -314,6 +333,13 @@ class SchedulerHalf:
         for tracked in grown:
             if self._may_store and self._tracked.get(tracked.request.request_id) is tracked:
                 self._stores.new(tracked, self._block_table)
+
+    def _computed(self, tokens: int, seconds: float) -> None:
+        """Tell the cache how fast the engine computes prompts. Waits for nothing."""
+        if self._settings.report_prefill:
+            told = partial(_report_prefill, self.portal.cache, tokens, seconds)
+            with suppress(ClosedError, ForkedError):  # nobody is going to load any more
+                self.portal.post([told])
 
     def finished(self, request: Request, block_ids: Sequence[Sequence[int]]) -> None:
         """The request is over: store the rest. Its blocks need not stay."""
@@ -383,3 +409,9 @@ class SchedulerHalf:
         portal, self._portal = self._portal, None
         if portal is not None:
             portal.close()
+
+
+def _report_prefill(cache: Cache, tokens: int, seconds: float) -> None:
+    """On the cache's loop."""
+    with suppress(ClosedError, ForkedError):
+        cache.report_prefill(tokens, seconds)

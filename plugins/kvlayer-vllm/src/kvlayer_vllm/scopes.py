@@ -10,8 +10,11 @@ from kvlayer.abc.offload import Threads
 from kvlayer.errors import IdentityError
 from kvlayer.identity.weights import weights_digest
 from kvlayer_vllm.engine import Request
+from kvlayer_vllm.wishes import Wishes
 
 __all__ = ["Adapters", "scope_of"]
+
+_NONE = Wishes()
 
 
 class Adapters:
@@ -59,7 +62,7 @@ def _digest(path: str) -> bytes:
     return bytes.fromhex(weights_digest(path).removeprefix("sha256:"))
 
 
-def scope_of(request: Request, adapters: Adapters) -> Scope | None:
+def scope_of(request: Request, adapters: Adapters, wishes: Wishes = _NONE) -> Scope | None:
     """The scope of a request; None while its adapter's digest is being made.
 
     Raises ``IdentityError`` for a request whose KV nothing names: a prompt given as embeddings, an
@@ -81,4 +84,10 @@ def scope_of(request: Request, adapters: Adapters) -> Scope | None:
         Content(sha256(feature.identifier.encode()).digest(), feature.mm_position.offset)
         for feature in request.mm_features
     )
-    return Scope(salts=salts, adapter=adapter, contents=contents, owner="vllm")
+    return Scope(
+        salts=salts,
+        adapter=adapter,
+        contents=contents,
+        owner="vllm",
+        memory_only=wishes.memory_only,
+    )

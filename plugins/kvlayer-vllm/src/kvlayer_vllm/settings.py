@@ -32,13 +32,16 @@ class Settings:
     that step (``layerwise``)."""
     held_share: float = 0.25
     """Of the engine's blocks, how many stores may hold while they read them. Over 0, at most 1."""
+    report_prefill: bool = True
+    """Whether the cache hears how fast the engine computes, and leaves what loads slower."""
 
     @classmethod
     def of(cls, extra_config: Mapping[str, Any]) -> Settings:
         """Read the connector's extra configuration.
 
-        ``form``, ``loads`` and ``held_share`` are the adapter's own; ``config`` names a TOML file;
-        everything else is a field of ``kvlayer.CacheConfig`` and comes before environment and file.
+        ``form``, ``loads``, ``held_share`` and ``report_prefill`` are the adapter's own; ``config``
+        names a TOML file; everything else is a field of ``kvlayer.CacheConfig`` and comes before
+        environment and file.
         Raises ``ConfigError`` for what is unknown or wrong.
         """
         given = dict(extra_config)
@@ -55,6 +58,8 @@ class Settings:
                 )
         if "held_share" in given:
             own["held_share"] = _share("held_share", given.pop("held_share"))
+        if "report_prefill" in given:
+            own["report_prefill"] = _flag("report_prefill", given.pop("report_prefill"))
         path = given.pop("config", None)
         return cls(CacheConfig.load(path, **given), **own)
 
@@ -97,3 +102,9 @@ def _share(name: str, value: Any) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
         return float(value)
     raise ConfigError(f"{name} must be a number over 0 and at most 1, found {value!r}")
+
+
+def _flag(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise ConfigError(f"{name} must be true or false, found {value!r}")

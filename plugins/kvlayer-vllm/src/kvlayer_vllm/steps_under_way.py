@@ -17,6 +17,7 @@ vLLM may schedule several steps before it takes the output of the first, so each
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvlayer_vllm.messages import Step
@@ -41,6 +42,10 @@ class StepUnderWay:
     """One step, until it is heard of."""
 
     number: int
+    began: float
+    """When it was scheduled, by the clock of :class:`StepsUnderWay`."""
+    of_prompts: int = 0
+    """How many of the tokens it computes were known before: of prompts, or computed anew."""
     computes: dict[Tracked, Share] = field(default_factory=dict[Tracked, Share])
     waits_for: list[tuple[Tracked, Load]] = field(default_factory=list[tuple[Tracked, Load]])
     """Loads that are over before it computes."""
@@ -58,7 +63,11 @@ class StepUnderWay:
 
     def add(self, tracked: Tracked, count: int) -> None:
         """It computes ``count`` tokens of the request beyond those that vLLM counts by now."""
-        stop = tracked.request.num_computed_tokens + count
+        request = tracked.request
+        stop = request.num_computed_tokens + count
+        known = min(count, request.num_tokens - request.num_computed_tokens)
+        if known > 1:  # the one that was sampled last is an answer's
+            self.of_prompts += known
         self.computes[tracked] = Share(tracked.placement, count, stop)
 
     def has_written(self, tracked: Tracked) -> None:
@@ -71,7 +80,8 @@ class StepUnderWay:
 class StepsUnderWay:
     """The records of all steps that nobody has heard of yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._steps: deque[StepUnderWay] = deque()
         self._last = 0
 
@@ -80,7 +90,7 @@ class StepsUnderWay:
         if not step.number:
             self._last += 1
             step.number = self._last
-            self._steps.append(StepUnderWay(step.number))
+            self._steps.append(StepUnderWay(step.number, self._clock()))
         return self._steps[-1]
 
     def heard(self, number: int) -> list[StepUnderWay]:

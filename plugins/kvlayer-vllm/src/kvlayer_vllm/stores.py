@@ -67,7 +67,7 @@ class Stores:
         """A step of the request was accepted: store the chunks it filled, or its whole prompt."""
         request_id = tracked.request.request_id
         where = partial(block_table.get_block_ids, request_id)
-        computed = tracked.computed
+        computed = tracked.storable
         if not tracked.has_prompt and computed >= tracked.request.num_prompt_tokens:
             self._store(tracked, computed, where, tail=True)
             tracked.has_prompt = not tracked.is_cut
@@ -78,7 +78,7 @@ class Stores:
 
     def rest(self, tracked: Tracked, block_ids: Sequence[Sequence[int]]) -> None:
         """The request is over: store all that it has, tail included."""
-        self._store(tracked, tracked.computed, lambda: block_ids, tail=True)
+        self._store(tracked, tracked.storable, lambda: block_ids, tail=True)
 
     def _store(
         self,
@@ -97,7 +97,7 @@ class Stores:
             tracked.is_cut = False
             return
         try:
-            scope = scope_of(request, self._adapters)
+            scope = scope_of(request, self._adapters, tracked.wishes)
         except IdentityError as exc:
             tracked.exclude(str(exc))
             return

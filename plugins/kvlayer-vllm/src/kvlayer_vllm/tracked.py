@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvlayer_vllm.engine import Request
 from kvlayer_vllm.moves import Load
 from kvlayer_vllm.search import Search
 from kvlayer_vllm.token_ids import TokenIds
+from kvlayer_vllm.wishes import Wishes
 
 __all__ = ["Tracked"]
 
@@ -23,6 +24,9 @@ class Tracked:
     ids: TokenIds
     search: Search | None
     """Looks for its prefix; None where no KV may be shared with it."""
+    wishes: Wishes = field(default_factory=Wishes)
+    reach: int | None = None
+    """Its prefix is looked for up to this token; None: all of it."""
     local: int = 0
     """Tokens that vLLM had itself when it asked what more there is."""
     found: int = 0
@@ -54,6 +58,26 @@ class Tracked:
         request = self.request
         known = request.num_computed_tokens - request.num_in_flight_tokens
         return int(min(known, self.written, request.num_tokens))
+
+    @property
+    def storable(self) -> int:
+        """Tokens that may be stored by now."""
+        most = self.wishes.most_stored
+        return self.computed if most is None else min(self.computed, most)
+
+    def wanted(self) -> int:
+        """How many tokens from its start it may be given."""
+        count = int(self.request.num_tokens)
+        return count if self.reach is None else min(count, self.reach)
+
+    def looks_from(self, local: int) -> None:
+        """vLLM has so many tokens itself; what it asks for beyond may be bounded."""
+        if self.wishes.most_loaded is None:
+            return
+        reach = local + self.wishes.most_loaded
+        if reach != self.reach and self.search is not None:
+            self.search.release()
+        self.reach = reach
 
     def exclude(self, why: str) -> None:
         """Nothing is loaded for it, nor stored of it: no name would be its own."""

@@ -127,13 +127,13 @@ class Finder:
         def is_open(search: Search | None) -> Steps[bool]:
             if search is None:
                 return False
-            tiers = _bits(t for t in self._asked(search.chain.namespace) if t.guard.serves)
+            tiers = _bits(t for t in self._asked(search.chain) if t.guard.serves)
             if not tiers:
                 return False
             return bool((yield from self._planner.questions(search, tiers, self._clock())))
 
         def choose(match: Match) -> Steps[Match | None]:
-            if not match.is_whole and self._asked(chain.namespace):
+            if not match.is_whole and self._asked(chain):
                 exact = match
                 if chain.accepts:
                     exact = yield from self._planner.matching(chain.accepting())
@@ -164,7 +164,7 @@ class Finder:
         In the exact namespace first, then about what follows in each that is accepted.
         """
         namespaces = [chain.namespace, *(each.namespace for each in chain.accepts)]
-        asked = [tier for namespace in namespaces for tier in self._asked(namespace)]
+        asked = [tier for namespace in namespaces for tier in self._asked(chain, namespace)]
         if not asked:
             return ()
         until = self._clock() + max(tier.guard.deadline for tier in asked)
@@ -179,13 +179,20 @@ class Finder:
                 runs += await self._learn_by(more, until)
         return runs
 
-    def _asked(self, namespace: str) -> list[LowerTier]:
-        """The tiers that may hold more of a namespace than is known."""
-        has_forgotten = self._planner.has_forgotten
-        return [tier for tier in self._lower if has_forgotten or tier.must_ask(namespace)]
+    def _asked(self, chain: ChunkChain, namespace: str = "") -> list[LowerTier]:
+        """The tiers that may hold more than is known: of the chain's own namespace, or of another
+        that serves the request."""
+        if chain.scope.memory_only:
+            return []
+        named, has_forgotten = namespace or chain.namespace, self._planner.has_forgotten
+        return [tier for tier in self._lower if has_forgotten or tier.must_ask(named)]
+
+    def _dead(self, chain: ChunkChain) -> int:
+        """Bit t: the request gets nothing from tier t now."""
+        return _bits(self._lower) if chain.scope.memory_only else down(self._lower)
 
     async def _learn_by(self, search: Search, until: float) -> Sequence[Run]:
-        asked = {tier.index: tier for tier in self._asked(search.chain.namespace)}
+        asked = {tier.index: tier for tier in self._asked(search.chain)}
         while asked:
             round_ = await in_turns(
                 self._planner.questions(search, _bits(asked.values()), self._clock())
@@ -231,7 +238,7 @@ class Finder:
 
     def _worth_loading(self, match: Match, rate: float | None) -> Steps[Match]:
         """``match`` cut where a tier is not asked for now, or where recomputing is faster."""
-        dead = down(self._lower)
+        dead = self._dead(match.chain)
         if (not dead and rate is None) or match.is_resident:
             return match
         best, most = match.first(0), 0.0
