@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm_drafts
 from counting import counted
 from damage import damage_file
 from vllm_beside import BesideServing, config_of, sibling
@@ -274,6 +275,11 @@ def close(serving: Serving) -> Any:
     return None
 
 
+def fates(_: Serving) -> Any:
+    """Tokens that were drafted so far, and those of them that were accepted."""
+    return vllm_drafts.FATES
+
+
 _PREEMPTED = [0]
 _DAMAGED: list[list[str]] = [[]]
 _FAILING = pytest.MonkeyPatch()
@@ -297,6 +303,7 @@ VERBS = {
         state,
         resident,
         hook_work,
+        fates,
         reset,
         close,
     )
@@ -314,11 +321,14 @@ def serve(model: str, cache: Any, options: dict[str, Any]) -> None:
     engine.RECOMPUTES_IN_STEP = engine.TESTED[0]
     says = os.fdopen(os.dup(1), "w")  # the engine's log must not get between the answers
     os.dup2(2, 1)
+    if "speculative_config" in options:
+        vllm_drafts.prepare()
     if order := options.pop("beside", None):
         transfer = config_of(order, cache)
         serving: Serving = BesideServing(model, **{**options, "kv_transfer_config": transfer})
     else:
         serving = Serving(model, cache=cache, **options)
+    vllm_drafts.watch(serving.core.scheduler)
     _count_preemptions(serving.core.scheduler)
     says.write(json.dumps("ready") + "\n")
     says.flush()
