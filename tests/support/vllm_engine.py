@@ -21,6 +21,7 @@ from counting import counted
 from damage import damage_file
 from vllm_beside import BesideServing, config_of, sibling
 from vllm_settled import settled
+from vllm_unusual import converse, embedded
 
 from kvlayer import Cache, Cause, RetrieveReport, Scope
 from kvlayer.identity.keys import Span
@@ -304,6 +305,8 @@ VERBS = {
         resident,
         hook_work,
         fates,
+        embedded,
+        converse,
         reset,
         close,
     )

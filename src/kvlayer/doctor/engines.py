@@ -1,6 +1,8 @@
 """Which engines are installed, and whether they are in the range their adapter was tested with.
 
-Everything is read from metadata: importing an engine takes a minute and may need a GPU.
+Everything is read from metadata: importing an engine takes a minute and may need a GPU. An adapter
+states its range as what it always requires, or, where it is installed beside an engine whose builds
+have several names, in an extra that is called like the engine.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
+from typing import NamedTuple
 
 from kvlayer._version import DISTRIBUTION
 from kvlayer.doctor.finding import Check, Finding
@@ -28,11 +31,11 @@ def engines() -> list[Finding]:
     found = [_torch()]
     installed = {name: _version(name) for name in _ENGINES}
     there = [f"{name} {at}" for name, at in installed.items() if at is not None]
-    adapters = {owner: list(_asked(owner)) for owner in _adapters()}
+    adapters = {owner: list(_asked(owner)) for owner in sorted(_adapters())}
     adapters = {owner: asked for owner, asked in adapters.items() if asked}
-    for owner, asked in adapters.items():
-        found += [_compared(owner, name, specifiers) for name, specifiers in asked]
-    served = {name for asked in adapters.values() for name, _ in asked}
+    for asked in adapters.values():
+        found += map(_compared, asked)
+    served = {each.engine for asked in adapters.values() for each in asked}
     alone = [each for each in there if each.partition(" ")[0] not in served]
     if alone:
         found.append(
@@ -65,19 +68,31 @@ def _adapters() -> set[str]:
     return owners - {DISTRIBUTION}
 
 
-def _asked(owner: str) -> Iterator[tuple[str, str]]:
-    """What a distribution always requires of torch and the engines, as it wrote the range."""
+class _Asked(NamedTuple):
+    """What an adapter asks of an engine, or of torch."""
+
+    owner: str
+    engine: str
+    specifiers: str
+    """The range, as it was written."""
+    is_required: bool
+    """Installing the adapter installs it. If not, the adapter is off outside the range."""
+
+
+def _asked(owner: str) -> Iterator[_Asked]:
     for line in requires(owner) or ():
         wanted, _, marker = line.partition(";")
         match = re.fullmatch(r"\s*([\w.-]+)\s*(?:\[[^]]*\])?\s*\(?([^)]*)\)?\s*", wanted)
-        if match is None or "extra" in marker:
+        if match is None:
             continue
         name = re.sub(r"[-_.]+", "-", match[1]).lower()
-        if name in (*_ENGINES, "torch"):
-            yield name, match[2].strip()
+        is_beside = re.search(rf"extra\s*==\s*['\"]{name}['\"]", marker) is not None
+        if name in (*_ENGINES, "torch") and (is_beside or "extra" not in marker):
+            yield _Asked(owner, name, match[2].strip(), not is_beside)
 
 
-def _compared(owner: str, name: str, specifiers: str) -> Finding:
+def _compared(asked: _Asked) -> Finding:
+    owner, name, specifiers, is_required = asked
     at = _version(name)
     detail: dict[str, object] = {
         "adapter": owner,
@@ -85,6 +100,12 @@ def _compared(owner: str, name: str, specifiers: str) -> Finding:
         "installed": at,
         "tested": specifiers,
     }
+    if at is None and not is_required:
+        return _CHECK.warn(
+            f"{owner} serves {name} {specifiers}, which is not installed here",
+            f"install {owner} into the engine's environment",
+            **detail,
+        )
     if at is None:
         return _CHECK.bad(
             f"{owner} needs {name} {specifiers}, which is not installed",
@@ -109,8 +130,9 @@ def _compared(owner: str, name: str, specifiers: str) -> Finding:
         )
     if is_inside:
         return _CHECK.ok(f"{name} {at} is in the range of {owner} ({specifiers})", **detail)
+    off = "" if is_required else ": the adapter is off, and the engine serves without it"
     return _CHECK.bad(
-        f"{name} {at} is outside the range of {owner} ({specifiers})",
+        f"{name} {at} is outside the range of {owner} ({specifiers}){off}",
         f"pip install '{name}{specifiers}', or a newer {owner}",
         **detail,
     )

@@ -18,7 +18,7 @@ from kvlayer.layout import HitRule
 from kvlayer_vllm.engine import engine_version
 from kvlayer_vllm.groups import engine_groups
 from kvlayer_vllm.identity import namespace_of, overrides_of, weights_of
-from kvlayer_vllm.scopes import Adapters, scope_of
+from kvlayer_vllm.scopes import Digests, scope_of
 from kvlayer_vllm.settings import Settings
 
 NAMES = ["model.layers.1.self_attn.attn", "model.layers.0.self_attn.attn"]
@@ -190,12 +190,12 @@ TOKENS = list(range(3, 259))
 
 
 def test_a_plain_request_has_nobodys_scope(request_of: Any) -> None:
-    scope = scope_of(request_of(TOKENS), Adapters())
+    scope = scope_of(request_of(TOKENS), Digests())
     assert scope is not None and names(scope, TOKENS) == names(Scope(), TOKENS)
 
 
 def test_a_salted_request_meets_only_its_like(request_of: Any) -> None:
-    adapters = Adapters()
+    adapters = Digests()
     one, two = (scope_of(request_of(TOKENS, cache_salt=salt), adapters) for salt in ("a", "b"))
     assert one is not None and two is not None and one.salts == (Salt("a"),)
     found = [names(scope, TOKENS) for scope in (one, two, Scope())]
@@ -216,7 +216,7 @@ def test_an_image_is_named_from_the_token_on_where_it_stands(request_of: Any) ->
             )
             for identifier, at in images
         ]
-        found = scope_of(request_of(TOKENS, mm_features=features), Adapters())
+        found = scope_of(request_of(TOKENS, mm_features=features), Digests())
         assert found is not None
         return found
 
@@ -238,7 +238,7 @@ def test_an_adapter_is_named_by_its_files(
         return str(tmp_path / name)
 
     def scope(path: str, number: int = 1, name: str = "served") -> Scope:
-        adapters = Adapters()
+        adapters = Digests()
         lora = LoRARequest(lora_name=name, lora_int_id=number, lora_path=path)
         request = request_of(TOKENS, lora_request=lora)
         while (found := scope_of(request, adapters)) is None:
@@ -257,7 +257,7 @@ def test_an_adapter_that_nobody_can_read_is_neither_loaded_nor_stored(
 ) -> None:
     from vllm.lora.request import LoRARequest
 
-    adapters = Adapters()
+    adapters = Digests()
     lora = LoRARequest(lora_name="x", lora_int_id=1, lora_path=str(tmp_path / "nowhere"))
     request = request_of(TOKENS, lora_request=lora)
 
@@ -269,13 +269,6 @@ def test_an_adapter_that_nobody_can_read_is_neither_loaded_nor_stored(
     with pytest.raises(IdentityError, match="no model at"):
         ask()
     adapters.close()
-
-
-def test_a_prompt_of_embeddings_has_no_name(request_of: Any) -> None:
-    import torch
-
-    with pytest.raises(IdentityError, match="embeddings"):
-        scope_of(request_of(None, prompt_embeds=torch.zeros(4, 8)), Adapters())
 
 
 # -- settings ----------------------------------------------------------------------------------
@@ -331,7 +324,7 @@ def test_an_adapter_loaded_anew_from_the_same_path_is_another(
     from vllm.lora.request import LoRARequest
 
     weights = tmp_path / "adapter_model.safetensors"
-    adapters = Adapters()
+    adapters = Digests()
 
     def scope(number: int) -> Any:
         lora = LoRARequest(lora_name="served", lora_int_id=number, lora_path=str(tmp_path))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +14,10 @@ from kvlayer.errors import ConfigError, UnsupportedError
 from kvlayer_vllm import connector as connector_module
 from kvlayer_vllm import engine as engine_module
 from kvlayer_vllm.connector import KVLayerConnector
-from kvlayer_vllm.engine import check_loads, check_version, register
+from kvlayer_vllm.engine import TESTED, check_loads, check_version, register
 from kvlayer_vllm.messages import Answers, Step
 
+PLUGIN = Path(__file__).parents[3] / "plugins" / "kvlayer-vllm"
 NAMES = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
 
 
@@ -93,6 +96,13 @@ def test_the_tested_versions_are_accepted() -> None:
     check_version("0.32.1+cpu")
     with pytest.raises(UnsupportedError):
         check_version("0.3.2")
+
+
+def test_the_range_that_doctor_reads_is_the_tested_one() -> None:
+    project = tomllib.loads((PLUGIN / "pyproject.toml").read_text())["project"]
+    (first, (major, minor)) = TESTED
+    expected = f"vllm>={first[0]}.{first[1]},<{major}.{minor + 1}"
+    assert project["optional-dependencies"]["vllm"] == [expected]
 
 
 @pytest.mark.parametrize("role", ["SCHEDULER", "WORKER"])

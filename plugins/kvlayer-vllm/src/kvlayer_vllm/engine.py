@@ -312,7 +312,8 @@ def event_extra_keys(
     request: Request, tokens_per_block: int, first: int, stop: int
 ) -> list[tuple[Any, ...] | None] | None:
     """What the engine mixed into the hashes of blocks ``first .. stop``, as events have it."""
-    if not (request.lora_request or request.mm_features or request.cache_salt):
+    has_embeddings = request.prompt_embeds is not None
+    if not (request.lora_request or request.mm_features or request.cache_salt or has_embeddings):
         return None
     utils, image = module("v1.core.kv_cache_utils"), 0
     found: list[tuple[Any, ...] | None] = []

@@ -39,7 +39,7 @@ from kvlayer_vllm.messages import Answers, Step
 from kvlayer_vllm.prefill_pace import PrefillPace
 from kvlayer_vllm.promises import PendingLoads
 from kvlayer_vllm.ranks import count_of, is_beside_scheduler, united, whole
-from kvlayer_vllm.scopes import Adapters, scope_of
+from kvlayer_vllm.scopes import Digests, scope_of
 from kvlayer_vllm.search import Search
 from kvlayer_vllm.settings import Settings
 from kvlayer_vllm.siblings import may_load, recompute_failed_loads, warn_of_single_groups
@@ -80,7 +80,7 @@ class SchedulerHalf:
         self._tables = [each.table for each in self._groups]
         self._ranks = count_of(vllm_config)
         self._cache_config = settings.cache
-        self._adapters = Adapters()
+        self._digests = Digests()
         self._block_table: KVCacheManager = None
         events = vllm_config.kv_events_config
         self._events: BlockEvents | None = None
@@ -154,7 +154,7 @@ class SchedulerHalf:
             self._hands,
             self._block_sizes,
             self._cache_config,
-            adapters=self._adapters,
+            digests=self._digests,
             events=self._events,
             held=self._held,
             on_cut=self._stats.store_cut,
@@ -196,12 +196,11 @@ class SchedulerHalf:
     def arrived(self, request: Request) -> None:
         """Start to look for its prefix."""
         self._replaced_by(request)
-        tracked = Tracked(request, TokenIds(request.all_token_ids), None, Wishes.of(request))
+        ids = TokenIds(request.all_token_ids, is_rewritten=request.resumable)
+        tracked = Tracked(request, ids, None, Wishes.of(request))
         tracked.search = self._search(tracked)
         self._tracked[request.request_id] = tracked
-        if request.resumable:
-            tracked.exclude("a session whose prompt grows while it is computed")
-        elif self._is_asked_for(tracked) and tracked.wishes.most_loaded is None:
+        if self._is_asked_for(tracked) and tracked.wishes.most_loaded is None:
             self._poll(tracked)
 
     def _replaced_by(self, request: Request) -> None:
@@ -209,7 +208,7 @@ class SchedulerHalf:
         lora = request.lora_request
         if lora is None or not lora.load_inplace:
             return
-        self._adapters.replaced(lora.lora_int_id, lora.lora_path)
+        self._digests.replaced(lora.lora_int_id, lora.lora_path)
         for tracked in self._tracked.values():
             other = tracked.request.lora_request
             named = None if other is None else (other.lora_int_id, other.lora_path)
@@ -237,7 +236,7 @@ class SchedulerHalf:
             self.portal,
             tracked.ids,
             tracked.wanted,
-            partial(scope_of, request, self._adapters, tracked.wishes),
+            partial(scope_of, request, self._digests, tracked.wishes),
             clock=self._clock,
             lease_seconds=self._cache_config.lease_seconds,
             on_found=None if self._events is None else partial(self._found, self._events, request),
@@ -398,14 +397,14 @@ class SchedulerHalf:
                 tracked.exclude("the cache was reset while it was computed")
             elif tracked.search is not None:
                 tracked.search.release()
-        self._adapters.start_over()
+        self._digests.start_over()
         is_empty = self._stores.forget()
         self._held.let_go()
         return is_empty
 
     def close(self) -> None:
         """Store what is under way and close the cache. Idempotent."""
-        self._adapters.close()
+        self._digests.close()
         portal, self._portal = self._portal, None
         if portal is not None:
             portal.close()

@@ -1,9 +1,13 @@
-"""What distinguishes a request from others with the same tokens: salt, LoRA adapter, media."""
+"""What tells a request from others with the same tokens: salt, LoRA adapter, media, embeddings."""
 
 from __future__ import annotations
 
 from concurrent.futures import Future
 from hashlib import sha256
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
 
 from kvlayer import Content, Salt, Scope
 from kvlayer.abc.offload import Threads
@@ -12,13 +16,15 @@ from kvlayer.identity.weights import weights_digest
 from kvlayer_vllm.engine import Request
 from kvlayer_vllm.wishes import Wishes
 
-__all__ = ["Adapters", "scope_of"]
+__all__ = ["Digests", "scope_of"]
 
 _NONE = Wishes()
+_ROWS = 32  # of embeddings, by one digest: prompts share what they have in common in steps of it
 
 
-class Adapters:
-    """Digests of LoRA adapters' files, made off the scheduler's thread.
+class Digests:
+    """Digests of what is long to read, made off the scheduler's thread: files of LoRA adapters, and
+    embeddings that are given for a prompt.
 
     Once for each adapter as the engine numbers them: another number at the same path is another
     adapter, whose files may have been replaced since. One that is replaced in place has no digest
@@ -27,9 +33,10 @@ class Adapters:
     """
 
     def __init__(self) -> None:
-        self._digests: dict[tuple[int, str], Future[bytes]] = {}
+        self._adapters: dict[tuple[int, str], Future[bytes]] = {}
         self._replaced: set[tuple[int, str]] = set()
-        self._threads = Threads(1, "kvlayer-adapters")
+        self._embeddings: WeakKeyDictionary[Any, Future[tuple[Content, ...]]] = WeakKeyDictionary()
+        self._threads = Threads(1, "kvlayer-digests")
 
     def replaced(self, number: int, path: str) -> None:
         """The files of an adapter change in place, some time: it is named no more."""
@@ -38,9 +45,9 @@ class Adapters:
     def start_over(self) -> None:
         """vLLM has no blocks any more that were computed with the files of an adapter."""
         self._replaced.clear()
-        self._digests.clear()
+        self._adapters.clear()
 
-    def digest(self, number: int, path: str) -> bytes | None:
+    def adapter(self, number: int, path: str) -> bytes | None:
         """The digest; None while it is being made. Raises ``IdentityError`` where there is none."""
         if (number, path) in self._replaced:
             raise IdentityError(
@@ -48,9 +55,17 @@ class Adapters:
                 "blocks that were computed with the old ones",
                 hint="it is computed; a reset of vLLM's prefix cache and of connectors ends that",
             )
-        making = self._digests.get((number, path))
+        making = self._adapters.get((number, path))
         if making is None:
-            making = self._digests[number, path] = self._threads.submit(_digest, path)
+            making = self._adapters[number, path] = self._threads.submit(_adapter, path)
+        return making.result() if making.done() else None
+
+    def embeddings(self, request: Request) -> tuple[Content, ...] | None:
+        """Names of the rows that a request gives in place of tokens; None while they are made."""
+        making = self._embeddings.get(request)
+        if making is None:
+            given = request.prompt_embeds, request.prompt_is_token_ids
+            making = self._embeddings[request] = self._threads.submit(_embeddings, *given)
         return making.result() if making.done() else None
 
     def close(self) -> None:
@@ -58,24 +73,34 @@ class Adapters:
         self._threads.end(0)
 
 
-def _digest(path: str) -> bytes:
+def _adapter(path: str) -> bytes:
     return bytes.fromhex(weights_digest(path).removeprefix("sha256:"))
 
 
-def scope_of(request: Request, adapters: Adapters, wishes: Wishes = _NONE) -> Scope | None:
-    """The scope of a request; None while its adapter's digest is being made.
+def _embeddings(rows: Any, is_token: list[bool] | None) -> tuple[Content, ...]:
+    """For each few rows a digest of their bytes, and of which of them stand for tokens instead."""
+    found: list[Content] = []
+    for first in range(0, len(rows), _ROWS):
+        some = rows[first : first + _ROWS].detach().cpu().contiguous()
+        tokens = None if is_token is None else is_token[first : first + _ROWS]
+        named = sha256(f"{some.dtype} {tuple(some.shape)} {tokens}\n".encode())
+        named.update(some.flatten().view(torch.uint8).numpy())
+        found.append(Content(named.digest(), first))
+    return tuple(found)
 
-    Raises ``IdentityError`` for a request whose KV nothing names: a prompt given as embeddings, an
-    adapter whose files cannot be read, or one that was :meth:`Adapters.replaced`.
+
+def scope_of(request: Request, digests: Digests, wishes: Wishes = _NONE) -> Scope | None:
+    """The scope of a request; None while a digest of it is being made.
+
+    Raises ``IdentityError`` for a request whose KV nothing names: an adapter whose files cannot be
+    read, or one that is or was replaced in place.
     """
-    if request.prompt_embeds is not None or request.prompt_token_ids is None:
-        raise IdentityError(
-            "the prompt is given as embeddings, which no token names", hint="it is computed"
-        )
     adapter = b""
     lora = request.lora_request
     if lora is not None:
-        found = adapters.digest(lora.lora_int_id, lora.lora_path)
+        if lora.load_inplace:
+            digests.replaced(lora.lora_int_id, lora.lora_path)
+        found = digests.adapter(lora.lora_int_id, lora.lora_path)
         if found is None:
             return None
         adapter = found
@@ -84,6 +109,11 @@ def scope_of(request: Request, adapters: Adapters, wishes: Wishes = _NONE) -> Sc
         Content(sha256(feature.identifier.encode()).digest(), feature.mm_position.offset)
         for feature in request.mm_features
     )
+    if request.prompt_embeds is not None:
+        rows = digests.embeddings(request)
+        if rows is None:
+            return None
+        contents += rows
     return Scope(
         salts=salts,
         adapter=adapter,

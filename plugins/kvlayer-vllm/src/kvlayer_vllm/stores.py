@@ -18,7 +18,7 @@ from kvlayer_vllm.engine import KVCacheManager
 from kvlayer_vllm.hands import WorkerLink
 from kvlayer_vllm.held_blocks import HeldBlocks
 from kvlayer_vllm.moves import NULL_BLOCK, Save, slots_of
-from kvlayer_vllm.scopes import Adapters, scope_of
+from kvlayer_vllm.scopes import Digests, scope_of
 from kvlayer_vllm.tracked import Tracked
 
 __all__ = ["Stores"]
@@ -44,7 +44,7 @@ class Stores:
         block_sizes: Sequence[int],
         config: CacheConfig,
         *,
-        adapters: Adapters,
+        digests: Digests,
         events: BlockEvents | None,
         held: HeldBlocks,
         on_cut: Callable[[], None],
@@ -56,7 +56,7 @@ class Stores:
         chunk = config.tokens_per_chunk
         # At most: a chunk that is no multiple of the block ends and begins inside of one.
         self._blocks_per_chunk = sum(-(-chunk // n) + bool(chunk % n) for n in block_sizes)
-        self._adapters = adapters
+        self._digests = digests
         self._events = events
         self._held = held
         self._on_cut = on_cut
@@ -97,12 +97,12 @@ class Stores:
             tracked.is_cut = False
             return
         try:
-            scope = scope_of(request, self._adapters, tracked.wishes)
+            scope = scope_of(request, self._digests, tracked.wishes)
         except IdentityError as exc:
             tracked.exclude(str(exc))
             return
         if scope is None:
-            return  # its adapter's digest is still being made
+            return  # a digest of it is still being made
         chunk = self._config.tokens_per_chunk
         first = tracked.saved // chunk * chunk
         tables = where()

@@ -28,19 +28,20 @@ Name: TypeAlias = Callable[[Tokens, Scope], ChunkChain]
 class TokenIds:
     """Grows with ``source``. In any thread; what it gives is read only.
 
-    A source that is cut is converted anew. vLLM rewrites the ids of resumable sessions alone, which
-    share no KV.
+    A source that is cut is converted anew. ``is_rewritten``: all of it is, each time; vLLM discards
+    what a session's turn has sampled last, and goes on from there.
     """
 
-    def __init__(self, source: Sequence[int]) -> None:
+    def __init__(self, source: Sequence[int], *, is_rewritten: bool = False) -> None:
         self._source = source
+        self._is_rewritten = is_rewritten
         self._known = array("i")
         self._chain: ChunkChain | None = None
 
     def upto(self, stop: int) -> array[int]:
         """The first ``stop`` tokens, or all where there are fewer."""
         known, length = self._known, len(self._source)
-        if length < len(known):
+        if length < len(known) or self._is_rewritten:
             known = self._known = known[:0]  # cut, and what follows may be anything
         if len(known) < min(stop, length):  # another array: those that were given are in use
             known = known + array("i", self._source[len(known) : stop])

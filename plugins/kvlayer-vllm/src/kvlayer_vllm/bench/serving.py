@@ -86,9 +86,17 @@ class Serving:
         return self.core.scheduler.connector
 
     def ask(
-        self, prompts: Sequence[Sequence[int]], tokens: int, *, salt: str = "", **sampling: Any
+        self,
+        prompts: Sequence[Sequence[int] | Mapping[str, Any]],
+        tokens: int,
+        *,
+        salt: str = "",
+        **sampling: Any,
     ) -> list[Answer]:
-        """Greedy answers to prompts that arrive at once; ``salt`` is their ``cache_salt``."""
+        """Greedy answers to prompts that arrive at once; ``salt`` is their ``cache_salt``.
+
+        A prompt is token ids, or whatever else vLLM takes for one.
+        """
         from kvlayer_vllm.engine import module
 
         parameters = module().SamplingParams(
@@ -99,7 +107,8 @@ class Serving:
         for prompt in prompts:
             self._asked += 1
             names.append(f"request-{self._asked}")
-            asked: dict[str, Any] = {"prompt_token_ids": list(prompt)}
+            is_other = isinstance(prompt, Mapping)
+            asked = dict(prompt) if is_other else {"prompt_token_ids": list(prompt)}
             if salt:
                 asked["cache_salt"] = salt
             self.engine.add_request(names[-1], asked, parameters)
