@@ -34,6 +34,7 @@ CORE = Path(kvlayer.__file__).parents[1]
 _V1 = "vllm.distributed.kv_transfer.kv_connector.v1"
 HOME = {
     "VllmConfig": "vllm.config",
+    "KVTransferConfig": "vllm.config",
     "KVCacheConfig": "vllm.v1.kv_cache_interface",
     "KVCacheGroupSpec": "vllm.v1.kv_cache_interface",
     "Request": "vllm.v1.request",

@@ -233,7 +233,7 @@ def test_a_hook_that_raises_after_a_promise_is_computed(
 
     asking()  # in memory now
     asking.engine.forget()
-    for layer in asking.engine.half._hands.caches[0]:
+    for layer in asking.engine.half._hands.tensors.caches[0]:
         layer.fill_(7.5)
     worker = get_kv_transfer_group()
     owners = {

@@ -14,6 +14,8 @@ from kvlayer_vllm.device_order import EngineStream
 from kvlayer_vllm.groups import engine_groups
 from kvlayer_vllm.hands import LocalHands
 from kvlayer_vllm.layouts import caches_of, rank_layout
+from kvlayer_vllm.lent_tensors import LentTensors
+from kvlayer_vllm.moves import Save
 
 PROMPT = list(range(3, 203))
 
@@ -158,7 +160,8 @@ def test_each_layer_of_a_group_of_several_kinds_is_stored_and_loaded(
 
 def test_a_view_has_the_slots_of_each_groups_own_table() -> None:
     slots: Any = ["of table 0", "of table 1"]
-    view = LocalHands([[], [], []], (0, 0, 1), EngineStream("cpu")).view(slots, None)  # type: ignore[arg-type]
+    lent = LentTensors([[], [], []], EngineStream("cpu"))
+    view = LocalHands(lent, (0, 0, 1)).view(slots, Save("one"))
     assert [*view.slots] == ["of table 0", "of table 0", "of table 1"]
 
 

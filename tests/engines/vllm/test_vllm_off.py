@@ -60,6 +60,8 @@ def check_off(connector: KVLayerConnector, request: Any) -> None:
     connector.bind_connector_metadata(step)
     connector.handle_preemptions(step)
     connector.register_kv_caches({})
+    connector.unregister_kv_caches()
+    connector.restore_kv_caches()
     connector.start_load_kv(None)
     connector.wait_for_layer_load(NAMES[0])
     connector.save_kv_layer(NAMES[0], None, None)
@@ -75,7 +77,7 @@ def check_off(connector: KVLayerConnector, request: Any) -> None:
 
 
 @pytest.mark.parametrize("role", ["SCHEDULER", "WORKER"])
-@pytest.mark.parametrize("version", ["0.30.2", "0.33.0", "1.0.0", "unknown"])
+@pytest.mark.parametrize("version", ["0.30.2", "0.34.0", "1.0.0", "unknown"])
 def test_another_version_turns_it_off_with_one_line(
     role: str,
     version: str,
@@ -87,13 +89,14 @@ def test_another_version_turns_it_off_with_one_line(
     monkeypatch.setattr(connector_module, "engine_version", lambda: version)
     check_off(make(role), request_of([1, 2, 3]))
     (line,) = told()
-    outside = f"kvlayer is off: vLLM {version} is outside the tested range, 0.31 to 0.32"
+    outside = f"kvlayer is off: vLLM {version} is outside the tested range, 0.31 to 0.33"
     assert line.startswith(outside)
 
 
 def test_the_tested_versions_are_accepted() -> None:
     check_version("0.31.0")
     check_version("0.32.1+cpu")
+    check_version("0.33.0")
     with pytest.raises(UnsupportedError):
         check_version("0.3.2")
 

@@ -35,6 +35,8 @@ from kvlayer.staging.cuda.stager import DeviceStager
 from kvlayer.staging.torch_stager import TorchStager
 from kvlayer_vllm.device_order import EngineStream
 from kvlayer_vllm.hands import LocalHands
+from kvlayer_vllm.lent_tensors import LentTensors
+from kvlayer_vllm.moves import Save
 from kvlayer_vllm.specs import Content
 
 TAKEN, PUT = (5, 0, 3), (2, 7, 4)
@@ -290,7 +292,7 @@ def part_of(found: Held, tokens: int) -> Payload:
 @asynccontextmanager
 async def by_torch(found: Held, tensors: Tensors) -> AsyncGenerator[Ready]:
     stager = TorchStager(found.layout, threads=1)
-    hands = LocalHands([found.views], (0,), EngineStream("cpu"))
+    hands = LocalHands(LentTensors([found.views], EngineStream("cpu")), (0,))
 
     def copy(tokens: int) -> HostCopy:
         payload = part_of(found, tokens)
@@ -306,7 +308,7 @@ async def by_torch(found: Held, tensors: Tensors) -> AsyncGenerator[Ready]:
 async def by_device(found: Held, tensors: Tensors) -> AsyncGenerator[Ready]:
     """The pipeline of a CUDA device, on a simulated one that does nothing before it must."""
     gpu = Gpu("lazy")
-    hands = LocalHands([found.views], (0,), EngineStream("cpu"))
+    hands = LocalHands(LentTensors([found.views], EngineStream("cpu")), (0,))
     with fake_cupy.install(gpu):
         slab = Slab(4 << 20)
         stager = DeviceStager(
@@ -335,5 +337,5 @@ async def by_device(found: Held, tensors: Tensors) -> AsyncGenerator[Ready]:
 
 STAGES: dict[str, Stage] = {"torch": by_torch, "device": by_device}
 CLASSES: dict[str, Any] = {"torch": torch.Tensor, "device": DeviceTensor}
-NOBODY: Any = None
+NOBODY = Save("nobody")
 """Whose view it is: these views are nobody's."""

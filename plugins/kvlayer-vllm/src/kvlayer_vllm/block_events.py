@@ -262,6 +262,7 @@ class BlockEvents:
             block_size=blocks.size,
             lora_id=blocks.lora_id,
             lora_name=blocks.lora_name,
+            # ``lookahead_token_ids`` (0.33) stays out: beside a connector hashes cover no more.
             extra_keys=blocks.extra_keys and list(blocks.extra_keys[first:]),
             group_idx=self._groups[place.group].table,
             kv_cache_spec_kind="sliding_window" if is_window else _KINDS[held.kind],

@@ -24,6 +24,7 @@ from kvlayer_vllm.engine import (
     KVConnectorStats,
     KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
+    KVTransferConfig,
     Request,
     SchedulerOutput,
     SupportsHMA,
@@ -222,6 +223,20 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
                 self._worker.registered(kv_caches)
             except UnsupportedError as exc:
                 self._turn_off(exc)
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: KVTransferConfig) -> bool:
+        """It does: see :meth:`unregister_kv_caches`. From vLLM 0.33 on."""
+        return True
+
+    def unregister_kv_caches(self) -> None:
+        """The engine goes to sleep. What this raises is the engine's: its memory is still read."""
+        if self._worker is not None:
+            self._worker.unregistered()
+
+    def restore_kv_caches(self) -> None:
+        if self._worker is not None:
+            self._worker.restored()
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if self._worker is not None:

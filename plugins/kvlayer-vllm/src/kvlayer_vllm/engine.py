@@ -24,6 +24,7 @@ __all__ = [
     "KVConnectorStats",
     "KVConnectorTransferResults",
     "KVConnectorWorkerMetadata",
+    "KVTransferConfig",
     "KVCacheBlocks",
     "KVCacheConfig",
     "KVCacheGroupSpec",
@@ -54,8 +55,8 @@ __all__ = [
     "transfer_config",
 ]
 
-TESTED: Final = ((0, 31), (0, 32))
-"""First and last minor version the tests have passed with."""
+TESTED: Final = ((0, 31), (0, 33))
+"""First and last minor version the tests have passed with: of 0.33 those that need no kernel."""
 
 RECOMPUTES_IN_STEP: tuple[int, int] | None = None
 """First minor version that recomputes rightly what a step has waited for and not got; None: none.
@@ -67,6 +68,7 @@ on from the wrong token, too. vLLM issue 49250; pull request 53298 would mend bo
 """
 
 VllmConfig: TypeAlias = Any
+KVTransferConfig: TypeAlias = Any
 KVCacheConfig: TypeAlias = Any
 KVCacheGroupSpec: TypeAlias = Any
 Request: TypeAlias = Any

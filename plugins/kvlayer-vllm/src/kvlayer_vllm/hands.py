@@ -8,14 +8,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any, Protocol
+from typing import Protocol
 
 from kvlayer import KVView, Portal
 from kvlayer.errors import ClosedError, ForkedError, MessageError
 from kvlayer.tier.messages import Completion, Order, Task
 from kvlayer.tier.ranks.rank_team import RankTeam, RemoteView
-from kvlayer_vllm.device_order import NOTHING, EngineStream, Queued
+from kvlayer_vllm.device_order import NOTHING, Queued
 from kvlayer_vllm.layouts import RankLayout
+from kvlayer_vllm.lent_tensors import LentTensors
 from kvlayer_vllm.messages import Answers, RankOrder, Step
 from kvlayer_vllm.moves import Load, Save, Slots
 
@@ -29,6 +30,11 @@ class WorkerLink(Protocol):
 
     is_local: bool
     """Whether a worker of this process can wait for a copy."""
+
+    @property
+    def may_copy(self) -> bool:
+        """Whether the engine has its tensors, as far as this process knows."""
+        ...
 
     def view(self, slots: Sequence[Slots], owner: Save | Load) -> KVView:
         """Lend these slots, one array for each group of vLLM's, until ``owner`` is over."""
@@ -51,20 +57,22 @@ class WorkerLink(Protocol):
 class LocalHands:
     """Engine and cache are one process: its tensors are lent as they are.
 
-    ``tables`` says for each KV group whose block table it has, of vLLM's groups; ``stream`` is what
-    computes in the tensors.
+    ``tables`` says for each KV group whose block table it has, of vLLM's groups.
     """
 
-    caches: list[list[Any]]
+    tensors: LentTensors
     tables: Sequence[int]
-    stream: EngineStream
     is_local: bool = True
 
+    @property
+    def may_copy(self) -> bool:
+        return self.tensors.are_there
+
     def view(self, slots: Sequence[Slots], owner: Save | Load) -> KVView:
-        return KVView(self.caches, [slots[table] for table in self.tables])
+        return KVView(self.tensors.lend(owner), [slots[table] for table in self.tables])
 
     def queued(self) -> Queued:
-        return self.stream.queued()
+        return self.tensors.stream.queued()
 
     def fill(self, step: Step) -> None:
         """Nothing."""
@@ -83,6 +91,7 @@ class RemoteHands:
     """
 
     is_local = False
+    may_copy = True  # workers give up what they may not do
 
     def __init__(
         self,

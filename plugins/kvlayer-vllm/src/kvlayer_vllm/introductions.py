@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Final
+from typing import Final
 from weakref import WeakValueDictionary
 
-from kvlayer_vllm.device_order import EngineStream
 from kvlayer_vllm.layouts import RankLayout
+from kvlayer_vllm.lent_tensors import LentTensors
 
 __all__ = ["Introduction", "announce", "announced"]
 
@@ -26,10 +26,8 @@ class Introduction:
 
     rank: RankLayout
     """With the layers of its own stage alone."""
-    caches: list[list[Any]] | None
+    tensors: LentTensors | None
     """The tensors themselves, for a scheduler in the same process."""
-    stream: EngineStream | None
-    """With the tensors: what computes in them."""
 
 
 _HERE: Final = WeakValueDictionary[tuple[str, int], Introduction]()

@@ -126,7 +126,9 @@ class Save:
 
     def wait(self) -> None:
         """Until the blocks are not read any more: as long as copying them takes."""
-        while not self.is_over:  # a job that a closing portal drops sets no event
+        while (
+            self._job is not None and not self.is_over
+        ):  # a job that a closing portal drops sets no event
             self._gathered.wait(_POLL_SECONDS)
 
 

@@ -75,7 +75,7 @@ class Orders:
 
     def give_up(self, order: RankOrder) -> None:
         """An order that has not begun is not carried out."""
-        self._given_up.append(_not_done(order, "the worker's hook has failed"))
+        self._given_up.append(_not_done(order, "the worker may not, or its hook has failed"))
 
     def rest(self, seconds: float) -> None:
         """Let an engine rest that computes nothing: until an order has ended, at most so long."""
@@ -83,6 +83,10 @@ class Orders:
             wait([each.job for each in self._under_way], seconds, FIRST_COMPLETED)
         else:
             time.sleep(seconds)
+
+    def wait(self) -> None:
+        """Until none is under way, well or not: as long as copying takes."""
+        wait([each.job for each in self._under_way])
 
     def answers(self) -> list[bytes]:
         """The completions that nobody has taken yet."""

@@ -104,6 +104,12 @@ class PendingLoads:
         self._made.append(tracked)
         return load
 
+    def distrust(self) -> None:
+        """The blocks have lost what they held: of no load that vLLM awaits anything counts."""
+        for tracked in (*self._made, *self._sent.values()):
+            if tracked.load is not None:
+                tracked.load.distrust()
+
     # -- sent ------------------------------------------------------------------------------------
 
     def send(self, step: Step, record: StepUnderWay) -> None:

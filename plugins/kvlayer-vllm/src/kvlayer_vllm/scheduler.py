@@ -35,6 +35,7 @@ from kvlayer_vllm.hands import LocalHands, RemoteHands, WorkerLink
 from kvlayer_vllm.held_blocks import HeldBlocks
 from kvlayer_vllm.identity import namespace_of
 from kvlayer_vllm.introductions import Introduction, announced
+from kvlayer_vllm.lent_tensors import LentTensors
 from kvlayer_vllm.messages import Answers, Step
 from kvlayer_vllm.prefill_pace import PrefillPace
 from kvlayer_vllm.promises import PendingLoads
@@ -88,7 +89,8 @@ class SchedulerHalf:
             self._events = BlockEvents(self._groups)
         self._stats = StatsSink(clock)
         self._portal: Portal | None = None
-        self._hands: WorkerLink = LocalHands([], (), EngineStream("cpu"))
+        self._promises: PendingLoads
+        self._hands: WorkerLink = LocalHands(LentTensors([], EngineStream("cpu")), ())
         self._tracked: dict[str, Tracked] = {}
         self._held = HeldBlocks(settings.held_share)
         self._steps = StepsUnderWay(clock)
@@ -134,8 +136,8 @@ class SchedulerHalf:
             isa=first.rank.isa,
         )
         sinks: list[Sink] = [self._stats] if self._events is None else [self._stats, self._events]
-        if first.caches is not None and first.stream is not None:
-            self._hands = LocalHands(first.caches, self._tables, first.stream)
+        if first.tensors is not None:
+            self._hands = LocalHands(first.tensors, self._tables)
             portal = Portal.open(
                 self._cache_config,
                 layout,
@@ -369,8 +371,11 @@ class SchedulerHalf:
         """vLLM is about to reset its prefix cache, which it does not while a block is held.
 
         Blocks are let go of once they are read: waits as long as copying takes. What workers in
-        other processes read is let go of with the steps under way.
+        other processes read is let go of with the steps under way. What vLLM has not been told yet
+        of loads counts as failed: it may be about to give up the memory that they have filled.
         """
+        if self.is_open:
+            self._promises.distrust()
         if self._hands.is_local:
             self._held.wait()
         self._held.let_go()

@@ -90,7 +90,7 @@ class Stores:
     ) -> None:
         """Store tokens up to ``stop`` beyond those that are saved, from the blocks ``where()``."""
         request = tracked.request
-        if tracked.search is None or tracked.load is not None:
+        if tracked.search is None or tracked.load is not None or not self._hands.may_copy:
             return
         stop -= stop % self._config.tail_tokens
         if stop <= tracked.saved:

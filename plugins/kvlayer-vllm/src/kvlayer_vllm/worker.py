@@ -13,6 +13,7 @@ from kvlayer_vllm.engine import KVCacheConfig, VllmConfig, make_scales
 from kvlayer_vllm.groups import engine_groups
 from kvlayer_vllm.introductions import Introduction, announce
 from kvlayer_vllm.layouts import caches_of, check_device, rank_layout
+from kvlayer_vllm.lent_tensors import LentTensors
 from kvlayer_vllm.messages import Answers, RankOrder, Step
 from kvlayer_vllm.moves import Load
 from kvlayer_vllm.orders import Orders
@@ -41,6 +42,8 @@ class WorkerHalf:
         """What the scheduler must know of this worker, once it has its tensors."""
         self._is_beside = is_beside_scheduler(vllm_config)
         self._caches: list[list[Any]] = []
+        self._lent = LentTensors(self._caches, self._stream)
+        """To a scheduler beside it."""
         self._orders: Orders | None = None
         """None beside a scheduler, which copies itself."""
         self._is_greeted = False
@@ -66,12 +69,27 @@ class WorkerHalf:
             if each.group.quantisation.endswith("_per_token_head"):
                 for name in each.layer_names:
                     make_scales(self._vllm_config, name, tensors[name])
+        self._lent = LentTensors(self._caches, self._stream)
         if self._is_beside:
-            self.introduction = Introduction(held, self._caches, self._stream)
+            self.introduction = Introduction(held, self._lent)
             announce(self._vllm_config.kv_transfer_config.engine_id, self.introduction)
         else:
-            self.introduction = Introduction(held, None, None)
+            self.introduction = Introduction(held, None)
             self._orders = Orders(self._number, held)
+
+    def unregistered(self) -> None:
+        """The memory of the tensors is going to be given up. Idempotent.
+
+        Nothing copies when this returns, as long as that takes, and nothing does until it is there
+        again: :meth:`restored`.
+        """
+        self._lent.take_back()
+        if self._orders is not None:
+            self._orders.wait()
+
+    def restored(self) -> None:
+        """The tensors have memory again, at the same place. Idempotent."""
+        self._lent.give_out()
 
     def before_step(self, step: Step) -> None:
         """Begin to join where that is asked for, and to gather what was ordered. Nothing waits."""
@@ -89,6 +107,8 @@ class WorkerHalf:
         if step.loads:
             behind = self._stream.queued()
             for load in step.loads:
+                if not self._lent.are_there:
+                    load.distrust()
                 load.begin(behind)
         if step.must_wait:
             self._loads, self._waited = step.loads, set()
@@ -129,7 +149,10 @@ class WorkerHalf:
         behind = self._stream.queued() if mine else NOTHING
         for order in mine:
             assert self._orders is not None
-            self._orders.begin(order, step.views[order.view], self._caches, behind)
+            if self._lent.are_there:
+                self._orders.begin(order, step.views[order.view], self._caches, behind)
+            else:
+                self._orders.give_up(order)
             step.errands.remove(order)
 
     def _mine(self, step: Step) -> list[RankOrder]:

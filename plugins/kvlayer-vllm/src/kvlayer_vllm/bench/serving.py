@@ -107,8 +107,11 @@ class Serving:
         for prompt in prompts:
             self._asked += 1
             names.append(f"request-{self._asked}")
-            is_other = isinstance(prompt, Mapping)
-            asked = dict(prompt) if is_other else {"prompt_token_ids": list(prompt)}
+            asked: dict[str, Any] = {}
+            if isinstance(prompt, Mapping):
+                asked |= prompt
+            else:
+                asked["prompt_token_ids"] = list(prompt)
             if salt:
                 asked["cache_salt"] = salt
             self.engine.add_request(names[-1], asked, parameters)
