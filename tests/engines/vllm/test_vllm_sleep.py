@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hang import HANG
 from vllm_desk import hanging
 
 from kvlayer_vllm.connector import KVLayerConnector
@@ -59,7 +60,7 @@ def test_the_engine_sleeps_once_nothing_is_copied(
     storing(at, request_of(PROMPT))
     sleeping = threading.Thread(target=sleep, args=(at,))
     sleeping.start()
-    assert waits.wait(60)
+    assert waits.wait(HANG)
     assert sleeping.is_alive() and not all(save.is_over for save in at.half._held._held)
     go_on.set()
     sleeping.join()
