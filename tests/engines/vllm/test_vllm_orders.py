@@ -350,7 +350,8 @@ def test_orders_for_eight_ranks_do_not_hold_the_scheduler(
     blocks = 32_000 // BLOCK
     config = kv_cache_config((LAYERS[:1], held), blocks=2 * blocks + 2)
     tiers = [{"url": "cpu://?capacity=1GiB"}]
-    at = Desk(vllm_config, config, tensor=8, tiers=tiers, tokens_per_chunk=256)
+    sizes = {"tokens_per_chunk": 256, "held_share": 1.0}
+    at = Desk(vllm_config, config, tensor=8, tiers=tiers, **sizes)
     longest = {"step": 0, "heard": 0}
 
     def watched(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:

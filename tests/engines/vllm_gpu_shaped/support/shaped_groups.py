@@ -70,7 +70,10 @@ def config_of(backends: Mapping[str, str], cache_dtype: str = "auto", **impls: A
         ),
         cache_config=SimpleNamespace(cache_dtype=cache_dtype),
         parallel_config=SimpleNamespace(
-            tensor_parallel_size=1, rank=0, distributed_executor_backend="uni"
+            tensor_parallel_size=1,
+            pipeline_parallel_size=1,
+            rank=0,
+            distributed_executor_backend="uni",
         ),
         compilation_config=SimpleNamespace(static_forward_context=layers),
     )
