@@ -14,9 +14,11 @@ from vllm_desk import hanging
 from kvlayer import Cache
 from kvlayer.errors import ConfigError
 from kvlayer_vllm import engine
+from kvlayer_vllm.device_order import EngineStream
 from kvlayer_vllm.moves import Save
 from kvlayer_vllm.settings import Settings
 from kvlayer_vllm.stats import CUT_STORES, HELD_BLOCKS
+from kvlayer_vllm.stores import Stores
 
 PROMPT = list(range(3, 203))  # three chunks of 64 and 8 tokens
 BLOCKS = [1, 2, 3, 4, 5, 6, 7]
@@ -308,3 +310,42 @@ def test_a_reset_of_the_cache_gives_up_what_is_not_read_yet(
     go_on.set()
     at.rest()
     assert at.found(PROMPT) == 0
+
+
+def test_where_the_device_refuses_an_event_nothing_is_held(
+    desk: Any, request_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(_: EngineStream) -> Any:
+        raise RuntimeError("no event is left")
+
+    at = desk()
+    monkeypatch.setattr(EngineStream, "queued", refuses)
+    at.half.arrived(request := request_of(PROMPT))
+    at.admit(request, BLOCKS)
+    with pytest.raises(RuntimeError, match="no event"):
+        at.run({request: 200})
+    assert at.held() == set() and not at.half.holds_blocks()
+
+
+def test_a_request_that_cannot_be_stored_costs_no_other_one(
+    desk: Any, request_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, new = desk(), Stores.new
+
+    def fails(stores: Stores, tracked: Any, table: Any) -> None:
+        if tracked.request.request_id == "one":
+            raise RuntimeError("it has no name")
+        new(stores, tracked, table)
+
+    monkeypatch.setattr(Stores, "new", fails)
+    other = [n + 1 for n in PROMPT]
+    requests = [request_of(PROMPT), request_of(other, request_id="two")]
+    for first, request in zip((1, 11), requests, strict=True):
+        at.half.arrived(request)
+        at.admit(request, range(first, first + 7))
+    with pytest.raises(RuntimeError, match="no name"):  # which vLLM's hook logs
+        at.run(dict.fromkeys(requests, 200))
+    for request in requests:
+        at.finish(request)
+    at.rest()
+    assert (at.found(PROMPT), at.found(other)) == (0, 192)

@@ -122,7 +122,7 @@ class PendingLoads:
                 step.loads.append(tracked.load)
             else:
                 tracked.load.begin(NOTHING)  # its ranks order their copies themselves
-                step.is_idle = True
+                step.is_idle = step.is_idle or not record.computes
         self._made = []
 
     def send_failed(self, step: Step, record: StepUnderWay) -> None:

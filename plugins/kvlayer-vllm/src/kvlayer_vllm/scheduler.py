@@ -331,9 +331,17 @@ class SchedulerHalf:
             if record.is_right:
                 grown |= dict.fromkeys(record.computes)
             self._promises.settle(record)
+        failed: Exception | None = None
         for tracked in grown:
-            if self._may_store and self._tracked.get(tracked.request.request_id) is tracked:
+            if not self._may_store or self._tracked.get(tracked.request.request_id) is not tracked:
+                continue
+            try:
                 self._stores.new(tracked, self._block_table)
+            except Exception as exc:  # noqa: BLE001  # whatever it is, it is this request's alone
+                tracked.exclude(f"storing it failed: {exc}")
+                failed = failed or exc
+        if failed is not None:
+            raise failed
 
     def _computed(self, tokens: int, seconds: float) -> None:
         """Tell the cache how fast the engine computes prompts. Waits for nothing."""

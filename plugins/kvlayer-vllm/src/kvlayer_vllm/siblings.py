@@ -29,7 +29,7 @@ def may_load(vllm_config: VllmConfig) -> bool:
     if getattr(vllm_config, "max_concurrent_batches", 2) == 1:
         return True
     _log.warning(
-        "kvlayer stores and loads nothing: %s has kv_role %r, so that vLLM does not keep blocks "
+        "kvlayer stores, but loads nothing: %s has kv_role %r, so that vLLM does not keep blocks "
         "from loads while a step still writes them; its kv_role must be 'kv_both'",
         outer.kv_connector,
         outer.kv_role,

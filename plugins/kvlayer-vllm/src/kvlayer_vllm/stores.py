@@ -128,12 +128,13 @@ class Stores:
         learn = None
         if self._events is not None:
             learn = partial(self._events.stores, request=request, first=first)
+        behind = self._hands.queued()  # may be refused by the device: before anything is held
         self._held.hold(save, blocks)
         save.begin(
             self._portal,
             partial(tracked.ids.chain_in_slices, tokens=tokens, scope=scope),
             view,
-            self._hands.queued(),
+            behind,
             first_token=first,
             tail=tail,
             learn=learn,

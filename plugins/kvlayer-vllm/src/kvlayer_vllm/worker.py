@@ -97,8 +97,8 @@ class WorkerHalf:
             return
         self._stream.note()
         if step.greeting and not self._is_greeted:
-            self._is_greeted = True
             self._orders.join(step.greeting, step.shares[self._number])
+            self._is_greeted = True
         self._carry_out(step, Verb.GATHER)
 
     def load(self, step: Step) -> None:
@@ -149,7 +149,7 @@ class WorkerHalf:
         behind = self._stream.queued() if mine else NOTHING
         for order in mine:
             assert self._orders is not None
-            if self._lent.are_there:
+            if self._lent.are_there and self._is_greeted:
                 self._orders.begin(order, step.views[order.view], self._caches, behind)
             else:
                 self._orders.give_up(order)
