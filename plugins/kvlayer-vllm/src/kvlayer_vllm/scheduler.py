@@ -411,6 +411,8 @@ class SchedulerHalf:
             elif tracked.search is not None:
                 tracked.search.release()
         self._digests.start_over()
+        for tracked in self._tracked.values():  # one that has not run yet will replace all the same
+            self._replaced_by(tracked.request)
         is_empty = self._stores.forget()
         self._held.let_go()
         return is_empty

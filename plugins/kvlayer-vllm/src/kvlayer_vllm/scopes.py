@@ -93,13 +93,11 @@ def scope_of(request: Request, digests: Digests, wishes: Wishes = _NONE) -> Scop
     """The scope of a request; None while a digest of it is being made.
 
     Raises ``IdentityError`` for a request whose KV nothing names: an adapter whose files cannot be
-    read, or one that is or was replaced in place.
+    read, or one that was :meth:`Digests.replaced`.
     """
     adapter = b""
     lora = request.lora_request
     if lora is not None:
-        if lora.load_inplace:
-            digests.replaced(lora.lora_int_id, lora.lora_path)
         found = digests.adapter(lora.lora_int_id, lora.lora_path)
         if found is None:
             return None
