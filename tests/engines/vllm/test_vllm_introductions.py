@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 from collections.abc import Iterator
 from functools import reduce
 from types import SimpleNamespace
@@ -13,8 +14,11 @@ import pytest
 import torch
 from vllm_desk import BLOCK, LAYERS
 
+from kvlayer import Portal
+from kvlayer.api.rank_worker import RankWorker
+from kvlayer.errors import LayoutError
 from kvlayer_vllm.connector import KVLayerConnector
-from kvlayer_vllm.introductions import Introduction, announce, announced
+from kvlayer_vllm.introductions import Introduction, announce, announced, withdraw
 from kvlayer_vllm.messages import Answers
 
 RANKS = 2
@@ -103,6 +107,15 @@ def elsewhere(
         each.shutdown()
 
 
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What the adapter logs: vLLM's logger may keep its records to itself."""
+    logger = logging.getLogger("vllm.kvlayer")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
 def test_the_engine_steps_until_the_workers_are_known(elsewhere: Any) -> None:
     at = elsewhere()
     assert at.scheduler.is_on and at.scheduler.has_pending_push_work()
@@ -149,18 +162,15 @@ def test_a_worker_that_is_off_turns_all_off_and_no_request_waits(
     message: str,
     elsewhere: Any,
     request_of: Any,
-    caplog: pytest.LogCaptureFixture,
+    said: Any,
 ) -> None:
-    logger = logging.getLogger("vllm.kvlayer")
-    logger.addHandler(caplog.handler)  # vLLM's logger may keep its records to itself
     at, request = elsewhere(off), request_of(list(range(100)))
     at.scheduler.on_new_request(request)
     assert at.scheduler.get_num_new_matched_tokens(request, 0) == (None, False)
     at.hear(at.begin())
-    logger.removeHandler(caplog.handler)
     assert not at.scheduler.is_on and not at.scheduler.has_pending_push_work()
     assert at.scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
-    assert f"kvlayer is off: {message}" in caplog.text
+    assert f"kvlayer is off: {message}" in said.text
 
 
 def test_a_step_that_no_worker_answers_turns_it_off(elsewhere: Any) -> None:
@@ -170,17 +180,88 @@ def test_a_step_that_no_worker_answers_turns_it_off(elsewhere: Any) -> None:
     assert not at.scheduler.is_on and not at.scheduler.has_pending_push_work()
 
 
+def test_what_opening_raises_turns_it_off_in_an_engine_that_serves(
+    elsewhere: Any, request_of: Any, said: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, request = elsewhere(), request_of(list(range(100)))
+    at.scheduler.on_new_request(request)
+
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(Portal, "open", refuses)
+    at.hear(at.begin())
+    assert not at.scheduler.is_on and not at.scheduler.has_pending_push_work()
+    assert at.scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
+    assert "kvlayer is off: the disk is gone" in said.text
+
+
+def test_a_rank_that_cannot_join_turns_loads_and_stores_off(
+    elsewhere: Any, request_of: Any, said: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each request that is found would be loaded in vain."""
+    at = elsewhere()
+
+    def refuses(greeting: bytes, layout: Any, number: int, **_: Any) -> Any:
+        raise LayoutError(f"no memory for {number}")
+
+    monkeypatch.setattr(RankWorker, "open", refuses)
+    at.hear(at.begin())
+    while "kvlayer is off: " not in said.text:
+        at.hear(at.begin())
+    assert re.search(r"off: rank (\d) cannot join the cache: no memory for \1", said.text)
+    request = request_of(list(range(100)))
+    at.scheduler.on_new_request(request)
+    assert at.scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
+    assert at.half.tracked == 1 and at.scheduler.troubles == 0
+    at.scheduler.request_finished_all_groups(request, ([],))
+    assert at.half.tracked == 0
+
+
+class Made:
+    """A worker's connector, on or off."""
+
+    introduction: Introduction | None = None
+
+
 def test_a_worker_of_this_process_is_found_by_its_engine() -> None:
-    rank: Any = None
-    ours, twin, others = (Introduction(rank, []) for _ in range(3))
-    announce("engine a", ours)
-    announce("engine b", others)
-    announce("engine a", twin)
-    assert [announced("engine a") for _ in range(3)] == [ours, twin, None]
-    assert announced("engine b") is others and announced("engine c") is None
+    ours, twin, others = (Made() for _ in range(3))
+    a, b, c = (SimpleNamespace(model_config=object()) for _ in range(3))
+    announce(ours, a)
+    announce(others, b)
+    announce(twin, a)
+    assert [announced(a) for _ in range(3)] == [ours, twin, None]
+    assert announced(b) is others and announced(c) is None
 
 
-def test_a_worker_that_is_gone_is_not_found() -> None:
-    rank: Any = None
-    announce("an engine that has ended", Introduction(rank, []))
-    assert announced("an engine that has ended") is None
+def test_a_worker_that_is_gone_or_closed_is_not_found() -> None:
+    gone, closed = (SimpleNamespace(model_config=object()) for _ in range(2))
+    announce(Made(), gone)
+    assert announced(gone) is None
+    ended = Made()
+    announce(ended, closed)
+    withdraw(ended)
+    withdraw(ended)
+    assert announced(closed) is None
+
+
+def test_of_twins_the_one_that_is_off_has_its_own_worker(
+    vllm_config: Any, spec: Any, kv_cache_config: Any, changed: Any, no_cache_home: None
+) -> None:
+    """The first kvlayer of an engine is off in the worker: it must not take the second one's."""
+    from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
+
+    groups = kv_cache_config((LAYERS, spec("FullAttentionSpec")))
+    cache = {"report_prefill": False, "tiers": [{"url": "cpu://?capacity=64MiB"}]}
+    config = changed(vllm_config, "kv_transfer_config", kv_connector_extra_config=cache)
+    tensors = {name: torch.zeros(64, 2, BLOCK, 128) for name in LAYERS}
+    workers = [KVLayerConnector(config, KVConnectorRole.WORKER, groups) for _ in range(2)]
+    workers[0].register_kv_caches({})
+    workers[1].register_kv_caches(tensors)
+    halves = [KVLayerConnector(config, KVConnectorRole.SCHEDULER, groups) for _ in range(2)]
+    manager = SimpleNamespace(block_pool=SimpleNamespace(num_gpu_blocks=64))
+    for half in halves:
+        half.bind_kv_cache_manager(manager)
+    assert [each.is_on for each in (*workers, *halves)] == [False, True, False, True]
+    for each in (*halves, *workers):
+        each.shutdown()

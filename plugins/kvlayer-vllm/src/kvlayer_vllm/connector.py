@@ -36,7 +36,7 @@ from kvlayer_vllm.engine import (
     host_source,
     register,
 )
-from kvlayer_vllm.introductions import Introduction
+from kvlayer_vllm.introductions import Introduction, announce, withdraw
 from kvlayer_vllm.messages import Answers, Step
 from kvlayer_vllm.scheduler import SchedulerHalf
 from kvlayer_vllm.settings import Settings
@@ -64,6 +64,8 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         self._early: dict[str, Request] | None = None
         """Requests that wait until workers elsewhere have introduced themselves; None: not so."""
         settings = Settings.of(self._kv_transfer_config.kv_connector_extra_config)
+        if role == KVConnectorRole.WORKER:
+            announce(self, vllm_config)
         try:
             check_version(engine_version())
             check_loads(engine_version(), settings.loads)
@@ -80,6 +82,11 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         return self._scheduler is not None or self._worker is not None
 
     @property
+    def introduction(self) -> Introduction | None:
+        """What a worker tells the scheduler; None while it is off, or has no tensors."""
+        return None if self._worker is None else self._worker.introduction
+
+    @property
     def scheduler(self) -> SchedulerHalf | None:
         """The scheduler's half, in the scheduler's process; None while the connector is off."""
         return self._scheduler
@@ -94,7 +101,8 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
     def requires_kv_delivery(self) -> bool:
         return False  # a cache: what is not stored is computed again
 
-    def _turn_off(self, why: UnsupportedError) -> None:
+    def _turn_off(self, why: Exception) -> None:
+        self._close()
         self._scheduler = self._worker = self._early = None
         _log.warning("kvlayer is off: %s", why)
 
@@ -143,6 +151,13 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         for request in early.values():
             self._safely(None, self._scheduler.arrived, request)
 
+    def _meet_late(self, workers: Mapping[int, Introduction]) -> None:
+        """:meth:`_meet` in an engine that serves by now: what is raised turns the connector off."""
+        try:
+            self._meet(workers)
+        except Exception as exc:  # noqa: BLE001  # whatever it is: no cache is worth an engine
+            self._turn_off(exc)
+
     def _before_reset(self) -> None:
         if (half := self._half) is not None:
             self._safely(None, half.before_reset)
@@ -190,7 +205,7 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         said = connector_output.kv_connector_worker_meta
         answers = said if isinstance(said, Answers) else None
         if self._early is not None:
-            self._meet({} if answers is None else answers.introductions)
+            self._meet_late({} if answers is None else answers.introductions)
         elif (half := self._half) is not None:
             self._safely(None, half.heard, answers)
 
@@ -318,6 +333,10 @@ class KVLayerConnector(KVConnectorBase_V1, SupportsHMA):
         return nothing if (half := self._half) is None else self._safely(nothing, half.figures)
 
     def shutdown(self) -> None:
+        withdraw(self)
+        self._close()
+
+    def _close(self) -> None:
         if self._scheduler is not None:
             self._safely(None, self._scheduler.close)
         if self._worker is not None:

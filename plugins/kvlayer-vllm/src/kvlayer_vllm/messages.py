@@ -64,6 +64,8 @@ class Answers(KVConnectorWorkerMetadata):
     completions: list[bytes] = field(default_factory=list[bytes])
     greeted: set[int] = field(default_factory=set[int])
     """Ranks that have heard the greeting."""
+    refusals: dict[int, str] = field(default_factory=dict[int, str])
+    """Of the ranks that cannot join the cache: why."""
     introductions: dict[int, Introduction] = field(default_factory=dict[int, Introduction])
     """Of workers in other processes, by rank, where the step has asked for them."""
 
@@ -74,5 +76,6 @@ class Answers(KVConnectorWorkerMetadata):
             min(self.step, other.step),
             self.completions + other.completions,
             self.greeted | other.greeted,
+            self.refusals | other.refusals,
             self.introductions | other.introductions,
         )

@@ -7,7 +7,6 @@ waits for them: the scheduler holds the blocks that they read or fill until they
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, wait
@@ -30,9 +29,6 @@ from kvlayer_vllm.ranks import check_agrees
 
 __all__ = ["Orders"]
 
-_log = logging.getLogger("vllm.kvlayer")  # below vLLM's, so that its users see it
-
-
 class _UnderWay(NamedTuple):
     order: RankOrder
     job: Job[bytes]
@@ -49,15 +45,23 @@ class Orders:
         self._thread: LoopThread[_Member] = LoopThread.start(
             partial(_Member.open, number, own), name=f"kvlayer-rank-{number}"
         )
+        self._joining: Job[str] | None = None
         self._under_way: list[_UnderWay] = []
         self._given_up: list[bytes] = []
 
     def join(self, greeting: bytes, share: RankLayout) -> None:
         """Begin to join the cache as the rank that the scheduler takes this one for.
 
-        Orders may follow at once. They fail where it cannot join, which is said in the log.
+        Orders may follow at once. They fail where it cannot join: see :attr:`why_not`.
         """
-        self._thread.submit(_Member.join, greeting, share)
+        self._joining = self._thread.submit(_Member.join, greeting, share)
+
+    @property
+    def why_not(self) -> str:
+        """Why it cannot join the cache; empty while nothing speaks against it."""
+        if self._joining is None or not self._joining.done() or self._joining.cancelled():
+            return ""
+        return self._joining.result()
 
     def begin(
         self,
@@ -135,7 +139,8 @@ class _Member:
         async with AsyncExitStack() as resources:
             yield cls(number, own, resources)
 
-    async def join(self, greeting: bytes, share: RankLayout) -> None:
+    async def join(self, greeting: bytes, share: RankLayout) -> str:
+        """Why it cannot; empty where it has."""
         try:
             check_agrees(self._own, share)
             opening = RankWorker.open(
@@ -144,9 +149,9 @@ class _Member:
             self._rank = await self._resources.enter_async_context(opening)
         except Exception as exc:  # noqa: BLE001  # whatever it is: this rank moves nothing
             self._why_not = f"rank {self._number} cannot join the cache: {exc}"
-            _log.warning("%s; nothing is loaded or stored", self._why_not)
         finally:
             self._has_tried.set()
+        return self._why_not
 
     async def carry_out(
         self, order: bytes, slots: Sequence[bytes], caches: list[list[Any]], behind: Queued

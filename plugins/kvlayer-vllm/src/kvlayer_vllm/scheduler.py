@@ -104,8 +104,9 @@ class SchedulerHalf:
         """The worker of this process, where it is on; None where the workers are elsewhere."""
         if not is_beside_scheduler(self._vllm_config):
             return None
-        worker = announced(self._vllm_config.kv_transfer_config.engine_id)
-        return {} if worker is None else {0: worker}
+        worker = announced(self._vllm_config)
+        said = None if worker is None else worker.introduction
+        return {} if said is None else {0: said}
 
     def open(self, workers: Mapping[int, Introduction]) -> None:
         """Open the cache for these workers, by their rank. Raises what ``Cache.open`` raises.
@@ -321,6 +322,9 @@ class SchedulerHalf:
         if answers is None:
             return
         self._hands.hear(answers)
+        if answers.refusals and (self._may_load or self._may_store):
+            self._may_load = self._may_store = False
+            _log.warning("kvlayer is off: %s", "; ".join(answers.refusals.values()))
         self._held.let_go()
         grown: dict[Tracked, None] = {}
         records = self._steps.heard(answers.step)

@@ -11,7 +11,7 @@ from kvlayer.tier.messages import Verb
 from kvlayer_vllm.device_order import NOTHING, EngineStream
 from kvlayer_vllm.engine import KVCacheConfig, VllmConfig, make_scales
 from kvlayer_vllm.groups import engine_groups
-from kvlayer_vllm.introductions import Introduction, announce
+from kvlayer_vllm.introductions import Introduction
 from kvlayer_vllm.layouts import caches_of, check_device, rank_layout
 from kvlayer_vllm.lent_tensors import LentTensors
 from kvlayer_vllm.messages import Answers, RankOrder, Step
@@ -72,7 +72,6 @@ class WorkerHalf:
         self._lent = LentTensors(self._caches, self._stream)
         if self._is_beside:
             self.introduction = Introduction(held, self._lent)
-            announce(self._vllm_config.kv_transfer_config.engine_id, self.introduction)
         else:
             self.introduction = Introduction(held, None)
             self._orders = Orders(self._number, held)
@@ -190,6 +189,8 @@ class WorkerHalf:
             return Answers(step.number)
         greeted = {self._number} if self._is_greeted else set[int]()
         answers = Answers(step.number, self._orders.answers(), greeted)
+        if why_not := self._orders.why_not:
+            answers.refusals[self._number] = why_not
         if step.asks and self.introduction is not None:
             answers.introductions[self._number] = self.introduction
         return answers
