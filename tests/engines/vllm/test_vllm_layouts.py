@@ -92,20 +92,13 @@ def test_a_cpus_fp8_blocks_are_kept_as_they_are_or_refused(
         forms(config, groups, "canonical", tensor)
 
 
-@pytest.mark.parametrize(
-    ("device", "why"),
-    [
-        ("rocm", "the layouts of its attention backends"),
-        ("xpu", "the layouts of its attention backends"),
-        ("cuda", "its copies do not wait for the engine's stream"),
-    ],
-)
+@pytest.mark.parametrize("device", ["rocm", "xpu"])
 def test_another_device_is_refused_by_its_name(
-    device: str, why: str, vllm_config: Any, spec: Any, kv_cache_config: Any, monkeypatch: Any
+    device: str, vllm_config: Any, spec: Any, kv_cache_config: Any, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(layouts, "platform", lambda: device)
     groups = engine_groups(vllm_config, kv_cache_config((LAYERS, spec("FullAttentionSpec"))))
-    with pytest.raises(UnsupportedError, match=f"cannot carry KV on {device}: {why}"):
+    with pytest.raises(UnsupportedError, match=f"cannot carry KV on {device}: the layouts of its"):
         forms(vllm_config, groups, "auto", torch.zeros(4, 2, 32, 128))
 
 

@@ -38,7 +38,7 @@ def test_what_a_long_prompt_costs_is_paid_off_the_schedulers_thread(
     """Converted and named on the loop; the scheduler converts what is answered."""
     prompt = [n % 509 for n in range(32_000)]
     blocks = range(1, 1002)
-    at = desk(blocks=1002, tiers=[{"url": "cpu://?capacity=256MiB"}])
+    at = desk(blocks=1002, tiers=[{"url": "cpu://?capacity=256MiB"}], held_share=1.0)
     converted: list[tuple[bool, int]] = []
     upto = TokenIds.upto
 
