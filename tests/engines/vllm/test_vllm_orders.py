@@ -330,7 +330,7 @@ def test_an_order_that_is_none_is_answered_as_a_failure(
 # -- what it costs the scheduler -------------------------------------------------------------------
 
 INSTRUCTIONS = 45_000
-"""Of a call: less than a millisecond. A third of it is vLLM's own: to hold 1,000 blocks takes 75 us."""
+"""Of a call: less than a millisecond. A third is vLLM's: to hold 1,000 blocks takes 75 us."""
 
 
 def test_orders_for_eight_ranks_do_not_hold_the_scheduler(

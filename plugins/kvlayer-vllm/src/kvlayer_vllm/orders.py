@@ -29,6 +29,7 @@ from kvlayer_vllm.ranks import check_agrees
 
 __all__ = ["Orders"]
 
+
 class _UnderWay(NamedTuple):
     order: RankOrder
     job: Job[bytes]
