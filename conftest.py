@@ -71,6 +71,14 @@ def pytest_configure(config: pytest.Config) -> None:
         )
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is left to a campaign is no part of another run, whose last line counts it."""
+    if not config.getoption("--campaign"):
+        left_out = [item for item in items if item.get_closest_marker("campaign")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("campaign")]
+
+
 @pytest.fixture(scope="session")
 def dose(pytestconfig: pytest.Config) -> Dose:
     """How much to do: see :class:`Dose`."""

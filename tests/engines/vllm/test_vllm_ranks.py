@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,10 @@ class Shape(NamedTuple):
 ONE, TWO, FOUR, STAGES, BOTH = Shape(), Shape(2), Shape(4), Shape(1, 2), Shape(2, 2)
 REPLICAS = Shape(4, heads=2)
 """vLLM gives neighbours the same head."""
+
+
+def in_campaigns(cases: Sequence[Any]) -> list[Any]:
+    return [pytest.param(*each, marks=pytest.mark.campaign) for each in cases]
 
 
 def cache_in(directory: Path, **more: Any) -> dict[str, Any]:
@@ -131,9 +135,8 @@ def stored(
     return fill
 
 
-PAIRS = [(REPLICAS, REPLICAS), (BOTH, BOTH), (ONE, TWO), (TWO, ONE)]
-MORE = [(TWO, TWO), (STAGES, STAGES), (FOUR, TWO), (TWO, FOUR)]
-"""Those that are left to a campaign, but for the first."""
+PAIRS = [(TWO, ONE), (STAGES, STAGES)]
+MORE = [(REPLICAS, REPLICAS), (BOTH, BOTH), (ONE, TWO), (TWO, TWO), (FOUR, TWO), (TWO, FOUR)]
 
 
 @pytest.fixture
@@ -155,18 +158,14 @@ def answers_from(engine_of: Any, stored: Any, cold: Any, figures: Any) -> Callab
     return check
 
 
-@pytest.mark.parametrize(("writes", "reads"), PAIRS)
+@pytest.mark.parametrize(("writes", "reads"), [*PAIRS, *in_campaigns(MORE)])
 def test_an_engine_answers_from_what_another_has_stored(
     writes: Shape, reads: Shape, answers_from: Any
 ) -> None:
     answers_from(writes, reads)
 
 
-def test_more_engines_answer_from_what_others_have_stored(answers_from: Any, dose: Any) -> None:
-    for writes, reads in MORE[: dose(1, len(MORE))]:
-        answers_from(writes, reads)
-
-
+@pytest.mark.campaign
 def test_a_map_of_heads_that_is_not_vllms_answers_wrongly(
     engine_of: Any, cold: Any, tmp_path: Path
 ) -> None:
@@ -181,34 +180,33 @@ def test_a_map_of_heads_that_is_not_vllms_answers_wrongly(
     assert [answer for answer, _ in again] != cold(REPLICAS)
 
 
-AMONG = [
+AMONG: list[tuple[Shape, list[str]]] = [
     (TWO, ["greeter", "kvlayer"]),
     (STAGES, ["greeter", "kvlayer"]),
     (TWO, ["kvlayer", "greeter"]),
     (STAGES, ["kvlayer", "offloading"]),
 ]
-"""Those that are left to a campaign, but for the first."""
 
 
+@pytest.mark.parametrize(("shape", "order"), [*AMONG[:1], *in_campaigns(AMONG[1:])])
 def test_workers_elsewhere_need_no_handshake(
-    engine_of: Any, stored: Any, cold: Any, dose: Any
+    shape: Shape, order: list[str], engine_of: Any, stored: Any, cold: Any
 ) -> None:
     """The first prompt is answered from the cache, which opens with the engine's first step."""
-    for shape, order in AMONG[: dose(1, len(AMONG))]:
-        process = engine_of(shape, stored(TWO), beside=order)
-        found = [process("ask", [each], ANSWER)[0] for each in PROMPTS]
-        assert [answer for answer, _ in found] == cold(shape), (shape, order)
-        process("rest")
-        state = process("state")
-        assert state["on"] and (state["troubles"], state["leases"], state["pinned"]) == (0, 0, 0)
-        if shape is TWO:  # stages divide the layers in another way than those who stored
-            assert [cached for _, cached in found] == USABLE
-            assert state["loaded"] >= sum(USABLE) * state["token_nbytes"]
-        process("fail_loads", True)
-        process("forget")
-        failed = [process("ask", [each], ANSWER)[0][0] for each in PROMPTS]
-        assert failed == cold(shape) and process("fail_loads", False) >= len(PROMPTS)
-        process.close()
+    process = engine_of(shape, stored(TWO), beside=order)
+    found = [process("ask", [each], ANSWER)[0] for each in PROMPTS]
+    assert [answer for answer, _ in found] == cold(shape)
+    process("rest")
+    state = process("state")
+    assert state["on"] and (state["troubles"], state["leases"], state["pinned"]) == (0, 0, 0)
+    if shape is TWO:  # stages divide the layers in another way than those who stored
+        assert [cached for _, cached in found] == USABLE
+        assert state["loaded"] >= sum(USABLE) * state["token_nbytes"]
+    process("fail_loads", True)
+    process("forget")
+    failed = [process("ask", [each], ANSWER)[0][0] for each in PROMPTS]
+    assert failed == cold(shape) and process("fail_loads", False) >= len(PROMPTS)
+    process.close()
 
 
 def test_without_one_ranks_object_the_prefix_is_shorter_and_right(

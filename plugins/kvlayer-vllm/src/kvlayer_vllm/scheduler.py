@@ -19,7 +19,6 @@ from kvlayer import Cache, Portal
 from kvlayer.api.hit import PrefixHit
 from kvlayer.errors import ClosedError, ForkedError, IdentityError, UnsupportedError
 from kvlayer.events import Sink
-from kvlayer.tier.ranks.rank_team import RankTeam
 from kvlayer_vllm.block_events import BlockEvents
 from kvlayer_vllm.device_order import EngineStream
 from kvlayer_vllm.engine import (
@@ -31,15 +30,15 @@ from kvlayer_vllm.engine import (
     tokens_per_hash,
 )
 from kvlayer_vllm.groups import block_sizes, engine_groups, refuse_parallel
-from kvlayer_vllm.hands import LocalHands, RemoteHands, WorkerLink
+from kvlayer_vllm.hands import LocalHands, WorkerLink
 from kvlayer_vllm.held_blocks import HeldBlocks
-from kvlayer_vllm.identity import namespace_of
 from kvlayer_vllm.introductions import Introduction, announced
 from kvlayer_vllm.lent_tensors import LentTensors
 from kvlayer_vllm.messages import Answers, Step
+from kvlayer_vllm.opened import Opened
 from kvlayer_vllm.prefill_pace import PrefillPace
 from kvlayer_vllm.promises import PendingLoads
-from kvlayer_vllm.ranks import count_of, is_beside_scheduler, united, whole
+from kvlayer_vllm.ranks import is_beside_scheduler
 from kvlayer_vllm.scopes import Digests, scope_of
 from kvlayer_vllm.search import Search
 from kvlayer_vllm.settings import Settings
@@ -79,7 +78,6 @@ class SchedulerHalf:
         self._groups = engine_groups(vllm_config, kv_cache_config)
         self._block_sizes = block_sizes(self._groups)
         self._tables = [each.table for each in self._groups]
-        self._ranks = count_of(vllm_config)
         self._cache_config = settings.cache
         self._digests = Digests()
         self._block_table: KVCacheManager = None
@@ -109,47 +107,10 @@ class SchedulerHalf:
         return {} if said is None else {0: said}
 
     def open(self, workers: Mapping[int, Introduction]) -> None:
-        """Open the cache for these workers, by their rank. Raises what ``Cache.open`` raises.
-
-        ``UnsupportedError`` where one is missing: it has said in its own log why it is off.
-        """
-        missing = [number for number in range(self._ranks) if number not in workers]
-        if len(missing) == self._ranks:
-            raise UnsupportedError(
-                "no worker of the engine has introduced itself: its own line says why it is off"
-            )
-        if missing:
-            raise UnsupportedError(
-                f"of the engine's {self._ranks} workers {missing} have not introduced themselves: "
-                "their own lines say why they are off"
-            )
-        first = workers[0]
-        self._cache_config = self._settings.fitting(first.rank.native_step)
-        ranks = united(
-            [workers[number].rank for number in range(self._ranks)],
-            self._vllm_config.model_config.hf_text_config,
-        )
-        layout = whole(ranks)
-        namespace = namespace_of(
-            self._vllm_config,
-            [held.group for held in layout.groups],
-            self._cache_config,
-            isa=first.rank.isa,
-        )
+        """Open the cache for these workers, by their rank. Raises what :meth:`Opened.of` raises."""
         sinks: list[Sink] = [self._stats] if self._events is None else [self._stats, self._events]
-        if first.tensors is not None:
-            self._hands = LocalHands(first.tensors, self._tables)
-            portal = Portal.open(
-                self._cache_config,
-                layout,
-                namespace,
-                sinks=sinks,
-                make_stager=first.rank.make_stager(),
-            )
-        else:
-            team = RankTeam([rank.layout for rank in ranks])
-            portal = Portal.open(self._cache_config, layout, namespace, sinks=sinks, ranks=team)
-            self._hands = RemoteHands(team, ranks, self._tables, portal)
+        opened = Opened.of(self._vllm_config, self._settings, workers, self._tables, sinks)
+        self._cache_config, portal, self._hands, said = opened
         self._portal = portal
         self._promises = PendingLoads(portal, self._hands, self._block_sizes, self._settings.loads)
         self._stores = Stores(
@@ -162,13 +123,8 @@ class SchedulerHalf:
             held=self._held,
             on_cut=self._stats.store_cut,
         )
-        _log.info(
-            "kvlayer is on: namespace %s, form %s, ranks %d, loads %s",
-            namespace.digest[:12],
-            ", ".join(dict.fromkeys(held.form for held in layout.groups)),
-            self._ranks,
-            "async" if self._promises.is_async else self._settings.loads,
-        )
+        loads = "async" if self._promises.is_async else self._settings.loads
+        _log.info("kvlayer is on: %s, loads %s", said, loads)
 
     def bind(self, block_table: KVCacheManager) -> None:
         """``block_table`` is vLLM's ``KVCacheManager``: where KV lies, and whose the blocks are."""
