@@ -6,11 +6,10 @@ inherits from is declared below as far as it is relied upon; that is what type c
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from kvlayer.errors import UnsupportedError
@@ -216,7 +215,7 @@ def transfer_config(vllm_config: VllmConfig) -> Any:
     own, and no way back. But it makes them, so that its constructor is among the callers.
     """
     found = vllm_config.kv_transfer_config
-    frame: FrameType | None = sys._getframe()
+    frame = inspect.currentframe()
     while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, KVConnectorBase_V1):  # the outermost is vLLM's

@@ -13,9 +13,9 @@ As with vLLM's own connectors, what is wrong is ignored, with a line in the log.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from kvlayer_vllm.engine import Request
 
@@ -41,8 +41,8 @@ class Wishes:
     @classmethod
     def of(cls, request: Request) -> Wishes:
         """Read a request's parameters. Never raises."""
-        given = request.kv_transfer_params
-        if not given or not isinstance(given, Mapping):
+        given = _fields(request.kv_transfer_params)
+        if not given:
             return cls()
         name = str(request.request_id)
         return cls(
@@ -64,24 +64,36 @@ def _is_memory_only(name: str, tiers: Any) -> bool:
     """Whether no entry takes a lower tier in, which is STORAGE at an unnamed place."""
     if tiers is None:
         return False
-    if not isinstance(tiers, list):
+    entries = cast("Sequence[Any]", tiers) if isinstance(tiers, list) else None
+    if entries is None:
         _ignored(name, "kv_load_tiers must be a list of objects", tiers)
         return False
-    media = [each.get("medium") for each in tiers if _is_matcher(name, each)]
-    if tiers and not media:
+    media: list[str | None] = []
+    for each in entries:
+        fields = _fields(each)
+        if fields is not None and _is_matcher(fields):
+            media.append(_word(fields, "medium"))
+        else:
+            expected = 'an entry of kv_load_tiers must be like {"medium": "STORAGE"}'
+            _ignored(name, f"{expected} (or CPU; locality LOCAL or REMOTE)", each)
+    if entries and not media:
         return False  # nothing in it was meant for anybody
-    return not any(medium is None or medium.upper() == "STORAGE" for medium in media)
+    return not any(medium in (None, "STORAGE") for medium in media)
 
 
-def _is_matcher(name: str, entry: Any) -> bool:
-    is_one = isinstance(entry, Mapping) and all(
-        entry.get(key) is None or str(entry[key]).upper() in known
-        for key, known in (("medium", _MEDIA), ("locality", _LOCALITIES))
-    )
-    if not is_one:
-        expected = 'an entry of kv_load_tiers must be like {"medium": "STORAGE"}'
-        _ignored(name, f"{expected} (or CPU; locality LOCAL or REMOTE)", entry)
-    return is_one
+def _is_matcher(entry: Mapping[str, Any]) -> bool:
+    is_medium = _word(entry, "medium") in (None, *_MEDIA)
+    return is_medium and _word(entry, "locality") in (None, *_LOCALITIES)
+
+
+def _word(entry: Mapping[str, Any], key: str) -> str | None:
+    value = entry.get(key)
+    return None if value is None else str(value).upper()
+
+
+def _fields(given: Any) -> Mapping[str, Any] | None:
+    """None for what has no fields."""
+    return cast("Mapping[str, Any]", given) if isinstance(given, Mapping) else None
 
 
 def _ignored(name: str, expected: str, found: Any) -> None:
