@@ -25,7 +25,7 @@ __all__ = ["serve"]
 def serve(model: str, cache: Any, options: dict[str, Any]) -> None:
     """As ``vllm_engine.serve``. Of the options ``heads`` is ``wrong`` where each rank is to take
     itself for the holder of other heads than it has, and ``stuck`` a FIFO: rank 1 writes its
-    process' number there when it begins to gather, and never ends."""
+    process' number there with each gather that it begins, and never ends."""
     os.environ["VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS"] = "1"
     with pytest.MonkeyPatch.context() as patch:
         _forks_ranks(patch)
@@ -48,7 +48,7 @@ def _never_gathers(patch: pytest.MonkeyPatch, fifo: str) -> None:
 
     async def stuck(rank: RankWorker, order: Any, view: Any) -> bytes:
         if rank.number == 1 and rank.order(order).verb is Verb.GATHER:
-            Path(fifo).write_text(str(os.getpid()))
+            Path(fifo).write_text(f"{os.getpid()}\n")
             await asyncio.Event().wait()
         return await carry_out(rank, order, view)
 

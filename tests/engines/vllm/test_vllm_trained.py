@@ -10,11 +10,13 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import pytest
 from vllm_answers import Answer, Comparison, assert_attended
 from vllm_process import EngineProcess
+
+from kvlayer_vllm.settings import Loads
 
 CHUNK, BLOCK = 64, 32
 ANSWER = 12
@@ -120,7 +122,10 @@ def cold(smol: Path, zygote: Any, texts: Any) -> Any:
 
 @pytest.fixture(
     scope="module",
-    params=list(itertools.product(["float32", "bfloat16"], ["sync", "layerwise", "async"])),
+    params=[
+        pytest.param((dtype, loads), marks=[] if loads == "async" else pytest.mark.campaign)
+        for dtype, loads in itertools.product(("float32", "bfloat16"), get_args(Loads))
+    ],
     ids="-".join,
 )
 def served(
