@@ -331,6 +331,8 @@ def test_an_order_that_is_none_is_answered_as_a_failure(
 
 INSTRUCTIONS = 45_000
 """Of a call: less than a millisecond. A third is vLLM's: to hold 1,000 blocks takes 75 us."""
+IN_STEP = 5_000
+"""Of a worker's call, while the device may be waiting for its step: less than 200 us."""
 
 
 def test_orders_for_eight_ranks_do_not_hold_the_scheduler(
@@ -352,7 +354,7 @@ def test_orders_for_eight_ranks_do_not_hold_the_scheduler(
     tiers = [{"url": "cpu://?capacity=1GiB"}]
     sizes = {"tokens_per_chunk": 256, "held_share": 1.0}
     at = Desk(vllm_config, config, tensor=8, tiers=tiers, **sizes)
-    longest = {"step": 0, "heard": 0}
+    longest = dict.fromkeys(("step", "heard", "before_step", "load", "answers"), 0)
 
     def watched(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -363,7 +365,9 @@ def test_orders_for_eight_ranks_do_not_hold_the_scheduler(
         return call
 
     for name in longest:
-        monkeypatch.setattr(at.half, name, watched(name, getattr(at.half, name)))
+        for whose in (at.half, *at.workers):
+            if hasattr(whose, name):
+                monkeypatch.setattr(whose, name, watched(name, getattr(whose, name)))
     prompt = [n * 7919 % 50_000 for n in range(32_000)]
     request = request_of(prompt)
     at.half.arrived(request)
@@ -380,3 +384,5 @@ def test_orders_for_eight_ranks_do_not_hold_the_scheduler(
     figures("vllm.orders", ranks=8, tokens=32_000, **longest)
     at.close()
     assert min(longest.values()) > 0 and max(longest.values()) <= INSTRUCTIONS, longest
+    in_steps = [longest[name] for name in ("before_step", "load", "answers")]
+    assert max(in_steps) <= IN_STEP, longest
