@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from kvlayer._values import choice, given, instance, items, listed, shown_value, whole
 from kvlayer.errors import LayoutError
@@ -27,6 +27,7 @@ __all__ = [
     "NHD_PAIR",
     "STATE_BLOCKS",
     "AttentionKind",
+    "DeviceEvent",
     "GroupLayout",
     "HitRule",
     "KVGroup",
@@ -351,6 +352,22 @@ class LoadedLayers(NamedTuple):
     event: int
 
 
+class DeviceEvent(Protocol):
+    """A recorded event of a CUDA device: ``torch.cuda.Event``.
+
+    An object, not its raw handle: torch cannot make one from a handle, and needs one to wait.
+    """
+
+    @property
+    def cuda_event(self) -> int:
+        """Its raw handle."""
+        ...
+
+    def wait(self, stream: Any) -> None:
+        """What is queued on this stream of torch's from now on follows the record."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class KVView:
     """KV tensors an engine lends for one call, and where each token lives in them.
@@ -368,9 +385,9 @@ class KVView:
 
     ``stream`` is the raw handle of the device stream the engine computes on (0: its default one).
     The call follows what is queued on it when the call begins, whichever thread has queued it.
-    ``ready`` says exactly what it follows: the raw handle of a device event that the engine has
-    recorded on ``stream`` (0: none), and keeps until the call returns. What was queued later holds
-    nothing up then, except where torch copies.
+    ``ready`` says exactly what it follows: an event that the engine has recorded on ``stream``, as
+    torch has it (``torch.cuda.Event``). What was queued later holds nothing up then, whoever
+    copies, and waits for no copy. Devices other than CUDA's are waited for as a whole.
 
     ``loaded`` is told of layers as soon as all the copies are queued that a load's call makes into
     them, in the order of layers, from a thread of kvlayer's. An engine whose stream waits for the
@@ -383,7 +400,7 @@ class KVView:
     slots: Sequence[Any]
     stream: int = 0
     loaded: Callable[[LoadedLayers], None] | None = None
-    ready: int = 0
+    ready: DeviceEvent | None = None
 
     @property
     def num_tokens(self) -> int:

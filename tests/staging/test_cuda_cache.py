@@ -17,7 +17,8 @@ from gpu_engine import GpuEngine
 from gpu_sim import Gpu
 
 from kvlayer import Cache
-from kvlayer.staging import device_cache, torch_stager
+from kvlayer.staging import torch_stager
+from kvlayer.staging.copy_order import CopyOrder
 from kvlayer.staging.cuda.stager import DeviceStager
 from kvlayer.staging.host_cache import HostCache
 from kvlayer.staging.torch_stager import TorchStager
@@ -98,13 +99,14 @@ async def test_another_process_reads_what_a_device_stored(tmp_path: Path) -> Non
 def torch_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Let torch copy the tensors that only say they are on a GPU; the devices it was asked for."""
     asked: list[Any] = []
-    order = device_cache.engine_order
 
-    def engine_order(device: Any, stream: int) -> Any:
-        asked.append(device)
-        return order(torch.device("cpu"), 0)
+    class OnCpu(CopyOrder):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            asked.append(self._device)
+            self._device = torch.device("cpu")
 
-    monkeypatch.setattr(torch_stager, "engine_order", engine_order)
+    monkeypatch.setattr(torch_stager, "CopyOrder", OnCpu)
     monkeypatch.setattr(TorchStager, "_open", lambda self, tensor: HostCache(tensor))
     return asked
 

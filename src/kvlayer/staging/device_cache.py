@@ -5,8 +5,6 @@ Slower than a stager of the device's own, but universal, and it needs nothing bu
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import Any
 
 from kvlayer.layout import Tensor
@@ -16,29 +14,7 @@ from kvlayer.staging.moves import Transfer
 from kvlayer.staging.slots import BlockRun, IntArray, LooseRows, SlotRuns
 from kvlayer.staging.steps import Bytes
 
-__all__ = ["DeviceCache", "engine_order"]
-
-
-@contextmanager
-def engine_order(device: Any, stream: int) -> Generator[None]:
-    """Run after what the engine has queued on ``stream``, and leave with everything done."""
-    if device.type == "cpu":
-        yield
-    elif device.type == "cuda":
-        cuda = torch.cuda
-        queue = cuda.ExternalStream(stream, device) if stream else cuda.default_stream(device)
-        with cuda.stream(queue):
-            try:
-                yield
-            finally:
-                queue.synchronize()
-    else:
-        module = torch.get_device_module(device)
-        module.synchronize()
-        try:
-            yield
-        finally:
-            module.synchronize()
+__all__ = ["DeviceCache"]
 
 
 class DeviceCache:

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import repeat
 from traceback import clear_frames
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 from kvlayer.abc.stager import HostCopy, Landed, Stager
 from kvlayer.layout import KVLayout, KVView, Tensor
 from kvlayer.runtime.offload import Offload
-from kvlayer.staging.device_cache import DeviceCache, engine_order
+from kvlayer.staging.copy_order import CopyOrder, CopyStreams
+from kvlayer.staging.device_cache import DeviceCache
 from kvlayer.staging.host_cache import HostCache
 from kvlayer.staging.lazy import np
 from kvlayer.staging.moves import Move, Transfer, batches, in_model_order, plan_moves
@@ -48,8 +49,9 @@ class TorchStager(Stager):
     which all its calls share. A batch that fails, and cancelling, start no other batch; the call
     raises once those that run have ended. Host memory is not referenced any more when a call
     returns or raises (an exception's traceback holds no locals of the copy), so a slab can be
-    closed. On devices the order is the engine's: copies follow what is queued on ``view.stream``
-    and are done when the call returns.
+    closed. A CUDA device copies on a stream of the stager's own, behind what the view says: the
+    engine's later work waits for no copy, and no copy waits for it. Any other device is waited for
+    as a whole. Copies are done when the call returns.
 
     Beside the memory it is lent, a call holds on the CPU: a few times 8 bytes per token for its
     slots, and for each copy being moved and each thread 8 bytes per row of one layer. KV is only
@@ -69,6 +71,7 @@ class TorchStager(Stager):
         self._layout = layout
         self._threads = threads
         self._reader = GeometryReader(layout)
+        self._streams = CopyStreams()
         self._own_offload = Offload(threads, "kvlayer-stage") if offload is None else None
         if self._own_offload is not None:
             self._own_offload.begin()  # later the system may have no thread to give
@@ -92,15 +95,16 @@ class TorchStager(Stager):
     ) -> None:
         """As :meth:`scatter`, one layer at a time, each on one thread."""
         opened: _Opened = {}
+        order = CopyOrder(view, self._streams)
         try:
-            moves = await self._offload.run(self._planned, view, copies, False)
+            moves = await self._offload.run(self._planned, view, order, copies, False)
             for group, local in in_model_order(self._layout):
                 layer = [
                     move._replace(layers=[each for each in move.layers if each[0] == local])
                     for move in moves
                     if move.group == group
                 ]
-                await self._offload.run(self._copy, view, layer, opened, False)
+                await self._offload.run(self._copy, view, order, layer, opened, False)
                 landed(group, local)
         except BaseException as error:
             clear_frames(error.__traceback__)  # as below
@@ -114,9 +118,10 @@ class TorchStager(Stager):
 
     async def _run(self, view: KVView, copies: Sequence[HostCopy], gather: bool) -> None:
         opened: _Opened = {}
+        order = CopyOrder(view, self._streams)
         try:
-            rest = await self._offload.run(self._start, view, copies, opened, gather)
-            works = [partial(self._copy, view, batch, opened, gather) for batch in rest]
+            rest = await self._offload.run(self._start, view, order, copies, opened, gather)
+            works = [partial(self._copy, view, order, batch, opened, gather) for batch in rest]
             await self._offload.run_all(works)
         except BaseException as error:
             # Frames in the traceback would keep the host memory exported, and in a cycle.
@@ -126,25 +131,39 @@ class TorchStager(Stager):
             opened.clear()
 
     def _start(
-        self, view: KVView, copies: Sequence[HostCopy], opened: _Opened, gather: bool
+        self,
+        view: KVView,
+        order: CopyOrder,
+        copies: Sequence[HostCopy],
+        opened: _Opened,
+        gather: bool,
     ) -> list[list[Move]]:
         """Check everything, move it if it is little, return the batches that are left."""
-        moves = self._planned(view, copies, gather)
+        moves = self._planned(view, order, copies, gather)
         nbytes = sum(len(move.layers) * move.payload.layer_nbytes for move in moves)
         share = max(min(-(-nbytes // self._threads), _BATCH_NBYTES), _LEAST_NBYTES)
         found = batches(moves, repeat(share))
         if len(found) > 1:
             return found
-        self._copy(view, found[0], opened, gather)
+        self._copy(view, order, found[0], opened, gather)
         return []
 
-    def _planned(self, view: KVView, copies: Sequence[HostCopy], gather: bool) -> list[Move]:
-        with engine_order(_device(view), view.stream):  # slots may be on their way, too
+    def _planned(
+        self, view: KVView, order: CopyOrder, copies: Sequence[HostCopy], gather: bool
+    ) -> list[Move]:
+        with order.copying():  # slots may be on their way, too
             geometries = self._reader.read(view)
             return [*plan_moves(self._layout, view, geometries, copies, gather=gather)]
 
-    def _copy(self, view: KVView, moves: Sequence[Move], opened: _Opened, gather: bool) -> None:
-        with engine_order(_device(view), view.stream):
+    def _copy(
+        self,
+        view: KVView,
+        order: CopyOrder,
+        moves: Sequence[Move],
+        opened: _Opened,
+        gather: bool,
+    ) -> None:
+        with order.copying():
             for move in moves:
                 host = np.frombuffer(move.host, np.uint8, move.payload.nbytes)
                 nbytes = move.payload.layer_nbytes
@@ -160,7 +179,3 @@ class TorchStager(Stager):
 
     def _open(self, tensor: Tensor) -> _Cache:
         return HostCache(tensor) if tensor.device.type == "cpu" else DeviceCache(tensor)
-
-
-def _device(view: KVView) -> Any:
-    return tensors_of(view.caches[0][0])[0].device

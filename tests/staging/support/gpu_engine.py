@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,17 @@ from gpu_sim import Gpu, bytes_at
 
 from kvlayer.layout import KVView, LoadedLayers
 
-__all__ = ["DeviceTensor", "GpuEngine", "memory_of"]
+__all__ = ["DeviceTensor", "GpuEngine", "QueuedEvent", "memory_of"]
+
+
+class QueuedEvent(NamedTuple):
+    """An event of ``gpu`` as torch has it."""
+
+    gpu: Gpu
+    cuda_event: int
+
+    def wait(self, stream: Any) -> None:
+        self.gpu.wait(stream.cuda_stream, self.cuda_event)
 
 
 class DeviceTensor(torch.Tensor):
@@ -61,12 +71,12 @@ class GpuEngine:
         """What the engine lends: every group has these slots."""
         return KVView(self.caches, [slots] * len(self.caches), self.stream, loaded)
 
-    def queued(self) -> int:
+    def queued(self) -> QueuedEvent:
         """An event behind what is on the engine's stream by now, as an engine's hook makes it."""
         event = self.gpu.new_event()
         self.gpu.device = self.number
         self.gpu.record(event, self.stream)
-        return event
+        return QueuedEvent(self.gpu, event)
 
     def write(self, values: Sequence[np.ndarray[Any, Any]], label: str = "the model") -> None:
         """Queue a kernel that writes all of the cache: a value per storage, whole."""

@@ -16,21 +16,21 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from kvlayer import KVView
+from kvlayer.layout import DeviceEvent
 
 __all__ = ["NOTHING", "EngineStream", "Queued"]
 
 
 class Queued(NamedTuple):
-    """All that was on a stream by then. Its ``event`` lives as long as this."""
+    """All that was on a stream by then."""
 
     stream: int = 0
-    ready: int = 0
-    """As ``KVView.ready``; 0 on a CPU, where nothing is queued."""
-    event: Any = None
+    ready: DeviceEvent | None = None
+    """As ``KVView.ready``; None on a CPU, where nothing is queued."""
 
     def followed_by(self, view: KVView) -> KVView:
-        """The view, for copies that follow this. Keep this until they have ended."""
-        if self.event is None:
+        """The view, for copies that follow this."""
+        if self.ready is None:
             return view
         return replace(view, stream=self.stream, ready=self.ready)
 
@@ -56,5 +56,4 @@ class EngineStream:
         """What is queued by now on the stream that was noted last. In any thread of the process."""
         if not self._is_queued:
             return NOTHING
-        event = self._stream.record_event()
-        return Queued(self._stream.cuda_stream, event.cuda_event, event)
+        return Queued(self._stream.cuda_stream, self._stream.record_event())

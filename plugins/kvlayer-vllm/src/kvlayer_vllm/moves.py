@@ -16,7 +16,7 @@ from kvlayer.api.lookup import Lookup
 from kvlayer.errors import ClosedError, ForkedError
 from kvlayer.identity.chain import ChunkChain
 from kvlayer.runtime.job import Job
-from kvlayer_vllm.device_order import NOTHING, Queued
+from kvlayer_vllm.device_order import Queued
 from kvlayer_vllm.token_ids import Name
 
 __all__ = ["NULL_BLOCK", "Load", "Save", "Slots", "slots_of"]
@@ -51,8 +51,6 @@ class Save:
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
-        self.behind: Queued = NOTHING
-        """What its copies follow: kept until they have."""
         self._gathered = Event()
         self._job: Job[None] | None = None
 
@@ -74,7 +72,6 @@ class Save:
         ``name(cache.chain)`` says on the loop what its tokens are called, from the first on. What
         cannot be started is over. Raises ``ClosedError`` and ``ForkedError``.
         """
-        self.behind = behind
         view = behind.followed_by(view)
         try:
             self._job = portal.submit(
@@ -152,8 +149,6 @@ class Load:
         self.request_id = request_id
         self.first = first
         self.promised = promised
-        self.behind: Queued = NOTHING
-        """What its copies follow: kept until they have."""
         self._lookup = lookup
         self._blocks = blocks
         self._tokens_per_block = tokens_per_block
@@ -174,7 +169,6 @@ class Load:
 
         A load that was never prepared is over at once.
         """
-        self.behind = behind
         if self._start is None or self._is_refused:
             self._is_refused = True  # nothing is loaded, and that is reported
             return

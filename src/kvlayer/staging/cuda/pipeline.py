@@ -66,7 +66,8 @@ class Call:
     @property
     def ready(self) -> Event | Recorded:
         """Behind what the engine had queued when the call began, or by its own event."""
-        return Recorded(self.view.ready) if self.view.ready else self.marks.taken[0]
+        ready = self.view.ready
+        return self.marks.taken[0] if ready is None else Recorded(ready.cuda_event)
 
 
 class Pipeline:
@@ -117,7 +118,7 @@ class Pipeline:
     def begin(self, call: Call) -> None:
         """Its batches follow what the engine has queued, by its event or by now."""
         self._runtime.setDevice(self.number)
-        if not call.view.ready:
+        if call.view.ready is None:
             with self._turn:
                 call.marks.marked(call.view.stream)
 

@@ -22,11 +22,11 @@ from kvlayer.errors import KVLayerError, UnsupportedError
 from kvlayer.layout import KVLayout, KVView
 from kvlayer.memory.slab import Slab
 from kvlayer.runtime.offload import Offload, settled
+from kvlayer.staging.copy_order import CopyOrder, CopyStreams
 from kvlayer.staging.cuda.devices import Devices
 from kvlayer.staging.cuda.fills import LayerGroup, layer_groups
 from kvlayer.staging.cuda.pipeline import Call, Pipeline
 from kvlayer.staging.cuda.runtime import cuda_errors
-from kvlayer.staging.device_cache import engine_order
 from kvlayer.staging.lazy import torch
 from kvlayer.staging.moves import Move, batches, growing, in_model_order, plan_moves
 from kvlayer.staging.torch_stager import TorchStager
@@ -49,8 +49,8 @@ class DeviceStager(Stager):
     A call is one of ``threads`` threads' work, which all calls share: it queues a batch, and sleeps
     until the device has done the one before. Where more calls wait than there are threads they take
     turns. Cancelling starts no other batch, and returns once those that are queued have ended. The
-    order is the engine's: copies follow what is queued on ``view.stream`` when the call begins, and
-    are done when it returns.
+    order is the engine's: copies follow ``view.ready``, or what is queued on ``view.stream`` when
+    the call begins, and are done when it returns.
 
     ``slab`` is the host memory that payloads mostly lie in; it is pinned in the background once a
     CUDA device is used, and must stay mapped until ``aclose``. Payloads elsewhere are copied as
@@ -71,6 +71,7 @@ class DeviceStager(Stager):
         self._offload.begin()  # later the system may have no thread to give
         self._torch = torch_stager or TorchStager(layout, threads=threads, offload=self._offload)
         self._reader = GeometryReader(layout)
+        self._slot_streams = CopyStreams()
         self._background = Offload(1, "kvlayer-cuda")
         self._devices = devices or Devices(slab)
         self._openings: dict[int, asyncio.Task[Pipeline | None]] = {}
@@ -259,10 +260,16 @@ class DeviceStager(Stager):
 
     def _moves(self, view: KVView, copies: Sequence[HostCopy], *, gather: bool) -> list[Move]:
         """What there is to move, checked."""
-        with _slots_order(view):
+        with self._slots_order(view):
             geometries = self._reader.read(view)
             planned = plan_moves(self._layout, view, geometries, copies, gather=gather)
             return [move for move in planned if _has_rows(move)]
+
+    def _slots_order(self, view: KVView) -> AbstractContextManager[None]:
+        """Slots in the device's memory are read behind the engine; only then the host waits."""
+        if any(getattr(slots, "is_cuda", False) for slots in view.slots):
+            return CopyOrder(view, self._slot_streams).copying()
+        return nullcontext()
 
 
 def _group_batches(groups: Sequence[LayerGroup]) -> list[list[LayerGroup]]:
@@ -283,10 +290,3 @@ def _has_rows(move: Move) -> bool:
     """Whether the engine has a slot for any of it; all layers of a move have the same slots."""
     runs = move.layers[0][2].runs
     return bool(runs.runs) or runs.loose is not None
-
-
-def _slots_order(view: KVView) -> AbstractContextManager[None]:
-    """Slots in the device's memory are read behind the engine; the host waits for it only then."""
-    if any(getattr(slots, "is_cuda", False) for slots in view.slots):
-        return engine_order(tensors_of(view.caches[0][0])[0].device, view.stream)
-    return nullcontext()

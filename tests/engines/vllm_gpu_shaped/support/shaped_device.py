@@ -16,7 +16,7 @@ import fake_cupy
 import numpy as np
 import pytest
 import torch
-from gpu_engine import DeviceTensor, memory_of
+from gpu_engine import DeviceTensor, QueuedEvent, memory_of
 from gpu_scenarios import SMALL, NoTorch
 from gpu_sim import Access, Gpu
 
@@ -135,14 +135,10 @@ class _Stream(NamedTuple):
     gpu: Gpu
     cuda_stream: int
 
-    def record_event(self) -> _Event:
+    def record_event(self) -> QueuedEvent:
         event = self.gpu.new_event()
         self.gpu.record(event, self.cuda_stream)
-        return _Event(event)
-
-
-class _Event(NamedTuple):
-    cuda_event: int
+        return QueuedEvent(self.gpu, event)
 
 
 class OnGpu:
