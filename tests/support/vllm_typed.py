@@ -208,7 +208,7 @@ def methods(folder: Path) -> set[str]:
     }
 
 
-OWN = {"is_on", "scheduler"}
+OWN = {"introduction", "is_on", "scheduler"}
 """The connector's own: no hooks."""
 OF_OTHERS = {"shape", "layer_types", "rope_parameters"}
 """Of torch and of models' configurations: not vLLM's to declare."""
