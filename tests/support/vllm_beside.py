@@ -16,7 +16,7 @@ _SIBLINGS: Mapping[str, dict[str, Any]] = {
         "kv_connector": "OffloadingConnector",
         "kv_connector_extra_config": {
             "spec_name": "HostOnCpu",
-            "spec_module_path": "vllm_offload",
+            "spec_module_path": "kvlayer_vllm.bench.offload",
             "cpu_bytes_to_use": 64 << 20,
         },
     },

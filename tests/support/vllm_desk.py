@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_settled import settled
 
 from kvlayer import Cache
+from kvlayer_vllm.bench.settled import settled
 from kvlayer_vllm.introductions import Introduction
 from kvlayer_vllm.messages import Answers, Step
 from kvlayer_vllm.scheduler import SchedulerHalf

@@ -20,16 +20,17 @@ import vllm_drafts
 from counting import counted
 from damage import damage_file
 from vllm_beside import BesideServing, config_of, sibling
-from vllm_settled import settled
 from vllm_unusual import converse, embedded
 
 from kvlayer import Cache, Cause, RetrieveReport, Scope
 from kvlayer.identity.keys import Span
 from kvlayer.results import Failure
 from kvlayer_vllm import engine
+from kvlayer_vllm.bench import engine as bench
 from kvlayer_vllm.bench.serving import Serving
+from kvlayer_vllm.bench.settled import settled
 
-__all__ = ["serve"]
+__all__ = ["measure", "serve"]
 
 for _name in (
     "kvlayer_vllm.connector",
@@ -341,6 +342,11 @@ def serve(model: str, cache: Any, options: dict[str, Any]) -> None:
         says.flush()
         if verb == "close":
             return
+
+
+def measure(model: str, kind: str, directory: str) -> None:
+    """One of the benchmark's engines, until nobody listens any more."""
+    bench.serve(model, kind, directory)
 
 
 def _count_preemptions(scheduler: Any) -> None:

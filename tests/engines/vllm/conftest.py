@@ -340,9 +340,8 @@ class Inside:
 
     def leave_memory(self, prompt: list[int], salt: str = "") -> None:
         """The prompt's KV is on the tier alone."""
-        from vllm_settled import settled
-
         from kvlayer import Scope
+        from kvlayer_vllm.bench.settled import settled
 
         async def evict(cache: Any) -> int:
             scope = Scope.private(salt) if salt else Scope()

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from vllm_settled import settled
+
+from kvlayer_vllm.bench.settled import settled
 
 CHUNK, BLOCK = 64, 32
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from vllm_settled import settled
 
 from kvlayer import Cache, Cause, RetrieveReport
 from kvlayer.bench.sick import Sickness
 from kvlayer.identity.keys import Span
 from kvlayer.results import Failure
+from kvlayer_vllm.bench.settled import settled
 from kvlayer_vllm.moves import Load
 
 ANSWER = 12

@@ -1,8 +1,8 @@
-"""``python -m kvlayer_vllm.bench [--json PATH] [--model NAME]...``: one engine after the other.
+"""``python -m kvlayer_vllm.bench [--json PATH] [--model NAME]... [--rounds N]``.
 
-Rows are named ``ttft.MODEL.TIER.LENGTH``. ``value`` is the time to the first token of a prompt that
-is loaded, ``ceiling`` that of vLLM's own prefix cache, both in CPU seconds of the whole process;
-``wall`` and ``ceiling_wall`` are what passed meanwhile.
+Five engines of one model take turns: vLLM with nothing but its prefix cache, kvlayer's ``cpu://``
+and ``file://``, and vLLM's own ``OffloadingConnector`` with its host tier and with its tier of
+files. See ``rounds`` for the rows.
 """
 
 from __future__ import annotations
@@ -13,15 +13,62 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from kvlayer.bench.measure import Row
+from kvlayer.bench.report import table
+from kvlayer_vllm.bench.kinds import KINDS
 from kvlayer_vllm.bench.models import random_model, trained_model
+from kvlayer_vllm.bench.rounds import as_dicts, measured, rows_of
 from kvlayer_vllm.bench.serving import ENVIRONMENT
 
-LENGTHS = (1024, 4096)
-MODELS = {"random0.3b": None, "smollm2": None}
-TIERS = ("cpu", "file")
+LENGTHS = (1040, 4112)
+"""Not multiples of vLLM's block: of those its prefix cache computes the last block, a connector
+only the last token, and any connector looks faster than the prefix cache."""
+
+MODELS = ("random0.3b", "smollm2")
+ROUNDS = 9
+
+
+class Engine:
+    """A child process with one engine."""
+
+    def __init__(self, model: Path, kind: str, directory: str) -> None:
+        _say(f"{model.name}, {kind}: starting an engine")
+        command = [sys.executable, "-m", "kvlayer_vllm.bench.engine", str(model), kind, directory]
+        self._process = subprocess.Popen(  # noqa: S603  # this interpreter, and arguments made here
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**ENVIRONMENT, **os.environ},
+        )
+        self._kind = kind
+        self._answer()
+
+    def __call__(self, length: int) -> Mapping[str, Any]:
+        """See ``engine.serve``. ``RuntimeError`` when the engine has ended."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{length}\n")
+        self._process.stdin.flush()
+        found: Mapping[str, Any] = self._answer()
+        return found
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(
+                f"the engine {self._kind!r} was to answer and has ended with "
+                f"{self._process.wait()}: its own lines above say why"
+            )
+        return json.loads(line)
+
+    def close(self) -> None:
+        self._process.communicate()
 
 
 def main() -> int:
@@ -30,65 +77,29 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--model", action="append", choices=MODELS, help="only this model")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="prompt tokens")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="hits of each engine")
     wanted = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="kvlayer-models-") as scratch:
-        for name in wanted.model or MODELS:
-            folder = trained_model() if name == "smollm2" else random_model(Path(scratch) / name)
-            rows += _rows(name, folder, list(wanted.lengths))
-    for row in rows:
-        _say(_line(row))
+    rows: list[Row] = []
+    more: list[dict[str, Any]] = []
+    for name in wanted.model or MODELS:
+        with ExitStack() as stack:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvlayer-vllm-")))
+            folder = trained_model() if name == "smollm2" else random_model(scratch / name)
+            engines: dict[str, Engine] = {}
+            for kind in KINDS:
+                engines[kind] = Engine(folder, kind, str(scratch))
+                stack.callback(engines[kind].close)
+            found = measured(engines, wanted.lengths, wanted.rounds)
+        rows += rows_of(name, found)
+        more += as_dicts(name, found)
+    for line in table(rows):
+        _say(line)
+    for each in more:
+        _say(f"{each['name']}: {each['loaded_tokens']} tokens were not computed")
     if wanted.json is not None:
-        wanted.json.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
-    # Answers are compared, and may differ: bf16 has near ties, for vLLM's prefix cache as well.
-    return 0 if all(row["loaded_tokens"] > 0 for row in rows) else 1
-
-
-def _rows(name: str, folder: Path, lengths: list[int]) -> list[dict[str, Any]]:
-    prefix = {each["length"]: each for each in _measured(name, folder, "prefix", lengths)}
-    rows: list[dict[str, Any]] = []
-    for tier in TIERS:
-        for found in _measured(name, folder, tier, lengths):
-            top = prefix[found["length"]]
-            rows.append(
-                {
-                    "name": f"ttft.{name}.{tier}.{found['length']}",
-                    "value": found["hit"],
-                    "unit": "s",
-                    "ceiling": top["hit"],
-                    "ratio": top["hit"] / found["hit"],
-                    "cold": found["cold"],
-                    "loaded_tokens": found["loaded_tokens"],
-                    "wall": found["hit_wall"],
-                    "ceiling_wall": top["hit_wall"],
-                    "cold_wall": found["cold_wall"],
-                    "prefix_tokens": top["loaded_tokens"],
-                    "same_output": found["same_output"],
-                }
-            )
-    return rows
-
-
-def _measured(name: str, folder: Path, kind: str, lengths: list[int]) -> list[dict[str, Any]]:
-    _say(f"{name}, {kind}: starting an engine")
-    command = [sys.executable, "-m", "kvlayer_vllm.bench.engine", str(folder), kind]
-    ran = subprocess.run(  # noqa: S603  # this interpreter, and arguments made here
-        [*command, *map(str, lengths)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**ENVIRONMENT, **os.environ},
-        check=True,
-    )
-    lines = [line for line in ran.stdout.splitlines() if line.startswith('{"length"')]
-    return [json.loads(line) for line in lines]
-
-
-def _line(row: dict[str, Any]) -> str:
-    return (
-        f"{row['name']:28} hit {row['value']:7.3f} s, prefix cache {row['ceiling']:7.3f} s "
-        f"({row['value'] / row['ceiling']:.2f}x), cold {row['cold']:7.2f} s "
-        f"({row['cold'] / row['value']:.0f}x), {row['loaded_tokens']} tokens loaded"
-    )
+        report = {"rows": [row.as_dict() for row in rows], "engines": more}
+        wanted.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 0 if all(each["loaded_tokens"] > 0 for each in more) else 1
 
 
 def _say(line: str) -> None:
