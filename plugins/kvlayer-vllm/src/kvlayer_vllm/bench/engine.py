@@ -14,6 +14,7 @@ from kvlayer_vllm.bench.serving import Serving, prompt_of
 __all__ = ["serve"]
 
 TOKENS = 16
+BLOCKS_NBYTES = 384 << 20  # of vLLM's blocks: for one prompt of 8,192 tokens, and its answer
 
 
 def serve(model: str, kind: str, directory: str) -> None:
@@ -24,7 +25,8 @@ def serve(model: str, kind: str, directory: str) -> None:
     """
     says = os.fdopen(os.dup(1), "w")  # vLLM's log must not get between the answers
     os.dup2(2, 1)
-    serving = Serving(model, **options_of(kind, Path(directory)), dtype="bfloat16")
+    options = options_of(kind, Path(directory))
+    serving = Serving(model, **options, dtype="bfloat16", kv_cache_memory_bytes=BLOCKS_NBYTES)
     vocabulary = min(8192, serving.engine.model_config.get_vocab_size())
     serving.ask([prompt_of(200, 999, vocabulary)], 2)  # what is compiled or allocated once
     says.write('"ready"\n')
