@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvlayer.tier.messages import Verb
@@ -53,6 +54,9 @@ class Step(KVConnectorMetadata):
     """Blocks that a load was to fill and did not."""
     is_idle: bool = False
     """Somebody waits for a lookup, a load or a store and nothing is computed: let others run."""
+    land: Callable[[], None] | None = None
+    """After that rest: add to ``received``, ``failed`` and ``invalid`` what has ended meanwhile.
+    None where the workers are elsewhere."""
 
 
 @dataclass(slots=True)

@@ -164,10 +164,11 @@ class Load:
         """``start(landed, behind)`` begins the copy, which follows ``behind`` on the device."""
         self._start = start
 
-    def begin(self, behind: Queued) -> None:
+    def begin(self, behind: Queued, on_over: Callable[[], None] | None = None) -> None:
         """Start to write into the blocks, behind all that the engine has queued for them.
 
-        A load that was never prepared is over at once.
+        ``on_over`` is called once it :attr:`is_over`, on any thread. A load that was never prepared
+        is over at once, and calls nothing.
         """
         if self._start is None or self._is_refused:
             self._is_refused = True  # nothing is loaded, and that is reported
@@ -178,6 +179,8 @@ class Load:
             self._is_refused = True
         else:
             self._job.add_done_callback(lambda _: self._wake())
+            if on_over is not None:
+                self._job.add_done_callback(lambda _: on_over())
 
     def _layer_landed(self, group: int, local: int) -> None:
         with self._changed:

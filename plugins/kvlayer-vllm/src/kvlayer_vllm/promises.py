@@ -148,7 +148,11 @@ class PendingLoads:
     # -- over, and told ---------------------------------------------------------------------------
 
     def land(self, step: Step, record: StepUnderWay) -> None:
-        """Tell with this step of the loads beside the batch that have ended."""
+        """Tell with this step of the loads beside the batch that have ended.
+
+        Of one that began with this very step a later one tells: a hook that fails after it has
+        begun must still be able to distrust it.
+        """
         if not self.is_async:
             return
         for request_id, tracked in list(self._sent.items()):

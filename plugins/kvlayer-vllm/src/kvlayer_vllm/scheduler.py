@@ -256,6 +256,8 @@ class SchedulerHalf:
         self._hands.fill(step)
         self._promises.send(step, record)
         self._promises.land(step, record)
+        if step.is_idle and self._hands.is_local:
+            step.land = partial(self._promises.land, step, record)
 
     def rest_of(self, step: Step) -> None:
         """:meth:`step` has failed: add what vLLM must hear, whatever is in ``step`` by now.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
+from threading import Event
 from typing import Any
 
 from kvlayer.tier.messages import Verb
@@ -57,6 +57,8 @@ class WorkerHalf:
         self._loads: list[Load] = []
         """Of the step under way, while it computes."""
         self._waited: set[str] = set()
+        self._has_loaded = Event()
+        """A load has ended since the last rest."""
 
     def registered(self, tensors: Mapping[str, Any]) -> None:
         """The engine's KV tensors are there, by the names of their layers.
@@ -108,7 +110,7 @@ class WorkerHalf:
             for load in step.loads:
                 if not self._lent.are_there:
                     load.distrust()
-                load.begin(behind)
+                load.begin(behind, self._has_loaded.set)
         if step.must_wait:
             self._loads, self._waited = step.loads, set()
             if not self._is_layerwise:
@@ -116,8 +118,21 @@ class WorkerHalf:
                     load.wait()
         self._carry_out(step, Verb.SCATTER)
         if step.is_idle:
-            rest = time.sleep if self._orders is None else self._orders.rest
-            rest(_IDLE_SECONDS)
+            self._rest(step)
+
+    def _rest(self, step: Step) -> None:
+        """Leave the processor to others until a copy has ended, at most so long, and say so.
+
+        A step that computes nothing costs vLLM as much as a copy of some MiB: what ends while it
+        rests is told of with it, not with the next one.
+        """
+        if self._orders is not None:
+            self._orders.rest(_IDLE_SECONDS)
+            return
+        self._has_loaded.wait(_IDLE_SECONDS)
+        self._has_loaded.clear()
+        if step.land is not None:
+            step.land()
 
     def layer(self, name: str) -> None:
         """Attention over this layer is next: wait for what is loaded into it."""
