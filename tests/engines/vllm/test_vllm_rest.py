@@ -39,7 +39,6 @@ def loading(
 
 def _ends_in_the_rest(at: Any, go_on: threading.Event, patch: pytest.MonkeyPatch) -> Step:
     """A step is made while the load goes on, and rests until it is over."""
-    patch.setattr(worker, "_IDLE_SECONDS", 300.0)  # it is woken: a clock decides nothing
     before_step = at.worker.before_step
 
     def made(step: Step) -> None:
@@ -47,8 +46,10 @@ def _ends_in_the_rest(at: Any, go_on: threading.Event, patch: pytest.MonkeyPatch
         before_step(step)
         go_on.set()
 
-    patch.setattr(at.worker, "before_step", made)
-    step: Step = at.begin()
+    with patch.context() as here:
+        here.setattr(worker, "_IDLE_SECONDS", 300.0)  # it is woken: a clock decides nothing
+        here.setattr(at.worker, "before_step", made)
+        step: Step = at.begin()
     return step
 
 
@@ -77,9 +78,9 @@ def test_of_a_load_that_begins_with_a_step_a_later_one_tells(
     desk: Any, request_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A hook of this step may still fail, and must be able to distrust it."""
-    monkeypatch.setattr(worker, "_IDLE_SECONDS", 300.0)
     at = desk()
     at.answer(request_of(PROMPT), BLOCKS)
+    monkeypatch.setattr(worker, "_IDLE_SECONDS", 300.0)
     waits = request_of(PROMPT, request_id="waits")
     at.half.arrived(waits)
     at.admit(waits, OTHERS)
