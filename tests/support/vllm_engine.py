@@ -35,7 +35,7 @@ __all__ = ["measure", "serve"]
 for _name in (
     "kvlayer_vllm.connector",
     "vllm.v1.engine.llm_engine",
-    "vllm.v1.worker.cpu_worker",
+    f"vllm.v1.worker.{'cpu' if engine.platform() == 'cpu' else 'gpu'}_worker",
     "compressed_tensors",
 ):
     import_module(_name)  # what every engine imports, before the first is forked
@@ -111,7 +111,7 @@ def alter(serving: Serving, prompts: list[list[int]]) -> Any:
 def damage_before_load(serving: Serving, directory: str, damage: str) -> Any:
     """What is found next is damaged on the disk once it is found, before it is read."""
     promote = Cache.promote
-    files = sorted(path for path in Path(directory).rglob("*native*") if path.is_file())
+    files = sorted(path for path in Path(directory).rglob("*.raw") if path.is_file())
     damaged: list[str] = []
     patch = pytest.MonkeyPatch()
 

@@ -129,6 +129,12 @@ def needs(isa: str) -> Any:
 
 def describe(level: str) -> str:
     """One line: what the session ran on, and how blocks were packed."""
+    import torch
+
+    from kvlayer_vllm.engine import platform
+
+    if platform() != "cpu":  # asked for at the end: engines are forked before a device is opened
+        return f"device: {torch.cuda.get_device_name()}"
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "?")
     packed = ", ".join(f"{dtype} {packing(dtype)}" for dtype in ("float32", "bfloat16"))

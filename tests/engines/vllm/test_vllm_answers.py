@@ -12,6 +12,8 @@ import pytest
 
 from kvlayer_vllm.bench.settled import settled
 
+pytestmark = pytest.mark.any_device
+
 CHUNK, BLOCK = 64, 32
 
 

@@ -14,6 +14,8 @@ from kvlayer.results import Failure
 from kvlayer_vllm.bench.settled import settled
 from kvlayer_vllm.moves import Load
 
+pytestmark = pytest.mark.any_device
+
 ANSWER = 12
 
 

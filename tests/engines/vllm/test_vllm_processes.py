@@ -73,6 +73,7 @@ def stored(tiny: Path, zygote: Zygote, cold: Any, tmp_path_factory: pytest.TempP
     return directory
 
 
+@pytest.mark.any_device
 def test_a_restarted_engine_loads_what_the_first_has_stored(
     tiny: Path, stored: Path, cold: Any, engine_process: Any
 ) -> None:
@@ -111,6 +112,7 @@ def test_each_way_of_loading_gives_the_same_answers(
     process.close()
 
 
+@pytest.mark.any_device
 def test_other_weights_never_hit(
     tiny: Path, stored: Path, tmp_path: Path, engine_process: Any
 ) -> None:
@@ -138,13 +140,14 @@ def never_hits(process: EngineProcess, reason: str) -> None:
     process.close()
 
 
+@pytest.mark.any_device
 def test_a_process_killed_while_it_writes_leaves_nothing_wrong(
     tiny: Path, cold: Any, tmp_path: Path, engine_process: Any
 ) -> None:
     process = engine_process(tiny, cache_in(tmp_path), **TINY_OPTIONS)
     process("ask", [PROMPTS[2]], 1)
     process.begin("ask", [PROMPTS[0]], ANSWER)
-    while not any(".native" in name for *_, names in os.walk(tmp_path) for name in names):
+    while not any(".raw" in name for *_, names in os.walk(tmp_path) for name in names):
         pass  # something is written: more of it follows
     process.kill()
     again = engine_process(tiny, cache_in(tmp_path), **TINY_OPTIONS)
@@ -165,13 +168,14 @@ def mends(process: EngineProcess, cold: list[list[int]]) -> None:
         assert found == usable
 
 
+@pytest.mark.any_device
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted"])
 def test_damaged_files_are_misses(
     damage: str, tiny: Path, stored: Path, cold: Any, tmp_path: Path, engine_process: Any
 ) -> None:
     directory = tmp_path / "copy"
     shutil.copytree(stored, directory)
-    files = sorted(path for path in directory.rglob("*native*") if path.is_file())
+    files = sorted(path for path in directory.rglob("*.raw") if path.is_file())
     assert len(files) > 10
     for path in files[::2]:
         damage_file(path, damage)
@@ -180,6 +184,7 @@ def test_damaged_files_are_misses(
     process.close()
 
 
+@pytest.mark.any_device
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted"])
 def test_files_damaged_between_lookup_and_load_are_misses(
     damage: str, tiny: Path, stored: Path, cold: Any, tmp_path: Path, engine_process: Any
@@ -229,6 +234,7 @@ def test_the_scheduler_is_never_held(
     process.close()
 
 
+@pytest.mark.any_device
 def test_a_reset_forgets_everything(tiny: Path, tmp_path: Path, engine_process: Any) -> None:
     process = engine_process(tiny, cache_in(tmp_path), **TINY_OPTIONS)
     process("ask", [PROMPTS[0]], 1)

@@ -18,6 +18,8 @@ from vllm_process import EngineProcess
 
 from kvlayer_vllm.settings import Loads
 
+pytestmark = pytest.mark.any_device
+
 CHUNK, BLOCK = 64, 32
 ANSWER = 12
 OPTIONS: dict[str, Any] = {

@@ -9,7 +9,7 @@ from typing import Any
 from kvlayer import Cache
 from kvlayer_vllm.bench.serving import Serving
 from kvlayer_vllm.bench.settled import settled
-from kvlayer_vllm.engine import module
+from kvlayer_vllm.engine import module, platform
 
 __all__ = ["KINDS", "TIERS", "leave_blocks", "options_of"]
 
@@ -38,16 +38,14 @@ def options_of(kind: str, directory: Path) -> dict[str, Any]:
         # Loads are what is measured: nothing is computed because that would be faster.
         cache = {"tiers": tiers, "report_prefill": False}
         return {"enable_prefix_caching": True, "cache": cache}
-    extra: dict[str, Any] = {
-        "spec_name": "HostOnCpu",
-        "spec_module_path": "kvlayer_vllm.bench.offload",
-        "cpu_bytes_to_use": HOST_NBYTES,
-    }
+    extra: dict[str, Any] = {"cpu_bytes_to_use": HOST_NBYTES}
+    specs = {"native": "CPUOffloadingSpec", "native-fs": "TieringOffloadingSpec"}
+    if platform() == "cpu":  # vLLM's own copies refuse it
+        specs = {"native": "HostOnCpu", "native-fs": "TieringOnCpu"}
+        extra["spec_module_path"] = "kvlayer_vllm.bench.offload"
+    extra["spec_name"] = specs[kind]
     if kind == "native-fs":
-        extra |= {
-            "spec_name": "TieringOnCpu",
-            "secondary_tiers": [{"type": "fs", "root_dir": str(directory / "vllm")}],
-        }
+        extra["secondary_tiers"] = [{"type": "fs", "root_dir": str(directory / "vllm")}]
     transfer = module("config").KVTransferConfig(
         kv_connector="OffloadingConnector", kv_role="kv_both", kv_connector_extra_config=extra
     )
