@@ -36,9 +36,10 @@ ROUNDS = 9
 class Engine:
     """A child process with one engine."""
 
-    def __init__(self, model: Path, kind: str, directory: str) -> None:
-        _say(f"{model.name}, {kind}: starting an engine")
-        command = [sys.executable, "-m", "kvlayer_vllm.bench.engine", str(model), kind, directory]
+    def __init__(self, model: Path, kind: str, directory: str, dtype: str = "bfloat16") -> None:
+        _say(f"{model.name}, {dtype}, {kind}: starting an engine")
+        command = [sys.executable, "-m", "kvlayer_vllm.bench.engine"]
+        command += [str(model), kind, directory, dtype]
         self._process = subprocess.Popen(  # noqa: S603  # this interpreter, and arguments made here
             command,
             stdin=subprocess.PIPE,
@@ -78,6 +79,12 @@ def main() -> int:
     parser.add_argument("--model", action="append", choices=MODELS, help="only this model")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="prompt tokens")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="hits of each engine")
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        default="bfloat16",
+        help="what is computed in; without bfloat16 in a processor a cold prompt takes minutes",
+    )
     wanted = parser.parse_args()
     rows: list[Row] = []
     more: list[dict[str, Any]] = []
@@ -87,11 +94,13 @@ def main() -> int:
             folder = trained_model() if name == "smollm2" else random_model(scratch / name)
             engines: dict[str, Engine] = {}
             for kind in KINDS:
-                engines[kind] = Engine(folder, kind, str(scratch))
+                engines[kind] = Engine(folder, kind, str(scratch), wanted.dtype)
                 stack.callback(engines[kind].close)
             found = measured(engines, wanted.lengths, wanted.rounds)
-        rows += rows_of(name, found)
-        more += as_dicts(name, found)
+        # Another dtype is another engine, and has other bytes to load.
+        model = name if wanted.dtype == "bfloat16" else f"{name}-{wanted.dtype}"
+        rows += rows_of(model, found)
+        more += as_dicts(model, found)
     for line in table(rows):
         _say(line)
     for each in more:

@@ -17,7 +17,7 @@ TOKENS = 16
 BLOCKS_NBYTES = 384 << 20  # of vLLM's blocks: for one prompt of 8,192 tokens, and its answer
 
 
-def serve(model: str, kind: str, directory: str) -> None:
+def serve(model: str, kind: str, directory: str, dtype: str = "bfloat16") -> None:
     """Answer lines of JSON until there are none, after ``"ready"``: each is a prompt's length.
 
     The answer is an ``Answer`` of the prompt of that length. When it was asked before, its KV is
@@ -26,7 +26,8 @@ def serve(model: str, kind: str, directory: str) -> None:
     says = os.fdopen(os.dup(1), "w")  # vLLM's log must not get between the answers
     os.dup2(2, 1)
     options = options_of(kind, Path(directory))
-    serving = Serving(model, **options, dtype="bfloat16", kv_cache_memory_bytes=BLOCKS_NBYTES)
+    nbytes = BLOCKS_NBYTES * (2 if dtype == "float32" else 1)
+    serving = Serving(model, **options, dtype=dtype, kv_cache_memory_bytes=nbytes)
     vocabulary = min(8192, serving.engine.model_config.get_vocab_size())
     serving.ask([prompt_of(200, 999, vocabulary)], 2)  # what is compiled or allocated once
     says.write('"ready"\n')
