@@ -14,9 +14,10 @@ import pytest
 import torch
 from vllm_desk import BLOCK, LAYERS
 
-from kvlayer import Portal
+from kvlayer import Cache, Portal
 from kvlayer.api.rank_worker import RankWorker
-from kvlayer.errors import LayoutError
+from kvlayer.errors import ClosedError, LayoutError
+from kvlayer_vllm import scheduler
 from kvlayer_vllm.connector import KVLayerConnector
 from kvlayer_vllm.introductions import Introduction, announce, announced, withdraw
 from kvlayer_vllm.messages import Answers
@@ -194,6 +195,22 @@ def test_what_opening_raises_turns_it_off_in_an_engine_that_serves(
     assert not at.scheduler.is_on and not at.scheduler.has_pending_push_work()
     assert at.scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
     assert "kvlayer is off: the disk is gone" in said.text
+
+
+def test_a_cache_that_was_opened_before_something_failed_is_closed(
+    elsewhere: Any, said: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, opened = elsewhere(), []
+
+    def fails(portal: Portal, *_: Any, **__: Any) -> Any:
+        opened.append(portal)
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(scheduler, "Stores", fails)
+    at.hear(at.begin())
+    assert not at.scheduler.is_on and "kvlayer is off: a mistake" in said.text
+    with pytest.raises(ClosedError):
+        opened[0].call(Cache.flush)
 
 
 def test_a_rank_that_cannot_join_turns_loads_and_stores_off(

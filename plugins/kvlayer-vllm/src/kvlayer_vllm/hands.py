@@ -135,8 +135,6 @@ class RemoteHands:
 
     def hear(self, answers: Answers) -> None:
         self._absent -= answers.greeted
-        for rank, why in answers.refusals.items():
-            self._ranks.lost(rank, why)
         if answers.completions:
             with suppress(ClosedError, ForkedError):  # nobody waits for them any more
                 self._portal.post([partial(self._complete, each) for each in answers.completions])
