@@ -65,7 +65,10 @@ SCHEDULES = ["schedules", "steps", "controls"]
 VLLM_GPU = "vllm==0.32.*"
 # What a GPU is to show of the adapter: the tests here that are marked ``any_device``.
 VLLM_GPU_PARTS = {
-    "answers": [f"tests/engines/vllm/test_vllm_{name}.py" for name in ("answers", "trained")],
+    "answers": [
+        "tests/engines/vllm/test_vllm_answers.py",
+        "tests/engines/vllm/test_vllm_trained.py",
+    ],
     "restarts": ["tests/engines/vllm/test_vllm_processes.py"],
     "faults": ["tests/engines/vllm/test_vllm_faults.py"],
     "order": ["tests/gpu/test_gpu_order.py"],

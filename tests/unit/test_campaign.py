@@ -120,14 +120,23 @@ def test_a_campaign_of_good_parts_succeeds() -> None:
     assert report([part, empty], "")["exit_code"] == 1, "nothing was tested"
 
 
-def campaign_paths() -> list[str]:
+def paths_of(parts: str) -> list[str]:
+    """What a table of noxfile.py names."""
     source = (ROOT / "noxfile.py").read_text()
-    table = source[source.index("CAMPAIGN = {") : source.index("}\n", source.index("CAMPAIGN"))]
-    return [word for word in table.split('"') if "/" in word]
+    first = source.index(f"{parts} = {{")
+    return [word for word in source[first : source.index("}\n", first)].split('"') if "/" in word]
+
+
+def test_every_part_for_a_gpu_has_tests_that_are_marked() -> None:
+    paths = paths_of("VLLM_GPU_PARTS")
+    assert len(paths) >= 5
+    for path in paths:  # the conftest of tests/gpu marks all of its own
+        is_marked = "pytest.mark.any_device" in (ROOT / path).read_text()
+        assert is_marked or Path(path).is_relative_to("tests/gpu"), path
 
 
 def test_every_part_of_the_campaign_has_tests() -> None:
-    paths = campaign_paths()
+    paths = paths_of("CAMPAIGN")
     assert len(paths) >= 3
     assert all((ROOT / path).exists() for path in paths), paths
 
@@ -143,5 +152,5 @@ def test_every_test_with_a_full_dose_is_in_a_part() -> None:
         and path.name != Path(__file__).name  # its doses are those of a clone
     ]
     assert len(dosed) > 10
-    parts = campaign_paths()
+    parts = paths_of("CAMPAIGN")
     assert [path for path in dosed if not any(path.is_relative_to(part) for part in parts)] == []
