@@ -272,6 +272,9 @@ def test_of_twins_the_one_that_is_off_has_its_own_worker(
     cache = {"report_prefill": False, "tiers": [{"url": "cpu://?capacity=64MiB"}]}
     config = changed(vllm_config, "kv_transfer_config", kv_connector_extra_config=cache)
     tensors = {name: torch.zeros(64, 2, BLOCK, 128) for name in LAYERS}
+    ended = KVLayerConnector(config, KVConnectorRole.WORKER, groups)  # of an engine before
+    ended.register_kv_caches(tensors)
+    ended.shutdown()
     workers = [KVLayerConnector(config, KVConnectorRole.WORKER, groups) for _ in range(2)]
     workers[0].register_kv_caches({})
     workers[1].register_kv_caches(tensors)
