@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import re
 from collections.abc import Iterator
 from functools import reduce
 from types import SimpleNamespace
@@ -213,20 +212,24 @@ def test_a_cache_that_was_opened_before_something_failed_is_closed(
         opened[0].call(Cache.flush)
 
 
+@pytest.mark.parametrize("who", range(RANKS))
 def test_a_rank_that_cannot_join_turns_loads_and_stores_off(
-    elsewhere: Any, request_of: Any, said: Any, monkeypatch: pytest.MonkeyPatch
+    who: int, elsewhere: Any, request_of: Any, said: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else each request that is found would be loaded in vain."""
-    at = elsewhere()
+    at, opens = elsewhere(), RankWorker.open
 
-    def refuses(greeting: bytes, layout: Any, number: int, **_: Any) -> Any:
-        raise LayoutError(f"no memory for {number}")
+    def refuses(greeting: bytes, layout: Any, number: int, **how: Any) -> Any:
+        if number == who:
+            raise LayoutError(f"no memory for {number}")
+        return opens(greeting, layout, number, **how)
 
     monkeypatch.setattr(RankWorker, "open", refuses)
     at.hear(at.begin())
     while "kvlayer is off: " not in said.text:
         at.hear(at.begin())
-    assert re.search(r"off: rank (\d) cannot join the cache: no memory for \1", said.text)
+    assert f"off: rank {who} cannot join the cache: no memory for {who}" in said.text
+    assert not (at.half._may_load or at.half._may_store)
     request = request_of(list(range(100)))
     at.scheduler.on_new_request(request)
     assert at.scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
