@@ -58,6 +58,7 @@ def test_a_load_that_ends_while_a_step_rests_is_told_of_with_that_step(
 ) -> None:
     step = _ends_in_the_rest(loading, go_on, monkeypatch)
     assert step.received == {"waits"} and not step.invalid
+    assert not loading.worker._has_loaded.is_set()  # the next step rests as well
     loading.accept(step)
     assert loading.half._tracked["waits"].load is None
     assert not loading.half._tracked["waits"].is_awaited
