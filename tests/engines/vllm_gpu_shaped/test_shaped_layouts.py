@@ -127,7 +127,8 @@ def assert_canonical(found: Held, tensors: Tensors, taken: Any, lent: HostCopy) 
         flat = torch.cat([bytes_of(plane) for plane in planes_of(tensors.spec, view, taken)])
         start = number * payload.layer_nbytes
         said = bytes(lent.host[start : start + payload.layer_nbytes])
-        is_read = said == flat.numpy().tobytes()  # in CI pytest would show all that differs: minutes
+        # Not in the assertion: in CI pytest would show all that differs, which takes minutes.
+        is_read = said == flat.numpy().tobytes()
         assert is_read, "not what every engine reads"
 
 
