@@ -11,9 +11,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from kvlayer._values import choice, given, instance, items, listed, shown_value, whole
+from kvlayer.device_event import DeviceEvent
 from kvlayer.errors import LayoutError
 
 __all__ = [
@@ -27,7 +28,6 @@ __all__ = [
     "NHD_PAIR",
     "STATE_BLOCKS",
     "AttentionKind",
-    "DeviceEvent",
     "GroupLayout",
     "HitRule",
     "KVGroup",
@@ -350,22 +350,6 @@ class LoadedLayers(NamedTuple):
     layers: tuple[int, int]
     tokens: tuple[int, int]
     event: int
-
-
-class DeviceEvent(Protocol):
-    """A recorded event of a CUDA device: ``torch.cuda.Event``.
-
-    An object, not its raw handle: torch cannot make one from a handle, and needs one to wait.
-    """
-
-    @property
-    def cuda_event(self) -> int:
-        """Its raw handle."""
-        ...
-
-    def wait(self, stream: Any) -> None:
-        """What is queued on this stream of torch's from now on follows the record."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

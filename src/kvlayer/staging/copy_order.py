@@ -6,7 +6,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-from kvlayer.layout import DeviceEvent, KVView
+from kvlayer.device_event import DeviceEvent
+from kvlayer.layout import KVView
 from kvlayer.staging.lazy import torch
 from kvlayer.staging.torch_view import tensors_of
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Sized
 from typing import Any, cast
 
+from kvlayer._values import shown_value
 from kvlayer.errors import LayoutError
 from kvlayer.layout import AttentionKind, KVLayout, KVView, LayerCache, Tensor
 from kvlayer.staging.geometry import CacheGeometry, TensorShape, cache_geometry
@@ -53,6 +54,12 @@ class GeometryReader:
                     f"expected {what} of {len(groups)} KV group(s), found {count}",
                     hint="KVView.single(caches, slots) makes the view of a model with one group",
                 )
+        ready: object = view.ready
+        if ready is not None and not hasattr(ready, "cuda_event"):
+            raise LayoutError(
+                f"expected ready to be a recorded event, found {shown_value(ready)}",
+                hint="a torch.cuda.Event, not its handle; None follows what is queued by now",
+            )
         device: Any = None
         geometries: list[list[CacheGeometry]] = []
         for index, (layout, caches) in enumerate(zip(groups, view.caches, strict=True)):

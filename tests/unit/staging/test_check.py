@@ -183,6 +183,13 @@ def test_counts_of_groups_layers_and_tokens_must_agree() -> None:
     TorchStager(two).check(KVView((mha, mla), (SLOTS, SLOTS)))
 
 
+@pytest.mark.parametrize("ready", [0, 4096, "event", object()])
+def test_what_is_no_event_is_refused_as_one(ready: Any) -> None:
+    view = replace(KVView.single([nhd(), nhd()], SLOTS), ready=ready)
+    with pytest.raises(LayoutError, match=r"expected ready to be a recorded event, found .*"):
+        TorchStager(layout(NHD)).check(view)
+
+
 def test_a_cache_that_was_reallocated_is_looked_at_again() -> None:
     stager = TorchStager(layout(NHD))
     cache = nhd()

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from kvlayer import KVView
-from kvlayer.layout import DeviceEvent
+from kvlayer.device_event import DeviceEvent
 
 __all__ = ["NOTHING", "EngineStream", "Queued"]
 
