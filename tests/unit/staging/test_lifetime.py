@@ -25,6 +25,7 @@ from kvlayer.layout import NHD, AttentionKind, KVGroup, KVLayout, KVView
 from kvlayer.payload import Payload
 from kvlayer.runtime.offload import Offload, _Todo
 from kvlayer.staging import torch_stager
+from kvlayer.staging.copy_order import CopyOrder
 from kvlayer.staging.device_cache import DeviceCache
 from kvlayer.staging.torch_stager import TorchStager
 
@@ -202,7 +203,7 @@ class Gated(TorchStager):
         self._fails = fails
         self._counter = itertools.count()
 
-    def _copy(self, lent: KVView, moves: Any, opened: Any, gather: bool) -> None:
+    def _copy(self, view: KVView, order: CopyOrder, moves: Any, opened: Any, gather: bool) -> None:
         number = next(self._counter)
         self.began[number].set()
         assert self.go[number].wait(HANG)
@@ -210,7 +211,7 @@ class Gated(TorchStager):
             if number in self._fails:
                 own = np.frombuffer(moves[0].host, np.uint8)  # a view in the frame that fails
                 raise RuntimeError(f"batch {number} broke at {len(own)} bytes")
-            super()._copy(lent, moves, opened, gather)
+            super()._copy(view, order, moves, opened, gather)
         finally:
             self.ended.append(number)
 
