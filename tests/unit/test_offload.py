@@ -6,15 +6,19 @@ import asyncio
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any
 
 import pytest
 from hang import HANG
 
 from kvlayer.errors import ClosedError
+from kvlayer.runtime import threads
 from kvlayer.runtime.offload import Offload, _Todo
 
 
@@ -559,3 +563,55 @@ def test_work_that_runs_at_exit_is_waited_for() -> None:
         [sys.executable, "-c", code], timeout=HANG, capture_output=True, text=True, check=False
     )
     assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
+
+
+class Lent:
+    """What work was lent, and may return."""
+
+    def itself(self) -> Lent:
+        return self
+
+    def fail(self) -> None:
+        raise ZeroDivisionError
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("way", ["run", "run_unlent", "run_all", "fails", "all_fail"])
+async def test_a_thread_keeps_nothing_once_who_waits_has_heard(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits may close the memory at once; the thread may be held up at its last steps."""
+    gate = threading.Event()
+
+    class Slow(Future[Any]):
+        def set_result(self, result: Any) -> None:
+            super().set_result(result)
+            assert gate.wait(HANG)
+
+        def set_exception(self, exception: BaseException | None) -> None:
+            super().set_exception(exception)
+            assert gate.wait(HANG)
+
+    monkeypatch.setattr(threads, "Future", Slow)
+    offload, lent = Offload(1, "test"), [Lent() for _ in range(3)]
+    kept = [weakref.ref(each) for each in lent]
+    error: BaseException | None = None
+    try:
+        if way == "run":
+            assert [await offload.run(lent.pop().itself) is None] == [False]
+        elif way == "run_unlent":
+            assert [await offload.run_unlent(lent.pop().itself) is None] == [False]
+        elif way == "run_all":
+            await offload.run_all([each.itself for each in lent])
+        elif way == "fails":
+            await offload.run(lent.pop().fail)
+        else:
+            await offload.run_all([each.fail for each in lent])
+    except ZeroDivisionError as exc:
+        clear_frames(exc.__traceback__)
+        error = exc
+    lent.clear()
+    assert [each() for each in kept] == [None] * 3
+    assert (error is not None) == ("fail" in way)
+    gate.set()
+    offload.close()

@@ -6,6 +6,8 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from traceback import clear_frames
 
 import pytest
 from hang import HANG
@@ -62,6 +64,35 @@ def test_an_offload_that_was_never_closed_leaves_no_thread() -> None:
     gc.collect()
     thread.join(HANG)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_refers_to_work_by_the_time_it_has_ended(fails: bool) -> None:
+    """Who waits may close the memory at once that the work was lent."""
+
+    class Work:
+        def __call__(self) -> None:
+            gate.wait(HANG)
+            if fails:
+                raise RuntimeError("as asked")
+
+    gate, gone = threading.Event(), list[bool]()
+    threads, work = Threads(1, "test"), Work()
+    kept = weakref.ref(work)
+
+    def ended(future: Future[None]) -> None:
+        """On the thread, before it goes on: as who waits would see it who is woken at once."""
+        if (error := future.exception()) is not None:
+            clear_frames(error.__traceback__)
+        gone.append(kept() is None)
+
+    future = threads.submit(work)
+    future.add_done_callback(ended)
+    del work
+    gate.set()
+    wait([future], HANG)
+    threads.end()
+    assert gone == [True]
 
 
 def test_threads_that_have_ended_are_told_so_once() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from threading import Event, Lock
 from traceback import clear_frames
-from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar, cast
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
 from kvlayer.errors import ClosedError
 from kvlayer.runtime.threads import NoThreadError, Threads
@@ -19,21 +20,31 @@ Item = TypeVar("Item")
 
 
 class _Call(Generic[T]):
-    """One piece of work that either starts on a thread or is dropped before it starts."""
+    """One piece of work that either starts on a thread or is dropped before it starts.
+
+    What it returned is kept here for who waits, and not by the thread that ran it: that may be at
+    its last steps still when who waits closes the memory that the result refers to.
+    """
 
     def __init__(
         self, work: Callable[[], T], waiting: set[_Call[Any]], todo: _Todo | None = None
     ) -> None:
         """``todo``: what it takes its works from, where there are several."""
         self._work: Callable[[], T] | None = work
+        self._results: list[T] = []
         self._lock = Lock()
         self._waiting = waiting
         self.todo = todo
         waiting.add(self)
 
-    def __call__(self) -> T | None:
+    def __call__(self) -> None:
         work = self._take()
-        return work() if work is not None else None
+        if work is not None:
+            self._results.append(work())
+
+    def result(self) -> T:
+        """What the work has returned; once."""
+        return self._results.pop()
 
     def drop(self) -> bool:
         """Whether the work was stopped before it started."""
@@ -52,17 +63,16 @@ class _Todo:
     def __init__(self, works: Iterable[Callable[[], object]]) -> None:
         self._works = iter(works)
         self._lock = Lock()
-        self._is_stopped = False
 
     def take(self) -> Callable[[], object] | None:
         """The next one; None when all are taken, or no more may be."""
         with self._lock:
-            return None if self._is_stopped else next(self._works, None)
+            return next(self._works, None)
 
     def stop(self) -> None:
-        """Nothing is taken from now on."""
+        """Nothing is taken from now on, nor kept: an error may refer to this for long."""
         with self._lock:
-            self._is_stopped = True
+            self._works = iter(())
 
 
 class _Items(Generic[T]):
@@ -117,7 +127,7 @@ class Offload:
 
         Raises what the work raises, and ``ClosedError`` when the pool closes before it starts.
         """
-        return await self._run(lambda: work(*args, **kwargs), None)
+        return await self._run(partial(work, *args, **kwargs), None)
 
     async def run_unlent(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """:meth:`run` for work that was lent no memory: cancelled, this raises at once.
@@ -125,10 +135,11 @@ class Offload:
         The thread goes on by itself, and what the work does then has no witness. Until it ends the
         pool has one thread less.
         """
-        call: _Call[T] = _Call(lambda: work(*args, **kwargs), self._waiting)
+        call: _Call[T] = _Call(partial(work, *args, **kwargs), self._waiting)
         future = self._submit(call)
         try:
-            return cast(T, await asyncio.shield(future))
+            await asyncio.shield(future)
+            return call.result()
         except asyncio.CancelledError:
             if not call.drop() and not future.done():
                 future.add_done_callback(_forgotten)
@@ -156,7 +167,8 @@ class Offload:
         call: _Call[T] = _Call(work, self._waiting)
         future = self._submit(call)
         try:
-            return cast(T, await asyncio.shield(future))  # None only for work that was dropped
+            await asyncio.shield(future)
+            return call.result()
         except asyncio.CancelledError:
             if on_cancel is not None:
                 on_cancel()
@@ -221,17 +233,17 @@ class Offload:
         try:
             if errors:
                 raise errors[0]
-            return sum(not future.result() for future in ended)
+            return sum(not call.result() for call in calls)
         finally:
             # As in run: what is raised refers to this frame.
             del ended, calls, errors
 
-    def _error(self, ended: asyncio.Future[bool | None]) -> BaseException | None:
+    def _error(self, ended: asyncio.Future[None]) -> BaseException | None:
         if ended.cancelled():
             return ClosedError(f"the thread pool {self._name!r} was closed")
         return ended.exception()
 
-    def _submit(self, call: _Call[T]) -> asyncio.Future[T | None]:
+    def _submit(self, call: _Call[Any]) -> asyncio.Future[None]:
         if self._closed:
             raise ClosedError(f"the thread pool {self._name!r} is closed")
         try:
@@ -288,7 +300,7 @@ class Offload:
         return stuck
 
 
-_Running: TypeAlias = dict[asyncio.Future[bool | None], _Call[bool]]
+_Running: TypeAlias = dict[asyncio.Future[None], _Call[bool]]
 
 
 async def _dropped(running: _Running) -> None:
@@ -299,7 +311,7 @@ async def _dropped(running: _Running) -> None:
         await settled(future)
 
 
-async def settled(future: asyncio.Future[T]) -> None:
+async def settled(future: asyncio.Future[Any]) -> None:
     """Wait until ``future`` is done whatever its outcome, outliving further cancellations."""
     while not future.done():
         try:

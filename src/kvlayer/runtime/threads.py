@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 from weakref import WeakSet, finalize
@@ -24,7 +25,8 @@ T = TypeVar("T")
 _EXIT_SECONDS = 5.0
 """What the end of the process waits for work that still runs: copies end in less."""
 
-_Work: TypeAlias = tuple[Future[Any], Callable[[], Any]]
+_Work: TypeAlias = tuple[Future[Any], list[Callable[[], Any]]]
+"""The list holds one: whoever makes the call takes it, so that nothing else refers to it."""
 
 
 class NoThreadError(RuntimeError):
@@ -63,7 +65,7 @@ class Threads(Executor):
         with self._lock:
             if self._has_ended:
                 raise RuntimeError(f"the threads of {self._name!r} have ended")
-            self._queue.put((future, lambda: fn(*args, **kwargs)))
+            self._queue.put((future, [partial(fn, *args, **kwargs)]))
             if self._idle.acquire(blocking=False) or len(self._threads) >= self._count:
                 return future
             name = f"{self._name}_{len(self._threads)}"
@@ -130,11 +132,11 @@ def _tell(queue: SimpleQueue[_Work | None], threads: Sequence[threading.Thread])
         queue.put(None)
 
 
-def _do(future: Future[Any], work: Callable[[], Any]) -> None:
+def _do(future: Future[Any], work: list[Callable[[], Any]]) -> None:
     if not future.set_running_or_notify_cancel():
         return
     try:
-        result = work()
+        result = work.pop()()  # let go of by the time the future says that it has ended
     except BaseException as exc:  # noqa: BLE001  # raised where the future is waited for
         future.set_exception(exc)
         del future  # the traceback refers to this frame
