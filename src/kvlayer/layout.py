@@ -70,7 +70,13 @@ class HitRule(StrEnum):
     """Which chunks of a prefix must be present for the prefix to be usable."""
 
     EVERY_CHUNK = "every-chunk"
+    """All of them."""
     TRAILING = "trailing"
+    """Those that reach into a sliding window before the end of the prefix."""
+    CHUNKED = "chunked"
+    """Those of the last, unfinished attention chunk: chunked local attention (Llama 4)."""
+    BOUNDARY = "boundary"
+    """A state exactly at the end. Engines keep few of them, so few lengths are usable."""
 
 
 _OPTIONAL = frozenset({"v_head_size", "window_tokens"})
@@ -83,9 +89,10 @@ class KVGroup:
 
     ``layers`` are the model's layer numbers. ``head_size`` is the row length of K (or of the MLA
     latent, RoPE part included); ``v_head_size`` defaults to it. ``rope`` is a flat description of
-    everything that shaped the rotation of K. ``window_tokens`` belongs to ``HitRule.TRAILING``:
-    how many tokens before the end of a hit must be present; for ``STATE`` only the last chunk's
-    state matters, so that the rule is always ``TRAILING`` and the window 1 unless it is given.
+    everything that shaped the rotation of K. ``window_tokens`` belongs to ``HitRule.TRAILING`` (how
+    many tokens before the end of a hit must be present) and to ``HitRule.CHUNKED`` (the tokens of
+    an attention chunk). Of a ``STATE`` group only the state at the end of a hit matters: its rule
+    is always ``BOUNDARY``, its window 1 unless one is given, and no other kind has that rule.
     ``state_nbytes`` is the size of one layer's state. ``quantisation`` names the format of rows
     that are more than elements of ``dtype``: those with scales among their bytes, say, such as
     ``fp8_per_token_head``. Formats of one size are different groups; ``head_size`` and
@@ -135,10 +142,15 @@ class KVGroup:
                 f"a {self.kind} group needs num_kv_heads > 0 and head_size > 0, found "
                 f"{self.num_kv_heads} and {self.head_size}"
             )
-        if self.hit_rule is HitRule.TRAILING and not self.window_tokens:
+        if self.hit_rule in (HitRule.TRAILING, HitRule.CHUNKED) and (self.window_tokens or 0) < 1:
             raise LayoutError(
-                "a trailing group needs window_tokens",
-                hint="the sliding window in tokens; 1 for a state group",
+                f"a {self.hit_rule} group needs window_tokens >= 1, found {self.window_tokens}",
+                hint="the sliding window, or the attention chunk, in tokens",
+            )
+        if self.hit_rule is HitRule.BOUNDARY and self.kind is not AttentionKind.STATE:
+            raise LayoutError(
+                f"a {self.kind} group cannot have the hit rule {self.hit_rule}",
+                hint="that of a state group alone, which a prefix needs only at its end",
             )
 
     def _coerce(self) -> None:
@@ -168,7 +180,7 @@ class KVGroup:
             if value is not None or name not in _OPTIONAL:
                 fields[name] = whole(name, value, error=LayoutError)
         if fields["kind"] is AttentionKind.STATE:  # of all states only the last one is of use
-            fields |= {"hit_rule": HitRule.TRAILING, "window_tokens": self.window_tokens or 1}
+            fields |= {"hit_rule": HitRule.BOUNDARY, "window_tokens": self.window_tokens or 1}
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
@@ -176,6 +188,22 @@ class KVGroup:
     def itemsize(self) -> int:
         """Bytes per element."""
         return DTYPE_NBYTES[self.dtype]
+
+    def first_needed(self, stop: int) -> int:
+        """The first token whose KV a hit of ``stop`` tokens needs; ``stop`` where it needs none.
+
+        It never falls as ``stop`` grows: a gap that ends one hit ends all longer ones that have it
+        behind this token.
+        """
+        match self.hit_rule:
+            case HitRule.EVERY_CHUNK:
+                return 0
+            case HitRule.TRAILING:
+                return max(0, stop - (self.window_tokens or 1))
+            case HitRule.CHUNKED:
+                return stop - stop % (self.window_tokens or 1)
+            case HitRule.BOUNDARY:
+                return max(0, stop - 1)
 
     def planes(self) -> tuple[int, ...]:
         """Row length of each plane of a layer, in canonical order: (K, V), or (latent,)."""
@@ -362,7 +390,8 @@ class KVView:
     view covers, a ``range`` for consecutive slots, and -1 where the engine no longer holds the
     token. Entry 0 belongs to the token called ``first_token`` in the call the view is passed to.
     All groups cover the same tokens. In a STATE group the block of a token's slot holds the state
-    after that token.
+    after that token; only the last token of a chunk or tail needs one, and where it has -1 the
+    state is neither stored nor loaded.
 
     The engine owns the memory. It must not free, move or rewrite it until the call returns, also
     when the call is cancelled: every call returns only once it has let go of the view.

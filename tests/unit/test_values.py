@@ -371,7 +371,9 @@ def test_infinity_is_taken_where_it_means_something() -> None:
 
 
 def test_an_error_says_what_was_expected_what_was_found_and_what_to_do() -> None:
-    with pytest.raises(LayoutError, match="hit_rule must be one of every-chunk, trailing") as no:
+    with pytest.raises(
+        LayoutError, match="hit_rule must be one of every-chunk, trailing, chunked"
+    ) as no:
         KVGroup(AttentionKind.MHA, (0,), "float16", 1, 8, hit_rule="trialing")  # type: ignore[arg-type]
     assert no.value.hint == "did you mean 'trailing'?"
     with pytest.raises(ArgumentError, match="scope must be a Scope, found a str") as refused:
@@ -398,7 +400,7 @@ def test_numpy_s_integers_name_the_same_group() -> None:
 
 def test_a_state_group_needs_its_last_state_alone() -> None:
     made = KVGroup(AttentionKind.STATE, (0,), "float32", state_nbytes=64)
-    assert (made.hit_rule, made.window_tokens) == (HitRule.TRAILING, 1)
+    assert (made.hit_rule, made.window_tokens) == (HitRule.BOUNDARY, 1)
 
 
 @pytest.mark.parametrize("name", ["FP8", "int8 rows", "x" * 65, 2, None])

@@ -13,6 +13,7 @@ from kvlayer._steps import Steps
 from kvlayer.errors import IdentityError
 from kvlayer.identity.keys import ChunkChain, ObjectKey, Scope, Span, Tokens
 from kvlayer.identity.namespace import Namespace
+from kvlayer.layout import HitRule
 from kvlayer.results import Cause, Explanation, MissedChunk
 from kvlayer.runtime.turns import in_turns
 from kvlayer.tier.guard.guard import Refused
@@ -23,7 +24,9 @@ from kvlayer.tier.transfer.loads import LATE, down
 
 if TYPE_CHECKING:
     from kvlayer.api.cache import Cache
+    from kvlayer.tier.planner.journal import Loss
     from kvlayer.tier.planner.match import Match
+    from kvlayer.tier.planner.survey import Account
 
 __all__ = ["explain"]
 
@@ -48,21 +51,22 @@ async def explain(cache: Cache, tokens: Tokens, scope: Scope) -> Explanation:
         return Explanation(chain.num_tokens, 0, {}, (missed,))
     async with cache.stack.finder.found(chain) as match:
         others = await _other_namespaces(cache, chain, match.tokens)
-        misses = await in_turns(_misses(cache, chain, match.tokens, others))
+        misses = await in_turns(_misses(cache, chain, match, others))
         by_tier = await in_turns(cache.stack.planner.by_tier(match))
         takes = await in_turns(_takes(cache, match))
         return Explanation(chain.num_tokens, match.tokens, by_tier, misses, takes)
 
 
 def _misses(
-    cache: Cache, chain: ChunkChain, start: int, others: dict[bytes, str]
+    cache: Cache, chain: ChunkChain, match: Match, others: dict[bytes, str]
 ) -> Steps[tuple[MissedChunk, ...]]:
-    """Why each span after ``start`` misses."""
+    """Why each span after ``match`` misses."""
+    start = match.tokens
     if start < chain.named_tokens:
         yield from chain.fingerprinting(len(chain))
     misses: list[MissedChunk] = []
     for count, span in enumerate(_unusable(chain, start), 1):
-        missed = _missed(cache, chain, span, others)
+        missed = _missed(cache, chain, match, span, others)
         if missed is not None:
             _append(misses, missed)
         if not count % _SLICE:
@@ -99,30 +103,25 @@ def _unusable(chain: ChunkChain, start: int) -> Iterator[Span]:
 def _missed(  # noqa: PLR0911  # one return per cause, most telling first
     cache: Cache,
     chain: ChunkChain,
+    match: Match,
     span: Span,
     others: dict[bytes, str],
 ) -> MissedChunk | None:
     """The cause for one span; None when the span itself is there."""
     planner = cache.stack.planner
     at = (span.start, span.stop)
-    if not span.hash and chain.unnamed is not None:
-        detail = f"token {chain.unnamed} has an id of 2^30 or more, which no vocabulary has"
-        return MissedChunk(*at, Cause.NO_NAME, detail)
     if not span.hash:
-        detail = (
-            f"{span.tokens} tokens are left over: a prompt's end is kept in multiples of "
-            f"{chain.tail_step}"
-        )
-        return MissedChunk(*at, Cause.SHORT, detail)
+        return _nameless(chain, span)
     account = planner.account(chain, span)
     if None not in account.covers:
         return _not_taken(cache, span, [found for cover in account.covers for found in cover or ()])
     loss = account.loss
     if account.is_filling:
         return MissedChunk(*at, Cause.IN_FLIGHT, "on its way into host memory right now")
+    if _lacks_only_states(cache, account):
+        return _no_end(match, span, loss)
     if loss is not None:
-        ago = max(time.time() - loss.when, 0)
-        return MissedChunk(*at, loss.cause, f"{loss.detail}, {ago:.0f} s ago")
+        return MissedChunk(*at, loss.cause, _told(loss))
     if account.elsewhere is not None:
         detail = f"you stored the same tokens under: {account.elsewhere}"
         return MissedChunk(*at, Cause.OTHER_SALT, detail)
@@ -141,6 +140,41 @@ def _missed(  # noqa: PLR0911  # one return per cause, most telling first
     if account.divergent is not None:
         detail = f"a stored prompt starts alike and differs from token {account.divergent} on"
     return MissedChunk(*at, Cause.NEVER_STORED, detail, account.divergent)
+
+
+def _nameless(chain: ChunkChain, span: Span) -> MissedChunk:
+    if chain.unnamed is not None:
+        detail = f"token {chain.unnamed} has an id of 2^30 or more, which no vocabulary has"
+        return MissedChunk(span.start, span.stop, Cause.NO_NAME, detail)
+    detail = (
+        f"{span.tokens} tokens are left over: a prompt's end is kept in multiples of "
+        f"{chain.tail_step}"
+    )
+    return MissedChunk(span.start, span.stop, Cause.SHORT, detail)
+
+
+def _told(loss: Loss) -> str:
+    return f"{loss.detail}, {max(time.time() - loss.when, 0):.0f} s ago"
+
+
+def _lacks_only_states(cache: Cache, account: Account) -> bool:
+    """Whether all else of a span is there, so that a hit that ends with it lacks its state."""
+    groups = [layout.group for layout in cache.stack.planner.layout.groups]
+    lacking = [g for g, cover in zip(groups, account.covers, strict=True) if cover is None]
+    return 0 < len(lacking) < len(groups) and all(
+        group.hit_rule is HitRule.BOUNDARY for group in lacking
+    )
+
+
+def _no_end(match: Match, span: Span, loss: Loss | None) -> MissedChunk:
+    """Why no hit ends with a span whose attention is there: a state is at few of the ends."""
+    state = f"the state to {match.tokens:,}" if match.tokens else "there is no state"
+    detail = f"attention is there to {match.reached:,}, {state}"
+    if loss is None:
+        return MissedChunk(span.start, span.stop, Cause.NEVER_STORED, detail)
+    return MissedChunk(
+        span.start, span.stop, loss.cause, f"{detail}; at {span.stop:,}: {_told(loss)}"
+    )
 
 
 def _not_taken(cache: Cache, span: Span, records: list[ObjectRecord]) -> MissedChunk | None:

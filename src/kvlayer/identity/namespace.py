@@ -248,6 +248,9 @@ def _flat(what: str, mapping: Mapping[str, Scalar]) -> dict[str, Scalar]:
     return dict(sorted(mapping.items()))
 
 
+_STATES = "trailing"  # the rule of states, as they were named when it had no name of its own
+
+
 def _described(group: KVGroup) -> dict[str, object]:
     numbers = {
         "num_kv_heads": group.num_kv_heads,
@@ -259,7 +262,7 @@ def _described(group: KVGroup) -> dict[str, object]:
     described: dict[str, object] = {
         **numbers,
         "kind": group.kind.value,
-        "hit_rule": group.hit_rule.value,
+        "hit_rule": _STATES if group.hit_rule is HitRule.BOUNDARY else group.hit_rule.value,
         "dtype": group.dtype,
         "layers": list(group.layers),
         "rope": _flat("rope", group.rope),

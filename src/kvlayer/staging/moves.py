@@ -232,7 +232,7 @@ def _check_held(copy: HostCopy, slots: IntArray) -> None:
     missing = np.count_nonzero(slots == -1)
     if missing:
         raise LayoutError(
-            f"part {copy.part}: {missing} of {copy.tokens} tokens to gather have no slot",
+            f"part {copy.part}: {missing} of {len(slots)} tokens to gather have no slot",
             hint="store only chunks the engine still holds",
         )
 
@@ -248,9 +248,10 @@ def _slot_runs(
             row = copy.skip * geometry.rows_per_block // size
             return SlotRuns(geometry, (BlockRun(row, ids),), None)
     slots = table.slots(copy.first, copy.tokens)
+    is_state = payload.group.kind is AttentionKind.STATE
     if gather:
-        _check_held(copy, slots)
-    if payload.group.kind is AttentionKind.STATE:
+        _check_held(copy, slots[-1:] if is_state else slots)
+    if is_state:
         if copy.skip + copy.tokens != payload.tokens:
             raise LayoutError(
                 f"part {copy.part}: a state belongs to the payload's last token, the copy ends "

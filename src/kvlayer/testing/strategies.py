@@ -134,14 +134,15 @@ def _groups_of(draw: st.DrawFn, kind: AttentionKind) -> KVGroup:
     dtype = draw(_DTYPES)
     if kind is AttentionKind.STATE:
         nbytes = draw(st.integers(1, 5000))
-        return KVGroup(
-            kind, layers, dtype, state_nbytes=nbytes, hit_rule=HitRule.TRAILING, window_tokens=1
-        )
+        return KVGroup(kind, layers, dtype, state_nbytes=nbytes)
     size = draw(st.integers(1, 40))
+    rule = draw(st.sampled_from([r for r in HitRule if r is not HitRule.BOUNDARY]))
+    window = None if rule is HitRule.EVERY_CHUNK else draw(st.integers(1, 200))
     if kind is AttentionKind.MLA:
-        return KVGroup(kind, layers, dtype, head_size=size)
+        return KVGroup(kind, layers, dtype, head_size=size, hit_rule=rule, window_tokens=window)
     values = draw(st.none() | st.integers(1, 40))
-    return KVGroup(kind, layers, dtype, draw(st.integers(1, 4)), size, values)
+    heads = draw(st.integers(1, 4))
+    return KVGroup(kind, layers, dtype, heads, size, values, rule, window)
 
 
 @st.composite

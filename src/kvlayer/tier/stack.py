@@ -153,6 +153,8 @@ class Stack:
         try:
             if on_claimed is not None:
                 await in_turns(on_claimed(claimed))
+            if not self._has_place(view, window, bound):
+                return self._no_place(match, bound)
             wanted = await reading.within(bound.start, bound.stop)
             until = await in_turns(self.finder.budget(wanted, deadline))
             arriving = self.loads.arrive(wanted, trouble, until, room=reading)
@@ -194,11 +196,40 @@ class Stack:
         failed = tuple(Failure(span, Cause.REBOUND, self.host.name, REBOUND) for span in lost)
         return RetrieveReport(bound.start, failed)
 
+    def _has_place(self, view: KVView, window: Window, bound: Window) -> bool:
+        """Whether a view has all the slots that a hit of ``bound.stop`` tokens needs.
+
+        Of windows and states it may have only those that a longer hit needs, found before.
+        """
+        if bound.start >= bound.stop:
+            return True
+        for g, layout in enumerate(self.planner.layout.groups):
+            first = layout.group.first_needed(bound.stop)
+            if layout.group.hit_rule is HitRule.EVERY_CHUNK or first >= bound.stop:
+                continue
+            at = max(first, bound.start) - window.start
+            slots = view.slots[g][at : bound.stop - window.start]
+            if int(slots.min() if hasattr(slots, "min") else min(slots)) < 0:
+                return False
+        return True
+
+    def _no_place(self, match: Match, bound: Window) -> RetrieveReport:
+        """Nothing of a match is loaded: the view was made for a longer one."""
+        at = bisect_right(match.spans, bound.start, key=lambda span: span.stop)
+        lost = match.spans[at : at + 1]
+        detail = (
+            f"what is left of the hit ends at token {bound.stop}, and the view has no slots for "
+            "the window or the state there"
+        )
+        self.host.refused(Cause.VANISHED)
+        failed = tuple(Failure(span, Cause.VANISHED, self.host.name, detail) for span in lost)
+        return RetrieveReport(bound.start, failed)
+
     def _usable(self, match: Match, first: Span, done: int, bound: Window) -> int:
         """Tokens of the correct prefix after ``done`` spans from ``first`` on were scattered."""
         groups = [layout.group for layout in self.planner.layout.groups]
         count = bisect_left(match.spans, first.start, key=lambda span: span.start) + done
-        if any(group.hit_rule is HitRule.TRAILING for group in groups):
+        if any(group.hit_rule is not HitRule.EVERY_CHUNK for group in groups):
             count = plan.ending(
                 count,
                 lambda i: match.spans[i].stop,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from kvlayer.errors import ClosedError
 from kvlayer.identity.keys import ChunkChain, Span
-from kvlayer.layout import KVView
+from kvlayer.layout import AttentionKind, KVView
 from kvlayer.patience import Patience
 from kvlayer.results import Cause, Failure, StoreReport
 from kvlayer.runtime.foreign import awaited
@@ -75,7 +75,8 @@ class Storing:
         self._start = start
         self._patience = patience
         self._tail = tail
-        self._holds = partial(_holds, view, start)
+        kinds = [held.group.kind for held in stack.planner.layout.groups]
+        self._holds = partial(_holds, view, start, kinds)
         self._writes: list[Write] = []
         """Those a tier with ``write = "through"`` is to commit."""
         self._stored = Stored()
@@ -212,7 +213,7 @@ class Storing:
         stored.failed += failed
         stored.spans += [span for span in todo.spans if span not in self._spans]
         self._spans.update(todo.spans)
-        stored.skipped |= dict.fromkeys(span for span, _ in todo.skipped)
+        stored.skipped |= dict.fromkeys(s for s, _ in todo.skipped if s not in self._spans)
         stored.dropped += todo.dropped
         nbytes = sum(slot.piece.nbytes for slot in todo.gathers)
         stored.nbytes += nbytes
@@ -289,7 +290,13 @@ async def moved(move: Awaitable[Sequence[Outcome]], pieces: Sequence[Piece]) -> 
         return [Outcome(piece.key, Cause.BUSY, str(exc)) for piece in pieces]
 
 
-def _holds(view: KVView, view_start: int, group: int, span: Span) -> bool:
-    """Whether the engine still has every token of the span for this group (no slot is -1)."""
-    slots = view.slots[group][span.start - view_start : span.stop - view_start]
+def _holds(
+    view: KVView, view_start: int, kinds: Sequence[AttentionKind], group: int, span: Span
+) -> bool:
+    """Whether the engine still has what this group keeps of the span (no slot is -1).
+
+    That is every token, or the state after the last one.
+    """
+    first = span.stop - 1 if kinds[group] is AttentionKind.STATE else span.start
+    slots = view.slots[group][first - view_start : span.stop - view_start]
     return int(slots.min() if hasattr(slots, "min") else min(slots)) >= 0

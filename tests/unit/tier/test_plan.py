@@ -145,24 +145,41 @@ def test_what_has_no_heads_or_is_native_is_never_cut() -> None:
 # -- the longest usable prefix ------------------------------------------------------------------
 
 
-def group(window: int | None) -> KVGroup:
+def group(window: int | None, rule: HitRule = HitRule.TRAILING) -> KVGroup:
     if window is None:
         return KVGroup(AttentionKind.MHA, (0,), "float16", 1, 8)
-    return KVGroup(
-        AttentionKind.MHA, (0,), "float16", 1, 8, hit_rule=HitRule.TRAILING, window_tokens=window
-    )
+    return KVGroup(AttentionKind.MHA, (0,), "float16", 1, 8, hit_rule=rule, window_tokens=window)
+
+
+STATE = KVGroup(AttentionKind.STATE, (0,), "float32", state_nbytes=8)
+
+some_groups = (
+    st.just(group(None))
+    | st.builds(group, st.integers(1, 40))
+    | st.builds(group, st.integers(1, 40), st.just(HitRule.CHUNKED))
+    | st.just(STATE)
+)
+
+
+def attended(one: KVGroup, stop: int) -> range:
+    """The definition: the tokens before ``stop`` that the model looks at when it goes on there."""
+    window = one.window_tokens or 1
+    match one.hit_rule:
+        case HitRule.EVERY_CHUNK:
+            return range(stop)
+        case HitRule.TRAILING:
+            return range(max(stop - window, 0), stop)
+        case HitRule.CHUNKED:
+            return range(stop // window * window, stop)
+        case HitRule.BOUNDARY:
+            return range(stop - 1, stop)
 
 
 def is_usable(stops: list[int], count: int, groups: list[KVGroup], there: list[list[bool]]) -> bool:
     """The definition, token by token: what a model needs of each group to go on after ``stop``."""
-    stop = stops[count - 1]
     starts = [0, *stops]
     for g, one in enumerate(groups):
-        first = 0
-        if one.hit_rule is HitRule.TRAILING:
-            assert one.window_tokens is not None
-            first = stop - one.window_tokens
-        for token in range(max(first, 0), stop):
+        for token in attended(one, stops[count - 1]):
             span = next(i for i in range(count) if starts[i] <= token < stops[i])
             if not there[span][g]:
                 return False
@@ -171,14 +188,13 @@ def is_usable(stops: list[int], count: int, groups: list[KVGroup], there: list[l
 
 @given(
     widths=st.lists(st.sampled_from([4, 4, 4, 1, 7]), max_size=9),
-    windows=st.lists(st.none() | st.integers(1, 40), min_size=1, max_size=3),
-    holes=st.sets(st.tuples(st.integers(0, 8), st.integers(0, 2)), max_size=8),
+    groups=st.lists(some_groups, min_size=1, max_size=3),
+    holes=st.sets(st.tuples(st.integers(0, 8), st.integers(0, 2)), max_size=14),
 )
 def test_the_prefix_is_the_longest_that_every_group_can_go_on_from(
-    widths: list[int], windows: list[int | None], holes: set[tuple[int, int]]
+    widths: list[int], groups: list[KVGroup], holes: set[tuple[int, int]]
 ) -> None:
     stops = list(itertools.accumulate(widths))
-    groups = [group(window) for window in windows]
     there = [[(i, g) not in holes for g in range(len(groups))] for i in range(len(stops))]
     found = plan.prefix(stops, groups, lambda i, g: there[i][g])
     longest = max(
@@ -187,16 +203,28 @@ def test_the_prefix_is_the_longest_that_every_group_can_go_on_from(
     assert found == longest
 
 
+@given(one=some_groups, stop=st.integers(1, 300))
+def test_what_a_hit_needs_is_what_the_model_looks_at_and_never_falls(
+    one: KVGroup, stop: int
+) -> None:
+    assert one.first_needed(stop) == attended(one, stop).start
+    assert one.first_needed(stop) <= one.first_needed(stop + 1)
+    assert one.first_needed(0) == 0
+
+
 def test_a_state_needs_only_the_last_chunk() -> None:
-    state = KVGroup(
-        AttentionKind.STATE, (0,), "float32", hit_rule=HitRule.TRAILING, window_tokens=1,
-        state_nbytes=8,
-    )  # fmt: skip
-    assert plan.prefix([4, 8, 12], [state], lambda i, _: i == 2) == 3
-    assert plan.prefix([4, 8, 12], [state], lambda i, _: i == 1) == 2
-    assert plan.prefix([4, 8, 12], [state], lambda _i, _g: False) == 0
-    assert plan.trailing_start(state, 12) == 11
-    assert plan.trailing_start(group(100), 12) == 0
+    assert plan.prefix([4, 8, 12], [STATE], lambda i, _: i == 2) == 3
+    assert plan.prefix([4, 8, 12], [STATE], lambda i, _: i == 1) == 2
+    assert plan.prefix([4, 8, 12], [STATE], lambda _i, _g: False) == 0
+    assert STATE.first_needed(12) == 11
+    assert group(100).first_needed(12) == 0
+
+
+def test_a_hit_that_ends_with_an_attention_chunk_needs_nothing_of_it() -> None:
+    chunked = group(8, HitRule.CHUNKED)
+    assert plan.prefix([4, 8, 12], [chunked], lambda _i, _g: False) == 2
+    assert plan.prefix([4, 8, 12], [chunked], lambda i, _: i == 2) == 3
+    assert plan.prefix([4, 8, 12, 16], [chunked], lambda i, _: i == 2) == 4
 
 
 def test_the_end_of_a_long_prefix_is_found_without_a_look_at_the_rest() -> None:

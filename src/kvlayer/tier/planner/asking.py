@@ -4,8 +4,9 @@ A stored prompt rarely has holes, so a tier is not asked about every chunk. A se
 chunks that the directory does not know into windows that double. One round asks about the last
 chunk of each window. If that chunk is there, the search *presumes* the rest of its window. It
 divides the first window whose last chunk is missing again, until it has found the boundary. It asks
-about tails at the boundary, and about trailing groups backwards from it. Presence is a hint: the
-read finds holes.
+about tails at the boundary, and about groups that need only some chunks backwards from it: windows
+and states. A state is at few of the ends, so a round asks about several of them. Presence is a
+hint: the read finds holes.
 
 The caller holds the directory's lock.
 """
@@ -17,7 +18,6 @@ from collections.abc import Iterable, Sequence
 from kvlayer._steps import SLICE, Steps
 from kvlayer.identity.keys import ChunkChain, ObjectKey
 from kvlayer.layout import HitRule, KVGroup
-from kvlayer.tier.planner import plan
 from kvlayer.tier.planner.match import Match, Run
 from kvlayer.tier.planner.matcher import Matcher
 
@@ -25,7 +25,7 @@ __all__ = ["Search"]
 
 _FIRST = 9  # chunks of the first round: with seven tails that makes sixteen keys
 _NEXT = 15  # chunks of a later one: a window of 256 is searched in two
-_BACK = 16  # chunks of trailing groups that are asked about beyond the first window, doubling
+_BACK = 16  # chunks of windows and states asked about beyond the first window, doubling
 
 
 class Search:
@@ -49,7 +49,9 @@ class Search:
         self._groups = groups
         rules = [group.hit_rule for group in groups]
         self._every_chunk = [g for g, rule in enumerate(rules) if rule is HitRule.EVERY_CHUNK]
-        self._trailing = [g for g, rule in enumerate(rules) if rule is HitRule.TRAILING]
+        self._at_end = [g for g, rule in enumerate(rules) if rule is not HitRule.EVERY_CHUNK]
+        self._at_once = _BACK if HitRule.BOUNDARY in rules else 0
+        """So many chunks back a first question reaches, at least."""
         self.chain: ChunkChain = match.chain
         self._match = match
         self._every = every
@@ -68,7 +70,7 @@ class Search:
         self._tails_at = -1
         """The chunk in whose place tails were asked about last."""
         self._back: int | None = None
-        """Trailing groups were asked about from this chunk on, up to the boundary."""
+        """Groups of ``_at_end`` were asked about from this chunk on, up to the boundary."""
 
     def next(self, tiers: int) -> Steps[list[ObjectKey]]:
         """The keys of the next round, once the last one's answers are noted; none: it is over.
@@ -153,17 +155,17 @@ class Search:
         return keys
 
     def _backwards(self, boundary: int) -> list[ObjectKey]:
-        """What trailing groups lack for the longest hit that is not yet known to be impossible."""
-        while self._trailing:
+        """What is lacking for the longest hit that is not yet known to be impossible."""
+        while self._at_end:
             asked_from = boundary if self._back is None else self._back
             end = self._possible(boundary, asked_from)
-            first = min(self._window(g, end) for g in self._trailing)
+            first = min(self._window(g, end) for g in self._at_end)
             if not end or first >= asked_from:
                 break
-            if self._back is not None:
-                first = max(min(first, asked_from - max(boundary - asked_from, _BACK)), 0)
+            back = self._at_once if self._back is None else max(boundary - asked_from, _BACK)
+            first = max(min(first, asked_from - back), 0)
             self._back = first
-            if keys := self._lacked(range(first, asked_from), self._trailing):
+            if keys := self._lacked(range(first, asked_from), self._at_end):
                 return keys
         return []
 
@@ -171,7 +173,7 @@ class Search:
         """The longest hit, in chunks, if all that was not asked about is there."""
         end = boundary
         while end:
-            gap = max((self._gap(g, end, asked_from) for g in self._trailing), default=-1)
+            gap = max((self._gap(g, end, asked_from) for g in self._at_end), default=-1)
             if gap < 0:
                 break
             end = gap
@@ -187,7 +189,7 @@ class Search:
     def _window(self, group: int, end: int) -> int:
         """The first chunk in the window of a hit of ``end`` chunks."""
         step = self.chain.chunk_step
-        return max(plan.trailing_start(self._groups[group], end * step) // step, self._start)
+        return max(self._groups[group].first_needed(end * step) // step, self._start)
 
 
 def _ends(count: int) -> list[int]:

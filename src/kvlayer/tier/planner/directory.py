@@ -85,6 +85,14 @@ class Directory:
         """Every span of a namespace known to end so."""
         return (found for found in self.every_ending(end_hash) if found.namespace == namespace)
 
+    def active_ending(self, namespace: str, end_hash: bytes) -> Iterator[ChunkRecord]:
+        """:meth:`ending`, of active spans only: no record is made."""
+        record = self._chunks.get(end_hash)
+        while record is not None:
+            if record.namespace == namespace:
+                yield record
+            record = record.other
+
     def every_ending(self, end_hash: bytes) -> Iterator[ChunkRecord]:
         """Every span known to end so, in any namespace."""
         record = self._chunks.get(end_hash)

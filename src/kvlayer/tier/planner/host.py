@@ -15,9 +15,11 @@ from typing import TypeGuard
 from kvlayer._steps import FEW
 from kvlayer.abc.policy import PolicyMaker
 from kvlayer.eviction.order import EvictionOrder
+from kvlayer.layout import KVGroup
 from kvlayer.memory.extents import Extents
 from kvlayer.payload import align
 from kvlayer.retention import ORDINARY, Retention
+from kvlayer.tier.planner.dead_ends import DeadEnds
 from kvlayer.tier.planner.directory import Directory
 from kvlayer.tier.planner.records import HostState, ObjectRecord
 from kvlayer.tier.planner.strand import Held, Strand, flat
@@ -41,7 +43,9 @@ class HostTier:
         policy: PolicyMaker,
         directory: Directory,
         generations: memoryview | None = None,
+        groups: Sequence[KVGroup] = (),
     ) -> None:
+        """``groups``: the model's, by which some objects may be of no use without others."""
         self.extents = Extents(capacity, generations)
         self.order = EvictionOrder(policy)
         self.directory = directory
@@ -56,6 +60,8 @@ class HostTier:
         self._aside: dict[int, int] = {}
         """Held, leased by no one, pinned in the order because it had named them; their turn."""
         self._turn = 0
+        ends = DeadEnds(directory, groups, self.demote)
+        self.dead_ends = ends if ends.may_exist else None
 
     def __len__(self) -> int:
         """Objects in host memory, those being filled included."""
@@ -130,6 +136,8 @@ class HostTier:
             if found.pins > found.held:  # who waits for it counts as its arrival, not as a use
                 self._arriving.add(row)
                 self.order.pin((row,))
+            if self.dead_ends is not None:
+                self.dead_ends.came(found)
 
     def drop(self, found: ObjectRecord, *, evicted: bool = False) -> None:
         """Give up an object's bytes, whatever its state; pins stay and hold only the record.
@@ -149,6 +157,8 @@ class HostTier:
             self._records[row] = None
             found.row = -1
         self.extents.release(self.directory.drop_host(found))
+        if row >= 0 and self.dead_ends is not None:
+            self.dead_ends.gone(found)
 
     def victim(self, now: float) -> ObjectRecord | None:
         """What the policy gives up next and nobody holds; None when there is no such object."""

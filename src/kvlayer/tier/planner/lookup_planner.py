@@ -67,7 +67,7 @@ class LookupPlanner(Tables):
     ) -> Steps[Match]:
         """Match a prompt and hold it: give ``held`` to :meth:`letting_go`, whatever happens.
 
-        ``held`` is more than the match where a trailing group needs less than it has.
+        ``held`` is more than the match where a group needs less of it than it has.
         """
 
         def keep(first: Sequence[Held], rest: Sequence[ObjectRecord]) -> None:
@@ -312,7 +312,7 @@ class LookupPlanner(Tables):
         In an epoch that is over nothing is, and the lease is given back.
         Then the same for a reader that takes at most ``stop`` tokens: that is pinned, whoever
         releases the lease meanwhile, and the caller unpins its path. Every-chunk groups can end
-        inside a span. A trailing group needs another window for another end, and a state is there
+        inside a span. A window is another one for another end, and a state is there
         only where a span ends: with those the match is made anew. Without a ``lease`` the caller
         holds the match.
         """

@@ -95,7 +95,7 @@ class Match:
         return self._lead
 
     def covering(self, index: int) -> Sequence[Cover]:
-        """What serves a span, by group; empty where a trailing group needs nothing of it."""
+        """What serves a span, by group; empty where a group needs nothing of it."""
         lead = self.lead
         return ((lead[index],),) if index < len(lead) else self._others[index - len(lead)]
 

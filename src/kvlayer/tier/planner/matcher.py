@@ -79,7 +79,7 @@ class Matcher:
         return match
 
     def count(self, spans: list[Span], found: list[Covers]) -> int:
-        """How many of ``spans``, which every-chunk groups have, trailing groups can use."""
+        """How many of ``spans``, which every-chunk groups have, the other groups can use."""
         if self.is_plain:
             return len(spans)
         return plan.ending(
@@ -162,14 +162,11 @@ class Matcher:
     ) -> list[Sequence[Cover]]:
         """Covers of these spans of a hit that ends with token ``stop``.
 
-        Empty where a trailing group needs nothing of a span.
+        Empty where a group needs nothing of a span.
         """
         if self.is_plain:  # every group of every span
             return cast("list[Sequence[Cover]]", found[: len(spans)])
-        first = [
-            plan.trailing_start(g, stop) if g.hit_rule is HitRule.TRAILING else 0
-            for g in self._groups
-        ]
+        first = [group.first_needed(stop) for group in self._groups]
         return [
             [(c or ()) if span.stop > first[g] else () for g, c in enumerate(groups)]
             for span, groups in zip(spans, found, strict=True)

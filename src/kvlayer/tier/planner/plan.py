@@ -22,7 +22,6 @@ __all__ = [
     "prefix",
     "rank_part",
     "savings",
-    "trailing_start",
     "worthwhile",
 ]
 
@@ -144,18 +143,13 @@ def cover(need: Part, parts: Iterable[Part]) -> tuple[Part, ...] | None:
     return tuple(chosen)
 
 
-def trailing_start(group: KVGroup, stop: int) -> int:
-    """First token whose KV a ``trailing`` group needs for a hit that ends before ``stop``."""
-    return max(0, stop - (group.window_tokens or 1))
-
-
 def prefix(
     stops: Sequence[int], groups: Sequence[KVGroup], usable: Callable[[int, int], bool]
 ) -> int:
     """How many of the consecutive spans ending at ``stops`` make the longest usable prefix.
 
-    ``usable(i, g)`` says whether span i is there for group g. Every-chunk groups need all spans;
-    trailing groups only those that reach into their window before the end of the hit.
+    ``usable(i, g)`` says whether span i is there for group g. Every-chunk groups need all spans,
+    others only those that reach beyond ``KVGroup.first_needed``.
     """
     every = [g for g, group in enumerate(groups) if group.hit_rule is HitRule.EVERY_CHUNK]
     count = 0
@@ -174,13 +168,13 @@ def ending(
 
     Looks at windows from the end only, however many spans there are.
     """
-    trailing = [g for g, group in enumerate(groups) if group.hit_rule is HitRule.TRAILING]
+    ends = [g for g, group in enumerate(groups) if group.hit_rule is not HitRule.EVERY_CHUNK]
     while count:
-        gaps = [_gap(stop_of, count, groups[g], partial(_there, usable, g)) for g in trailing]
+        gaps = [_gap(stop_of, count, groups[g], partial(_there, usable, g)) for g in ends]
         gap = min((i for i in gaps if i is not None), default=None)
         if gap is None:
             break
-        count = gap  # every hit that ends after the gap has it inside its window too
+        count = gap  # every hit that ends after the gap needs it too
     return count
 
 
@@ -220,8 +214,8 @@ def worthwhile(saved: Sequence[float]) -> int:
 def _gap(
     stop_of: Callable[[int], int], count: int, group: KVGroup, usable: Callable[[int], bool]
 ) -> int | None:
-    """The last unusable span in the window that a hit of ``count`` spans ends with."""
-    first = trailing_start(group, stop_of(count - 1))
+    """The last unusable span of those that a hit of ``count`` spans needs of a group."""
+    first = group.first_needed(stop_of(count - 1))
     i = count - 1
     while i >= 0 and stop_of(i) > first:
         if not usable(i):

@@ -59,7 +59,7 @@ class Planner(LookupPlanner, Survey):
     ) -> StorePlan:
         """Reserve a slot for every object that is missing, in prompt order.
 
-        ``holds(g, span)`` says whether the engine still has the span for trailing group g. When
+        ``holds(g, span)``: whether the engine has it, of groups that need only some spans. When
         host memory runs out the rest of the prompt is dropped: later chunks are useless alone.
         ``dead``: bit t where tier t is not asked for now; what only such tiers have is missing.
 

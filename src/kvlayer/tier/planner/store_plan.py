@@ -16,7 +16,8 @@ from kvlayer.tier.planner.records import ObjectRecord
 __all__ = ["Holds", "Keeps", "Reservation", "StorePlan"]
 
 Holds: TypeAlias = Callable[[int, Span], bool]
-"""``holds(g, span)``: whether the engine still has the span for trailing group g."""
+"""``holds(g, span)``: whether the engine still has what group g needs of the span, where
+it needs only some spans."""
 
 Keeps: TypeAlias = Callable[[ObjectRecord], bool]
 """Whether an object must not make room, because a tier is still to get it."""

@@ -123,6 +123,8 @@ class StorePlanner:
             self._host.refresh(path[max(stop - SLICE, 0) : stop], chain.scope.retention)
             if is_long:
                 yield
+        if self._host.dead_ends is not None:
+            self._host.dead_ends.stored(path)
         at, goes_on = 0, self._matcher.is_plain
         while goes_on:
             first, at, goes_on = self._matcher.first(chain, at, len(chain), FEW)
@@ -140,7 +142,7 @@ class StorePlanner:
         other: Promise | None = None
         before = len(todo.gathers)
         for g, cut in enumerate(self._cuts):
-            if self._groups[g].hit_rule is HitRule.TRAILING and not todo.holds(g, span):
+            if self._groups[g].hit_rule is not HitRule.EVERY_CHUNK and not todo.holds(g, span):
                 continue
             for part in cut:
                 record = self._directory.ensure(chain.namespace, span, chain.zone(span), part)

@@ -71,7 +71,7 @@ class Tables:
         self.directory = Directory(needs)
         lengths = range(tokens_per_tail, tokens_per_chunk + 1, tokens_per_tail)
         self._matcher = Matcher(self.directory, self._groups, self._cuts, lengths)
-        self.host = HostTier(capacity, policy, self.directory, generations)
+        self.host = HostTier(capacity, policy, self.directory, generations, self._groups)
         self.leases = LeaseTable(self.host)
         self.journal = Journal()
         self.promises = Promises()
