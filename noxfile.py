@@ -45,6 +45,10 @@ CAMPAIGN = {
         "tests/staging/test_cuda_refusals.py",
     ],
     "vllm": ["tests/engines/vllm"],
+    "vllm-hybrids": [
+        "tests/engines/vllm/test_vllm_hybrids.py",
+        "tests/engines/vllm/test_vllm_kinds.py",
+    ],
     "vllm-gpu": ["tests/engines/vllm_gpu_shaped"],
 }
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
@@ -307,7 +311,7 @@ def campaign(session: nox.Session) -> None:
     more = [name for part in parts if part in ("fuzz", "kernels") for name in group(part)]
     install(session, *group("test"), *more)
     # The engine's environment has everything of the product, with a narrower choice of versions.
-    (install_vllm if {"vllm", "vllm-gpu"} & parts.keys() else install_product)(session)
+    (install_vllm if {"vllm", "vllm-hybrids", "vllm-gpu"} & parts.keys() else install_product)(session)
     if "vllm-gpu" in parts:
         find_triton(session, partial(install, session))
     runs = [f"--run={part}={','.join(CAMPAIGN[part])}" for part in parts]

@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 import vllm_drafts
+import vllm_states
 from counting import counted
 from damage import damage_file
 from vllm_beside import BesideServing, config_of, sibling
+from vllm_states import ends, misses, noise, states_are_optional
 from vllm_unusual import converse, embedded
 
 from kvlayer import Cache, Cause, RetrieveReport, Scope
@@ -295,6 +297,10 @@ VERBS = {
         rest,
         forget,
         alter,
+        noise,
+        ends,
+        misses,
+        states_are_optional,
         damage_before_load,
         damaged,
         fail_loads,
@@ -318,8 +324,9 @@ def serve(model: str, cache: Any, options: dict[str, Any]) -> None:
     """Until it is told to close, or nobody listens any more.
 
     Loads that a step waits for are served here whatever the version: none fails in these engines.
-    Of the options ``beside`` names the connectors of a ``MultiConnector``: see ``vllm_beside``.
-    What is found is loaded, however fast so small a model computes.
+    Of the options ``beside`` names the connectors of a ``MultiConnector`` (``vllm_beside``), and
+    ``splits_steps`` is for Mamba 2 (``vllm_states``). What is found is loaded, however fast so
+    small a model computes.
     """
     cache = cache if cache is None else {"report_prefill": False, **cache}
     engine.RECOMPUTES_IN_STEP = engine.TESTED[0]
@@ -327,6 +334,8 @@ def serve(model: str, cache: Any, options: dict[str, Any]) -> None:
     os.dup2(2, 1)
     if "speculative_config" in options:
         vllm_drafts.prepare()
+    if options.pop("splits_steps", False):
+        vllm_states.without_checkpoints()
     if order := options.pop("beside", None):
         transfer = config_of(order, cache)
         serving: Serving = BesideServing(model, **{**options, "kv_transfer_config": transfer})

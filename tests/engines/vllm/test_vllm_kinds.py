@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,15 @@ KINDS = {
     # empty when it is loaded.
     "mixed": Kind(vllm_models.mixed, ("every-chunk", *["trailing"] * 3), "native"),
     "windowed": Kind(vllm_models.windowed, ("trailing",), "native"),
+    # Attention in chunks of 256 tokens, none of which looks beyond its own.
+    "llama-4": Kind(
+        partial(vllm_models.hybrid, "llama-4"), ("chunked",) * 3 + ("every-chunk",), "native"
+    ),
+    "gpt-oss": Kind(partial(vllm_models.hybrid, "gpt-oss"), ("every-chunk", "trailing"), "native"),
+    # Two layers have the KV of others: it is stored once.
+    "gemma-3n": Kind(
+        partial(vllm_models.hybrid, "gemma-3n"), ("every-chunk", *["trailing"] * 3), "native"
+    ),
     # vLLM's attention over latents that knows prefixes: bf16, and only where AMX is.
     "latent": Kind(
         vllm_models.latent,
@@ -69,7 +79,15 @@ def prompts() -> list[list[int]]:
 
 @pytest.mark.parametrize(
     "name",
-    ["mixed", "windowed", pytest.param("latent", marks=needs("amx"))],
+    [
+        "mixed",
+        "windowed",
+        pytest.param("latent", marks=needs("amx")),
+        *(
+            pytest.param(name, marks=pytest.mark.campaign)
+            for name in ("llama-4", "gpt-oss", "gemma-3n")
+        ),
+    ],
 )
 def test_each_kind_of_kv_is_stored_and_loaded(
     name: str, tmp_path: Path, engine_process: Any, figures: Any
@@ -112,7 +130,9 @@ def test_each_kind_of_kv_is_stored_and_loaded(
     after = second("state")
     assert (after["troubles"], after["leases"], after["tracked"]) == (0, 0, 0)
     whole = sum(kind.cached(len(prompt)) for prompt in prompts()) * state["token_nbytes"]
-    if "trailing" in kind.rules:  # of a window only what a token after the prompt still sees
+    if {"trailing", "chunked"} & {
+        *kind.rules
+    }:  # of a window only what a token after the prompt still sees
         assert 0 < after["loaded"] < whole
     else:
         assert after["loaded"] >= whole

@@ -52,6 +52,11 @@ _MOST_ELSEWHERE = 4096  # chunks that are remembered while no tier holds them
 _KINDS: Mapping[AttentionKind, str] = {
     AttentionKind.MHA: "full_attention",
     AttentionKind.MLA: "mla_attention",
+    AttentionKind.STATE: "mamba",
+}
+_KINDS_OF_RULES: Mapping[HitRule, str] = {
+    HitRule.TRAILING: "sliding_window",
+    HitRule.CHUNKED: "chunked_local_attention",
 }
 
 
@@ -254,7 +259,7 @@ class BlockEvents:
         """The event that says so of all but the first blocks."""
         held = self._groups[place.group].group
         parent = blocks.hashes[first - 1] if first else blocks.parent
-        is_window = held.hit_rule is HitRule.TRAILING
+        rule = held.hit_rule
         return kv_events().BlockStored(
             block_hashes=[external_hash(each) for each in blocks.hashes[first:]],
             parent_block_hash=None if parent is None else external_hash(parent),
@@ -265,8 +270,8 @@ class BlockEvents:
             # ``lookahead_token_ids`` (0.33) stays out: beside a connector hashes cover no more.
             extra_keys=blocks.extra_keys and list(blocks.extra_keys[first:]),
             group_idx=self._groups[place.group].table,
-            kv_cache_spec_kind="sliding_window" if is_window else _KINDS[held.kind],
-            kv_cache_spec_sliding_window=held.window_tokens if is_window else None,
+            kv_cache_spec_kind=_KINDS_OF_RULES.get(rule) or _KINDS[held.kind],
+            kv_cache_spec_sliding_window=held.window_tokens if rule is HitRule.TRAILING else None,
             **self._where(place),
         )
 

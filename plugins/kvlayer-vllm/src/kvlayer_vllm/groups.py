@@ -9,11 +9,24 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from kvlayer.errors import UnsupportedError
-from kvlayer.layout import AttentionKind, HitRule, KVGroup
-from kvlayer_vllm.engine import KVCacheConfig, KVCacheGroupSpec, VllmConfig, total_kv_heads
+from kvlayer.layout import AttentionKind, KVGroup
+from kvlayer_vllm.engine import (
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    VllmConfig,
+    platform,
+    total_kv_heads,
+)
 from kvlayer_vllm.specs import Content, content_of, refuse
 
-__all__ = ["EngineGroup", "block_sizes", "engine_groups", "refuse_parallel", "rope_of"]
+__all__ = [
+    "EngineGroup",
+    "block_sizes",
+    "engine_groups",
+    "refuse_parallel",
+    "rope_of",
+    "state_sizes",
+]
 
 Scalar = str | int | float | bool | None
 
@@ -65,6 +78,12 @@ def block_sizes(groups: Iterable[EngineGroup]) -> list[int]:
     return [sizes[table] for table in sorted(sizes)]
 
 
+def state_sizes(groups: Iterable[EngineGroup]) -> dict[int, int]:
+    """Tokens of a block in each of vLLM's own groups that keep recurrent states."""
+    states = (each for each in groups if each.group.kind is AttentionKind.STATE)
+    return {each.table: each.tokens_per_block for each in states}
+
+
 def _members(vllm_config: VllmConfig, table: int, found: KVCacheGroupSpec) -> list[EngineGroup]:
     """vLLM's group ``table``, by what its layers keep."""
     spec, count = found.kv_cache_spec, len(found.layer_names)
@@ -103,21 +122,34 @@ def _member(
     layers = tuple(number for number, _ in numbered)
     if len(set(layers)) != len(layers):
         refuse(f"{where}: two layers of one number")
-    is_latent = content.kind is AttentionKind.MLA
-    window = content.window_tokens
+    is_state = content.kind is AttentionKind.STATE
+    if is_state:
+        _refuse_states(vllm_config, where)
+    has_heads = content.kind is AttentionKind.MHA
     group = KVGroup(
         content.kind,
         layers,
         content.dtype,
-        num_kv_heads=1 if is_latent else _heads(vllm_config, content.heads, where),
+        num_kv_heads=_heads(vllm_config, content.heads, where) if has_heads else 1,
         head_size=content.head_size,
         v_head_size=content.v_head_size,
-        hit_rule=HitRule.EVERY_CHUNK if window is None else HitRule.TRAILING,
-        window_tokens=window,
-        rope=rope_of(vllm_config.model_config.hf_text_config, layers),
+        hit_rule=content.hit_rule,
+        window_tokens=content.window_tokens,
+        rope={} if is_state else rope_of(vllm_config.model_config.hf_text_config, layers),
+        state_nbytes=content.state_nbytes,
         quantisation=content.quantisation,
     )
     return EngineGroup(group, tuple(name for _, name in numbered), size, table, content)
+
+
+def _refuse_states(vllm_config: VllmConfig, where: str) -> None:
+    """Recurrent states are carried where they were proven."""
+    parallel = vllm_config.parallel_config
+    ranks = int(parallel.tensor_parallel_size) * int(parallel.pipeline_parallel_size)
+    if ranks > 1:
+        refuse(f"{where}: recurrent states of an engine with {ranks} ranks")
+    if platform() != "cpu":
+        refuse(f"{where}: recurrent states on {platform()}")
 
 
 def rope_of(text_config: Any, layers: Iterable[int]) -> dict[str, Scalar]:

@@ -68,13 +68,21 @@ class RankLayout:
     @property
     def isa(self) -> str:
         """The packing in one word, for a build's name."""
-        return self.isas[0] if self.isas else "rows"
+        return next((isa for isa in self.isas if isa), "rows")
 
     @property
     def native_step(self) -> int:
         """Chunks and tails are multiples of so many tokens; 1 where no group is native."""
         native = (each.tokens_per_block for each in self.layout.groups if each.form != "canonical")
         return math.lcm(*native)
+
+    @property
+    def state_step(self) -> int:
+        """States are kept at multiples of so many tokens; 1 where there are none."""
+        layouts = self.layout.groups
+        return math.lcm(
+            *(g.tokens_per_block for g in layouts if g.group.kind is AttentionKind.STATE)
+        )
 
     def make_stager(self) -> MakeStager:
         """What copies between these tensors and host memory."""
@@ -86,7 +94,7 @@ def _make_stager(isas: Sequence[str], layout: KVLayout, slab: Slab, threads: int
         from kvlayer.staging.cuda.stager import DeviceStager
 
         return DeviceStager(layout, slab=slab, threads=threads)
-    if layout.groups[0].form == "canonical":
+    if any(isa and each.form == "canonical" for isa, each in zip(isas, layout.groups, strict=True)):
         from kvlayer_vllm.packed_stager import PackedStager
 
         return PackedStager(layout, isas, threads=threads)
@@ -131,13 +139,20 @@ def rank_layout(
             heads = _heads(each, rank % tensor_ranks, tensor_ranks)
         axes, size, name = _lies(each, view, form, isas[number] if isas else "")
         found.append(GroupLayout(each.group, axes, size, heads=heads, form=name))
+    if len({*isas}) > 1 and "" in isas and form == "canonical":
+        raise UnsupportedError(
+            "kvlayer cannot carry recurrent states beside a CPU's packed blocks in form = "
+            "'canonical'",
+            hint="form = 'auto' keeps the blocks as they are",
+        )
     return RankLayout(KVLayout(tuple(found)), isas)
 
 
 def _isas(vllm_config: VllmConfig, groups: Sequence[EngineGroup]) -> tuple[str, ...]:
     """How the CPU's attention has packed the groups; empty where rows are rows."""
     device = check_device()
-    names = [name for each in groups for name in each.layer_names]
+    groups_of_attention = [each for each in groups if each.group.kind is not AttentionKind.STATE]
+    names = [name for each in groups_of_attention for name in each.layer_names]
     backends = {name: attention_backend(vllm_config, name) for name in names}
     known = COMPARED if device == "cuda" else COMPARED | _CPU_LATENTS | {_PACKING, ""}
     for layer, backend in backends.items():
@@ -149,7 +164,9 @@ def _isas(vllm_config: VllmConfig, groups: Sequence[EngineGroup]) -> tuple[str, 
             )
     if device == "cuda" or COMPARED.intersection(backends.values()):
         return ()
-    kinds = {each.group.kind for each in groups}
+    kinds = {each.group.kind for each in groups_of_attention}
+    if not kinds:
+        return ()
     if len(kinds) > 1:
         raise UnsupportedError("kvlayer cannot carry latents (MLA) beside keys and values on a CPU")
     if kinds == {AttentionKind.MLA}:
@@ -165,6 +182,8 @@ def _isas(vllm_config: VllmConfig, groups: Sequence[EngineGroup]) -> tuple[str, 
     cache_dtype = vllm_config.cache_config.cache_dtype
     return tuple(
         attention_isa(model, each.tokens_per_block, each.group.head_size, cache_dtype)
+        if each.group.kind is not AttentionKind.STATE
+        else ""
         for each in groups
     )
 
@@ -176,6 +195,8 @@ def _lies(each: EngineGroup, view: Any, form: str, isa: str) -> tuple[tuple[str,
     BLHNC differ in nothing else. What a byte means is the namespace's.
     """
     axes, group = each.content.axes, each.group
+    if group.kind is AttentionKind.STATE:
+        return axes, each.tokens_per_block, "canonical"
     size = int(view.shape[axes.index("token")])
     if not size or each.tokens_per_block % size:
         raise UnsupportedError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from threading import Condition, Event
 from typing import TypeAlias
@@ -19,7 +19,7 @@ from kvlayer.runtime.job import Job
 from kvlayer_vllm.device_order import Queued
 from kvlayer_vllm.token_ids import Name
 
-__all__ = ["NULL_BLOCK", "Load", "Save", "Slots", "slots_of"]
+__all__ = ["NULL_BLOCK", "Load", "Save", "Slots", "slots_of", "state_slots"]
 
 Slots: TypeAlias = NDArray[np.int64]
 
@@ -44,6 +44,17 @@ def slots_of(block_ids: Sequence[int], tokens_per_block: int, first: int, stop: 
     inside = first - at * tokens_per_block
     found: Slots = slots.reshape(-1)[inside : inside + stop - first]
     return found
+
+
+def state_slots(states: Mapping[int, int], tokens_per_block: int, first: int, stop: int) -> Slots:
+    """Slots of tokens ``first .. stop`` where ``states`` says in which block the state lies that
+    follows so many tokens; -1 for all others.
+    """
+    slots: Slots = np.full(stop - first, -1, np.int64)
+    for end, block in states.items():
+        if first < end <= stop:
+            slots[end - 1 - first] = (block + 1) * tokens_per_block - 1
+    return slots
 
 
 class Save:

@@ -44,7 +44,7 @@ class Opened(NamedTuple):
         """
         _check_complete(workers, count_of(vllm_config))
         first = workers[0]
-        config = settings.fitting(first.rank.native_step)
+        config = settings.fitting(first.rank.native_step, first.rank.state_step)
         ranks = united(
             [workers[number].rank for number in range(len(workers))],
             vllm_config.model_config.hf_text_config,
@@ -63,6 +63,8 @@ class Opened(NamedTuple):
             hands = RemoteHands(team, ranks, tables, portal)
         forms = ", ".join(dict.fromkeys(held.form for held in layout.groups))
         said = f"namespace {namespace.digest[:12]}, form {forms}, ranks {len(ranks)}"
+        if first.rank.state_step > 1:
+            said += f", recurrent states, so that chunks have {config.tokens_per_chunk} tokens"
         return cls(config, portal, hands, said)
 
 

@@ -7,7 +7,7 @@ which one tells of its end, is noted in the step's record (``steps_under_way``).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from kvlayer import Cache, KVView, Portal, RetrieveReport
@@ -15,7 +15,7 @@ from kvlayer.api.lookup import Lookup
 from kvlayer_vllm.device_order import NOTHING
 from kvlayer_vllm.hands import WorkerLink
 from kvlayer_vllm.messages import Step
-from kvlayer_vllm.moves import Load, slots_of
+from kvlayer_vllm.moves import NULL_BLOCK, Load, Slots, slots_of, state_slots
 from kvlayer_vllm.settings import Loads
 from kvlayer_vllm.steps_under_way import StepUnderWay
 from kvlayer_vllm.tracked import Tracked
@@ -33,15 +33,24 @@ class PendingLoads:
     """
 
     def __init__(
-        self, portal: Portal, hands: WorkerLink, block_sizes: Sequence[int], loads: Loads
+        self,
+        portal: Portal,
+        hands: WorkerLink,
+        block_sizes: Sequence[int],
+        loads: Loads,
+        *,
+        states: Collection[int] = (),
     ) -> None:
+        """``states``: those of vLLM's groups, by their numbers, that keep recurrent states."""
         self._portal = portal
         self._hands = hands
         self._block_sizes = tuple(block_sizes)
         self._is_layerwise = loads == "layerwise"
-        # No worker of this process could wait in a step, or vLLM could not be told which blocks
-        # failed, where there are several KV groups.
-        self.is_async = loads == "async" or not hands.is_local or len(block_sizes) > 1
+        self._states = states
+        self._is_all_or_none = bool(states) or len(block_sizes) > 1
+        """vLLM could not be told which blocks failed; a shorter prefix has no state at its end."""
+        # No worker of this process could wait in a step, or vLLM copies the state before it.
+        self.is_async = loads == "async" or not hands.is_local or self._is_all_or_none
         self._made: list[Tracked] = []
         """To be loaded with the next step."""
         self._sent: dict[str, Tracked] = {}
@@ -63,8 +72,10 @@ class PendingLoads:
         held = min(len(ids) * size for ids, size in zip(block_ids, self._block_sizes, strict=True))
         stop = min(tracked.found, held) if is_all else load.promised
         slots = [
-            slots_of(ids, size, load.first, stop)
-            for ids, size in zip(block_ids, self._block_sizes, strict=True)
+            self._state_slots(ids, size, load.first, stop)
+            if number in self._states
+            else slots_of(ids, size, load.first, stop)
+            for number, (ids, size) in enumerate(zip(block_ids, self._block_sizes, strict=True))
         ]
         view = self._hands.view(slots, load)
         load.prepare(
@@ -77,6 +88,12 @@ class PendingLoads:
             )
         )
         tracked.saved = stop
+
+    @staticmethod
+    def _state_slots(ids: Sequence[int], size: int, first: int, stop: int) -> Slots:
+        """The one that vLLM goes on from: in its table where the last tokens of the prefix are."""
+        block = ids[stop // size - 1]
+        return state_slots({} if block == NULL_BLOCK else {stop: block}, size, first, stop)
 
     def make_failed(self, tracked: Tracked, block_ids: Sequence[Sequence[int]], more: int) -> None:
         """:meth:`make` has failed: what was promised is going to be a load that failed."""
@@ -96,7 +113,7 @@ class PendingLoads:
             lookup,
             first=tracked.local,
             promised=tracked.local + more,
-            blocks=tuple(block_ids[0]) if len(block_ids) == 1 else None,
+            blocks=None if self._is_all_or_none else tuple(block_ids[0]),
             tokens_per_block=self._block_sizes[0],
         )
         tracked.load = load
@@ -162,7 +179,7 @@ class PendingLoads:
                 step.is_idle = step.is_idle or not record.computes
                 continue
             if not load.is_whole:  # said first: what is not whole must never count as received
-                if len(self._block_sizes) > 1:
+                if self._is_all_or_none:
                     step.failed.add(request_id)
                 else:
                     step.invalid |= load.invalid_blocks()
@@ -194,7 +211,7 @@ class PendingLoads:
                 load.promised,
             )
             tracked.has_failed = True
-            tracked.saved = load.tokens if len(self._block_sizes) == 1 else 0
+            tracked.saved = 0 if self._is_all_or_none else load.tokens
         load.release()
         tracked.load = None
 

@@ -29,10 +29,11 @@ from kvlayer_vllm.engine import (
     VllmConfig,
     tokens_per_hash,
 )
-from kvlayer_vllm.groups import block_sizes, engine_groups, refuse_parallel
+from kvlayer_vllm.groups import block_sizes, engine_groups, refuse_parallel, state_sizes
 from kvlayer_vllm.hands import LocalHands, WorkerLink
 from kvlayer_vllm.held_blocks import HeldBlocks
 from kvlayer_vllm.introductions import Introduction, announced
+from kvlayer_vllm.kept_states import KeptStates
 from kvlayer_vllm.lent_tensors import LentTensors
 from kvlayer_vllm.messages import Answers, Step
 from kvlayer_vllm.opened import Opened
@@ -91,6 +92,7 @@ class SchedulerHalf:
         self._hands: WorkerLink = LocalHands(LentTensors([], EngineStream("cpu")), ())
         self._tracked: dict[str, Tracked] = {}
         self._held = HeldBlocks(settings.held_share)
+        self._kept = KeptStates(state_sizes(self._groups), self._stats.store_cut)
         self._steps = StepsUnderWay(clock)
         self._pace = PrefillPace(self._computed, least=settings.cache.tokens_per_chunk, clock=clock)
         self._is_asked = False
@@ -112,7 +114,13 @@ class SchedulerHalf:
         opened = Opened.of(self._vllm_config, self._settings, workers, self._tables, sinks)
         self._cache_config, portal, self._hands, said = opened
         self._portal = portal
-        self._promises = PendingLoads(portal, self._hands, self._block_sizes, self._settings.loads)
+        self._promises = PendingLoads(
+            portal,
+            self._hands,
+            self._block_sizes,
+            self._settings.loads,
+            states=self._kept.tables,
+        )
         self._stores = Stores(
             portal,
             self._hands,
@@ -121,6 +129,7 @@ class SchedulerHalf:
             digests=self._digests,
             events=self._events,
             held=self._held,
+            kept=self._kept,
             on_cut=self._stats.store_cut,
         )
         loads = "async" if self._promises.is_async else self._settings.loads
@@ -130,6 +139,7 @@ class SchedulerHalf:
         """``block_table`` is vLLM's ``KVCacheManager``: where KV lies, and whose the blocks are."""
         self._block_table = block_table
         self._held.bind(block_table.block_pool)
+        self._kept.bind(block_table.block_pool)
         if self._events is not None:
             self._events.tokens_per_hash = tokens_per_hash(block_table)
 
@@ -156,7 +166,8 @@ class SchedulerHalf:
         """Start to look for its prefix."""
         self._replaced_by(request)
         ids = TokenIds(request.all_token_ids, is_rewritten=request.resumable)
-        tracked = Tracked(request, ids, None, Wishes.of(request))
+        has_states = bool(self._kept.tables)
+        tracked = Tracked(request, ids, None, Wishes.of(request), has_states=has_states)
         tracked.search = self._search(tracked)
         self._tracked[request.request_id] = tracked
         if self._is_asked_for(tracked) and tracked.wishes.most_loaded is None:
@@ -248,6 +259,8 @@ class SchedulerHalf:
         for request_id in scheduler_output.preempted_req_ids or ():
             if request_id in self._tracked:
                 self._tracked[request_id].start_over()
+                self._kept.dropped(self._tracked[request_id])
+        self._keep_states(scheduler_output)
         for request_id, count in scheduler_output.num_scheduled_tokens.items():
             if request_id in self._tracked:
                 record.add(self._tracked[request_id], count)
@@ -258,6 +271,19 @@ class SchedulerHalf:
         self._promises.land(step, record)
         if step.is_idle and self._hands.is_local:
             step.land = partial(self._promises.land, step, record)
+
+    def _keep_states(self, scheduler_output: SchedulerOutput) -> None:
+        """Hold the states that this step computes at boundaries."""
+        if not self._kept.tables or not self._may_store:
+            return
+        told = scheduler_output.kv_connector_block_state
+        for request_id, offers in told.boundary_state_offloads.items():
+            tracked = self._tracked.get(request_id)
+            if tracked is None or tracked.search is None:
+                continue
+            most = tracked.wishes.most_stored
+            wanted = [each for each in offers if most is None or each[2] <= most]
+            self._kept.offered(tracked, wanted, self._held.room - self._kept.blocks)
 
     def rest_of(self, step: Step) -> None:
         """:meth:`step` has failed: add what vLLM must hear, whatever is in ``step`` by now.
@@ -323,6 +349,7 @@ class SchedulerHalf:
             if self._may_store and not tracked.is_awaited:
                 self._stores.rest(tracked, block_ids)
         finally:
+            self._kept.dropped(tracked)
             if tracked.search is not None:
                 tracked.search.release()
 
@@ -335,7 +362,7 @@ class SchedulerHalf:
 
     def will_free(self) -> bool:
         """Whether vLLM gets blocks back without preempting a request for them."""
-        return self._held.will_free()
+        return self._held.will_free() or self._kept.give_up()
 
     def before_reset(self) -> None:
         """vLLM is about to reset its prefix cache, which it does not while a block is held.
@@ -346,6 +373,7 @@ class SchedulerHalf:
         """
         if self.is_open:
             self._promises.distrust()
+        self._kept.give_up()
         if self._hands.is_local:
             self._held.wait()
         self._held.let_go()
@@ -375,6 +403,7 @@ class SchedulerHalf:
         self._digests.start_over()
         for tracked in self._tracked.values():  # one that has not run yet will replace all the same
             self._replaced_by(tracked.request)
+        self._kept.give_up()
         is_empty = self._stores.forget()
         self._held.let_go()
         return is_empty

@@ -78,14 +78,20 @@ class Settings:
             )
         return "canonical"
 
-    def fitting(self, native_step: int) -> CacheConfig:
-        """The cache's configuration where native blocks have ``native_step`` tokens; 1: none.
+    def fitting(self, native_step: int, state_step: int = 1) -> CacheConfig:
+        """The cache's configuration where native blocks have ``native_step`` tokens, and recurrent
+        states are kept every ``state_step`` tokens at most; 1: none.
+
+        Where there are states, vLLM chooses the block, and a chunk is one: prompts end and part
+        where it keeps states, whatever ``tokens_per_chunk`` says.
 
         Native payloads are whole blocks: unless the size of tails is stated it becomes a block
         where an eighth of a chunk is not a multiple of one. Raises ``ConfigError`` for chunks that
         are not.
         """
         config = self.cache
+        if state_step > 1:
+            return replace(config, tokens_per_chunk=state_step, tokens_per_tail=state_step)
         if config.tokens_per_tail or config.tail_tokens % native_step == 0:
             return config
         if config.tokens_per_chunk % native_step:

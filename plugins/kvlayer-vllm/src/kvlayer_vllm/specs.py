@@ -8,13 +8,15 @@ refused by its name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from math import prod
 from typing import Any, NoReturn
 
 import torch
 
 from kvlayer.errors import UnsupportedError
-from kvlayer.layout import FUSED_HND, MLA_BLOCKS, AttentionKind
+from kvlayer.layout import FUSED_HND, MLA_BLOCKS, STATE_BLOCKS, AttentionKind, HitRule
 
 __all__ = ["Content", "content_of", "refuse"]
 
@@ -49,7 +51,11 @@ _PAGES_WITH_SCALES = frozenset({"nvfp4", "nvfp4_4over6"})
 _INDEXER = "indexer"
 """Keys of a sparse attention's indexer, which has no other name in vLLM: pages, too."""
 _LATENTS = frozenset({"MLAAttentionSpec", "SlidingWindowMLASpec"})
-_KINDS = frozenset({"FullAttentionSpec", "SlidingWindowSpec"}) | _LATENTS
+_KINDS = (
+    frozenset({"FullAttentionSpec", "SlidingWindowSpec", "ChunkedLocalAttentionSpec"}) | _LATENTS
+)
+
+_LONGEST_NAME = 64  # of a quantisation, which the states' name is here
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +72,28 @@ class Content:
     quantisation: str = ""
     is_paged: bool = False
     """Only whole blocks mean something: a block's scales lie behind its rows."""
+    state_nbytes: int = 0
+    """Of a recurrent state, all its tensors together."""
+    is_chunked: bool = False
+    """``window_tokens`` are those of an attention chunk, which no token looks beyond."""
     slots: str = ""
     """K and V lie beside each other as heads do, in place of one behind the other: ``flat`` with
     all heads in one row, ``heads`` with one row for each."""
 
     @property
+    def hit_rule(self) -> HitRule:
+        """Which tokens of a prefix must be there."""
+        if self.kind is AttentionKind.STATE:
+            return HitRule.BOUNDARY
+        if self.window_tokens is None:
+            return HitRule.EVERY_CHUNK
+        return HitRule.CHUNKED if self.is_chunked else HitRule.TRAILING
+
+    @property
     def axes(self) -> tuple[str, ...]:
         """Names of the axes of what :meth:`shaped` returns."""
+        if self.kind is AttentionKind.STATE:
+            return STATE_BLOCKS
         if self.kind is AttentionKind.MLA:
             return MLA_BLOCKS
         if not self.slots:
@@ -87,6 +108,8 @@ class Content:
         Raises ``RuntimeError`` for a tensor that has not vLLM's four axes; a latent may have lost
         its one head.
         """
+        if self.kind is AttentionKind.STATE:
+            return tensor.flatten(1).view(torch.int8)[:, : self.state_nbytes]
         if self.dtype == "int8" and tensor.dtype is torch.uint8:
             tensor = tensor.view(torch.int8)
         if self.kind is AttentionKind.MLA:
@@ -103,9 +126,12 @@ def content_of(spec: Any, cache_dtype: str, where: str) -> Content:
     text.
     """
     kind = type(spec).__name__
+    if kind == "MambaSpec":
+        return _state(spec, where)
     if kind not in _KINDS:
         refuse(where)
-    if getattr(spec, "attention_chunk_size", None):
+    is_chunked = kind == "ChunkedLocalAttentionSpec"
+    if not is_chunked and getattr(spec, "attention_chunk_size", None):
         refuse(f"{where}: attention in chunks of {spec.attention_chunk_size} tokens")
     if getattr(spec, "non_causal", False):
         refuse(f"{where}: attention that is not causal")
@@ -116,8 +142,32 @@ def content_of(spec: Any, cache_dtype: str, where: str) -> Content:
         refuse(f"{where}: a window that keeps {spec.extra_retained_tokens} tokens more")
     if getattr(spec, "bounded_replay", False):
         refuse(f"{where}: a window that is computed again with every hit")
+    if is_chunked:
+        found = _heads(spec, cache_dtype, int(spec.attention_chunk_size), where)
+        return replace(found, is_chunked=True)
     find = _latent if kind in _LATENTS else _heads
     return find(spec, cache_dtype, window, where)
+
+
+def _state(spec: Any, where: str) -> Content:
+    """A recurrent state: opaque bytes, named by all that decides what they mean."""
+    if spec.mamba_cache_mode != "align":
+        refuse(
+            f"{where}: recurrent states in mode {spec.mamba_cache_mode!r}, which keeps none at "
+            "boundaries (prefix caching turns mode 'align' on)"
+        )
+    if spec.num_speculative_blocks:
+        refuse(f"{where}: recurrent states with speculative decoding")
+    shapes = "+".join("x".join(map(str, shape)) for shape in spec.shapes)
+    dtypes = "+".join(str(dtype).removeprefix("torch.") for dtype in spec.dtypes)
+    kind = str(getattr(spec.mamba_type, "name", spec.mamba_type)).lower()
+    name = f"{kind}:{shapes}:{dtypes}"
+    if len(name) > _LONGEST_NAME:
+        name = f"{kind}:{sha256(name.encode()).hexdigest()[:24]}"
+    nbytes = sum(
+        prod(shape) * dtype.itemsize for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)
+    )
+    return Content(AttentionKind.STATE, "int8", 1, 0, quantisation=name, state_nbytes=nbytes)
 
 
 def _latent(spec: Any, cache_dtype: str, window: int | None, where: str) -> Content:
@@ -185,6 +235,7 @@ def refuse(what: str) -> NoReturn:
     """Raise ``UnsupportedError`` for ``what``."""
     raise UnsupportedError(
         f"kvlayer cannot carry {what}",
-        hint="it carries full attention, sliding windows and latents (MLA) in float32, float16, "
-        "bfloat16 and the quantised forms that its README lists; the engine serves without kvlayer",
+        hint="it carries full attention, sliding windows, attention in chunks and latents (MLA) in "
+        "float32, float16, bfloat16 and the quantised forms that its README lists, and recurrent "
+        "states; the engine serves without kvlayer",
     )

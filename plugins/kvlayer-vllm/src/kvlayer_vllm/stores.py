@@ -17,7 +17,8 @@ from kvlayer_vllm.block_events import BlockEvents
 from kvlayer_vllm.engine import KVCacheManager
 from kvlayer_vllm.hands import WorkerLink
 from kvlayer_vllm.held_blocks import HeldBlocks
-from kvlayer_vllm.moves import NULL_BLOCK, Save, slots_of
+from kvlayer_vllm.kept_states import KeptStates
+from kvlayer_vllm.moves import NULL_BLOCK, Save, slots_of, state_slots
 from kvlayer_vllm.scopes import Digests, scope_of
 from kvlayer_vllm.tracked import Tracked
 
@@ -47,6 +48,7 @@ class Stores:
         digests: Digests,
         events: BlockEvents | None,
         held: HeldBlocks,
+        kept: KeptStates,
         on_cut: Callable[[], None],
     ) -> None:
         self._portal = portal
@@ -59,6 +61,7 @@ class Stores:
         self._digests = digests
         self._events = events
         self._held = held
+        self._kept = kept
         self._on_cut = on_cut
         self._running: list[Save] = []
         """Those that may still write to a tier, whether or not they read blocks."""
@@ -106,7 +109,7 @@ class Stores:
         chunk = self._config.tokens_per_chunk
         first = tracked.saved // chunk * chunk
         tables = where()
-        blocks = self._blocks(tables, first, stop)
+        blocks = self._blocks(tracked, tables, first, stop)
         room = self._room()
         tracked.is_cut, was_cut = len(blocks) > room, tracked.is_cut
         if tracked.is_cut:
@@ -115,10 +118,12 @@ class Stores:
             tail, stop = False, first + room // self._blocks_per_chunk * chunk
             if stop <= tracked.saved:
                 return
-            blocks = self._blocks(tables, first, stop)
+            blocks = self._blocks(tracked, tables, first, stop)
         slots = [
-            slots_of(each, size, first, stop)
-            for each, size in zip(tables, self._block_sizes, strict=True)
+            state_slots(_of_table(tracked, number), size, first, stop)
+            if number in self._kept.tables
+            else slots_of(each, size, first, stop)
+            for number, (each, size) in enumerate(zip(tables, self._block_sizes, strict=True))
         ]
         if min(map(len, slots)) < stop - first:
             return
@@ -142,15 +147,24 @@ class Stores:
         self._running = [each for each in self._running if not each.has_ended]
         self._running.append(save)
         tracked.saved = stop
+        self._kept.taken(tracked, stop)
 
-    def _blocks(self, tables: Sequence[Sequence[int]], first: int, stop: int) -> list[int]:
-        """The blocks of tokens ``first .. stop`` of every group, but for those that are gone."""
-        return [
-            number
-            for table, size in zip(tables, self._block_sizes, strict=True)
-            for number in table[first // size : -(-stop // size)]
-            if number != NULL_BLOCK
+    def _blocks(
+        self, tracked: Tracked, tables: Sequence[Sequence[int]], first: int, stop: int
+    ) -> list[int]:
+        """The blocks of tokens ``first .. stop`` of every group, but for those that are gone.
+
+        Of states those that are kept: their groups' tables have others, too.
+        """
+        rows = [
+            block
+            for number, (table, size) in enumerate(zip(tables, self._block_sizes, strict=True))
+            if number not in self._kept.tables
+            for block in table[first // size : -(-stop // size)]
+            if block != NULL_BLOCK
         ]
+        kept = (blocks for end, blocks in tracked.states.items() if first < end <= stop)
+        return [*rows, *(block for blocks in kept for block in blocks.values())]
 
     def _room(self) -> int:
         """How many blocks the next store may read."""
@@ -174,6 +188,11 @@ class Stores:
             job.cancel()
             _log.exception("the cache was not cleared")
             return False
+
+
+def _of_table(tracked: Tracked, table: int) -> dict[int, int]:
+    """By the token they follow, the blocks of the states that are kept of a group of vLLM's."""
+    return {end: blocks[table] for end, blocks in tracked.states.items()}
 
 
 async def _emptied(cache: Cache, saves: Sequence[Save], await_copies: bool) -> bool:

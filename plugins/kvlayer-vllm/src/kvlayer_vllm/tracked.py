@@ -45,6 +45,11 @@ class Tracked:
     """Tokens that need not be stored: they were loaded, or are on their way."""
     has_prompt: bool = False
     """The prompt's tail is stored, too."""
+    has_states: bool = False
+    """Its model keeps recurrent states: a prefix ends where there is one, and nowhere else."""
+    states: dict[int, dict[int, int]] = field(default_factory=dict[int, dict[int, int]])
+    """Those of it that no store has taken yet: by the token they follow, the block in each of
+    vLLM's groups. They are held: ``kept_states``."""
     is_cut: bool = False
     """The last store of it was cut short, since too many blocks were held. A later one goes on."""
 
@@ -66,8 +71,11 @@ class Tracked:
         return self.computed if most is None else min(self.computed, most)
 
     def wanted(self) -> int:
-        """How many tokens from its start it may be given."""
-        count = int(self.request.num_tokens)
+        """How many tokens from its start it may be given.
+
+        One is always left to compute. Rows may be given for it all the same, a state may not.
+        """
+        count = int(self.request.num_tokens) - self.has_states
         return count if self.reach is None else min(count, self.reach)
 
     def looks_from(self, local: int) -> None:

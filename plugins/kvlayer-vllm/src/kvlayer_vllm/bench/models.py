@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["random_model", "save_random", "trained_model"]
+__all__ = ["random_model", "save", "save_random", "trained_model"]
 
 _ENTRIES: dict[str, Any] = {
     "hidden_size": 1024,
@@ -45,6 +45,11 @@ def save_random(model: Any, folder: Path, *, embedding: float = 1.0) -> None:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:  # large enough for the output to depend on the context
                 parameter.normal_(0, embedding if "embed" in name else 0.08)
+    save(model, folder)
+
+
+def save(model: Any, folder: Path) -> None:
+    """Save a model of transformers' in bf16, with a tokenizer for which bytes are tokens."""
     model.to(torch.bfloat16).save_pretrained(folder)
     _save_tokenizer(folder)
 
