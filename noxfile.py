@@ -311,7 +311,9 @@ def campaign(session: nox.Session) -> None:
     more = [name for part in parts if part in ("fuzz", "kernels") for name in group(part)]
     install(session, *group("test"), *more)
     # The engine's environment has everything of the product, with a narrower choice of versions.
-    (install_vllm if {"vllm", "vllm-hybrids", "vllm-gpu"} & parts.keys() else install_product)(session)
+    (install_vllm if {"vllm", "vllm-hybrids", "vllm-gpu"} & parts.keys() else install_product)(
+        session
+    )
     if "vllm-gpu" in parts:
         find_triton(session, partial(install, session))
     runs = [f"--run={part}={','.join(CAMPAIGN[part])}" for part in parts]

@@ -258,8 +258,7 @@ class SchedulerHalf:
         record = self._steps.begin(step)
         for request_id in scheduler_output.preempted_req_ids or ():
             if request_id in self._tracked:
-                self._tracked[request_id].start_over()
-                self._kept.dropped(self._tracked[request_id])
+                self._start_over(self._tracked[request_id])
         self._keep_states(scheduler_output)
         for request_id, count in scheduler_output.num_scheduled_tokens.items():
             if request_id in self._tracked:
@@ -271,6 +270,10 @@ class SchedulerHalf:
         self._promises.land(step, record)
         if step.is_idle and self._hands.is_local:
             step.land = partial(self._promises.land, step, record)
+
+    def _start_over(self, tracked: Tracked) -> None:
+        tracked.start_over()
+        self._kept.dropped(tracked)
 
     def _keep_states(self, scheduler_output: SchedulerOutput) -> None:
         """Hold the states that this step computes at boundaries."""
@@ -292,7 +295,7 @@ class SchedulerHalf:
         """
         record = self._steps.begin(step)
         for tracked in self._tracked.values():
-            tracked.start_over()
+            self._start_over(tracked)
         self._promises.send_failed(step, record)
         self._promises.land(step, record)
 
@@ -382,7 +385,9 @@ class SchedulerHalf:
 
     def figures(self) -> Figures | None:
         """What has happened since the last call, for vLLM's statistics."""
-        return self._stats.take(self.portal.cache, held_blocks=self._held.blocks)
+        return self._stats.take(
+            self.portal.cache, held_blocks=self._held.blocks + self._kept.blocks
+        )
 
     def take_events(self) -> list[Any]:
         """What has happened to blocks in kvlayer's tiers since the last call; none unless asked."""
@@ -395,7 +400,7 @@ class SchedulerHalf:
         neither stored nor given anything from now on; the others are looked up anew.
         """
         for tracked in self._tracked.values():
-            tracked.start_over()
+            self._start_over(tracked)
             if tracked.load is not None or tracked.request.num_computed_tokens:
                 tracked.exclude("the cache was reset while it was computed")
             elif tracked.search is not None:
@@ -403,7 +408,6 @@ class SchedulerHalf:
         self._digests.start_over()
         for tracked in self._tracked.values():  # one that has not run yet will replace all the same
             self._replaced_by(tracked.request)
-        self._kept.give_up()
         is_empty = self._stores.forget()
         self._held.let_go()
         return is_empty
