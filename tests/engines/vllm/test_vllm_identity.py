@@ -120,6 +120,20 @@ def test_scales_that_change_while_serving_are_refused(
         namespace(changed(vllm_config, "cache_config", calculate_kv_scales=True), groups)
 
 
+def state(**changes: Any) -> Any:
+    """vLLM's description of a layer with a recurrent state, as prefix caching has it."""
+    import torch
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    fields: dict[str, Any] = {
+        "block_size": 32,
+        "shapes": ((8, 16), (4, 4)),
+        "dtypes": (torch.float32, torch.float32),
+        "mamba_cache_mode": "align",
+    }
+    return MambaSpec(**{**fields, **changes})
+
+
 # -- groups ------------------------------------------------------------------------------------
 
 
@@ -147,14 +161,15 @@ def test_what_cannot_be_carried_is_refused_by_its_name(
     vllm_config: Any, spec: Any, kv_cache_config: Any
 ) -> None:
     import torch
-    from vllm.v1.kv_cache_interface import MambaSpec
 
-    state = MambaSpec(block_size=32, shapes=((4, 4),), dtypes=(torch.float32,))
     cases = [
-        (kv_cache_config((NAMES, state)), r"group 0 \(MambaSpec, 2 layers\)"),
         (
-            kv_cache_config((NAMES, spec("ChunkedLocalAttentionSpec", attention_chunk_size=64))),
-            "ChunkedLocalAttentionSpec",
+            kv_cache_config((NAMES, state(mamba_cache_mode="none"))),
+            r"group 0 \(MambaSpec, 2 layers\): recurrent states in mode 'none'",
+        ),
+        (
+            kv_cache_config((NAMES, state(num_speculative_blocks=2))),
+            "recurrent states with speculative decoding",
         ),
         (
             kv_cache_config((NAMES, spec("FullAttentionSpec", dtype=torch.uint8))),
@@ -166,6 +181,55 @@ def test_what_cannot_be_carried_is_refused_by_its_name(
     for config, message in cases:
         with pytest.raises(UnsupportedError, match=message):
             engine_groups(vllm_config, config)
+
+
+def test_recurrent_states_are_refused_where_they_were_not_proven(
+    vllm_config: Any, changed: Any, kv_cache_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = kv_cache_config((NAMES, state()))
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        several = changed(vllm_config, "parallel_config", **{name: 2})
+        with pytest.raises(UnsupportedError, match="recurrent states of an engine with 2 ranks"):
+            engine_groups(several, config)
+    monkeypatch.setattr("kvlayer_vllm.groups.platform", lambda: "cuda")
+    with pytest.raises(UnsupportedError, match="recurrent states on cuda"):
+        engine_groups(vllm_config, config)
+
+
+def test_states_are_named_by_all_that_says_what_their_bytes_mean(
+    vllm_config: Any, kv_cache_config: Any
+) -> None:
+    """Another split of as many bytes has another name: nothing of it is ever found."""
+    import torch
+    from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum as Kinds
+
+    long = ((8, 64, 128), (4, 1536), (3, 7), (5, 11), (13, 17), (19, 23))
+    specs = [
+        state(),
+        state(shapes=((16, 8), (4, 4))),
+        state(shapes=((4, 4), (8, 16))),
+        state(dtypes=(torch.float32, torch.bfloat16)),
+        state(mamba_type=Kinds.GDN_ATTN),
+        state(shapes=long, dtypes=(torch.float32,) * 6),
+        state(shapes=long[::-1], dtypes=(torch.float32,) * 6),
+    ]
+    groups = [engine_groups(vllm_config, kv_cache_config((NAMES, each)))[0].group for each in specs]
+    assert len({each.quantisation for each in groups}) == len(groups)
+    assert groups[0].quantisation == "mamba2:8x16+4x4:float32+float32"
+    assert groups[0].state_nbytes == 4 * (8 * 16 + 4 * 4) == groups[1].state_nbytes
+    assert {each.hit_rule for each in groups} == {HitRule.BOUNDARY}
+    assert not groups[0].rope
+
+
+def test_attention_in_chunks_needs_the_last_unfinished_chunk(
+    vllm_config: Any, spec: Any, kv_cache_config: Any
+) -> None:
+    chunked = spec("ChunkedLocalAttentionSpec", attention_chunk_size=64)
+    (found,) = engine_groups(vllm_config, kv_cache_config((NAMES, chunked)))
+    assert found.group.hit_rule is HitRule.CHUNKED and found.group.window_tokens == 64
+    full = kv_cache_config((NAMES, spec("FullAttentionSpec", attention_chunk_size=64)))
+    with pytest.raises(UnsupportedError, match="attention in chunks of 64 tokens"):
+        engine_groups(vllm_config, full)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
