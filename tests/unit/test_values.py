@@ -421,7 +421,8 @@ def test_axes_that_a_kind_cannot_have_are_refused_before_a_cache_opens(
     made = KVGroup(kind, (0,), "float16", 1, 8, state_nbytes=64)  # type: ignore[arg-type]
     with pytest.raises(LayoutError):
         GroupLayout(made, axes)
-    assert GroupLayout(dataclasses.replace(made, kind=AttentionKind.MLA), MLA_BLOCKS)
+    latent = dataclasses.replace(made, kind=AttentionKind.MLA, hit_rule=HitRule.EVERY_CHUNK)
+    assert GroupLayout(latent, MLA_BLOCKS)
 
 
 def test_a_single_salt_is_a_tuple_of_one_and_no_owner_is_nobody() -> None:
