@@ -200,7 +200,7 @@ class Engine:
         """
         half = self.connector.scheduler
         waits = len(half._promises) + len(half._held)
-        return self._fruitless > _MOST_FRUITLESS and not waits
+        return bool(self.live) and self._fruitless > _MOST_FRUITLESS and not waits
 
     # -- what came of it ---------------------------------------------------------------------------
 
