@@ -221,6 +221,41 @@ def test_states_are_named_by_all_that_says_what_their_bytes_mean(
     assert not groups[0].rope
 
 
+def test_models_that_no_cpu_build_runs_are_carried_by_their_specs(
+    vllm_config: Any, spec: Any, kv_cache_config: Any
+) -> None:
+    """Jamba, Kimi-Linear, DeepSeek V3.2: what vLLM would say of their layers."""
+    import torch
+    from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum as Kinds
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+    latent = spec("MLAAttentionSpec", num_kv_heads=1, head_size=576)
+    bf16 = {"dtypes": (torch.bfloat16, torch.float32)}
+    jamba = state(shapes=((512, 3), (512, 16)), mamba_type=Kinds.MAMBA1, **bf16)
+    kimi = state(shapes=((3, 1536), (4, 128, 128)), mamba_type=Kinds.GDN_ATTN, **bf16)
+    indexer = spec("MLAAttentionSpec", num_kv_heads=1, head_size=132, dtype=torch.uint8)
+    both = UniformTypeKVCacheSpecs(
+        block_size=32, kv_cache_specs={"model.layers.0.attn": latent, "model.layers.0.ix": indexer}
+    )
+    cases = {
+        "jamba": [(NAMES[:1], jamba), (NAMES[1:], spec("FullAttentionSpec"))],
+        "kimi": [(NAMES[:1], kimi), (NAMES[1:], latent)],
+        "indexer": [(["model.layers.0.attn", "model.layers.0.ix"], both)],
+    }
+    found = {
+        name: [
+            (str(each.group.kind), str(each.group.hit_rule), each.group.quantisation.split(":")[0])
+            for each in engine_groups(vllm_config, kv_cache_config(*groups))
+        ]
+        for name, groups in cases.items()
+    }
+    assert found == {
+        "jamba": [("state", "boundary", "mamba1"), ("mha", "every-chunk", "")],
+        "kimi": [("state", "boundary", "gdn_attn"), ("mla", "every-chunk", "")],
+        "indexer": [("mla", "every-chunk", ""), ("mla", "every-chunk", "indexer")],
+    }
+
+
 def test_attention_in_chunks_needs_the_last_unfinished_chunk(
     vllm_config: Any, spec: Any, kv_cache_config: Any
 ) -> None:

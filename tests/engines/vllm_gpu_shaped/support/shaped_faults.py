@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from kvlayer import KVView
+from kvlayer import AttentionKind, KVGroup, KVView
 from kvlayer_vllm import engine, layouts
 from kvlayer_vllm.device_order import EngineStream, Queued
 from kvlayer_vllm.held_blocks import HeldBlocks
+from kvlayer_vllm.kept_states import KeptStates
 from kvlayer_vllm.moves import Save
+from kvlayer_vllm.promises import PendingLoads
 from kvlayer_vllm.steps_under_way import StepsUnderWay
 from kvlayer_vllm.tracked import Tracked
 
@@ -90,6 +92,52 @@ def blocks_not_held() -> Generator[None]:
 
 
 @contextmanager
+def states_not_held() -> Generator[None]:
+    """A state that vLLM offers is remembered, and its block is whoever's."""
+
+    class NoPool:
+        def __init__(self, pool: Any) -> None:
+            self.blocks = pool.blocks
+
+        def touch(self, _blocks: Any) -> None: ...
+
+        def free_blocks(self, _blocks: Any) -> None: ...
+
+    bind = KeptStates.bind
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KeptStates, "bind", lambda kept, pool: bind(kept, NoPool(pool)))
+        yield
+
+
+@contextmanager
+def half_a_set() -> Generator[None]:
+    """A hit needs no state at its end."""
+    needed = KVGroup.first_needed
+
+    def without(group: KVGroup, stop: int) -> int:
+        return stop if group.kind is AttentionKind.STATE else needed(group, stop)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KVGroup, "first_needed", without)
+        yield
+
+
+@contextmanager
+def loads_in_the_step() -> Generator[None]:
+    """A state is loaded by the step that goes on from it, which has copied it by then."""
+    make = PendingLoads.__init__
+
+    def waiting(self: PendingLoads, *args: Any, **how: Any) -> None:
+        make(self, *args, **how)
+        self.is_async = False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PendingLoads, "__init__", waiting)
+        yield
+
+
+@contextmanager
 def heads_by_turns() -> Generator[None]:
     """Of more ranks than heads every other is taken for holding the same one, not neighbours."""
 
@@ -134,6 +182,9 @@ FAULTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "found counts": found_counts,
     "last step counts": last_step_counts,
     "blocks not held": blocks_not_held,
+    "states not held": states_not_held,
+    "half a set": half_a_set,
+    "loads in the step": loads_in_the_step,
     "heads by turns": heads_by_turns,
     "copies follow nothing": copies_follow_nothing,
     "copies follow too little": copies_follow_too_little,

@@ -17,7 +17,16 @@ import numpy as np
 import torch
 from gpu_sim import Access
 from shaped_device import Device, blocks_of, rows_of
-from shaped_setting import BLOCK, HEAD_SIZE, Configs, heads_of, layers_of, name_of
+from shaped_setting import (
+    BLOCK,
+    HEAD_SIZE,
+    STATE_LAYERS,
+    Configs,
+    heads_of,
+    layers_of,
+    name_of,
+)
+from shaped_states import States
 from shaped_text import Text
 
 __all__ = ["Batch", "Rank", "WrongRead", "Work"]
@@ -78,16 +87,24 @@ class Rank:
             configs.engine(number), KVConnectorRole.WORKER, kv_cache
         )
         shape = (self._setting.blocks, len(self._heads), BLOCK, 2 * HEAD_SIZE)
-        names = [name for group in kv_cache.kv_cache_groups for name in group.layer_names]
+        groups = [*enumerate(kv_cache.kv_cache_groups)]
+        keeping = groups[len(groups) - len(STATE_LAYERS) :] if self._setting.has_states else []
+        groups = groups[: len(groups) - len(keeping)]
+        names = [name for _, group in groups for name in group.layer_names]
         self._tensors = {name: torch.zeros(shape) for name in names}
         self._bits = {name: each.numpy().view("uint32") for name, each in self._tensors.items()}
         self._groups = {
             name: (index, self._setting.window if index else None)
-            for index, group in enumerate(kv_cache.kv_cache_groups)
+            for index, group in groups
             for name in group.layer_names
         }
+        self._states: States | None = None
+        if keeping:
+            numbers = [index for index, _ in keeping]
+            self._states = States(numbers, STATE_LAYERS, self._setting.blocks)
         self._device = device
-        self.connector.register_kv_caches(device.lent(self._tensors))
+        lent = self._tensors | ({} if self._states is None else self._states.tensors)
+        self.connector.register_kv_caches(device.lent(lent))
         self.wrong: list[WrongRead] = []
         self.reads = 0
 
@@ -101,6 +118,14 @@ class Rank:
         step = self._crossed(output.kv_connector_metadata)
         connector.handle_preemptions(step)
         connector.bind_connector_metadata(step)
+        if self._states is not None:
+            self._states.moves_on(batch)
+            # A runner on a CPU does so at once, and one on a GPU queues it.
+            copy = partial(self._states.copied, batch)
+            if self._setting.depth == 1:
+                copy()
+            else:
+                self._device.queue(batch.number, copy, [], [])
         if output.has_sync_kv_loads:
             connector.start_load_kv(None)
         if batch.works:
@@ -171,13 +196,21 @@ class Rank:
             for work in batch.works:
                 if (wrong := self._wrong_token(work, layer)) is not None:
                     self._note(batch, work, layer, wrong)
+        if self._states is not None:
+            for work in batch.works:
+                for found in self._states.wrong(batch, work):
+                    self._note(batch, work, *found)
+                self._states.computed(batch, work, is_wrong=work.request_id in batch.wrong)
+                self.reads += 1
         for work in batch.works:
             if work.request_id in batch.wrong:  # what follows from garbage is garbage
                 for layer in layers:
                     self._write(work, layer, is_wrong=True)
 
-    def _note(self, batch: Batch, work: Work, layer: int, token: int) -> None:
-        table = work.tables[self._groups[name_of(layer)][0]]
+    def _note(
+        self, batch: Batch, work: Work, layer: int, token: int, group: int | None = None
+    ) -> None:
+        table = work.tables[self._groups[name_of(layer)][0] if group is None else group]
         invalid = batch.answers[self.number].kv_connector_output.invalid_block_ids
         batch.wrong.add(work.request_id)
         self.wrong.append(

@@ -9,10 +9,23 @@ from typing import Any
 
 import torch
 
-__all__ = ["BLOCK", "CHUNK", "HEADS", "HEAD_SIZE", "SETTINGS", "Configs", "Setting"]
+__all__ = [
+    "BLOCK",
+    "CHUNK",
+    "HEADS",
+    "HEAD_SIZE",
+    "SETTINGS",
+    "STATE_LAYERS",
+    "STATE_NBYTES",
+    "Configs",
+    "Setting",
+]
 
 BLOCK, CHUNK = 16, 32
 LAYERS, HEADS, HEAD_SIZE = 2, 2, 16
+STATE_LAYERS = ((2,), (3, 4))
+"""Of two KV groups, where a model has recurrent states."""
+STATE_NBYTES = 64
 _MODEL: dict[str, Any] = {
     "hidden_size": HEADS * HEAD_SIZE,
     "intermediate_size": 64,
@@ -36,6 +49,8 @@ class Setting:
     loads: str = "async"
     window: int | None = None
     """Tokens that the last layer sees; it is a KV group of its own then."""
+    has_states: bool = False
+    """Two more KV groups keep recurrent states, as vLLM does with prefix caching (mode align)."""
     tensor: int = 1
     pipeline: int = 1
     is_remote: bool = False
@@ -68,6 +83,17 @@ SETTINGS = {
         Setting("two steps, zeroed blocks", is_async=True, depth=2, zeroes=True),
         Setting("three steps", is_async=True, depth=3),
         Setting("three steps, a window", is_async=True, depth=3, window=40),
+        Setting("one step, states", has_states=True, blocks=72),
+        Setting("one step, states, a worker elsewhere", has_states=True, is_remote=True, blocks=72),
+        Setting("two steps, states", is_async=True, depth=2, has_states=True, blocks=72),
+        Setting(
+            "three steps, states, a window",
+            is_async=True,
+            depth=3,
+            window=40,
+            has_states=True,
+            blocks=72,
+        ),
         Setting("a GPU, checked", is_async=True, depth=2, zeroes=True, is_gpu=True),
         Setting(
             "two GPU ranks, checked", is_async=True, depth=2, tensor=2, is_remote=True, is_gpu=True
@@ -116,6 +142,9 @@ class Configs:
         self._base.cache_config.block_size = BLOCK
         self._base.cache_config.num_gpu_blocks = setting.blocks
         self._base.cache_config.kv_cache_layout = "LBNHC"
+        if setting.has_states:
+            self._base.cache_config.mamba_cache_mode = "align"
+            self._base.cache_config.mamba_block_size = BLOCK
         parallel = self._base.parallel_config
         parallel.tensor_parallel_size, parallel.pipeline_parallel_size = (
             setting.tensor,
@@ -136,6 +165,7 @@ class Configs:
             FullAttentionSpec,
             KVCacheConfig,
             KVCacheGroupSpec,
+            MambaSpec,
             SlidingWindowSpec,
         )
 
@@ -152,6 +182,17 @@ class Configs:
             groups = [
                 KVCacheGroupSpec(names[:-1], FullAttentionSpec(**fields)),
                 KVCacheGroupSpec(names[-1:], seen),
+            ]
+        if self.setting.has_states:
+            state = MambaSpec(
+                block_size=BLOCK,
+                shapes=((STATE_NBYTES // 4,),),
+                dtypes=(torch.float32,),
+                mamba_cache_mode="align",
+            )
+            groups += [
+                KVCacheGroupSpec([name_of(layer) for layer in layers], state)
+                for layers in STATE_LAYERS
             ]
         kind: Any = KVCacheConfig
         if self.setting.zeroes:  # as for a model with several kinds of state: it does for no other

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from shaped_setting import HEAD_SIZE, HEADS
+from shaped_setting import HEAD_SIZE, HEADS, STATE_NBYTES
 
 __all__ = ["Text"]
 
@@ -44,6 +44,12 @@ class Text:
         while len(self._tokens) < count:
             self._add(self._digests[-1][0] * 7 % _WORDS)
         return self._tokens[:count]
+
+    def state(self, layer: int, count: int) -> NDArray[np.uint8]:
+        """A layer's recurrent state after ``count`` tokens."""
+        self.upto(count)
+        said = self._digests[count - 1] + layer.to_bytes(4, "little")
+        return np.frombuffer(hashlib.blake2b(said, digest_size=STATE_NBYTES).digest(), np.uint8)
 
     def rows(self, layer: int, heads: range, first: int, stop: int) -> NDArray[np.uint32]:
         """KV of tokens ``first .. stop``: ``[head, token, K then V]``."""
