@@ -8,47 +8,47 @@ from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 
-from kvlayer._masked import Mask
 from kvlayer._values import callee, functions, instance
 from kvlayer._version import version
 from kvlayer.abc.backend import Backend, Capability
 from kvlayer.abc.codec import Codec
 from kvlayer.abc.host import HostMemory
 from kvlayer.abc.stager import MakeStager, Stager
-from kvlayer.api.open_cache import OpenCache
-from kvlayer.config.model import CacheConfig, TierConfig
-from kvlayer.config.registry import CODECS, POLICIES, Registry, make_codec, open_backend
-from kvlayer.errors import (
-    BackendError,
-    BackendTimeoutError,
-    ConfigError,
-    IdentityError,
-    KVLayerError,
+from kvlayer.api.lower_tiers import (
+    check_sharing,
+    close_tier,
+    codings_of,
+    lower_tier,
+    masks_of,
+    names_of,
+    open_tier,
 )
+from kvlayer.api.open_cache import OpenCache
+from kvlayer.config.model import CacheConfig
+from kvlayer.config.registry import CODECS, POLICIES, Registry, open_backend
+from kvlayer.errors import ConfigError, IdentityError
 from kvlayer.events import Emitter, Sink
 from kvlayer.identity.keys import PUBLIC_ZONE, ObjectKey
 from kvlayer.identity.namespace import COMPUTE_DTYPES, Namespace
 from kvlayer.identity.weights import parse_weights, process_weights
 from kvlayer.layout import KVLayout
 from kvlayer.memory.slab import Slab
-from kvlayer.results import Cause
-from kvlayer.runtime.foreign import awaited, bounded, words
+from kvlayer.runtime.foreign import awaited
 from kvlayer.runtime.offload import Offload
 from kvlayer.tier.epochs import Epochs
 from kvlayer.tier.guard.estimate import Rate
-from kvlayer.tier.guard.guard import Guard
 from kvlayer.tier.planner.copies import copy_of
 from kvlayer.tier.planner.planner import Planner
 from kvlayer.tier.ranks.rank_team import RankDevice, RankTeam
 from kvlayer.tier.stack import Stack
 from kvlayer.tier.tier import LowerTier, Tier
 from kvlayer.tier.transfer.device import Device, LocalDevice
-from kvlayer.tier.transfer.encodings import Coding, Raw, Segments
+from kvlayer.tier.transfer.encodings import Coding
 from kvlayer.tier.transfer.named import Named
 from kvlayer.tier.transfer.objects import Objects
 from kvlayer.urls import shown_url
 
-__all__ = ["OpenCache", "Stack", "build", "check_namespace", "check_sharing"]
+__all__ = ["OpenCache", "Stack", "build", "check_namespace"]
 
 
 async def build(
@@ -77,11 +77,11 @@ async def build(
         if namespace is None:
             namespace = await _identify(config, layout, resources)
         check_namespace(namespace, layout)
-        codings = _codings(config.tiers, codecs)
+        codings = codings_of(config.tiers, codecs)
         backends = [open_backend(tier.url, backends=registry) for tier in config.tiers]
         host = _host_memory(config, backends)
         check_sharing(namespace, backends)
-        masks = _masks(config)
+        masks = masks_of(config.tiers)
         for index, backend in enumerate(backends[1:], 1):
             encodings = [coding.encoding for coding in codings[index]]
             backends[index] = Named(backend, masks[index], encodings)
@@ -174,34 +174,6 @@ def check_namespace(namespace: Namespace, layout: KVLayout) -> None:
             )
 
 
-def _codings(tiers: Sequence[TierConfig], codecs: Registry[type[Codec]]) -> list[Sequence[Coding]]:
-    """By tier: the encoding it writes, and raw where it may hold some from before."""
-    return [
-        (Segments(make_codec(tier.codec, codecs=codecs)), Raw()) if tier.codec else (Raw(),)
-        for tier in tiers
-    ]
-
-
-def check_sharing(namespace: Namespace, backends: Sequence[Backend]) -> None:
-    """KV of unknown weights must not leave the process: another model's would be served."""
-    if not namespace.is_private:
-        return
-    beyond = {Capability.PERSISTENT, Capability.SHARED}
-    for backend in backends:
-        if backend.capabilities & beyond:
-            raise IdentityError(
-                f"{backend.scheme}:// outlives or is shared beyond this process, but the "
-                "model's weights are not known",
-                hint="set model.weights to the model's folder, or to 'sha256:<64 hex digits>'",
-            )
-
-
-def _masks(config: CacheConfig) -> list[Mask]:
-    """By tier, what hides its options in what its backend says."""
-    public = frozenset(POLICIES.names())
-    return [Mask(tier.url, public=public) for tier in config.tiers]
-
-
 def _host_memory(config: CacheConfig, backends: Sequence[Backend]) -> HostMemory:
     """The first tier."""
     host = backends[0]
@@ -217,38 +189,9 @@ def _tiers(
     config: CacheConfig, backends: Sequence[Backend], emit: Emitter, *, max_nbytes: int
 ) -> tuple[Tier, list[LowerTier]]:
     """Host memory and what is below it, as the stack sees them."""
-    top, *places = (Tier(index, name, emit) for index, name in enumerate(_names(backends)))
+    top, *places = (Tier(index, name, emit) for index, name in enumerate(names_of(backends)))
     below = zip(places, backends[1:], config.tiers[1:], strict=True)
-    return top, [_lower_tier(*each, max_nbytes=max_nbytes) for each in below]
-
-
-def _names(backends: Sequence[Backend]) -> list[str]:
-    """Tier names for reports: the scheme, numbered from its second use on."""
-    seen: dict[str, int] = {}
-    names: list[str] = []
-    for backend in backends:
-        count = seen[backend.scheme] = seen.get(backend.scheme, 0) + 1
-        names.append(backend.scheme if count == 1 else f"{backend.scheme}-{count}")
-    return names
-
-
-def _lower_tier(place: Tier, backend: Backend, tier: TierConfig, *, max_nbytes: int) -> LowerTier:
-    return LowerTier(
-        place.index,
-        place.name,
-        place.emit,
-        backend=backend,
-        guard=Guard(
-            tier.deadline_seconds,
-            tier.max_inflight,
-            max_write_nbytes=tier.max_inflight_bytes or max_nbytes,
-            pause=tier.pause_seconds,
-        ),
-        write=tier.write,
-        tails=tier.tails,
-        is_shared=Capability.SHARED in backend.capabilities,
-        was_empty=Capability.PERSISTENT not in backend.capabilities,
-    )
+    return top, [lower_tier(*each, max_nbytes=max_nbytes) for each in below]
 
 
 async def _enter_tier(
@@ -258,38 +201,11 @@ async def _enter_tier(
     resources: AsyncExitStack,
 ) -> None:
     """Open a tier. It closes with ``resources`` and tells the planner what comes and goes."""
-    await _open_tier(tier)
-    resources.push_async_callback(_close_tier, tier, close_seconds)
+    await open_tier(tier)
+    resources.push_async_callback(close_tier, tier, close_seconds)
     resources.push_async_callback(tier.guard.aclose, close_seconds)
     tier.backend.on_evicted = partial(_evicted, planner, tier)
     tier.backend.on_stored = partial(_stored, planner, tier)
-
-
-async def _open_tier(tier: LowerTier) -> None:
-    seconds = tier.guard.deadline
-    began = asyncio.get_running_loop().time()
-    try:
-        await bounded(tier.backend.open, seconds)
-    except KVLayerError:
-        raise
-    except Exception as exc:
-        if isinstance(exc, TimeoutError) and asyncio.get_running_loop().time() >= began + seconds:
-            raise BackendTimeoutError(
-                f"{tier.name} did not open within {seconds:g} s",
-                hint="raise the tier's deadline_seconds, or leave the tier out",
-            ) from exc
-        raise BackendError(
-            f"{tier.name} did not open: {words(exc)}",
-            hint="correct what it says, or repair the plugin: it should raise BackendError",
-        ) from exc
-
-
-async def _close_tier(tier: LowerTier, seconds: float) -> None:
-    """Close a tier, which holds nothing lent any more: its failure is reported, not raised."""
-    try:
-        await bounded(tier.backend.aclose, seconds)
-    except Exception as exc:  # noqa: BLE001  # foreign code: it must not stop the others' close
-        tier.complains(Cause.TIER_DOWN, f"not closed: {words(exc)}")
 
 
 def _evicted(

@@ -9,6 +9,7 @@ from inspect import isawaitable
 from kvlayer._values import instance, shown_value
 from kvlayer.abc.backend import Capability
 from kvlayer.api import assembly
+from kvlayer.api.lower_tiers import check_sharing
 from kvlayer.api.open_cache import OpenCache
 from kvlayer.errors import ArgumentError, IdentityError
 from kvlayer.events import CacheRebound
@@ -35,7 +36,7 @@ def check(namespace: Namespace, parts: OpenCache) -> None:
                 f"the namespace has {field} = {there!r}, this cache {here!r}",
                 hint="open another cache for it: objects of other sizes or names are not its own",
             )
-    assembly.check_sharing(namespace, [tier.backend for tier in parts.stack.lower])
+    check_sharing(namespace, [tier.backend for tier in parts.stack.lower])
 
 
 async def rebind(
