@@ -160,17 +160,17 @@ def engine_version() -> str:
     return "unknown"
 
 
-def check_version(found: str) -> None:
+def check_version(found: str, tested: tuple[tuple[int, int], tuple[int, int]] = TESTED) -> None:
     """Raise ``UnsupportedError`` outside the tested range.
 
     How steps, blocks and failures are reported has changed between minor versions without an error
     to show for it; KV in the wrong blocks would look like a worse model.
     """
-    first, last = TESTED
+    first, last = tested
     if not first <= _minor(found) <= last:
-        tested = " to ".join(f"{a}.{b}" for a, b in dict.fromkeys(TESTED))
+        versions = " to ".join(f"{a}.{b}" for a, b in dict.fromkeys(tested))
         raise UnsupportedError(
-            f"vLLM {found} is outside the tested range, {tested}",
+            f"vLLM {found} is outside the tested range, {versions}",
             hint="install a tested version, or a newer kvlayer-vllm",
         )
 
