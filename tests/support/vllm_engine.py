@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 import vllm_drafts
 import vllm_states
+import vllm_tiering
 from counting import counted
 from damage import damage_file
 from vllm_beside import BesideServing, config_of, sibling
 from vllm_states import ends, misses, noise, states_are_optional
+from vllm_tiering import leave_offload, offload_state
 from vllm_unusual import converse, embedded
 
 from kvlayer import Cache, Cause, RetrieveReport, Scope
@@ -301,6 +303,8 @@ VERBS = {
         ends,
         misses,
         states_are_optional,
+        leave_offload,
+        offload_state,
         damage_before_load,
         damaged,
         fail_loads,
@@ -324,9 +328,9 @@ def serve(model: str, cache: Any, options: dict[str, Any]) -> None:
     """Until it is told to close, or nobody listens any more.
 
     Loads that a step waits for are served here whatever the version: none fails in these engines.
-    Of the options ``beside`` names the connectors of a ``MultiConnector`` (``vllm_beside``), and
-    ``splits_steps`` is for Mamba 2 (``vllm_states``). What is found is loaded, however fast so
-    small a model computes.
+    Of the options ``beside`` names the connectors of a ``MultiConnector`` (``vllm_beside``),
+    ``behind_vllms_offload`` a tier of its offload (``vllm_tiering``), and ``splits_steps`` is for
+    Mamba 2 (``vllm_states``). What is found is loaded, however fast so small a model computes.
     """
     cache = cache if cache is None else {"report_prefill": False, **cache}
     engine.RECOMPUTES_IN_STEP = engine.TESTED[0]
@@ -336,9 +340,12 @@ def serve(model: str, cache: Any, options: dict[str, Any]) -> None:
         vllm_drafts.prepare()
     if options.pop("splits_steps", False):
         vllm_states.without_checkpoints()
-    if order := options.pop("beside", None):
+    if tier := options.pop("behind_vllms_offload", None):
+        transfer = vllm_tiering.config_of(tier)
+        serving: Serving = Serving(model, **{**options, "kv_transfer_config": transfer})
+    elif order := options.pop("beside", None):
         transfer = config_of(order, cache)
-        serving: Serving = BesideServing(model, **{**options, "kv_transfer_config": transfer})
+        serving = BesideServing(model, **{**options, "kv_transfer_config": transfer})
     else:
         serving = Serving(model, cache=cache, **options)
     vllm_drafts.watch(serving.core.scheduler)

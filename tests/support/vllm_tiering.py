@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 
-__all__ = ["Offload", "content_of", "key_of", "spec_of"]
+from kvlayer_vllm.bench.serving import Serving
+
+__all__ = [
+    "Offload",
+    "config_of",
+    "content_of",
+    "key_of",
+    "leave_offload",
+    "offload_state",
+    "spec_of",
+]
 
 CHUNKS = 8  # of host memory
 
@@ -140,3 +150,50 @@ class Offload:
     def close(self) -> None:
         self._rows.release()
         self.manager.shutdown()
+
+
+# -- in an engine of its own -----------------------------------------------------------------------
+
+
+def config_of(tier: dict[str, Any]) -> Any:
+    """vLLM's offload with this tier, on a CPU: its copies alone are replaced."""
+    from vllm.config import KVTransferConfig
+
+    return KVTransferConfig(
+        kv_connector="OffloadingConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={
+            "cpu_bytes_to_use": 64 << 20,
+            "spec_name": "TieringOnCpu",
+            "spec_module_path": "kvlayer_vllm.bench.offload",
+            "secondary_tiers": [tier],
+        },
+    )
+
+
+def _manager(serving: Serving) -> Any:
+    return serving.connector.connector_scheduler.manager
+
+
+def leave_offload(serving: Serving) -> Any:
+    """What was stored is in the tier alone: neither in vLLM's blocks nor in its host memory."""
+    serving.rest()
+    while not serving.core.reset_prefix_cache(False, True):
+        serving.engine.step()
+
+
+def offload_state(serving: Serving) -> Any:
+    """Of the tier, whether it is on, and what it has done."""
+    (tier,) = _manager(serving).secondary_tiers
+    portal = getattr(tier, "_portal", None)
+    if portal is None:
+        return {"on": False}
+    stats = portal.subject.stats()
+    return {
+        "on": True,
+        "namespace": portal.subject.namespace.digest,
+        "hits": [each.hits for each in stats],
+        "stored": [each.stored for each in stats],
+        "verdicts": len(tier._verdicts),
+        "running": tier._running,
+    }

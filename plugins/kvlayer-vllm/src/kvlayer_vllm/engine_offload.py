@@ -90,7 +90,8 @@ def offloading_engine() -> tuple[VllmConfig, KVCacheConfig]:
     while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, KVConnectorBase_V1):
-            return caller._vllm_config, caller._kv_cache_config
+            held = vars(caller)
+            return held["_vllm_config"], held["_kv_cache_config"]
         frame = frame.f_back
     raise UnsupportedError(
         "no connector of vLLM's has made this tier, so that the model's weights are not known",
