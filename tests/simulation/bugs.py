@@ -1,4 +1,4 @@
-"""Ten planted bugs, one for each scenario, as patches of one function each.
+"""Eleven planted bugs, one for each scenario, as patches of one function each.
 
 A patch names the text it takes away, which has to be there exactly once: where the product has
 moved on, planting fails and says so, in place of proving nothing.
@@ -16,6 +16,7 @@ from typing import Any
 
 from kvlayer.tier.epochs import Epochs
 from kvlayer.tier.guard.guard import Guard
+from kvlayer.tier.planner import plan
 from kvlayer.tier.planner.holdings import Holdings
 from kvlayer.tier.planner.host import HostTier
 from kvlayer.tier.planner.lease import LeaseTable
@@ -25,7 +26,7 @@ from kvlayer.tier.stack import Stack
 from kvlayer.tier.storing import Storing
 from kvlayer_backends.file.ledger import Ledger
 
-__all__ = ["BUGS", "RACES", "UNCHECKED", "Bug"]
+__all__ = ["BUGS", "RACES", "UNCHECKED", "UNPLACED", "Bug"]
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,22 @@ BUGS = {
         if taken is not None:
             taken.give_back()""",
     ),
+    "sparse_states": Bug(
+        "a hit ends without a state of one of the groups",
+        plan.ending,
+        "for g in ends]",
+        "for g in ends[:-1]]",
+    ),
 }
 """By the scenario that is meant to find it."""
+
+UNPLACED = Bug(
+    "a hit that became shorter is loaded where the view has no slot for its state",
+    Stack.retrieve,
+    "if not self._has_place(view, window, bound):",
+    "if False:",
+)
+"""For ``sparse_states``, beside its own."""
 
 UNCHECKED = Bug(
     "what was gathered is served without a look at its epoch",

@@ -10,6 +10,7 @@ import torch
 from processes import BLOCK, CHUNK, SLACK, Process
 from world import DIM, LONGEST, PUBLIC, Prompt
 
+from kvlayer.api.hit import PrefixHit
 from kvlayer.errors import BackendError
 from kvlayer.layout import KVView
 from kvlayer.results import RetrieveReport, StoreReport
@@ -30,6 +31,24 @@ class Client:
 
     def _view(self, length: int, first: int = 0) -> KVView:
         return KVView([[self.memory]], [self._slots[: length - first]])
+
+    def learn(self, prompt: Prompt, length: int) -> list[bytes]:
+        return self.world.learn(self.cache, prompt, length)
+
+    def compute(self, prompt: Prompt, length: int, first: int) -> KVView:
+        """The KV of a prompt from token ``first`` on, in the engine's memory."""
+        self._flat[:, : length - first] = self.world.kv[:, prompt.rows[first:length]]
+        return self._view(length, first)
+
+    def make_room(self, prompt: Prompt, length: int, hit: PrefixHit) -> KVView:
+        """The engine's memory, for a load."""
+        return self._view(length)
+
+    def check_served(self, prompt: Prompt, tokens: int) -> None:
+        """Raise unless the memory has the KV of so many tokens."""
+        served = self._flat[:, :tokens]
+        if not torch.equal(served, self.world.kv[:, prompt.rows[:tokens]]):
+            raise invariants.Broken(f"wrong bytes were served, among {tokens} tokens")
 
     def taken_back(self) -> None:
         """From here on nobody may write to the memory, and what it holds is nobody's KV."""
@@ -52,15 +71,13 @@ class Client:
         self.check_that_it_is_ours()
         self._left = None
         first = min(first, length)
-        hashes = self.world.learn(self.cache, prompt, length)
-        self._flat[:, : length - first] = self.world.kv[:, prompt.rows[first:length]]
+        hashes = self.learn(prompt, length)
+        view = self.compute(prompt, length, first)
         since, written = self.process.now(), len(hashes) + 1
         try:
             report = await self.process.timed(
                 "store",
-                self.cache.store(
-                    prompt.tokens[:length], self._view(length, first), first_token=first
-                ),
+                self.cache.store(prompt.tokens[:length], view, first_token=first),
                 written * self.process.patience if within is None else within,
             )
         finally:
@@ -94,7 +111,8 @@ class Client:
                 invariants.answered("lookup", took, within=within)
                 if pause:
                     await asyncio.sleep(pause)
-                work = self.cache.retrieve(hit, self._view(length), deadline=deadline)
+                view = self.make_room(prompt, length, hit)
+                work = self.cache.retrieve(hit, view, deadline=deadline)
                 most = (len(hit.spans) + 1) * len(self.cache.stack.lower) * within + SLACK
                 if deadline is not None:
                     most = min(most, deadline + SLACK)
@@ -103,9 +121,7 @@ class Client:
                 raise invariants.Broken(f"{report.tokens} tokens of a hit of {hit.tokens}")
             if report.tokens < hit.tokens and not report.failed:
                 raise invariants.Broken("a shorter prefix than was found, and no cause")
-            served = self._flat[:, : report.tokens]
-            if not torch.equal(served, self.world.kv[:, prompt.rows[: report.tokens]]):
-                raise invariants.Broken(f"wrong bytes were served, among {report.tokens} tokens")
+            self.check_served(prompt, report.tokens)
         finally:
             self.taken_back()
         self.world.counts["loaded"] += report.tokens
@@ -114,7 +130,7 @@ class Client:
 
     async def drop(self, prompt: Prompt, length: int = LONGEST, tier: str | None = "cpu") -> None:
         """Evict a prompt on request: from host memory, or (``None``) from everywhere."""
-        hashes = self.world.learn(self.cache, prompt, length)
+        hashes = self.learn(prompt, length)
         try:
             within = 4 * self.process.patience
             work = self.cache.control.evict(prompt.tokens[:length], tier=tier)

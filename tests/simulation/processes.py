@@ -48,7 +48,13 @@ class Below:
 
 @asynccontextmanager
 async def opened(
-    world: World, *below: Below, pages: int = 12, name: str = "", high: float = 1.0, **config: Any
+    world: World,
+    *below: Below,
+    pages: int = 12,
+    name: str = "",
+    high: float = 1.0,
+    layout: KVLayout = LAYOUT,
+    **config: Any,
 ) -> AsyncGenerator[Process]:
     """A cache in a process of its own, until the block ends.
 
@@ -75,7 +81,7 @@ async def opened(
     world.processes.append(process)
     async with Cache.open(
         settings,
-        LAYOUT,
+        layout,
         sinks=[process.hear],
         backends=BACKENDS.extended(schemes),
     ) as cache:

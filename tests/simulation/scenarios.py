@@ -14,6 +14,7 @@ import full_memory
 import janitor_hand_over
 import lease_expiry
 import rebinding
+import sparse_states
 import two_planners
 from world import Scenario, World, play
 
@@ -30,6 +31,7 @@ SCENARIOS: dict[str, Scenario] = {
     "two_planners": two_planners.play,
     "full_memory": full_memory.play,
     "rebinding": rebinding.play,
+    "sparse_states": sparse_states.play,
 }
 
 

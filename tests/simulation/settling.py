@@ -18,10 +18,12 @@ from kvlayer.tier.guard.guard import Lane
 MAX_PAUSE = 60.0  # of a breaker
 
 
-async def settle(process: Process, *, is_lossless: bool = True) -> None:
+async def settle(
+    process: Process, *, is_lossless: bool = True, reader: Client | None = None
+) -> None:
     """Heal every tier, let every deadline pass, and look whether all is well.
 
-    ``is_lossless``: no tier lied about what it stored.
+    ``is_lossless``: no tier lied about what it stored. ``reader``: an engine of the process.
     """
     for backend in process.backends:
         heal(backend)
@@ -40,7 +42,7 @@ async def settle(process: Process, *, is_lossless: bool = True) -> None:
     for tier in cache.stack.lower:
         if not tier.guard.serves:
             raise invariants.Broken(f"{tier.name} is well again, and is not asked any more")
-    reader = Client(process)
+    reader = reader or Client(process)
     for prompt in process.world.prompts:
         report = await reader.load(prompt, LONGEST)
         for _ in range(LONGEST // CHUNK):  # each finds out one that is not where it seemed

@@ -1,4 +1,4 @@
-"""The simulator finds bugs: each of ten that are planted, by a seed that finds it every time."""
+"""The simulator finds bugs: each of eleven that are planted, by a seed that finds it every time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import Any
 
 import pytest
-from bugs import BUGS, UNCHECKED
+from bugs import BUGS, UNCHECKED, UNPLACED
 from scenarios import SCENARIOS, FoundError, brief, play_seed
 
 BUDGET = 2000  # seeds; what a campaign plays of each scenario
@@ -51,6 +51,12 @@ def test_kv_of_new_weights_under_a_name_of_old_ones_is_found(arena: Path) -> Non
     assert any("wrong bytes" in reason for reason in reasons), reasons
     with UNCHECKED.planted():
         assert {_reason("rebinding", seed, arena) for seed in range(10)} == {""}
+
+
+def test_a_load_into_a_view_that_has_no_place_for_its_state_is_found(arena: Path) -> None:
+    with UNPLACED.planted():
+        reasons = {_reason("sparse_states", seed, arena) for seed in range(40)}
+    assert any("no place for its state" in reason for reason in reasons), reasons
 
 
 def _reason(name: str, seed: int, arena: Path) -> str:

@@ -27,6 +27,15 @@ MUST_HAPPEN = {
     "two_planners": ["loaded", "damaged"],
     "rebinding": ["loaded", "stored", "rebound", "straddled", "stores cut", "loads cut"],
     "full_memory": ["loaded", "stored", "prefetched", "held every slot"],
+    "sparse_states": [
+        "at a state",
+        "found",
+        "half a set",
+        "no place",
+        "damaged",
+        "vanished",
+        "cancelled",
+    ],
 }
 """A scenario in which these never happen has proved nothing."""
 

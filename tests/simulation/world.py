@@ -59,6 +59,8 @@ class World:
         """What the objects of a chunk begin with, by its hash."""
         self.of: dict[tuple[str, bytes], bytes] = {}
         """The same in namespaces where it is something else, by namespace and hash."""
+        self.kept: dict[tuple[bytes, int], bytes] = {}
+        """The same of a model of several KV groups, by hash and group."""
         self.processes: list[Process] = []
         self.prompts: list[Prompt] = []
         rows: dict[bytes, int] = {}
@@ -90,6 +92,8 @@ class World:
         return [span.hash for span in spans]
 
     def bytes_of(self, key: ObjectKey) -> bytes | None:
+        if self.kept:
+            return self.kept.get((key.end_hash, key.part.group))
         return self.of.get((key.namespace, key.end_hash), self.right.get(key.end_hash))
 
     def lies_in_directory(self, chunk_hash: bytes) -> bool:
