@@ -69,20 +69,20 @@ def full_group() -> KVGroup:
     return KVGroup(AttentionKind.MHA, (0, 2), "float32", 2, 8)
 
 
-def window_group(window_tokens: int = 20) -> KVGroup:
-    """Sliding-window attention."""
+def window_group(window_tokens: int = 20, rule: HitRule = HitRule.TRAILING) -> KVGroup:
+    """Sliding-window attention, or with ``HitRule.CHUNKED`` that within attention chunks."""
     return KVGroup(
         AttentionKind.MHA,
         (1,),
         "float32",
         2,
         8,
-        hit_rule=HitRule.TRAILING,
+        hit_rule=rule,
         window_tokens=window_tokens,
     )
 
 
-def state_group() -> KVGroup:
+def state_group(nbytes: int = 64) -> KVGroup:
     """A recurrent state: only the one at the end of a hit matters."""
     return KVGroup(
         AttentionKind.STATE,
@@ -90,7 +90,7 @@ def state_group() -> KVGroup:
         "float32",
         hit_rule=HitRule.TRAILING,
         window_tokens=1,
-        state_nbytes=64,
+        state_nbytes=nbytes,
     )
 
 
@@ -108,6 +108,24 @@ def hybrid_layout(window_tokens: int = 20) -> KVLayout:
             GroupLayout(state_group(), STATE_BLOCKS, 4),
         )
     )
+
+
+def chunked_layout(window_tokens: int = 48) -> KVLayout:
+    """Full attention, local attention in chunks and a state."""
+    local = window_group(window_tokens, HitRule.CHUNKED)
+    return KVLayout(
+        (
+            GroupLayout(full_group(), NHD, 4),
+            GroupLayout(local, NHD, 4),
+            GroupLayout(state_group(), STATE_BLOCKS, 4),
+        )
+    )
+
+
+def states_layout() -> KVLayout:
+    """Full attention and two groups of states: a page of each for a chunk."""
+    states = GroupLayout(state_group(), STATE_BLOCKS, 4)
+    return KVLayout((GroupLayout(full_group(), NHD, 4), states, states))
 
 
 def make_planner(

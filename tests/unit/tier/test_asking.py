@@ -3,94 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from array import array
 from collections.abc import Iterable, Sequence
 
 import pytest
+from asked import FULL, STATE, WINDOW, Tiers, key, long_chain, long_planner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stacks import (
     CHUNK,
-    NAMESPACE,
     Rig,
     chain_of,
     check_accounts,
+    chunked_layout,
     hybrid_layout,
     make_planner,
     make_rig,
     pattern,
     plain_layout,
-    whole,
 )
 
-from kvlayer._steps import finish
 from kvlayer.abc.backend import SizeResult
 from kvlayer.errors import BackendError
-from kvlayer.eviction.lru import PrefixLRU
-from kvlayer.identity.keys import ChunkChain, ObjectKey, Part, Scope, Span
-from kvlayer.layout import KVLayout, KVView
+from kvlayer.identity.keys import ChunkChain, ObjectKey, Span
+from kvlayer.layout import HitRule, KVGroup, KVLayout, KVView
 from kvlayer.results import Cause
 from kvlayer.testing.sim import in_virtual_time
-from kvlayer.tier.planner.match import Match
-from kvlayer.tier.planner.planner import Planner
 from kvlayer.tier.planner.records import HostState
 from kvlayer.tier.stack import Window
 
-FULL, WINDOW, STATE = Part(0, (0, 2), (0, 2)), Part(1, (0, 1), (0, 2)), Part(2, (0, 1), None)
-
-
-def key(chain: ChunkChain, span: Span, part: Part = FULL) -> ObjectKey:
-    return ObjectKey.of(NAMESPACE, chain.zone(span), span.hash, span.tokens, part)
-
-
-class Tiers:
-    """Answers a planner's questions from sets of keys, and counts them."""
-
-    def __init__(self, planner: Planner, *held: Iterable[ObjectKey]) -> None:
-        self.planner = planner
-        self.held = [set(keys) for keys in held]
-        self.asked: list[list[ObjectKey]] = []
-        """By round, what the first tier was asked."""
-
-    def look(self, chain: ChunkChain, now: float = 0.0, *, every: bool = False) -> Match:
-        search = self.planner.search(self.planner.match(chain), every=every)
-        while questions := finish(self.planner.questions(search, 0b11 << 1, now)):
-            self.asked += [keys for tier, keys in questions if tier == 1]
-            for tier, keys in questions:
-                assert len(set(keys)) == len(keys)
-                there = [k for k in keys if k in self.held[tier - 1]]
-                self.planner.note(there, tier)
-                self.planner.absent(set(keys) - set(there), tier, now)
-        leased = self.planner.lease_match(chain, search.runs, whole, owner="", seconds=1e9)
-        assert leased is not None
-        return leased[0]
-
-    @property
-    def keys(self) -> int:
-        return sum(map(len, self.asked))
-
-
 # -- how much is asked -----------------------------------------------------------------------------
-
-
-def long_chain(count: int) -> ChunkChain:
-    return ChunkChain(
-        array("i", range(count)), Scope(), tokens_per_chunk=256, tokens_per_tail=32
-    ).named_in(NAMESPACE)
-
-
-def long_planner() -> Planner:
-    return Planner(
-        NAMESPACE,
-        plain_layout(),
-        tiers=["host", "one", "two"],
-        capacity=1 << 20,
-        policy=PrefixLRU,
-        tokens_per_chunk=256,
-        tokens_per_tail=32,
-        clock=lambda: 0.0,
-        wall_clock=lambda: 0.0,
-    )
 
 
 @pytest.mark.parametrize(
@@ -184,8 +125,7 @@ def usable(chain: ChunkChain, layout: KVLayout, there: set[ObjectKey], *, whole:
         ends = [spans] + [[*spans, tail] for tail in chain.tails(count) if has_tails]
         for path in ends:
             stop = path[-1].stop if path else 0
-            windows = [held.group.window_tokens for held in layout.groups]
-            firsts = [0 if w is None else max(0, stop - w) for w in windows]
+            firsts = [_first(held.group, stop) for held in layout.groups]
             if all(
                 key(chain, span, part) in there
                 for part, first in zip(parts, firsts, strict=True)
@@ -196,12 +136,29 @@ def usable(chain: ChunkChain, layout: KVLayout, there: set[ObjectKey], *, whole:
     return max(reached)
 
 
-@settings(max_examples=150, deadline=None)
+def _first(group: KVGroup, stop: int) -> int:
+    """The first token that a hit of ``stop`` tokens needs of a group."""
+    window = group.window_tokens or 0
+    match group.hit_rule:
+        case HitRule.EVERY_CHUNK:
+            return 0
+        case HitRule.TRAILING:
+            return max(0, stop - window)
+        case HitRule.CHUNKED:
+            return stop // window * window
+        case HitRule.BOUNDARY:
+            return max(0, stop - 1)
+
+
+LAYOUTS = [plain_layout(), hybrid_layout(20), hybrid_layout(70), chunked_layout(48)]
+
+
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_a_prompt_without_holes_is_found_as_if_every_chunk_had_been_asked_about(
     data: st.DataObject,
 ) -> None:
-    layout = data.draw(st.sampled_from([plain_layout(), hybrid_layout(20), hybrid_layout(70)]))
+    layout = data.draw(st.sampled_from(LAYOUTS))
     chain = chain_of(data.draw(st.integers(0, CHUNK * 70)))
     parts = [FULL, WINDOW, STATE][: len(layout.groups)]
     stops = [data.draw(st.integers(0, len(chain))) for _ in range(2)]

@@ -11,10 +11,9 @@ from stacks import (
     NAMESPACE,
     chain_of,
     check_accounts,
-    full_group,
     make_planner,
     plain_layout,
-    state_group,
+    states_layout,
 )
 from stacks import store as store_all
 
@@ -23,19 +22,13 @@ from kvlayer.eviction.arc import ARC
 from kvlayer.eviction.lfu import LFU
 from kvlayer.eviction.lru import LRU, PrefixLRU
 from kvlayer.identity.keys import ChunkChain
-from kvlayer.layout import NHD, STATE_BLOCKS, GroupLayout, KVLayout
+from kvlayer.layout import KVLayout
 from kvlayer.results import Cause
 from kvlayer.tier.planner.planner import Planner
 from kvlayer.tier.planner.records import HostState, ObjectRecord
 
 FULL, STATE, OTHER = 0, 1, 2
-LAYOUT = KVLayout(
-    (
-        GroupLayout(full_group(), NHD, 4),
-        GroupLayout(state_group(), STATE_BLOCKS, 4),
-        GroupLayout(state_group(), STATE_BLOCKS, 4),
-    )
-)
+LAYOUT = states_layout()
 """A page of attention for each chunk; two pages of states where there are states."""
 
 

@@ -50,6 +50,8 @@ class Search:
         rules = [group.hit_rule for group in groups]
         self._every_chunk = [g for g, rule in enumerate(rules) if rule is HitRule.EVERY_CHUNK]
         self._at_end = [g for g, rule in enumerate(rules) if rule is not HitRule.EVERY_CHUNK]
+        self._windows = [g for g in self._at_end if rules[g] is not HitRule.BOUNDARY]
+        """What a hit with a tail needs before the tail: its state is the tail's."""
         self._at_once = _BACK if HitRule.BOUNDARY in rules else 0
         """So many chunks back a first question reaches, at least."""
         self.chain: ChunkChain = match.chain
@@ -158,8 +160,10 @@ class Search:
         """What is lacking for the longest hit that is not yet known to be impossible."""
         while self._at_end:
             asked_from = boundary if self._back is None else self._back
-            end = self._possible(boundary, asked_from)
-            first = min(self._window(g, end) for g in self._at_end)
+            end, groups = self._possible(boundary, asked_from, self._windows), self._windows
+            if end < boundary or not self._matcher.has_tail(self.chain, boundary):
+                end, groups = self._possible(boundary, asked_from, self._at_end), self._at_end
+            first = min((self._window(g, end) for g in groups), default=asked_from)
             if not end or first >= asked_from:
                 break
             back = self._at_once if self._back is None else max(boundary - asked_from, _BACK)
@@ -169,11 +173,11 @@ class Search:
                 return keys
         return []
 
-    def _possible(self, boundary: int, asked_from: int) -> int:
-        """The longest hit, in chunks, if all that was not asked about is there."""
+    def _possible(self, boundary: int, asked_from: int, groups: Sequence[int]) -> int:
+        """The longest hit of these groups, in chunks, if all that was not asked about is there."""
         end = boundary
         while end:
-            gap = max((self._gap(g, end, asked_from) for g in self._at_end), default=-1)
+            gap = max((self._gap(g, end, asked_from) for g in groups), default=-1)
             if gap < 0:
                 break
             end = gap

@@ -268,6 +268,14 @@ class Matcher:
                 keys += self._keys(chain, tail, g)
         return keys
 
+    def has_tail(self, chain: ChunkChain, index: int) -> bool:
+        """Whether all groups have a tail that may stand in the place of a full chunk."""
+        for tail in chain.tails(index):
+            zone = chain.zone(tail)
+            if None not in self._directory.covers(chain.namespace, tail.hash, tail.tokens, zone):
+                return True
+        return False
+
     def leading(self, chain: ChunkChain) -> Iterator[list[ChunkRecord]]:
         """What is known of a prompt's full chunks, and of what leads there in their place.
 

@@ -135,7 +135,7 @@ class StorePlanner:
 
     def _plan_span(self, span: Span, todo: StorePlan, now: Moment) -> bool:
         chain = todo.chain
-        if not _is_exact(chain) and (there := self._exactly(chain, span, todo.dead)):
+        if not _is_exact(chain) and (there := self._exactly(span, todo)):
             todo.skipped.append((span, there))
             return True
         known: list[ObjectRecord] = []
@@ -174,14 +174,21 @@ class StorePlanner:
             todo.skipped.append((span, tuple(known)))
         return True
 
-    def _exactly(self, chain: ChunkChain, span: Span, dead: int) -> tuple[ObjectRecord, ...]:
-        """What serves a span as exact KV: nobody needs an approximation of it."""
-        record = self._matcher.record(_exact(chain), span)
+    def _exactly(self, span: Span, todo: StorePlan) -> tuple[ObjectRecord, ...]:
+        """What serves a span as exact KV, where that is all that the engine has of it.
+
+        Nobody needs an approximation of it then.
+        """
+        record = self._matcher.record(_exact(todo.chain), span)
         if record is None:
             return ()
-        covers = self._directory.covers_of(record)
+        covers = [
+            cover
+            for g, cover in enumerate(self._directory.covers_of(record))
+            if self._groups[g].hit_rule is HitRule.EVERY_CHUNK or todo.holds(g, span)
+        ]
         found = tuple(each for cover in covers for each in cover or ())
-        is_there = all(f.host is HostState.READY or f.tiers & ~dead for f in found)
+        is_there = all(f.host is HostState.READY or f.tiers & ~todo.dead for f in found)
         return found if is_there and None not in covers else ()
 
     def _supersede(self, chain: ChunkChain, span: Span) -> None:

@@ -26,6 +26,10 @@ from kvlayer.tier.transfer.questions import Questions
 
 __all__ = ["Finder"]
 
+_TRIES = 4
+"""So many shorter hits are tried as they come. After that each is at most half of the last, or what
+host memory has."""
+
 
 class Finder:
     """Asks the tiers what the directory does not know, and says what of it is worth loading."""
@@ -241,18 +245,23 @@ class Finder:
         dead = self._dead(match.chain)
         if (not dead and rate is None) or match.is_resident:
             return match
-        best, most = match.first(0), 0.0
+        best, most, tried = match.first(0), 0.0, 0
         while match.spans:
             needs = yield from self._needs(match, dead)
             stops = [span.stop for span in match.spans[: len(needs)]]
             takes = self._takes if rate else _no_time
             saved = yield from plan.savings(stops, needs, takes, rate or 1.0)
-            # A shorter hit may need other windows and save less than the longer one did.
+            # A shorter hit may need other windows and states and save less than the longer one did.
             if len(needs) == len(match.spans) and saved[-1] > most:
                 best, most = match, saved[-1]
-            count = plan.worthwhile(saved)
-            if count == len(match.spans):
+            # It never saves more: it needs all that the longer one needs of the same spans.
+            if max(saved, default=0.0) <= most:
                 break
+            tried += 1
+            count = plan.worthwhile(saved)
+            if tried > _TRIES:  # each costs a walk along the prompt
+                resident = next((i for i, need in enumerate(needs) if need), len(needs))
+                count = min(count, max(resident, len(match.spans) // 2))
             match = yield from self._planner.shortened(match, count)
         return best
 
