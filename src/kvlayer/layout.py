@@ -93,7 +93,8 @@ class KVGroup:
     many tokens before the end of a hit must be present) and to ``HitRule.CHUNKED`` (the tokens of
     an attention chunk). Of a ``STATE`` group only the state at the end of a hit matters: its rule
     is always ``BOUNDARY``, its window 1 unless one is given, and no other kind has that rule.
-    ``state_nbytes`` is the size of one layer's state. ``quantisation`` names the format of rows
+    ``state_nbytes`` is the size of one layer's state, which every rank has all of: where each rank
+    has a share of it, the group cannot be described. ``quantisation`` names the format of rows
     that are more than elements of ``dtype``: those with scales among their bytes, say, such as
     ``fp8_per_token_head``. Formats of one size are different groups; ``head_size`` and
     ``v_head_size`` then only cut the row in two.
