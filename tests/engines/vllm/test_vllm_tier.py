@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import random
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import vllm_models
+from hang import HANG
 from vllm_desk import LAYERS
 from vllm_tiering import CHUNKS, Offload, content_of, key_of, spec_of
 
@@ -435,3 +438,52 @@ def test_a_hybrid_is_found_after_a_restart_as_by_vllms_own_cache(
     second("leave_offload")
     assert second("offload_state")["hits"][0] > 0
     second.close()
+
+
+def test_a_question_that_is_left_when_it_is_shut_down_is_asked_of_nobody(offload: Any) -> None:
+    at = offload(MEMORY)
+    own = at.request()
+    assert at.tier.lookup(key_of(1), own).name == "RETRY"
+    at.tier.shutdown()
+    at.step()
+    assert at.tier.lookup(key_of(1), own).name == "MISS"
+    at.over(own)
+
+
+def test_memory_that_a_tier_will_not_let_go_of_is_not_given_up(
+    vllm_config: Any,
+    kv_cache_config: Any,
+    spec: Any,
+    no_cache_home: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Shutting down says so, and vLLM then keeps what the tier may still touch."""
+    from kvlayer.bench.sick import SickTier
+    from kvlayer_vllm.tier import manager
+
+    ill = SickTier.fresh()
+    go_on = threading.Event()
+    seen = threading.Event()
+
+    async def stubborn(backend: Any, writes: Any) -> Any:
+        seen.set()
+        while not go_on.is_set():
+            try:
+                await asyncio.sleep(0.01)
+            except asyncio.CancelledError:
+                continue
+        return [None for _ in writes]
+
+    monkeypatch.setattr(ill, "put", stubborn)
+    monkeypatch.setattr(manager, "BACKENDS", manager.BACKENDS.extended({"sick": ill}))
+    groups = kv_cache_config((LAYERS, spec("FullAttentionSpec")))
+    tiers = [{"url": "sick://", "deadline_seconds": 60.0}]
+    at = Offload(vllm_config, groups, {**TIER, "tiers": tiers, "close_seconds": 0.2})
+    own = at.request()
+    at.manager.prepare_store([key_of(1)], own)
+    at.manager.complete_store([key_of(1)], own)
+    assert seen.wait(HANG)
+    with pytest.raises(RuntimeError, match="1 jobs of kvlayer's tier have not let go"):
+        at.tier.shutdown()
+    assert [*at.tier.get_finished_jobs()] == []
+    go_on.set()

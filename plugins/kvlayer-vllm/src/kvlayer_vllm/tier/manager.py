@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
-from concurrent.futures import Future
 from functools import partial
 from threading import Condition
 from typing import Any, ClassVar, NamedTuple, TypeAlias
@@ -20,6 +19,7 @@ from kvlayer.abc.backend import Capability
 from kvlayer.api.object_store import ObjectStore
 from kvlayer.config.registry import BACKENDS, open_backend
 from kvlayer.errors import ClosedError, ForkedError, UnsupportedError
+from kvlayer.runtime.job import Job
 from kvlayer.runtime.loop_thread import LoopThread
 from kvlayer.telemetry.log import LogSink
 from kvlayer_vllm.engine_offload import (
@@ -165,8 +165,9 @@ class KVLayerTier(SecondaryTierManager):
             found = [False] * len(keys) if failed else job.result()
             self._verdicts.hear([*zip(keys, found, strict=True)])
 
+        if self._portal is None:  # shut down with questions left
+            return
         try:
-            assert self._portal is not None
             job = self._portal.submit(ObjectStore.contains, [name_of(key) for key in keys])
         except (ClosedError, ForkedError):
             self._verdicts.hear([(key, False) for key in keys])
@@ -205,9 +206,11 @@ class KVLayerTier(SecondaryTierManager):
         except (ClosedError, ForkedError):
             self._over(task, None)
         else:
-            job.add_done_callback(partial(self._has_ended, task))
+            job.add_done_callback(lambda _: self._is_done(task, job))
 
-    def _has_ended(self, task: _Task, job: Future[Moved]) -> None:
+    def _is_done(self, task: _Task, job: Job[Moved]) -> None:
+        if not job.has_ended:  # left behind by a portal that was closed: its memory is in use
+            return
         failed = job.cancelled() or job.exception() is not None
         self._over(task, None if failed else job.result())
 
