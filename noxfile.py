@@ -308,6 +308,8 @@ def campaign(session: nox.Session) -> None:
     parser.add_argument("--part", action="append", choices=sorted(CAMPAIGN), help="only this part")
     wanted, rest = parser.parse_known_args(session.posargs)
     parts = dict.fromkeys(wanted.part or CAMPAIGN)
+    if "vllm" in parts:
+        parts.pop("vllm-hybrids", None)  # it is some of those
     more = [name for part in parts if part in ("fuzz", "kernels") for name in group(part)]
     install(session, *group("test"), *more)
     # The engine's environment has everything of the product, with a narrower choice of versions.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hang import HANG
 
 from kvlayer_vllm.bench.serving import Serving
 
@@ -16,10 +18,12 @@ __all__ = [
     "Offload",
     "config_of",
     "content_of",
+    "folder_tier",
     "key_of",
     "leave_offload",
     "offload_state",
     "spec_of",
+    "tier_of",
 ]
 
 CHUNKS = 8  # of host memory
@@ -46,6 +50,16 @@ def spec_of(vllm_config: Any, kv_cache_config: Any, tier: dict[str, Any], **extr
     spec = TieringOffloadingSpec(build_offloading_config(config, kv_cache_config))
     spec.num_chunks = CHUNKS
     return spec
+
+
+def tier_of(*tiers: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """``KVLayerTier`` as ``secondary_tiers`` names it."""
+    named = {"type": "KVLayerTier", "module_path": "kvlayer_vllm.tier"}
+    return {**named, "tiers": [*tiers], **options}
+
+
+def folder_tier(folder: Path) -> dict[str, Any]:
+    return {"url": f"file://{folder}", "deadline_seconds": HANG}
 
 
 def key_of(number: int, group: int = 0) -> Any:

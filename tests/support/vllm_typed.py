@@ -1,14 +1,16 @@
 """Checks what the adapter asks of vLLM against a release of it that has no build for CPUs.
 
 ``python vllm_typed.py WHEEL SOURCES``, in an environment with the engine and basedpyright.
-The adapter holds vLLM's objects as ``Any`` and reaches vLLM through ``kvlayer_vllm.engine`` alone.
+The adapter holds vLLM's objects as ``Any`` and reaches vLLM through ``kvlayer_vllm.engine`` and
+``kvlayer_vllm.engine_offload`` alone.
 In a copy of it the real classes stand there instead, and a type checker looks up every attribute,
 call and hook in the sources of the installed engine and of the wheel, neither of which is imported.
 A finding that the installed engine does not have, for which the tests run, fails; so does a control
 that is not found.
 
 A checker does not read strings. What the adapter asks for by ``getattr`` must be declared somewhere
-in the wheel, and every hook of the connector in one of the classes that it inherits from.
+in the wheel, and every hook of the connector and of the tier in one of the classes that it inherits
+from.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +35,7 @@ ADAPTER = Path(kvlayer_vllm.__file__).parent
 CORE = Path(kvlayer.__file__).parents[1]
 
 _V1 = "vllm.distributed.kv_transfer.kv_connector.v1"
+_OFFLOAD = "vllm.v1.kv_offload"
 HOME = {
     "VllmConfig": "vllm.config",
     "KVTransferConfig": "vllm.config",
@@ -50,11 +54,23 @@ HOME = {
     "KVConnectorTransferResults": f"{_V1}.base",
     "KVConnectorStats": f"{_V1}.metrics",
     "KVConnectorPromMetrics": f"{_V1}.metrics",
+    "OffloadingSpec": f"{_OFFLOAD}.base",
+    "ReqContext": f"{_OFFLOAD}.base",
+    "LookupResult": f"{_OFFLOAD}.base",
+    "RequestOffloadingContext": f"{_OFFLOAD}.base",
+    "TransferJob": f"{_OFFLOAD}.tiering.base",
+    "SecondaryTierManager": f"{_OFFLOAD}.tiering.base",
+    "JobResult": f"{_OFFLOAD}.tiering.base",
+    "Locality": f"{_OFFLOAD}.base",
+    "Medium": f"{_OFFLOAD}.base",
 }
-"""Where vLLM has what ``kvlayer_vllm.engine`` declares."""
+"""Where vLLM has what ``kvlayer_vllm.engine`` and ``kvlayer_vllm.engine_offload`` declare."""
+
+LEFT_OUT = ["bench", "__pycache__"]
 
 CONTROL = """
 from kvlayer_vllm.engine import KVCacheManager, KVConnectorBase_V1, Request
+from kvlayer_vllm.engine_offload import ReqContext, SecondaryTierManager
 
 def gone(request: Request) -> object:
     return request.an_attribute_that_is_gone
@@ -64,8 +80,18 @@ def another_parameter(manager: KVCacheManager) -> object:
 
 class Hooks(KVConnectorBase_V1):
     def on_new_request(self, one: object, too_many: object) -> None: ...
+
+def gone_too(context: ReqContext) -> object:
+    return context.an_attribute_that_is_gone
+
+class Tier(SecondaryTierManager):
+    def lookup(self, one: object) -> object: ...
 """
-CONTROLS = {"reportAttributeAccessIssue", "reportCallIssue", "reportIncompatibleMethodOverride"}
+CONTROLS = {
+    "reportAttributeAccessIssue": 2,
+    "reportCallIssue": 1,
+    "reportIncompatibleMethodOverride": 2,
+}
 
 
 class Finding(NamedTuple):
@@ -118,7 +144,7 @@ def _import(name: str) -> ast.AST:
 def typed_copy(folder: Path) -> None:
     """The adapter with vLLM's own types, and the controls, below ``folder``."""
     copy = folder / "kvlayer_vllm"
-    shutil.copytree(ADAPTER, copy, ignore=shutil.ignore_patterns("bench", "__pycache__"))
+    shutil.copytree(ADAPTER, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
     for path in copy.rglob("*.py"):
         typed = _Typed()
         tree: ast.Module = typed.visit(ast.parse(path.read_text()))
@@ -147,7 +173,7 @@ def findings(folder: Path, engine: Path | None) -> set[Finding]:
         if each["severity"] == "error"
     }
     controls = {each for each in found if each.file == "control.py"}
-    if {each.rule for each in controls} != CONTROLS:
+    if Counter(each.rule for each in controls) != CONTROLS:
         raise SystemExit(f"the controls were not found, so nothing was checked: {controls}")
     return found - controls
 
@@ -155,10 +181,14 @@ def findings(folder: Path, engine: Path | None) -> set[Finding]:
 # -- what a type checker does not see --------------------------------------------------------------
 
 
+def _sources() -> list[Path]:
+    return [path for path in ADAPTER.rglob("*.py") if not {*LEFT_OUT} & {*path.parts}]
+
+
 def asked_by_name() -> set[str]:
     """Attributes of vLLM's that the adapter asks for by ``getattr`` or a list of names."""
     found: set[str] = set()
-    for path in ADAPTER.glob("*.py"):
+    for path in _sources():
         for node in ast.walk(ast.parse(path.read_text())):
             match node:
                 case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(str(name)), *_]):
@@ -185,29 +215,32 @@ def declared(folder: Path) -> set[str]:
     return found
 
 
-def hooks() -> set[str]:
-    """The public methods of the connector: vLLM calls them by these names."""
-    tree = ast.parse((ADAPTER / "connector.py").read_text())
-    (connector,) = (each for each in tree.body if isinstance(each, ast.ClassDef))
+def hooks(file: str, base: str) -> set[str]:
+    """The public methods of the class that inherits from ``base``: vLLM calls them by name."""
     return {
-        each.name
-        for each in connector.body
-        if isinstance(each, ast.FunctionDef) and not each.name.startswith("_")
+        method.name
+        for each in ast.parse((ADAPTER / file).read_text()).body
+        if isinstance(each, ast.ClassDef)
+        if base in {inherited.id for inherited in each.bases if isinstance(inherited, ast.Name)}
+        for method in each.body
+        if isinstance(method, ast.FunctionDef) and not method.name.startswith("_")
     }
 
 
-def methods(folder: Path) -> set[str]:
-    """The methods of the classes that the connector inherits from."""
-    base = folder.joinpath(*HOME["KVConnectorBase_V1"].split(".")).with_suffix(".py")
+def methods(folder: Path, base: str) -> set[str]:
+    """The methods of the classes that stand where a base class does."""
+    path = folder.joinpath(*HOME[base].split(".")).with_suffix(".py")
     return {
         method.name
-        for each in ast.parse(base.read_text()).body
+        for each in ast.parse(path.read_text()).body
         if isinstance(each, ast.ClassDef)
         for method in each.body
         if isinstance(method, ast.FunctionDef)
     }
 
 
+HOOKS = {"connector.py": "KVConnectorBase_V1", "tier/manager.py": "SecondaryTierManager"}
+"""Where the adapter has what vLLM calls, and the class that says so."""
 OWN = {"introduction", "is_on", "scheduler"}
 """The connector's own: no hooks."""
 OF_OTHERS = {"shape", "layer_types", "rope_parameters"}
@@ -222,8 +255,9 @@ def problems(folder: Path, engine: Path, known: set[Finding]) -> Iterator[str]:
         yield f"{each.file}: {each.message} ({each.rule})"
     for name in sorted(asked_by_name() - OF_OTHERS - GONE - declared(engine)):
         yield f"nothing in it is called {name!r}"
-    for name in sorted(hooks() - OWN - methods(engine)):
-        yield f"there is no hook {name!r}"
+    for file, base in HOOKS.items():
+        for name in sorted(hooks(file, base) - OWN - methods(engine, base)):
+            yield f"{file}: there is no hook {name!r}"
 
 
 def unpack(wheel: Path, folder: Path) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "masks_of",
     "names_of",
     "open_tier",
+    "outlives",
 ]
 
 
@@ -45,13 +46,17 @@ def masks_of(tiers: Sequence[TierConfig]) -> list[Mask]:
     return [Mask(tier.url, public=public) for tier in tiers]
 
 
+def outlives(backend: Backend) -> bool:
+    """Whether what a backend holds outlives this process, or is shared with others."""
+    return bool(backend.capabilities & {Capability.PERSISTENT, Capability.SHARED})
+
+
 def check_sharing(namespace: Namespace, backends: Sequence[Backend]) -> None:
     """KV of unknown weights must not leave the process: another model's would be served."""
     if not namespace.is_private:
         return
-    beyond = {Capability.PERSISTENT, Capability.SHARED}
     for backend in backends:
-        if backend.capabilities & beyond:
+        if outlives(backend):
             raise IdentityError(
                 f"{backend.scheme}:// outlives or is shared beyond this process, but the "
                 "model's weights are not known",
@@ -70,6 +75,10 @@ def names_of(backends: Sequence[Backend]) -> list[str]:
 
 
 def lower_tier(place: Tier, backend: Backend, tier: TierConfig, *, max_nbytes: int) -> LowerTier:
+    """A backend behind a guard, as ``tier`` says; ``place`` has its number and its name.
+
+    ``max_nbytes``: of what waits to be written, where ``tier`` sets no bound.
+    """
     return LowerTier(
         place.index,
         place.name,
@@ -89,6 +98,11 @@ def lower_tier(place: Tier, backend: Backend, tier: TierConfig, *, max_nbytes: i
 
 
 async def open_tier(tier: LowerTier) -> None:
+    """Open a tier's backend, within its deadline.
+
+    Raises ``BackendTimeoutError`` where that takes longer, what the backend raises of kvlayer's
+    errors, and ``BackendError`` for whatever else it raises.
+    """
     seconds = tier.guard.deadline
     began = asyncio.get_running_loop().time()
     try:

@@ -16,7 +16,7 @@ from sys import maxsize
 
 from kvlayer._values import functions, instance
 from kvlayer._version import version
-from kvlayer.abc.backend import Backend, Capability, Damaged
+from kvlayer.abc.backend import Backend, Damaged
 from kvlayer.abc.codec import Codec
 from kvlayer.api.lower_tiers import (
     check_sharing,
@@ -150,12 +150,6 @@ class ObjectStore:
                 )
 
     @property
-    def is_shared(self) -> bool:
-        """Whether a tier outlives this process or is shared with others."""
-        beyond = {Capability.PERSISTENT, Capability.SHARED}
-        return any(tier.backend.capabilities & beyond for tier in self.tiers)
-
-    @property
     def nbytes(self) -> int:
         """Of one object."""
         return self._payload.body_nbytes
@@ -170,13 +164,9 @@ class ObjectStore:
         return [tier.health() for tier in self.tiers]
 
     def stats(self) -> list[TierStats]:
-        """Of each tier, what it has done so far."""
+        """Of each tier, what it has done so far. ``objects`` is 0: nobody here counts them."""
         return [
-            tier.stats(
-                tier.figure("objects") or 0,
-                tier.figure("used_nbytes") or 0,
-                tier.figure("capacity_nbytes"),
-            )
+            tier.stats(0, tier.figure("used_nbytes") or 0, tier.figure("capacity_nbytes"))
             for tier in self.tiers
         ]
 
@@ -185,8 +175,9 @@ class ObjectStore:
     async def contains(self, names: Sequence[bytes]) -> list[bool]:
         """Which of these objects some tier says it has. A hint: only a read is certain.
 
-        Takes no longer than the tiers' deadlines together. What a tier does not answer in time, or
-        is not asked for now, counts as absent there.
+        Takes no longer than the tiers' deadlines together. What a tier does not answer in time,
+        answers with an error or is not asked for now counts as absent there, and as the tier's
+        trouble.
         """
         found = [False] * len(names)
         for tier in self.tiers:
@@ -215,8 +206,9 @@ class ObjectStore:
             if not call.was_cancelled:
                 tier.fails(Cause.TIER_DOWN, words(call.error))
             return nowhere
-        tier.works()
-        return [isinstance(size, int) for size in call.result()]
+        sizes = call.result()
+        tier.answered(sizes, is_late=call.was_late)
+        return [isinstance(size, int) for size in sizes]
 
     async def load(self, name: bytes, regions: Sequence[memoryview]) -> Outcome:
         """Fill ``regions``, :attr:`nbytes` in all, from the nearest tier that has the object whole.

@@ -28,7 +28,7 @@ from kvlayer.tier.planner.lease import Lease
 from kvlayer.tier.planner.match import Match
 from kvlayer.tier.planner.planner import REBOUND, Planner
 from kvlayer.tier.planner.records import ObjectRecord
-from kvlayer.tier.storing import Stored, Storing, moved
+from kvlayer.tier.storing import Stored, Storing, has_slots, moved
 from kvlayer.tier.tier import LowerTier, Tier
 from kvlayer.tier.transfer.demotion import Demotion
 from kvlayer.tier.transfer.device import Device
@@ -190,10 +190,14 @@ class Stack:
 
     def _rebound(self, match: Match, bound: Window) -> RetrieveReport:
         """Nothing of a match is served: its epoch is over."""
+        return self._nothing(match, bound, Cause.REBOUND, REBOUND)
+
+    def _nothing(self, match: Match, bound: Window, cause: Cause, detail: str) -> RetrieveReport:
+        """The report of a load that brings nothing, from the first span on that it was to bring."""
         at = bisect_right(match.spans, bound.start, key=lambda span: span.stop)
         lost = [span for span in match.spans[at : at + 1] if span.start < bound.stop]
-        self.host.refused(Cause.REBOUND)
-        failed = tuple(Failure(span, Cause.REBOUND, self.host.name, REBOUND) for span in lost)
+        self.host.refused(cause)
+        failed = tuple(Failure(span, cause, self.host.name, detail) for span in lost)
         return RetrieveReport(bound.start, failed)
 
     def _has_place(self, view: KVView, window: Window, bound: Window) -> bool:
@@ -208,22 +212,17 @@ class Stack:
             if layout.group.hit_rule is HitRule.EVERY_CHUNK or first >= bound.stop:
                 continue
             at = max(first, bound.start) - window.start
-            slots = view.slots[g][at : bound.stop - window.start]
-            if int(slots.min() if hasattr(slots, "min") else min(slots)) < 0:
+            if not has_slots(view, g, at, bound.stop - window.start):
                 return False
         return True
 
     def _no_place(self, match: Match, bound: Window) -> RetrieveReport:
         """Nothing of a match is loaded: the view was made for a longer one."""
-        at = bisect_right(match.spans, bound.start, key=lambda span: span.stop)
-        lost = match.spans[at : at + 1]
         detail = (
             f"what is left of the hit ends at token {bound.stop}, and the view has no slots for "
             "the window or the state there"
         )
-        self.host.refused(Cause.VANISHED)
-        failed = tuple(Failure(span, Cause.VANISHED, self.host.name, detail) for span in lost)
-        return RetrieveReport(bound.start, failed)
+        return self._nothing(match, bound, Cause.VANISHED, detail)
 
     def _usable(self, match: Match, first: Span, done: int, bound: Window) -> int:
         """Tokens of the correct prefix after ``done`` spans from ``first`` on were scattered."""

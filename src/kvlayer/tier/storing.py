@@ -32,7 +32,7 @@ from kvlayer.tier.transfer.spills import Write
 if TYPE_CHECKING:
     from kvlayer.tier.stack import Stack
 
-__all__ = ["Stored", "Storing", "moved"]
+__all__ = ["Stored", "Storing", "has_slots", "moved"]
 
 _SLICE = 6  # spans planned per turn of the loop: some 20 us each, or 70 where others must go
 _PART = 32  # spans gathered at once: others stage in between
@@ -298,5 +298,10 @@ def _holds(
     That is every token, or the state after the last one.
     """
     first = span.stop - 1 if kinds[group] is AttentionKind.STATE else span.start
-    slots = view.slots[group][first - view_start : span.stop - view_start]
+    return has_slots(view, group, first - view_start, span.stop - view_start)
+
+
+def has_slots(view: KVView, group: int, first: int, stop: int) -> bool:
+    """Whether a view has a slot for each of its tokens ``first .. stop``, which are some."""
+    slots = view.slots[group][first:stop]
     return int(slots.min() if hasattr(slots, "min") else min(slots)) >= 0

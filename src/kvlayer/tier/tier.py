@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from kvlayer.abc.backend import Backend
+from kvlayer.abc.backend import Backend, SizeResult
+from kvlayer.errors import BackendError
 from kvlayer.events import (
     Emitter,
     ObjectsEvicted,
@@ -278,6 +279,21 @@ class LowerTier(Tier):
         """A call was admitted that asks whether ``keys`` objects are there."""
         self.questions += 1
         self.asked_keys += keys
+
+    def answered(self, sizes: Sequence[SizeResult], *, is_late: bool) -> None:
+        """It has said of each object asked about whether it is there. An error is not an absence.
+
+        ``is_late``: after the deadline, which says nothing good of it.
+        """
+        errors = [size for size in sizes if isinstance(size, BackendError)]
+        if errors and len(errors) == len(sizes):
+            self.fails(Cause.TIER_DOWN, words(errors[0]))
+            return
+        if not is_late:
+            self.works()
+        if errors:
+            detail = f"{len(errors)} of {len(sizes)} keys: {words(errors[0])}"
+            self.complains(Cause.TIER_DOWN, detail)
 
     def begins(self, direction: str, key: ObjectKey, nbytes: int) -> None:
         """A call was admitted that moves one object."""

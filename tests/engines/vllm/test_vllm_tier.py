@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,12 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import vllm_models
 from hang import HANG
 from vllm_desk import LAYERS
-from vllm_tiering import CHUNKS, Offload, content_of, key_of, spec_of
-
-TIER = {"type": "KVLayerTier", "module_path": "kvlayer_vllm.tier"}
+from vllm_tiering import CHUNKS, Offload, content_of, folder_tier, key_of, spec_of, tier_of
 
 
 @pytest.fixture
@@ -30,8 +26,7 @@ def offload(
 
     def make(*tiers: dict[str, Any], config: Any = None, **options: Any) -> Offload:
         groups = kv_cache_config((LAYERS, spec("FullAttentionSpec")))
-        tier = {**TIER, "tiers": [*tiers], **options}
-        made.append(Offload(config or vllm_config, groups, tier))
+        made.append(Offload(config or vllm_config, groups, tier_of(*tiers, **options)))
         return made[-1]
 
     yield make
@@ -39,19 +34,35 @@ def offload(
         each.close()
 
 
-def disk(folder: Path, **more: Any) -> dict[str, Any]:
-    return {"url": f"file://{folder}", "deadline_seconds": 60.0, **more}
+MEMORY = {"url": "cpu://?capacity=64MiB", "deadline_seconds": HANG}
+SICK = {"url": "sick://", "deadline_seconds": HANG, "pause_seconds": 0.05}
 
 
-MEMORY = {"url": "cpu://?capacity=64MiB", "deadline_seconds": 60.0}
+@pytest.fixture
+def ill(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What ``sick://`` is: in good health, and patient until :func:`falls_ill`."""
+    from kvlayer.bench.sick import SickTier
+    from kvlayer_vllm.tier import manager
+
+    tier = SickTier.fresh()
+    monkeypatch.setattr(manager, "BACKENDS", manager.BACKENDS.extended({"sick": tier}))
+    return tier
+
+
+def falls_ill(ill: Any, sickness: str, at: Offload, deadline: float) -> None:
+    """Or is well again. With a deadline of seconds: a busy machine may miss a short one."""
+    from kvlayer.bench.sick import Sickness
+
+    at.tier._portal.subject.tiers[0].guard.deadline = deadline
+    ill.sickness = Sickness(sickness)
 
 
 def test_chunks_are_stored_and_promoted_by_a_fresh_manager(offload: Any, tmp_path: Path) -> None:
-    first = offload(disk(tmp_path))
+    first = offload(folder_tier(tmp_path))
     first.store([1, 2, 3])
     first.forget()
     assert first.found(2) == content_of(2, first.nbytes)
-    second = offload(disk(tmp_path))
+    second = offload(folder_tier(tmp_path))
     for number in (1, 2, 3):
         assert second.found(number) == content_of(number, second.nbytes)
     assert second.found(4) is None
@@ -123,7 +134,7 @@ def test_a_damaged_chunk_is_a_miss_for_everybody_and_is_stored_again(
 ) -> None:
     from kvlayer_vllm.tier.naming import name_of
 
-    at = offload(disk(tmp_path))
+    at = offload(folder_tier(tmp_path))
     at.store([1, 2])
     at.forget()
 
@@ -145,7 +156,7 @@ def test_a_damaged_chunk_is_a_miss_for_everybody_and_is_stored_again(
 
 
 def test_more_chunks_than_fit_go_through_the_tier(offload: Any, tmp_path: Path) -> None:
-    at = offload(disk(tmp_path))
+    at = offload(folder_tier(tmp_path))
     for number in range(3 * CHUNKS):
         at.store([number])
     for number in range(3 * CHUNKS):
@@ -153,23 +164,16 @@ def test_more_chunks_than_fit_go_through_the_tier(offload: Any, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("sickness", ["dead", "slow"])
-def test_a_sick_tier_is_a_miss_and_holds_nobody_up(
-    sickness: str, offload: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from kvlayer.bench.sick import Sickness, SickTier
-    from kvlayer_vllm.tier import manager
-
-    ill = SickTier.fresh()
-    monkeypatch.setattr(manager, "BACKENDS", manager.BACKENDS.extended({"sick": ill}))
-    at = offload({"url": "sick://", "deadline_seconds": 0.25, "pause_seconds": 0.05})
+def test_a_sick_tier_is_a_miss_and_holds_nobody_up(sickness: str, offload: Any, ill: Any) -> None:
+    at = offload(SICK)
     at.store([1])
     at.forget()
-    ill.sickness = Sickness(sickness)
+    falls_ill(ill, sickness, at, ill.deadline)
     for _ in range(5):
         assert at.found(1) is None
     at.store([2])  # vLLM's host memory has it, whatever becomes of the tier
     assert at.found(2) == content_of(2, at.nbytes)
-    ill.sickness = Sickness.HEALTHY
+    falls_ill(ill, "healthy", at, HANG)
     while at.found(1) is None:  # it is tried again by itself
         at.step()
     at.forget()
@@ -177,21 +181,16 @@ def test_a_sick_tier_is_a_miss_and_holds_nobody_up(
 
 
 def test_a_tier_that_hangs_in_a_load_is_told_to_stop_and_then_the_chunk_is_a_miss(
-    offload: Any, monkeypatch: pytest.MonkeyPatch
+    offload: Any, ill: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvlayer.bench.sick import Sickness, SickTier
-    from kvlayer_vllm.tier import manager
-
-    ill = SickTier.fresh()
-    monkeypatch.setattr(manager, "BACKENDS", manager.BACKENDS.extended({"sick": ill}))
-    at = offload({"url": "sick://", "deadline_seconds": 0.25})
+    at = offload(SICK)
     at.store([1])
     at.forget()
     asked = ill.contains
 
     async def contains(backend: Any, keys: Any) -> Any:
         found = await asked(backend, keys)
-        ill.sickness = Sickness.DEAD  # from now on
+        falls_ill(ill, "dead", at, ill.deadline)  # from now on
         return found
 
     monkeypatch.setattr(ill, "contains", contains)
@@ -210,25 +209,25 @@ def changed_config(vllm_config: Any, part: str, **fields: Any) -> Any:
 def test_other_weights_hashes_or_dtypes_are_other_names(
     offload: Any, vllm_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at = offload(disk(tmp_path))
+    at = offload(folder_tier(tmp_path))
     at.store([1])
     others = [
-        offload(disk(tmp_path), model={"weights": "sha256:" + "1" * 64}),
-        offload(disk(tmp_path), model={"overrides": {"mine": 1}}),
+        offload(folder_tier(tmp_path), model={"weights": "sha256:" + "1" * 64}),
+        offload(folder_tier(tmp_path), model={"overrides": {"mine": 1}}),
         offload(
-            disk(tmp_path),
+            folder_tier(tmp_path),
             config=changed_config(
                 vllm_config, "cache_config", prefix_caching_hash_algo="sha256_cbor"
             ),
         ),
     ]
     monkeypatch.setenv("PYTHONHASHSEED", "7")  # another beginning of all hashes
-    others.append(offload(disk(tmp_path)))
+    others.append(offload(folder_tier(tmp_path)))
     for other in others:
         assert other.tier._portal is not None
         assert other.found(1) is None
     monkeypatch.undo()
-    assert offload(disk(tmp_path)).found(1) == content_of(1, at.nbytes)
+    assert offload(folder_tier(tmp_path)).found(1) == content_of(1, at.nbytes)
 
 
 def test_hashes_that_begin_with_a_random_number_stay_in_the_process(
@@ -247,7 +246,7 @@ def test_hashes_that_begin_with_a_random_number_stay_in_the_process(
     monkeypatch.setattr("vllm.utils.hashing.get_hash_fn_by_name", lambda _: quick)
     monkeypatch.setattr(kv_cache_utils, "_NON_CRYPTO_HASH_FUNCTIONS", frozenset({quick}))
     with caplog.at_level("WARNING", "vllm.kvlayer"):
-        shared = offload(disk(tmp_path))
+        shared = offload(folder_tier(tmp_path))
     assert "begin with a random number in each process" in caplog.text
     shared.store([1])
     shared.forget()
@@ -314,7 +313,7 @@ def test_mistakes_in_its_options_are_errors_when_the_engine_starts(
     from kvlayer.errors import ConfigError, UnknownSchemeError
 
     with pytest.raises(ConfigError, match="tier"):
-        offload(disk(tmp_path), teirs=1)
+        offload(folder_tier(tmp_path), teirs=1)
     with pytest.raises(UnknownSchemeError, match="flie"):
         offload({"url": "flie:///x"})
     with pytest.raises(ValueError, match="NOWHERE"):
@@ -329,23 +328,18 @@ def test_without_a_connector_it_is_off_and_says_why(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     groups = kv_cache_config((LAYERS, spec("FullAttentionSpec")))
-    made = spec_of(vllm_config, groups, {**TIER, "tiers": [MEMORY]})
+    made = spec_of(vllm_config, groups, tier_of(MEMORY))
     with caplog.at_level("WARNING", "vllm.kvlayer"):
         manager = made.get_manager()
     assert "kvlayer's tier is off: no connector of vLLM's has made this tier" in caplog.text
     manager.shutdown()
 
 
-def test_shutting_down_waits_for_what_is_under_way_and_lets_go_of_the_memory(
-    offload: Any, monkeypatch: pytest.MonkeyPatch
+def test_shutting_down_waits_for_what_is_under_way_and_then_has_no_memory_of_vllms(
+    offload: Any, ill: Any
 ) -> None:
-    from kvlayer.bench.sick import Sickness, SickTier
-    from kvlayer_vllm.tier import manager
-
-    ill = SickTier.fresh()
-    monkeypatch.setattr(manager, "BACKENDS", manager.BACKENDS.extended({"sick": ill}))
-    at = offload({"url": "sick://", "deadline_seconds": 60.0})
-    ill.sickness = Sickness.DEAD
+    at = offload(SICK)
+    falls_ill(ill, "dead", at, HANG)
     own = at.request()
     keys = [key_of(1)]
     at.manager.prepare_store(keys, own)
@@ -364,82 +358,6 @@ def test_shutting_down_waits_for_what_is_under_way_and_lets_go_of_the_memory(
     at.tier.shutdown()
 
 
-# -- in a whole engine ----------------------------------------------------------------------------
-
-OPTIONS: dict[str, Any] = {
-    "max_num_batched_tokens": 256,
-    "max_model_len": 1024,
-    "num_gpu_blocks_override": 64,
-    "enable_prefix_caching": True,
-    "dtype": "float32",
-}
-ANSWER = 12
-
-
-def behind(folder: Path, **more: Any) -> dict[str, Any]:
-    return {"behind_vllms_offload": {**TIER, "tiers": [disk(folder)], **more}}
-
-
-def test_engines_share_chunks_and_find_them_after_a_restart(
-    tiny: Path, prompts: Any, expected: Any, tmp_path: Path, engine_process: Any
-) -> None:
-    asked = [*prompts["single"][4:8], *prompts["chunked"]]
-    first = engine_process(tiny, None, **OPTIONS, **behind(tmp_path))
-    second = engine_process(tiny, None, **OPTIONS, **behind(tmp_path))
-    for prompt in asked:
-        ((answer, cached),) = first("ask", [prompt], ANSWER)
-        assert (tuple(answer), cached) == (expected[tuple(prompt)], 0)
-    first("leave_offload")
-    assert first("offload_state")["stored"][0] > 0
-
-    def all_found(process: Any) -> None:
-        for prompt in asked:
-            ((answer, cached),) = process("ask", [prompt], ANSWER)
-            assert tuple(answer) == expected[tuple(prompt)]
-            assert cached == len(prompt) // 32 * 32
-        process("leave_offload")
-
-    all_found(second)  # it runs, and has stored nothing
-    all_found(first)
-    states = [first("offload_state"), second("offload_state")]
-    assert states[0]["namespace"] == states[1]["namespace"]
-    assert all(each["hits"][0] > 0 for each in states)
-    assert all((each["verdicts"], each["running"]) == (0, 0) for each in states)
-    first.close()
-    second.close()
-    third = engine_process(tiny, None, **OPTIONS, **behind(tmp_path))
-    all_found(third)
-    third.close()
-
-
-def test_a_hybrid_is_found_after_a_restart_as_by_vllms_own_cache(
-    tmp_path: Path, engine_process: Any
-) -> None:
-    model = vllm_models.hybrid("nemotron-h", tmp_path / "nemotron-h")
-    options = {**OPTIONS, "splits_steps": True}
-    numbers = random.Random(3)
-    asked = [[numbers.randrange(300, 512) for _ in range(count)] for count in (700, 410)]
-    alone = engine_process(model, None, **options)
-    for prompt in asked:
-        alone("answers", [prompt], ANSWER)
-    own = [alone("answers", [prompt], ANSWER)[0] for prompt in asked]
-    alone.close()
-    first = engine_process(model, None, **options, **behind(tmp_path / "kv"))
-    for prompt in asked:
-        first("answers", [prompt], ANSWER)
-    first("leave_offload")
-    first.close()
-    second = engine_process(model, None, **options, **behind(tmp_path / "kv"))
-    for prompt, answer in zip(asked, own, strict=True):
-        (found,) = second("answers", [prompt], ANSWER)
-        assert found[:2] == answer[:2]
-        drift = max(abs(a[0] - b[0]) for a, b in zip(found[2], answer[2], strict=True))
-        assert drift < 1e-4
-    second("leave_offload")
-    assert second("offload_state")["hits"][0] > 0
-    second.close()
-
-
 def test_a_question_that_is_left_when_it_is_shut_down_is_asked_of_nobody(offload: Any) -> None:
     at = offload(MEMORY)
     own = at.request()
@@ -455,13 +373,10 @@ def test_memory_that_a_tier_will_not_let_go_of_is_not_given_up(
     kv_cache_config: Any,
     spec: Any,
     no_cache_home: None,
+    ill: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Shutting down says so, and vLLM then keeps what the tier may still touch."""
-    from kvlayer.bench.sick import SickTier
-    from kvlayer_vllm.tier import manager
-
-    ill = SickTier.fresh()
     go_on = threading.Event()
     seen = threading.Event()
 
@@ -475,10 +390,8 @@ def test_memory_that_a_tier_will_not_let_go_of_is_not_given_up(
         return [None for _ in writes]
 
     monkeypatch.setattr(ill, "put", stubborn)
-    monkeypatch.setattr(manager, "BACKENDS", manager.BACKENDS.extended({"sick": ill}))
     groups = kv_cache_config((LAYERS, spec("FullAttentionSpec")))
-    tiers = [{"url": "sick://", "deadline_seconds": 60.0}]
-    at = Offload(vllm_config, groups, {**TIER, "tiers": tiers, "close_seconds": 0.2})
+    at = Offload(vllm_config, groups, tier_of(SICK, close_seconds=0.2))
     own = at.request()
     at.manager.prepare_store([key_of(1)], own)
     at.manager.complete_store([key_of(1)], own)

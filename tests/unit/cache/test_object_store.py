@@ -16,12 +16,13 @@ from caches import WEIGHTS
 from hang import HANG
 
 from kvlayer import CacheConfig, Cause, TierConfig
-from kvlayer.abc.backend import Read, ReadResult, Write, WriteResult
+from kvlayer.abc.backend import Read, ReadResult, SizeResult, Write, WriteResult
 from kvlayer.api.object_store import ObjectStore
 from kvlayer.bench.sick import Sickness, SickTier
 from kvlayer.config.registry import BACKENDS
-from kvlayer.errors import IdentityError, LayoutError
-from kvlayer.events import Event, ObjectQuarantined
+from kvlayer.errors import ArgumentError, BackendError, IdentityError, LayoutError
+from kvlayer.events import Event, ObjectQuarantined, ObjectsEvicted
+from kvlayer.identity.keys import ObjectKey
 from kvlayer.identity.namespace import Namespace
 from kvlayer.identity.weights import process_weights
 from kvlayer.layout import AttentionKind, KVGroup
@@ -84,7 +85,7 @@ async def fetched(store: ObjectStore, number: int) -> bytes | Cause:
 @pytest.mark.asyncio
 async def test_what_is_stored_comes_back_to_the_byte_and_after_a_restart(tmp_path: Path) -> None:
     async with opened(disk(tmp_path)) as store:
-        assert store.nbytes == NBYTES and store.is_shared
+        assert store.nbytes == NBYTES
         await keep(store, 1, 2)
         assert await store.contains([name(1), name(3), name(2)]) == [True, False, True]
         assert await fetched(store, 1) == content(1)
@@ -228,9 +229,9 @@ async def test_memory_is_lent_as_it_is_and_is_the_callers_again_when_the_call_is
 ) -> None:
     lender = Lender()
     registry = BACKENDS.extended({"lent": given(lender, "lent")})
-    deadline = 0.05 if is_late else HANG
-    tier = TierConfig(url="lent://", deadline_seconds=deadline)
+    tier = TierConfig(url="lent://", deadline_seconds=HANG)
     async with opened(tier, backends=registry) as store:
+        store.tiers[0].guard.deadline = 0.05 if is_late else HANG
         memory = array("B", content(1))
         lent = memoryview(memory)
         call: Any = store.load if verb == "load" else store.store
@@ -249,7 +250,7 @@ async def test_memory_is_lent_as_it_is_and_is_the_callers_again_when_the_call_is
         if is_late:
             found = task.result()
             outcome = found if verb == "load" else found[0]
-            assert not store.health()[0].ok or outcome.ok
+            assert outcome.cause is Cause.DEADLINE and not store.health()[0].ok
         else:
             assert task.cancelled()
         lent.release()
@@ -281,17 +282,18 @@ async def test_a_sick_tier_costs_its_deadline_once_and_is_used_again_when_it_is_
 ) -> None:
     ill = SickTier.fresh()
     registry = BACKENDS.extended({"sick": ill})
-    tier = TierConfig(url="sick://", deadline_seconds=0.25, pause_seconds=0.05)
+    tier = TierConfig(url="sick://", deadline_seconds=HANG, pause_seconds=0.05)
     async with opened(tier, backends=registry) as store:
         await keep(store, 1)
-        ill.sickness = sickness
+        store.tiers[0].guard.deadline, ill.sickness = ill.deadline, sickness
         for _ in range(20):
             assert await store.contains([name(1)]) == [False]
         assert not store.health()[0].ok
         (stats,) = store.stats()
         assert stats.misses[Cause.DEADLINE] == 1 and stats.misses[Cause.TIER_DOWN] == 19
-        assert isinstance(await fetched(store, 1), Cause)
-        ill.sickness = Sickness.HEALTHY
+        assert await fetched(store, 1) is Cause.TIER_DOWN
+        assert store.stats()[0].misses[Cause.TIER_DOWN] == 20
+        store.tiers[0].guard.deadline, ill.sickness = HANG, Sickness.HEALTHY
         await until(lambda: store.health()[0].ok)
         assert await fetched(store, 1) == content(1)
 
@@ -312,7 +314,120 @@ async def test_a_backend_that_raises_is_a_failing_tier(monkeypatch: pytest.Monke
         assert await fetched(store, 1) is Cause.TIER_DOWN
         (outcome,) = await store.store(name(2), regions(bytearray(content(2))))
         assert outcome.cause is Cause.TIER_DOWN
+        assert store.stats()[0].misses == {Cause.TIER_DOWN: 3}
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("wrong", [(1,), (1, 2)])
+@pytest.mark.asyncio
+async def test_an_error_about_an_object_is_the_tiers_trouble_and_no_absence(
+    wrong: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ill = SickTier.fresh()
+    contains, refused = ill.contains, [name(number).hex() for number in wrong]
+
+    async def answers(backend: Any, keys: Sequence[ObjectKey]) -> list[SizeResult]:
+        sizes = await contains(backend, keys)
+        return [
+            BackendError("no") if any(each in key for each in refused) else size
+            for key, size in zip(keys, sizes, strict=True)
+        ]
+
+    monkeypatch.setattr(ill, "contains", answers)
+    tier = TierConfig(url="sick://", deadline_seconds=HANG)
+    async with opened(tier, backends=BACKENDS.extended({"sick": ill})) as store:
+        await keep(store, 1, 2)
+        found = await store.contains([name(1), name(2)])
+        assert found == [False, 2 not in wrong]
+        (stats,), (health,) = store.stats(), store.health()
+        assert stats.misses == {Cause.TIER_DOWN: 1} and "no" in health.detail
+        assert await fetched(store, 2) == content(2)
+        for _ in range(10):
+            await store.contains([name(1), name(2)])
+        assert store.tiers[0].guard.serves is (2 not in wrong)  # nothing but errors: asked no more
+
+
+def _flipped(raw: bytes) -> bytes:
+    """With another byte in the middle of the payload."""
+    at = len(raw) // 2
+    return raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
+
+
+@pytest.mark.asyncio
+async def test_a_damaged_object_that_cannot_be_taken_away_is_a_miss_and_the_tiers_trouble(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ill = SickTier.fresh()
+
+    async def raises(*_: Any) -> Any:
+        raise RuntimeError("it stays")
+
+    monkeypatch.setattr(ill, "delete", raises)
+    tier = TierConfig(url="sick://", deadline_seconds=HANG)
+    async with opened(tier, backends=BACKENDS.extended({"sick": ill})) as store:
+        await keep(store, 1)
+        ill.objects.update({key: _flipped(raw) for key, raw in ill.objects.items()})
+        for _ in range(2):
+            assert await fetched(store, 1) is Cause.CORRUPT
+        assert store.stats()[0].misses == {Cause.CORRUPT: 2, Cause.TIER_DOWN: 2}
+        assert "it stays" in store.health()[0].detail
+        store.tiers[0].guard.deadline = ill.deadline
+        monkeypatch.setattr(ill, "delete", lambda *_: asyncio.Event().wait())
+        assert await fetched(store, 1) is Cause.CORRUPT
+        assert store.stats()[0].misses[Cause.DEADLINE] == 1
+
+
+@pytest.mark.parametrize("verb", ["load", "store"])
+@pytest.mark.asyncio
+async def test_a_cancelled_call_is_over_as_soon_as_the_tier_lets_go(verb: str) -> None:
+    ill = SickTier.fresh()
+    tier = TierConfig(url="sick://", deadline_seconds=HANG)
+    async with opened(tier, backends=BACKENDS.extended({"sick": ill})) as store:
+        await keep(store, 1)
+        ill.sickness = Sickness.DEAD  # it ends when it is told to, and not before
+        call: Any = store.load if verb == "load" else store.store
+        task = asyncio.ensure_future(call(name(1), [memoryview(bytearray(NBYTES))]))
+        await until(lambda: store.tiers[0].guard.running == 1)
+        task.cancel()
+        done, _ = await asyncio.wait({task}, timeout=HANG / 2)
+        assert done and task.cancelled() and store.health()[0].ok
+
+
+@pytest.mark.parametrize("is_stuck", [False, True])
+@pytest.mark.asyncio
+async def test_leaving_waits_for_what_is_lent_closes_the_tiers_and_names_what_will_not_let_go(
+    is_stuck: bool,
+) -> None:
+    closed: list[bool] = []
+
+    class Closing(Lender):
+        async def aclose(self) -> None:
+            closed.append(self.go_on.is_set())
+
+    lender = Closing()
+    tier = TierConfig(url="lent://", deadline_seconds=HANG)
+    registry = BACKENDS.extended({"lent": given(lender, "lent")})
+    async with opened(tier, backends=registry, seconds=0.2 if is_stuck else HANG) as store:
+        task = asyncio.ensure_future(store.store(name(1), [memoryview(bytearray(content(1)))]))
+        await lender.arrived.wait()
+        if not is_stuck:
+            asyncio.get_running_loop().call_later(0.05, lender.go_on.set)
+    (health,) = store.health()
+    lender.go_on.set()
+    await asyncio.wait({task}, timeout=HANG)
+    assert task.done()
+    assert closed == [not is_stuck]
+    assert health.ok is not is_stuck
+    assert not is_stuck or "1 calls did not end within 0.2 s" in health.detail
+
+
+@pytest.mark.asyncio
+async def test_a_tier_is_told_what_the_names_stand_for(tmp_path: Path) -> None:
+    async with opened(disk(tmp_path)) as store:
+        backend = store.tiers[0].backend
+        await until(lambda: not store.tiers[0].guard.inflight)
+        found = await backend.namespaces()
+        assert found == {store.namespace.digest: store.namespace.canonical()}
 
 
 @pytest.mark.asyncio
@@ -322,7 +437,6 @@ async def test_what_cannot_be_kept_there_is_refused(tmp_path: Path) -> None:
         async with opened(disk(tmp_path), named=private):
             pass
     async with opened(MEMORY, named=private) as store:
-        assert not store.is_shared
         await keep(store, 1)
         with pytest.raises(ValueError, match="9999 bytes, expected 10000"):
             await store.load(name(1), [memoryview(bytearray(NBYTES - 1))])
@@ -333,15 +447,25 @@ async def test_what_cannot_be_kept_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match="one state group of one layer"):
         async with opened(MEMORY, named=plain):
             pass
+    wrong: Any = "tiers"
+    with pytest.raises(ArgumentError, match="config must be a CacheConfig, found a str"):
+        async with ObjectStore.open(wrong, plain):
+            pass
+    with pytest.raises(ArgumentError, match="namespace must be a Namespace, found a str"):
+        async with opened(MEMORY, named=wrong):
+            pass
 
 
 @pytest.mark.asyncio
 async def test_touched_objects_are_evicted_last_and_evictions_are_told(tmp_path: Path) -> None:
-    small = TierConfig(url="cpu://?capacity=64KiB", deadline_seconds=HANG)
-    async with opened(small) as store:
+    small, told = TierConfig(url="cpu://?capacity=64KiB", deadline_seconds=HANG), list[Event]()
+    async with opened(small, sinks=[told.append]) as store:
         await keep(store, 1, 2, 3, 4)
         store.touch([name(1)])
         await until(lambda: not store.tiers[0].guard.inflight)
         await keep(store, 5)
         there = await store.contains([name(n) for n in range(1, 6)])
         assert there[0] and there[4] and not all(there)
+        gone = {key for each in told if isinstance(each, ObjectsEvicted) for key in each.keys}
+        assert gone == {store.key(name(n)) for n, is_there in enumerate(there, 1) if not is_there}
+        assert store.stats()[0].evicted == len(gone)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 import pytest
 from asked import FULL, STATE, WINDOW, Tiers, key, long_chain, long_planner
@@ -339,6 +340,30 @@ async def test_a_tier_that_answers_too_late_costs_one_deadline_for_all_who_wait(
     looks = [rig.stack.finder.find(chain) for _ in range(3)]
     assert [match.tokens for match in await asyncio.gather(*looks)] == [0, 0, 0]
     assert rig.tier.misses[Cause.DEADLINE] == 1
+    assert not rig.tier.guard.serves
+    await rig.aclose()
+
+
+@in_virtual_time
+async def test_an_answer_that_comes_after_the_deadline_says_nothing_good_of_a_tier(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig, chain = make_rig(shared=True, pages=128, deadline=2.0), chain_of(CHUNK * 40)
+    await put(rig, chain, chain.spans(40))
+    rig.backend.gate, contains = asyncio.Event(), rig.backend.contains
+
+    async def answers_whatever_it_is_told(keys: Sequence[ObjectKey]) -> list[SizeResult]:
+        task = asyncio.ensure_future(contains(keys))
+        while not task.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait({task})
+        return task.result()
+
+    monkeypatch.setattr(rig.backend, "contains", answers_whatever_it_is_told)
+    assert (await rig.stack.finder.find(chain)).tokens == 0
+    rig.backend.gate.set()
+    await rig.settled()
+    assert not rig.tier.guard.inflight
     assert not rig.tier.guard.serves
     await rig.aclose()
 

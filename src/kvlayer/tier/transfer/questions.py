@@ -126,15 +126,6 @@ class Questions:
         there = [key for key, size in answers if isinstance(size, int)]
         copies = [copy_of(0, size) for size in sizes if isinstance(size, int)]
         absent = [key for key, size in answers if size is None]
-        errors = [size for size in sizes if isinstance(size, BackendError)]
         self._planner.note(there, tier.index, copies)
         self._planner.absent(absent, tier.index, self._clock())
-        if errors and len(errors) == len(keys):
-            tier.fails(Cause.TIER_DOWN, words(errors[0]))
-            return
-        if not is_late:
-            tier.works()
-        if errors:
-            tier.complains(
-                Cause.TIER_DOWN, f"{len(errors)} of {len(keys)} keys: {words(errors[0])}"
-            )
+        tier.answered(sizes, is_late=is_late)

@@ -15,7 +15,7 @@ from threading import Condition
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from kvlayer import CacheConfig
-from kvlayer.abc.backend import Capability
+from kvlayer.api.lower_tiers import outlives
 from kvlayer.api.object_store import ObjectStore
 from kvlayer.config.registry import BACKENDS, open_backend
 from kvlayer.errors import ClosedError, ForkedError, UnsupportedError
@@ -323,6 +323,4 @@ async def _each(
 
 def _is_shared(config: CacheConfig) -> bool:
     """Whether a tier outlives this process, or is shared with others."""
-    beyond = {Capability.PERSISTENT, Capability.SHARED}
-    found = (open_backend(tier.url, backends=BACKENDS) for tier in config.tiers)
-    return any(backend.capabilities & beyond for backend in found)
+    return any(outlives(open_backend(tier.url, backends=BACKENDS)) for tier in config.tiers)
