@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from kvlayer_vllm.bench.__main__ import LENGTHS
-from kvlayer_vllm.bench.kinds import KINDS, TIERS
-from kvlayer_vllm.bench.rounds import Ask, Figures, as_dicts, measured, rows_of
+from kvlayer_vllm.bench.kinds import FILES, KINDS, TIERS
+from kvlayer_vllm.bench.rounds import Ask, Figures, as_dicts, measured, rows_of, stages
 
 SHORT = (80, 208)
 BLOCK = 32
@@ -67,7 +67,9 @@ def test_every_engine_computes_a_prompt_once_and_has_as_much_of_it_afterwards(
             of_kind = found[length][kind]
             assert (kind, of_kind.cold["cached"]) == (kind, 0)
             assert (kind, [hit["cached"] for hit in of_kind.hits]) == (kind, [usable, usable])
-    assert [each["loaded_tokens"] for each in as_dicts("tiny", found)] == [64] * 5 + [192] * 5
+    assert [each["loaded_tokens"] for each in as_dicts("tiny", found)] == [64] * len(KINDS) + [
+        192
+    ] * len(KINDS)
 
 
 def test_no_length_gives_a_connector_more_than_the_prefix_cache_has() -> None:
@@ -87,3 +89,41 @@ def test_engines_take_turns_and_another_one_begins_each_round() -> None:
     measured({kind: engine(kind) for kind in ("a", "b", "c")}, [7, 9], rounds=2)
     turns = "abc" + "abc" + "bca"
     assert asked == [(kind, length) for length in (7, 9) for kind in turns]
+
+
+class Played:
+    """An engine that answers what a table says, and tells what was done with it."""
+
+    def __init__(self, kind: str, told: list[str], figure: float) -> None:
+        self._kind = kind
+        self._told = told
+        self._figure = figure
+
+    def __call__(self, length: int, /) -> Mapping[str, Any]:
+        return {"cached": 0, "cpu_seconds": self._figure, "seconds": 1.0, "tokens": []}
+
+    def close(self) -> None:
+        self._told.append(f"{self._kind} ends")
+
+
+def test_files_are_read_by_an_engine_beside_the_first_and_by_one_after_it() -> None:
+    told: list[str] = []
+
+    def start(kind: str) -> Played:
+        told.append(f"{kind} starts")
+        return Played(kind, told, float(len(told)))
+
+    found = {where: figures[7] for where, figures in stages(start, [7], rounds=1)}
+    starts, ends = [f"{kind} starts" for kind in FILES], [f"{kind} ends" for kind in FILES]
+    own, rest = [f"{kind} starts" for kind in KINDS], told[len(KINDS) :]
+    assert told[: len(KINDS)] == own and rest[:2] == ["cpu ends", "native ends"]
+    assert rest[2:5] == starts and sorted(rest[5:11]) == sorted(ends * 2) and rest[11:14] == starts
+    assert list(found) == ["", ".shared", ".restart"]
+    assert list(found[""]) == list(KINDS)
+    for where in (".shared", ".restart"):
+        assert list(found[where]) == [KINDS[0], *FILES]
+        for kind in FILES:  # other engines, which have not computed the prompt
+            assert found[where][kind].cold == found[""][kind].cold
+            assert found[where][kind].hit("cpu_seconds") != found[""][kind].hit("cpu_seconds")
+        names = [row.name for row in rows_of("tiny", {7: found[where]}, where)]
+        assert names[::2] == [f"ttft.tiny.{kind}{where}.7" for kind in FILES]

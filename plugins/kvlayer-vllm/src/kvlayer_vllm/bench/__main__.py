@@ -1,8 +1,10 @@
 """``python -m kvlayer_vllm.bench [--json PATH] [--model NAME]... [--rounds N]``.
 
-Five engines of one model take turns: vLLM with nothing but its prefix cache, kvlayer's ``cpu://``
-and ``file://``, and vLLM's own ``OffloadingConnector`` with its host tier and with its tier of
-files. See ``rounds`` for the rows.
+Engines of one model take turns: vLLM with nothing but its prefix cache, kvlayer's connector with
+``cpu://`` and with ``file://``, and vLLM's own ``OffloadingConnector`` with ``KVLayerTier``, with
+its host memory alone and with its tier of files. Then those with files have a second engine beside
+them that computes nothing of what the first one left, and at last all of them are started anew.
+See ``rounds`` for the rows.
 """
 
 from __future__ import annotations
@@ -14,15 +16,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kvlayer.bench.measure import Row
 from kvlayer.bench.report import table
-from kvlayer_vllm.bench.kinds import KINDS
 from kvlayer_vllm.bench.models import random_model, trained_model
-from kvlayer_vllm.bench.rounds import as_dicts, measured, rows_of
+from kvlayer_vllm.bench.rounds import as_dicts, rows_of, stages
 from kvlayer_vllm.bench.serving import ENVIRONMENT
 
 LENGTHS = (1040, 4112)
@@ -69,7 +70,9 @@ class Engine:
         return json.loads(line)
 
     def close(self) -> None:
-        self._process.communicate()
+        """Returns when it has ended. Again it does nothing."""
+        if self._process.poll() is None:
+            self._process.communicate()
 
 
 def main() -> int:
@@ -89,18 +92,14 @@ def main() -> int:
     rows: list[Row] = []
     more: list[dict[str, Any]] = []
     for name in wanted.model or MODELS:
-        with ExitStack() as stack:
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvlayer-vllm-")))
-            folder = trained_model() if name == "smollm2" else random_model(scratch / name)
-            engines: dict[str, Engine] = {}
-            for kind in KINDS:
-                engines[kind] = Engine(folder, kind, str(scratch), wanted.dtype)
-                stack.callback(engines[kind].close)
-            found = measured(engines, wanted.lengths, wanted.rounds)
         # Another dtype is another engine, and has other bytes to load.
         model = name if wanted.dtype == "bfloat16" else f"{name}-{wanted.dtype}"
-        rows += rows_of(model, found)
-        more += as_dicts(model, found)
+        with tempfile.TemporaryDirectory(prefix="kvlayer-vllm-") as scratch:
+            folder = trained_model() if name == "smollm2" else random_model(Path(scratch, name))
+            start = partial(Engine, folder, directory=scratch, dtype=wanted.dtype)
+            for where, found in stages(start, wanted.lengths, wanted.rounds):
+                rows += rows_of(model, found, where)
+                more += as_dicts(model, found, where)
     for line in table(rows):
         _say(line)
     for each in more:

@@ -11,11 +11,15 @@ from kvlayer_vllm.bench.serving import Serving
 from kvlayer_vllm.bench.settled import settled
 from kvlayer_vllm.engine import module, platform
 
-__all__ = ["KINDS", "TIERS", "leave_blocks", "options_of"]
+__all__ = ["FILES", "KINDS", "TIERS", "leave_blocks", "options_of"]
 
-TIERS = ("cpu", "file", "native", "native-fs")
-"""kvlayer's ``cpu://`` and ``file://``, and vLLM's own ``OffloadingConnector`` with its host tier
-and with its tier of files behind that."""
+TIERS = ("cpu", "file", "tier", "native", "native-fs")
+"""kvlayer's connector with ``cpu://`` and with ``file://`` behind that, and vLLM's own
+``OffloadingConnector`` with ``KVLayerTier`` (``file://``) behind its host memory, with that alone,
+and with vLLM's tier of files."""
+
+FILES = ("file", "tier", "native-fs")
+"""Those whose files other engines read, at the same time and later."""
 
 KINDS = ("prefix", *TIERS)
 """``prefix``: vLLM's prefix cache alone, the ceiling of the others, which have it too."""
@@ -30,22 +34,25 @@ def options_of(kind: str, directory: Path) -> dict[str, Any]:
     """
     if kind == "prefix":
         return {"enable_prefix_caching": True}
+    files = {"url": f"file://{directory / kind}", "deadline_seconds": 60.0}
     if kind in ("cpu", "file"):
         tiers: list[dict[str, Any]] = [{"url": f"cpu://?capacity={HOST_NBYTES}B"}]
         if kind == "file":
-            url = f"file://{directory / 'kvlayer'}"
-            tiers.append({"url": url, "write": "back", "deadline_seconds": 60.0})
+            tiers.append({**files, "write": "back"})
         # Loads are what is measured: nothing is computed because that would be faster.
         cache = {"tiers": tiers, "report_prefill": False}
         return {"enable_prefix_caching": True, "cache": cache}
     extra: dict[str, Any] = {"cpu_bytes_to_use": HOST_NBYTES}
-    specs = {"native": "CPUOffloadingSpec", "native-fs": "TieringOffloadingSpec"}
+    specs = "CPUOffloadingSpec", "TieringOffloadingSpec"
     if platform() == "cpu":  # vLLM's own copies refuse it
-        specs = {"native": "HostOnCpu", "native-fs": "TieringOnCpu"}
+        specs = "HostOnCpu", "TieringOnCpu"
         extra["spec_module_path"] = "kvlayer_vllm.bench.offload"
-    extra["spec_name"] = specs[kind]
+    extra["spec_name"] = specs[kind in FILES]
     if kind == "native-fs":
-        extra["secondary_tiers"] = [{"type": "fs", "root_dir": str(directory / "vllm")}]
+        extra["secondary_tiers"] = [{"type": "fs", "root_dir": str(directory / kind)}]
+    elif kind == "tier":
+        named = {"type": "KVLayerTier", "module_path": "kvlayer_vllm.tier"}
+        extra["secondary_tiers"] = [{**named, "tiers": [files]}]
     transfer = module("config").KVTransferConfig(
         kv_connector="OffloadingConnector", kv_role="kv_both", kv_connector_extra_config=extra
     )
@@ -63,8 +70,8 @@ def leave_blocks(serving: Serving, kind: str, prompt: list[int]) -> None:
         if kind == "file":
             call: Callable[..., Any] = half.portal.call
             call(_evict, prompt)
-    # vLLM's host tier is emptied with its connector, which its tier of files outlives.
-    while not serving.core.reset_prefix_cache(False, kind == "native-fs"):
+    # vLLM's host memory is emptied with its connector, which a tier of files outlives.
+    while not serving.core.reset_prefix_cache(False, kind in ("tier", "native-fs")):
         serving.engine.step()
 
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from kvlayer.bench.measure import Row
-from kvlayer_vllm.bench.kinds import KINDS, TIERS
+from kvlayer_vllm.bench.kinds import FILES, KINDS, TIERS
 
-__all__ = ["Ask", "Figures", "as_dicts", "measured", "rows_of"]
+__all__ = ["Ask", "Engine", "Figures", "as_dicts", "measured", "rows_of", "stages"]
 
 Ask: TypeAlias = Callable[[int], Mapping[str, Any]]
 """An engine: the ``Answer``, as a dict, of its prompt of so many tokens."""
+
+
+class Engine(Protocol):
+    """An engine that can be ended, more than once."""
+
+    def __call__(self, length: int, /) -> Mapping[str, Any]: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -33,15 +42,24 @@ class Figures:
         return int(min(hit["cached"] for hit in self.hits))
 
 
-def measured(engines: Mapping[str, Ask], lengths: Sequence[int], rounds: int) -> dict[int, Any]:
+def measured(
+    engines: Mapping[str, Ask],
+    lengths: Sequence[int],
+    rounds: int,
+    before: Mapping[int, Mapping[str, Figures]] | None = None,
+) -> dict[int, dict[str, Figures]]:
     """For each length the :class:`Figures` of each engine, by its kind.
 
     Each round asks every engine once, and begins with another one: what disturbs the machine
-    disturbs all of them. One engine works at a time.
+    disturbs all of them. One engine works at a time. ``before``: of engines that computed these
+    prompts and left their KV to these, for which the first answer is a hit.
     """
     found: dict[int, dict[str, Figures]] = {}
     for length in lengths:
-        figures = {kind: Figures(engines[kind](length)) for kind in engines}
+        figures = {
+            kind: Figures(engines[kind](length) if before is None else before[length][kind].cold)
+            for kind in engines
+        }
         for number in range(rounds):
             first = number % len(engines)
             kinds = list(engines)
@@ -51,26 +69,63 @@ def measured(engines: Mapping[str, Ask], lengths: Sequence[int], rounds: int) ->
     return found
 
 
-def rows_of(model: str, found: Mapping[int, Mapping[str, Figures]]) -> list[Row]:
+def stages(
+    start: Callable[[str], Engine], lengths: Sequence[int], rounds: int
+) -> Iterator[tuple[str, dict[int, dict[str, Figures]]]]:
+    """What each tier costs in the engine that computed the prompts (``""``), in one beside it that
+    reads the same files (``".shared"``), and in one that is started when those have ended
+    (``".restart"``). ``start`` makes an engine of a kind.
+    """
+    with ExitStack() as stack:
+
+        def started(kind: str) -> Engine:
+            engine = start(kind)
+            stack.callback(engine.close)
+            return engine
+
+        first = {kind: started(kind) for kind in KINDS}
+        found = measured(first, lengths, rounds)
+        yield "", found
+        for kind in TIERS:
+            if kind not in FILES:
+                first[kind].close()  # nothing is left of it, and its memory is wanted
+        top = {KINDS[0]: first[KINDS[0]]}
+        beside = {kind: started(kind) for kind in FILES}
+        yield ".shared", measured(top | beside, lengths, rounds, found)
+        for kind in FILES:
+            first[kind].close()
+            beside[kind].close()
+        again = {kind: started(kind) for kind in FILES}
+        yield ".restart", measured(top | again, lengths, rounds, found)
+
+
+def rows_of(model: str, found: Mapping[int, Mapping[str, Figures]], where: str = "") -> list[Row]:
     """``ttft.MODEL.TIER.LENGTH`` in CPU seconds, and the same with ``.wall`` in wall seconds.
+
+    ``where`` follows the tier's name.
 
     The ceiling is vLLM's prefix cache, whose KV nobody has to move.
     """
     rows: list[Row] = []
     for length, figures in found.items():
-        for tier in TIERS:
-            name, own, top = f"ttft.{model}.{tier}.{length}", figures[tier], figures[KINDS[0]]
+        top = figures[KINDS[0]]
+        for tier, own in figures.items():
+            if own is top:
+                continue
+            name = f"ttft.{model}.{tier}{where}.{length}"
             cpu, wall = "cpu_seconds", "seconds"
             rows.append(Row(name, own.hit(cpu), "s", top.hit(cpu)))
             rows.append(Row(f"{name}.wall", own.hit(wall), "s", top.hit(wall)))
     return rows
 
 
-def as_dicts(model: str, found: Mapping[int, Mapping[str, Figures]]) -> list[dict[str, Any]]:
+def as_dicts(
+    model: str, found: Mapping[int, Mapping[str, Figures]], where: str = ""
+) -> list[dict[str, Any]]:
     """For each engine and length what the rows do not say."""
     return [
         {
-            "name": f"{model}.{kind}.{length}",
+            "name": f"{model}.{kind}{where}.{length}",
             "cold": own.cold["cpu_seconds"],
             "cold_wall": own.cold["seconds"],
             "loaded_tokens": own.loaded_tokens,

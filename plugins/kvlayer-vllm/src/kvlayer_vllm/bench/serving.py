@@ -118,7 +118,10 @@ class Serving:
         first: dict[str, tuple[float, float]] = {}
         done: dict[str, Any] = {}
         while self.engine.has_unfinished_requests():
-            for output in self.engine.step():
+            outputs = self.engine.step()
+            if not outputs:  # as vLLM's own loop, which lets other threads go on
+                time.sleep(0.001)
+            for output in outputs:
                 now = time.perf_counter() - began, time.process_time() - cpu_began
                 first.setdefault(output.request_id, now)
                 if output.finished:
